@@ -1,0 +1,490 @@
+"""Prefill of linear attention on one GPU against its peers: time, bandwidth, error (paper figure 2 and table 5).
+
+Every method is checked against fp64 on two heads of the very inputs that are timed, before its time counts; a failure
+is a row with its reason. All rows of one run go to one file: JSON, CSV and a plot.
+
+Shapes: B batch, N tokens, H = 16 heads, d = 16, D = 64, bf16, causal. JRT-RNN reads a prefix of N / 2 and a text of N;
+JRT-Prompt is Based on 2 N. Softmax rows have head size 64. Times are the median of CUDA-event pairs, each queued behind
+a pause so that the host is never what is measured.
+
+    python benchmarks/lin_attn_profile.py --output benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from jrt import ops
+from jrt.ops import chunked, cuda
+
+HEADS, DIM, VALUE_DIM = 16, 16, 64
+BATCHES = [(batch, 16384) for batch in (1, 2, 4, 8, 16, 32, 64)]
+LENGTHS = [(16, length) for length in (2048, 4096, 8192, 16384, 32768, 65536, 131072)]
+TIGHT = 2.0  # our kernel's error may be at most this many times that of eager PyTorch in the same dtype
+LOOSE = 0.01  # other methods': wrong functions are far above, bf16 is at 0.002 to 0.004
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int
+    H: int
+    N: int
+    d: int
+    D: int
+
+
+@dataclass
+class Row:
+    method: str
+    shape: Shape
+    kernel: str = ""  # what ran
+    ms: float | None = None
+    reason: str = ""  # why there is no time
+    error: float | None = None  # relative, against fp64
+    bound: float | None = None  # largest error that counts as right
+    gbps: float | None = None  # unavoidable bytes / time
+    tflops: float | None = None  # arithmetic of the method's own formula / time
+    floor_ms: float | None = None  # unavoidable bytes at the measured copy bandwidth
+    percent_of_floor: float | None = None
+    x_flash_attention_2: float | None = None
+    extra_gib: float | None = None  # allocated at the peak, on top of the inputs
+    repeats: int = 0
+
+
+@dataclass
+class Inputs:
+    q: Tensor  # (B, N, H, d)
+    k: Tensor  # (B, N, H, d)
+    v: Tensor  # (B, N, H, D)
+    k_prefix: Tensor | None = None  # (B, N / 2, H, d)
+    v_prefix: Tensor | None = None  # (B, N / 2, H, D)
+
+    @property
+    def bytes(self) -> int:
+        tensors = (self.q, self.k, self.v, self.k_prefix, self.v_prefix)
+        return sum(x.nbytes for x in tensors if x is not None)
+
+
+class Unavailable(Exception):
+    """The method cannot run here; the message is the row's reason."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    kind: str  # "linear" or "softmax"
+    call: Callable[[Inputs], Tensor]
+    available: Callable[[Inputs], str | None] = lambda inputs: None  # reason why not, or None
+    kernel: str = ""
+    prefix: bool = False
+    length_factor: int = 1
+    normalized: bool = True
+    ours: bool = False
+
+
+# ---- methods -------------------------------------------------------------------------------------------------------
+
+
+def jrt_rnn(backend: str) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        state = ops.encode_prefix(x.k_prefix, x.v_prefix, backend=backend)
+        return ops.linear_attention(x.q, x.k, x.v, initial_state=state, backend=backend)[0]
+
+    return call
+
+
+def based(backend: str) -> Callable[[Inputs], Tensor]:
+    return lambda x: ops.linear_attention(x.q, x.k, x.v, backend=backend)[0]
+
+
+def compiled_based() -> Callable[[Inputs], Tensor]:
+    segment = torch.compile(chunked._segment, dynamic=False)
+
+    def call(x: Inputs) -> Tensor:
+        with mock.patch.object(chunked, "_segment", segment):
+            return ops.linear_attention(x.q, x.k, x.v, backend="chunked")[0]
+
+    return call
+
+
+def sdpa(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        with sdpa_kernel(backend):
+            q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+            return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return call
+
+
+def flash_attention_3(x: Inputs) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    o = flash_attn_func(x.q, x.k, x.v, causal=True)
+    return o[0] if isinstance(o, tuple) else o
+
+
+def flash_attention_4(x: Inputs) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    o = flash_attn_func(x.q, x.k, x.v, causal=True)
+    return o[0] if isinstance(o, tuple) else o
+
+
+def fla_based(name: str) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        import fla.ops.based
+
+        return getattr(fla.ops.based, name)(x.q, x.k, x.v, scale=DIM**-0.5, use_norm=True)
+
+    return call
+
+
+def fast_transformers_product(x: Inputs) -> Tensor:
+    from fast_transformers.causal_product import causal_dot_product
+
+    phi_q, phi_k = (ops.taylor_features(y.float()).transpose(1, 2).contiguous() for y in (x.q, x.k))
+    numerator = causal_dot_product(phi_q, phi_k, x.v.float().transpose(1, 2).contiguous())
+    denominator = (phi_q * phi_k.cumsum(2)).sum(-1, keepdim=True)
+    return (numerator / denominator).to(x.v.dtype).transpose(1, 2)
+
+
+def thunderkittens_based(path: Path) -> Callable[[Inputs], Tensor]:
+    """`thunderkittens.based(q, k, v) -> (o, state)` on (B, H, N, .) from a build folder; output not normalised."""
+
+    def call(x: Inputs) -> Tensor:
+        if str(path) not in sys.path:
+            sys.path.insert(0, str(path))
+        import thunderkittens
+
+        o = thunderkittens.based(*(y.transpose(1, 2).contiguous() for y in (x.q, x.k, x.v)))
+        return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
+
+    return call
+
+
+def needs_module(name: str) -> Callable[[Inputs], str | None]:
+    top = name.partition(".")[0]
+
+    def reason(_: Inputs) -> str | None:
+        found = importlib.util.find_spec(top) is not None and importlib.util.find_spec(name) is not None
+        return None if found else f"{name} is not installed"
+
+    return reason
+
+
+def our_kernel(x: Inputs) -> str | None:
+    return cuda.unsupported(x.q, x.k, x.v, None, None, None, True)
+
+
+def methods(thunderkittens: Path | None) -> list[Method]:
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    ours = "jrt_kernels prefill"
+    fa3, fa4, products = "flash_attn_interface", "flash_attn.cute", "fast_transformers"
+    return [
+        Method("JRT-RNN", "linear", jrt_rnn("cuda"), our_kernel, ours, prefix=True, ours=True),
+        Method("Based", "linear", based("cuda"), our_kernel, ours, ours=True),
+        Method("JRT-Prompt", "linear", based("cuda"), our_kernel, ours, length_factor=2, ours=True),
+        Method("JRT-RNN (PyTorch)", "linear", jrt_rnn("chunked"), kernel="chunked, eager", prefix=True),
+        Method("Based (PyTorch)", "linear", based("chunked"), kernel="chunked, eager"),
+        Method("Based (PyTorch, compiled)", "linear", compiled_based(), kernel="chunked, torch.compile"),
+        Method("FlashAttention-2", "softmax", sdpa(flash), kernel="SDPA flash"),
+        Method("cuDNN", "softmax", sdpa(cudnn), kernel="SDPA cuDNN"),
+        Method("FlashAttention-3", "softmax", flash_attention_3, needs_module(fa3), fa3),
+        Method("FlashAttention-4", "softmax", flash_attention_4, needs_module(fa4), fa4),
+        Method("fla parallel_based", "linear", fla_based("parallel_based"), needs_module("fla"), "fla.ops.based"),
+        Method("fla fused_chunk_based", "linear", fla_based("fused_chunk_based"), needs_module("fla"), "fla.ops.based"),
+        Method("fast-transformers", "linear", fast_transformers_product, needs_module(products), "causal_dot_product"),
+        Method(
+            "ThunderKittens Based",
+            "linear",
+            thunderkittens_based(thunderkittens or Path()),
+            lambda _: None if thunderkittens else "no build given (--thunderkittens PATH)",
+            "thunderkittens.based",
+            normalized=False,
+        ),
+    ]
+
+
+# ---- what a right answer is ----------------------------------------------------------------------------------------
+
+
+def exact_head(x: Inputs, batch: int, head: int, kind: str, normalized: bool) -> Tensor:
+    """fp64, by definition, in blocks of rows: (N, D)."""
+    q, k, v = (y[batch, :, head].double() for y in (x.q, x.k, x.v))
+    offset = 0
+    if x.k_prefix is not None:
+        k = torch.cat([x.k_prefix[batch, :, head].double(), k])
+        v = torch.cat([x.v_prefix[batch, :, head].double(), v])
+        offset = x.k_prefix.shape[1]
+    rows = max(64, 2**27 // k.shape[0])
+    columns = torch.arange(k.shape[0], device=k.device)
+    out = []
+    for start in range(0, q.shape[0], rows):
+        block = q[start : start + rows]
+        seen = offset + start + block.shape[0]
+        s = block @ k[:seen].T * q.shape[-1] ** -0.5  # (rows, seen)
+        later = columns[:seen] > offset + start + torch.arange(block.shape[0], device=k.device)[:, None]
+        if kind == "softmax":
+            weights = s.masked_fill_(later, -math.inf).softmax(-1)
+        else:
+            weights = (s * s).mul_(0.5).add_(s).add_(1).masked_fill_(later, 0)
+        o = weights @ v[:seen]
+        out.append(o / weights.sum(-1, keepdim=True) if normalized and kind == "linear" else o)
+    return torch.cat(out)
+
+
+def checked_heads(shape: Shape) -> list[tuple[int, int]]:
+    return [(0, 0), (shape.B - 1, shape.H - 1)]
+
+
+def relative_error(o: Tensor, exact: Tensor) -> float:
+    return ((o.double() - exact).norm() / exact.norm()).item()
+
+
+# ---- timing --------------------------------------------------------------------------------------------------------
+
+
+def median_ms(call: Callable[[int], object], limit_seconds: float = 6.0) -> tuple[float, int]:
+    """Median and number of timed calls: 30 or more, fewer for calls that take long. `call` gets the repeat's number."""
+    for i in range(2):
+        call(i)
+    torch.cuda.synchronize()
+
+    def run(repeats: int) -> list[float]:
+        pairs = []
+        for i in range(repeats):
+            torch.cuda._sleep(2_000_000)  # about 1 ms: the host queues the call meanwhile
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call(i)
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+
+    first = run(1)[0]
+    repeats = max(3, min(50, int(1000 * limit_seconds / max(first, 0.1))))
+    return statistics.median(run(repeats)), repeats
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a device-to-device copy of 2 GiB."""
+    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / median_ms(lambda _: y.copy_(x))[0] * 1e3
+
+
+def draw(shape: Shape, method: Method) -> Inputs:
+    length = shape.N * method.length_factor
+    size = VALUE_DIM if method.kind == "softmax" else shape.d
+
+    def normal(tokens: int, last: int) -> Tensor:
+        return torch.randn(shape.B, tokens, shape.H, last, device="cuda", dtype=torch.bfloat16)
+
+    prefix = (normal(shape.N // 2, size), normal(shape.N // 2, shape.D)) if method.prefix else (None, None)
+    return Inputs(normal(length, size), normal(length, size), normal(length, shape.D), *prefix)
+
+
+def unavoidable_bytes(x: Inputs, shape: Shape, kind: str) -> int:
+    """Inputs read once, output and final state written once."""
+    state = 4 * shape.B * shape.H * ops.feature_count(shape.d) * (shape.D + 1) if kind == "linear" else 0
+    return x.bytes + x.v.nbytes + state
+
+
+def arithmetic(shape: Shape, method: Method) -> float:
+    """Floating-point operations of the formula: softmax N^2 / 2 pairs; linear in chunks of 64 with 153 features."""
+    length = shape.N * method.length_factor
+    if method.kind == "softmax":
+        return shape.B * shape.H * 2.0 * length**2 * VALUE_DIM
+    features = ops.feature_count(shape.d)
+    per_token = 2 * 64 * (shape.d + shape.D) + 4 * features * shape.D
+    prefix = 2 * features * shape.D * shape.N / 2 if method.prefix else 0
+    return shape.B * shape.H * (per_token * length + prefix)
+
+
+def measure(method: Method, shape: Shape, bandwidth: float) -> Row:
+    row = Row(method.name, shape, method.kernel)
+    torch.manual_seed(shape.N + shape.B)
+    torch.cuda.empty_cache()
+    try:
+        x = draw(shape, method)
+        if reason := method.available(x):
+            raise Unavailable(reason)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        o = method.call(x)
+        row.extra_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+
+        # 1. Right?
+        heads = checked_heads(shape)
+        exact = torch.stack([exact_head(x, b, h, method.kind, method.normalized) for b, h in heads])
+        row.error = relative_error(torch.stack([o[b, :, h] for b, h in heads]), exact)
+        row.bound = TIGHT * eager_error(x, heads, exact) if method.ours else LOOSE
+        if not (row.error <= row.bound and bool(o.isfinite().all())):
+            raise Unavailable(f"wrong result: error {row.error:.2e}, at most {row.bound:.2e} counts as right")
+        del o, exact
+
+        # 2. How fast? Small inputs are rotated so that they do not sit in the cache.
+        sets = [x] + [draw(shape, method) for _ in range(min(4, 2**28 // x.bytes))]
+        row.ms, row.repeats = median_ms(lambda i: method.call(sets[i % len(sets)]))
+        traffic = unavoidable_bytes(x, shape, method.kind)
+        row.floor_ms = traffic / bandwidth * 1e3
+        row.gbps = traffic / row.ms / 1e6
+        row.tflops = arithmetic(shape, method) / row.ms / 1e9
+        row.percent_of_floor = 100 * row.floor_ms / row.ms
+    except Unavailable as error:
+        row.reason = str(error)
+    except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+        row.reason = str(error).partition("\n")[0][:200]
+    return row
+
+
+def eager_error(x: Inputs, heads: list[tuple[int, int]], exact: Tensor) -> float:
+    """Error of eager PyTorch in the inputs' dtype on the same heads."""
+
+    def pick(y: Tensor) -> Tensor:
+        return torch.stack([y[b, :, h] for b, h in heads])[:, :, None]  # (2, N, 1, .)
+
+    state = None
+    if x.k_prefix is not None:
+        state = ops.encode_prefix(pick(x.k_prefix), pick(x.v_prefix), backend="chunked")
+    o, _ = ops.linear_attention(pick(x.q), pick(x.k), pick(x.v), initial_state=state, backend="chunked")
+    return relative_error(o[:, :, 0], exact)
+
+
+# ---- results -------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    import triton
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": triton.__version__,
+    }
+
+
+def commit() -> str:
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def add_speedups(rows: list[Row]) -> None:
+    flash = {row.shape: row.ms for row in rows if row.method == "FlashAttention-2"}
+    for row in rows:
+        if row.ms and flash.get(row.shape):
+            row.x_flash_attention_2 = flash[row.shape] / row.ms
+
+
+def print_table(rows: list[Row]) -> None:
+    columns = f"{'ms':>10s} {'GB/s':>6s} {'TFLOP/s':>8s} {'% floor':>8s} {'x FA2':>8s} {'error':>9s}"
+    print(f"{'method':28s} {'B':>3s} {'N':>7s} {columns}")
+    for row in rows:
+        head = f"{row.method:28s} {row.shape.B:3d} {row.shape.N:7d}"
+        if row.ms is None:
+            print(f"{head}  {row.reason}")
+            continue
+        speed = f"{row.x_flash_attention_2:8.2f}" if row.x_flash_attention_2 else " " * 8
+        rates = f"{row.ms:10.4f} {row.gbps:6.0f} {row.tflops:8.1f} {row.percent_of_floor:8.1f}"
+        print(f"{head} {rates} {speed} {row.error:9.2e}")
+
+
+def write(rows: list[Row], folder: Path, bandwidth: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "benchmark": "lin_attn_profile",
+        "command": "python " + " ".join(sys.argv),
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "copy_gbps": bandwidth / 1e9,
+        "rows": [asdict(row) for row in rows],
+    }
+    (folder / "lin_attn_profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    flat = [{**asdict(row), **asdict(row.shape)} for row in rows]
+    for line in flat:
+        del line["shape"]
+    with open(folder / "lin_attn_profile.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, fieldnames=list(flat[0]))
+        table.writeheader()
+        table.writerows(flat)
+    plot(rows, folder / "lin_attn_profile.png")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    panels = ((axes[0], LENGTHS, "N", "tokens, batch 16"), (axes[1], BATCHES, "B", "batch, 16,384 tokens"))
+    for axis, shapes, key, label in panels:
+        for name in dict.fromkeys(row.method for row in rows if row.ms):
+            points = {
+                getattr(row.shape, key): row.ms
+                for row in rows
+                if row.method == name and row.ms and (row.shape.B, row.shape.N) in shapes
+            }
+            if points:
+                axis.plot(sorted(points), [points[x] for x in sorted(points)], marker="o", markersize=3, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="prefill, ms")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1024 else f"{x / 1024:g}k")
+        axis.set_xticks([shape[1] if key == "N" else shape[0] for shape in shapes], minor=False)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results, help="folder for JSON, CSV and plot")
+    parser.add_argument("--thunderkittens", type=Path, help="folder of a build with a module `thunderkittens`")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, e.g. JRT-RNN FlashAttention-2")
+    parser.add_argument("--longest", type=int, default=131072, help="skip longer texts")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+
+    chosen = [m for m in methods(arguments.thunderkittens) if not arguments.methods or m.name in arguments.methods]
+    if not chosen:
+        parser.error(f"no such method; known: {[m.name for m in methods(None)]}")
+    sizes = [size for size in dict.fromkeys([*LENGTHS, *BATCHES, (1, 32768)]) if size[1] <= arguments.longest]
+    shapes = [Shape(batch, HEADS, length, DIM, VALUE_DIM) for batch, length in sizes]
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e9:.0f} GB/s")
+    rows = []
+    with torch.no_grad():
+        for shape in shapes:
+            for method in chosen:
+                rows.append(measure(method, shape, bandwidth))
+    add_speedups(rows)
+    print_table(rows)
+    write(rows, arguments.output, bandwidth)
+
+
+if __name__ == "__main__":
+    main()

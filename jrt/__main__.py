@@ -1,0 +1,7 @@
+"""`python -m jrt`."""
+
+import sys
+
+from jrt.cli import main
+
+sys.exit(main())

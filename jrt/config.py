@@ -1,0 +1,171 @@
+"""What a model is made of: one letter a layer, and the sizes of each kind of layer.
+
+Only the standard library is imported, so that a configuration can be read, checked and counted anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+LETTERS = {
+    "C": "gated short convolution",
+    "P": "prefix linear attention",
+    "L": "causal linear attention",
+    "S": "sliding-window attention",
+    "A": "full attention",
+    "M": "Mamba",
+}
+OPTIONAL_BIASES = ("conv.projections", "conv.filter", "attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Architecture of one `jrt.model.LanguageModel`; raises ValueError for what cannot be built."""
+
+    pattern: str  # one letter of LETTERS per layer
+    width: int  # residual stream
+    vocab_rows: int  # rows of the embedding, padding rows included
+    mlp_width: int = 0  # hidden units of the SwiGLU MLP after each mixer; 0: no MLP
+    heads: int = 16  # of A and S
+    rotary_dim: int = 0  # rotated dimensions per head of A and S; an odd count rotates one more
+    window: int | tuple[int, ...] = 128  # S: earlier keys a query sees besides its own; a tuple has one entry per S layer
+    inverse_layer_scale: bool = False  # A and S: divide scores by (layer index + 1)
+    linear_heads: int = 16  # of P and L
+    feature_dim: int = 16  # P and L: query and key dimensions before the feature map
+    feature_scale: int | None = None  # P and L: scores are q.k / sqrt(feature_scale); None: sqrt(feature_dim)
+    enc_length: int = 0  # P: the most tokens that the prefix encoder reads
+    encoder_mask: bool = True  # P: False only in released configurations whose encoder ignored masks
+    decay_const: float | None = None  # L: gamma_h = 1 - 2^(decay_const - h); None: no decay
+    decay_projection: bool = False  # L: an output gain per head and token
+    conv_expand: int = 2  # C: channels / width
+    conv_kernel: int = 3  # C: taps
+    state_dim: int = 16  # M: states per channel
+    mamba_expand: int = 2  # M: channels / width
+    mamba_kernel: int = 4  # M: taps
+    dt_rank: int | None = None  # M: None: ceil(width / 16)
+    biases: tuple[str, ...] = ("conv.projections",)  # which of OPTIONAL_BIASES exist
+    norm_eps: float = 1e-5
+    tied: bool = True  # the output head is the embedding
+    train_length: int = 2048  # tokens per training sequence: longer prompts are marked in reports
+
+    def __post_init__(self) -> None:
+        for name in ("biases", "window"):  # JSON has lists only
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        unknown = sorted(set(self.pattern) - set(LETTERS))
+        if not self.pattern or unknown:
+            expected = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
+            raise ValueError(f"pattern {self.pattern!r}: expected one letter per layer out of {expected}")
+        for name in ("width", "vocab_rows", "heads", "linear_heads", "feature_dim", "conv_kernel", "state_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if set(self.biases) - set(OPTIONAL_BIASES):
+            raise ValueError(f"biases {self.biases}: expected names out of {OPTIONAL_BIASES}")
+        if self.has("AS") and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.has("PL") and self.width % self.linear_heads:
+            raise ValueError(f"width {self.width} is not a multiple of linear_heads {self.linear_heads}")
+        if self.has("P") and self.enc_length < 1:
+            raise ValueError("a pattern with P needs enc_length, the most tokens that the prefix encoder reads")
+        if isinstance(self.window, tuple) and len(self.window) != self.pattern.count("S"):
+            raise ValueError(f"window has {len(self.window)} entries for {self.pattern.count('S')} S layers")
+
+    def has(self, letters: str) -> bool:
+        """Whether any layer is one of these letters."""
+        return any(letter in self.pattern for letter in letters)
+
+    def window_of(self, layer: int) -> int:
+        """Earlier keys that the S layer at this index sees besides its own."""
+        if isinstance(self.window, int):
+            return self.window
+        return self.window[self.pattern[:layer].count("S")]
+
+    @property
+    def mamba_rank(self) -> int:
+        return self.dt_rank or -(-self.width // 16)
+
+    @property
+    def features(self) -> int:
+        """Size of the symmetric second-order Taylor feature map: 1 + d + d (d + 1) / 2."""
+        return 1 + self.feature_dim + self.feature_dim * (self.feature_dim + 1) // 2
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes that one sequence of `length` tokens leaves in fp32 states (keys and values of A and S included)."""
+        return 4 * sum(self._state_floats(layer, length) for layer in range(len(self.pattern)))
+
+    def _state_floats(self, layer: int, length: int) -> int:
+        match self.pattern[layer]:
+            case "C":
+                return (self.conv_kernel - 1) * self.conv_expand * self.width
+            case "P" | "L":
+                return self.features * (self.width + self.linear_heads)
+            case "S":
+                return 2 * self.width * min(self.window_of(layer), length)
+            case "A":
+                return 2 * self.width * length
+            case _:
+                return self.mamba_expand * self.width * (self.mamba_kernel - 1 + self.state_dim)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> Config:
+        """The inverse of `to_dict`; raises ValueError for unknown or missing fields."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        required = {"pattern", "width", "vocab_rows"}
+        if set(fields) - known or required - set(fields):
+            unknown, missing = sorted(set(fields) - known), sorted(required - set(fields))
+            raise ValueError(f"not a jrt configuration: unknown fields {unknown}, missing fields {missing}")
+        return cls(**fields)
+
+
+def _published() -> dict[str, Config]:
+    """The eight released sizes (original_spec section 1.1; paper Tables 15-18)."""
+    small = dict(width=1024, vocab_rows=50264, mlp_width=2048, rotary_dim=64)
+    large = dict(width=1792, vocab_rows=50264, mlp_width=3584, rotary_dim=112)
+    tail = "CC{0}SCC" + "CC{0}SC"
+    return {
+        "jrt-360m": Config(pattern="CPSCC" * 5 + "C", enc_length=1024, **small),
+        "jrt-1.3b": Config(pattern="CPSCC" * 5 + tail.format("P"), enc_length=1024, **large),
+        "based-360m": Config(pattern="CLSCC" * 5 + "CC", decay_const=-3, decay_projection=True, **small),
+        "based-1.3b": Config(pattern="CLSCC" * 5 + tail.format("L"), **large),
+        "attention-360m": Config(pattern="A" * 24, width=1024, vocab_rows=50272, mlp_width=2816, rotary_dim=32),
+        "attention-1.3b": Config(
+            pattern="A" * 36, width=1680, vocab_rows=50272, mlp_width=4608, heads=24, rotary_dim=35
+        ),
+        "mamba-360m": Config(pattern="M" * 46, width=1024, vocab_rows=50288),
+        "mamba-1.3b": Config(pattern="M" * 46, width=2048, vocab_rows=50288),
+    }
+
+
+def _small() -> dict[str, Config]:
+    """Models that train in minutes (mini-*) or seconds (debug); docs/minis.md says what they are for."""
+    mini = dict(
+        width=192, vocab_rows=4096, mlp_width=384, heads=4, linear_heads=4, rotary_dim=48, window=64, train_length=4608
+    )
+    return {
+        "mini-attention": Config(pattern="CACCACCA", **mini),
+        "mini-mamba": Config(pattern="M" * 14, width=192, vocab_rows=4096, train_length=4608),
+        "mini-based": Config(pattern="CLSCCLSC", **mini),
+        "mini-jrt": Config(pattern="CPSCCPSC", enc_length=4608, **mini),
+        "debug": Config(
+            pattern="CPSLAM",
+            width=32,
+            vocab_rows=4096,
+            mlp_width=64,
+            heads=2,
+            linear_heads=2,
+            feature_dim=4,
+            rotary_dim=8,
+            window=8,
+            enc_length=64,
+            train_length=128,
+        ),
+    }
+
+
+def presets() -> dict[str, Config]:
+    """Every named size: the eight published ones, `mini-*` and `debug`."""
+    return _published() | _small()

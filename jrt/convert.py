@@ -1,0 +1,162 @@
+"""`jrt convert`: a checkpoint in any layout that `jrt.load` reads, written as a Hugging Face folder.
+
+Safetensors in shards of at most 4 GB, the tokenizer if the source has one, and a card that says where the weights came from.
+The folder appears when it is complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from jrt import __version__
+from jrt.export import make_self_contained
+from jrt.hub import JRTForCausalLM
+from jrt.loading import load, resolve
+from jrt.weights import files
+
+SHARD = "4GB"
+HASH_BYTES = 8 << 20
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def convert(
+    source: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, self_contained: bool = False
+) -> Path:
+    """Writes `source` to the folder `out`; `jrt.load(out)` then gives what `jrt.load(source)` gives.
+
+    Args:
+        source: anything that `jrt.load` takes: a folder, a hub id, a mini model's name.
+        out: a folder that is new or empty.
+        dtype: of the weights in the result; None keeps the source's.
+        self_contained: add a modelling file, so that the folder loads with `trust_remote_code=True` where jrt is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `out` holds something, the disk is too full, or the source cannot be loaded (nothing is written then).
+    """
+    out = Path(out).expanduser()
+    _check_out(out)
+    folder = resolve(source)
+    model = load(source, dtype=dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(out.parent, model)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        model.save_pretrained(partial, max_shard_size=SHARD)
+        tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        for name in tokenizer:
+            shutil.copyfile(folder / name, partial / name)
+        if self_contained:
+            make_self_contained(partial, __version__)
+        sources = [folder / "config.json", *files(folder), *(folder / name for name in tokenizer)]
+        card = _card(model, source, sources, sorted(partial.iterdir()), bool(tokenizer), self_contained)
+        (partial / "README.md").write_text(card)
+        partial.chmod(0o755)  # mkdtemp's own mode would hide the result from everybody else
+        os.replace(partial, out)  # also over an empty folder
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose a new folder, or empty this one")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: expected a new or empty folder")
+
+
+def _check_space(folder: Path, model: JRTForCausalLM) -> None:
+    needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"the result takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room")
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file, with a progress bar for a large one."""
+    digest, size = hashlib.sha256(), file.stat().st_size
+    with (
+        open(file, "rb") as opened,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"sha256 {file.name}", disable=size < 1 << 28) as bar,
+    ):
+        while block := opened.read(HASH_BYTES):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _card(
+    model: JRTForCausalLM, source: str | Path, sources: list[Path], results: list[Path], tokenizer: bool, alone: bool
+) -> str:
+    """The folder's README.md: what it is, how it loads, where it came from."""
+    config, core = model.config, model.config.core
+    parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
+    origin = Path(source).name if Path(source).is_dir() else str(source)
+    quirks = ", ".join(config.quirks) or "none (correct computation)"
+    other_way = (
+        'Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`; the code is `modeling_jrt.py`.'
+        if alone
+        else "For a folder that loads without jrt, convert with `--self-contained`."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [jrt, recurrent, linear-attention]
+---
+
+# {origin}, converted by jrt
+
+```python
+import jrt
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or jrt.load(FOLDER), which maps the weights instead of copying them
+```
+
+{other_way}
+
+| | |
+|---|---|
+| parameters | {parameters:,} in {dtype} |
+| layers | `{core.pattern}` |
+| width, vocabulary rows | {core.width}, {core.vocab_rows} (tokens: {config.vocab_tokens}) |
+| tokenizer | {"in this folder" if tokenizer else "not in the source: the released models use GPT-2's"} |
+| short prompts | `{config.short_prompt}` |
+| quirks | {quirks} |
+
+The weights are the source's, with other names{"" if dtype == "float32" else f" and stored in {dtype}"}. Their licence is the source's.
+`jrt.load(FOLDER, compat="released")` computes as the published numbers were measured.
+
+## Provenance
+
+Converted from `{origin}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
+
+Source files:
+
+{_hashes(sources)}
+Files of this folder:
+
+{_hashes(results)}"""
+
+
+def _hashes(paths: list[Path]) -> str:
+    rows = "".join(f"| `{path.name}` | {path.stat().st_size:,} | `{sha256(path)}` |\n" for path in paths)
+    return f"| file | bytes | sha256 |\n|---|---|---|\n{rows}"

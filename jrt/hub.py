@@ -1,0 +1,291 @@
+"""The models as transformers knows them: cache, `forward` and `generate`.
+
+Importing this module registers the model class; `jrt.hub_config` does so as soon as a configuration is made, so that
+AutoModelForCausalLM loads a folder that `save_pretrained` wrote after nothing but `import jrt`.
+
+Shapes: B batch, T tokens of a call, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from jrt.cache import ModelState
+from jrt.generate import fill_short_prompts
+from jrt.hub_config import JRTConfig
+from jrt.model import LanguageModel
+from jrt.objective import IGNORED, mean_loss
+from jrt.quirks import Quirks
+
+
+class RecurrentCache(Cache):
+    """transformers' cache interface around one `ModelState`."""
+
+    is_compileable = False
+
+    def __init__(self, state: ModelState | None = None) -> None:
+        super().__init__(layers=[])
+        self.state = state
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.state is None else self.state.seen
+
+    def get_max_length(self) -> int | None:
+        return None
+
+    get_max_cache_shape = get_max_length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state = self.state.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state = self.state.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.state = self.state.select(indices)
+
+    def reset(self) -> None:
+        self.state = None
+
+    def crop(self, max_length: int) -> None:
+        raise ValueError("a recurrent state cannot be cropped: it does not keep the tokens apart")
+
+
+class VocabularyRows(LogitsProcessor):
+    """Keeps decoding away from embedding rows that stand for no token."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.arange(self.tokens, scores.shape[1], device=scores.device), float("-inf"))
+
+
+class JRTForCausalLM(PreTrainedModel, GenerationMixin):
+    """Any `jrt.Config` as a transformers causal language model.
+
+    A row's output never depends on its padding (to the left) or its batch neighbours, and reading a prompt and decoding
+    equals the full forward at the same `prefix_length`; `quirks` give that up where the release did.
+    """
+
+    config_class = JRTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _is_stateful = True
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
+    _no_split_modules = ["Block"]
+
+    def __init__(self, config: JRTConfig) -> None:
+        super().__init__(config)
+        self.core = config.core
+        self.quirks = Quirks(**config.quirks)
+        self.model = LanguageModel(self.core)
+        self.post_init()
+        if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
+            self.model.init_weights()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.model.head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        prefix_length: Tensor | None = None,
+        blank_length: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Reads tokens on top of `past_key_values`.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, which must stand to the left of a row's tokens.
+            past_key_values: the cache that an earlier call returned; it is moved on in place.
+            use_cache: return a cache; by default outside training.
+            labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Labels inside a prefix are left
+                out, because the encoder has read them.
+            prefix_length: (B,) tokens of each row that the prefix encoder reads, on the first call; None: min(enc_length,
+                own tokens).
+            blank_length: (B,) short-prompt pads at each row's start (set by `generate`).
+            logits_to_keep: compute logits of the last so many tokens only; 0: all.
+
+        Returns:
+            logits (B, T, V) with all padded vocabulary rows, loss, past_key_values.
+
+        Raises:
+            ValueError: the inputs do not fit; the message says what was expected.
+        """
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds is not supported: pass input_ids")
+        state = self._past_state(past_key_values)
+        self._check_ids(input_ids, state)
+        mask = _own_mask(attention_mask, input_ids, state)
+        if state is None:
+            prefix_length = self._checked_prefix(prefix_length, input_ids, mask)
+        hidden, state = self.model.read(
+            input_ids,
+            state=state,
+            attention_mask=mask,
+            prefix_length=prefix_length,
+            blank_length=blank_length,
+            quirks=self.quirks,
+        )
+        if isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            hidden = hidden[:, -logits_to_keep:]
+        elif torch.is_tensor(logits_to_keep):
+            hidden = hidden[:, logits_to_keep]
+        logits = self.model.head(hidden)  # (B, T, V)
+        loss = None if labels is None else self._loss(logits, labels, mask, prefix_length, state)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache:
+            past_key_values = RecurrentCache() if past_key_values is None else past_key_values
+            past_key_values.state = state
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, short_prompt: str | None = None, **kwargs):
+        """transformers' `generate`, after prompts shorter than the prefix encoder were filled up.
+
+        Args:
+            inputs: (B, T) prompt ids, padded on the left; `input_ids` is the same.
+            short_prompt: a key of `jrt.generate.SHORT_PROMPTS`; None takes the model's own rule. Other models have no
+                encoder to fill and accept "none" only.
+            **kwargs: as in transformers; without `attention_mask` every token counts.
+
+        Returns:
+            What transformers returns; sequences start with the prompts as they were given.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("generate needs input_ids (B, T): an empty prompt has nothing to go on from")
+        past = kwargs.get("past_key_values")
+        self._check_ids(input_ids, self._past_state(past))
+        mask = kwargs.pop("attention_mask", None)
+        if mask is None or self.quirks.ignore_batch_padding:
+            mask = torch.ones_like(input_ids) if mask is None else torch.ones_like(mask)
+        if self.quirks.padded_rows is False and self.config.vocab_tokens < self.core.vocab_rows:
+            processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+            kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.config.vocab_tokens)])
+        if past is not None and past.get_seq_length() or not self.core.has("P"):
+            if short_prompt not in (None, "none") and not self.core.has("P"):
+                raise ValueError(f"short_prompt={short_prompt!r}: this model has no prefix encoder; expected None or 'none'")
+            return super().generate(input_ids, attention_mask=mask, **kwargs)
+        own = _own_mask(mask, input_ids, None)
+        prompt = fill_short_prompts(
+            input_ids,
+            torch.ones_like(input_ids, dtype=torch.bool) if own is None else own,
+            self.core.enc_length,
+            self.config.short_prompt if short_prompt is None else short_prompt,
+            self.config.short_prompt_token,
+        )
+        added = prompt.input_ids.shape[1] - input_ids.shape[1]
+        for name in ("max_length", "min_length"):
+            if added and kwargs.get(name) is not None:
+                kwargs[name] += added
+        if added and not {"max_length", "max_new_tokens", "generation_config"} & set(kwargs):
+            kwargs["max_new_tokens"] = 20  # transformers' default, which counts the prompt as it is now
+        for name in ("prefix_length", "blank_length"):
+            if getattr(prompt, name) is not None:
+                kwargs[name] = getattr(prompt, name)
+        if prompt.prefix_length is None:
+            kwargs["use_cache"] = False
+        output = super().generate(prompt.input_ids, attention_mask=prompt.attention_mask.long(), **kwargs)
+        return _with_given_prompts(output, input_ids, prompt.input_ids.shape[1])
+
+    def _past_state(self, past_key_values) -> ModelState | None:
+        if past_key_values is None:
+            return None
+        if not isinstance(past_key_values, RecurrentCache):
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {kind}; expected the RecurrentCache that an earlier call returned")
+        return past_key_values.state
+
+    def _check_ids(self, input_ids: Tensor, state: ModelState | None) -> None:
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            shape, dtype = tuple(input_ids.shape), input_ids.dtype
+            raise ValueError(f"input_ids is {dtype} of shape {shape}; expected integers of shape (B, T)")
+        if input_ids.numel() == 0:
+            raise ValueError("input_ids is empty: expected at least one row and one token")
+        if input_ids.is_cuda and state is not None:
+            return  # reading the extremes back would stall the GPU at each step
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= self.core.vocab_rows:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is outside the vocabulary; expected 0 to {self.core.vocab_rows - 1}")
+
+    def _checked_prefix(self, prefix_length, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        if prefix_length is None:
+            return None
+        if prefix_length.shape != input_ids.shape[:1]:
+            expected = (input_ids.shape[0],)
+            raise ValueError(f"prefix_length has shape {tuple(prefix_length.shape)}; expected (B,) = {expected}")
+        own = input_ids.shape[1] if mask is None else mask.sum(1)
+        if bool(((prefix_length < 0) | (prefix_length > own)).any()):
+            raise ValueError("prefix_length counts each row's own tokens: expected between 0 and the row's length")
+        return prefix_length
+
+    def _loss(self, logits: Tensor, labels: Tensor, mask, prefix_length, state: ModelState) -> Tensor:
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}")
+        if self.core.has("P"):
+            own = state.lengths[:, None]  # (B, 1)
+            prefix = own.clamp(max=self.core.enc_length) if prefix_length is None else prefix_length[:, None]
+            position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
+            labels = labels.masked_fill(position < prefix, IGNORED)
+            if bool((labels == IGNORED).all()):
+                raise ValueError("all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length")
+        return mean_loss(logits[:, :-1], labels[:, 1:])
+
+
+def _own_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:
+    """(B, T) bool for the tokens of this call, or None where none is padding."""
+    if attention_mask is None:
+        return None
+    batch, length = input_ids.shape
+    total = length + (0 if state is None else state.seen)
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in (length, total):
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {shape}; expected (B, T) = {(batch, length)} or {(batch, total)}")
+    if state is not None and length == 1:
+        return None  # a token that is generated is never padding
+    mask = attention_mask[:, -length:].bool()
+    if bool(mask.all()):
+        return None
+    if state is not None:
+        raise ValueError("padding after the first call: pad prompts on the left, before anything was read")
+    if not bool(mask.any(1).all()):
+        raise ValueError("a row of attention_mask is all padding: expected at least one token in each row")
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        raise ValueError("attention_mask has padding to the right of tokens: expected left padding (padding_side='left')")
+    return mask
+
+
+def _with_given_prompts(output, input_ids: Tensor, filled: int):
+    """Sequences that start with the prompts as they came in, instead of the filled ones."""
+    sequences = output if torch.is_tensor(output) else output.sequences
+    given = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], dim=0)
+    sequences = torch.cat([given.to(sequences.device), sequences[:, filled:]], dim=1)
+    if torch.is_tensor(output):
+        return sequences
+    output.sequences = sequences
+    return output
+
+
+AutoModelForCausalLM.register(JRTConfig, JRTForCausalLM, exist_ok=True)

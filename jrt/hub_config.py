@@ -1,0 +1,55 @@
+"""The configuration as transformers knows it, apart from the models because `import jrt` has to stay quick.
+
+transformers' modelling code takes seconds to import; a configuration is the first thing that any use of a model makes.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from jrt.config import Config, presets
+from jrt.generate import SPACE_TOKEN, check_short_prompt
+
+
+class JRTConfig(PreTrainedConfig):
+    """A `jrt.Config` and what else a folder has to say: quirks, the rule for short prompts, where it came from."""
+
+    model_type = "jrt"
+
+    def __init__(
+        self,
+        architecture: dict | None = None,
+        vocab_tokens: int | None = None,
+        short_prompt: str = "none",
+        short_prompt_token: int = SPACE_TOKEN,
+        quirks: dict | None = None,
+        source: str | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **kwargs,
+    ) -> None:
+        importlib.import_module("jrt.hub")  # registers the model class for AutoModelForCausalLM
+        core = Config.from_dict(architecture) if architecture else presets()["debug"]
+        check_short_prompt(short_prompt)
+        self.architecture = core.to_dict()
+        self.vocab_tokens = core.vocab_rows if vocab_tokens is None else vocab_tokens
+        self.short_prompt = short_prompt
+        self.short_prompt_token = short_prompt_token
+        self.quirks = quirks or {}
+        self.source = source
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.use_cache = True
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = core.vocab_rows, core.width, len(core.pattern)
+        self.max_position_embeddings = core.train_length
+        kwargs["tie_word_embeddings"] = core.tied
+        super().__init__(**kwargs)
+
+    @property
+    def core(self) -> Config:
+        return Config.from_dict(self.architecture)
+
+
+AutoConfig.register("jrt", JRTConfig, exist_ok=True)

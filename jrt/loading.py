@@ -1,0 +1,206 @@
+"""`jrt.load`: from a name, a folder or a hub id to a model, whatever layout the files are in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from jrt import names, released
+from jrt.config import presets
+from jrt.generate import SPACE_TOKEN, check_short_prompt
+from jrt.hub import JRTForCausalLM
+from jrt.hub_config import JRTConfig
+from jrt.model import released_decay
+from jrt.quirks import Quirks
+from jrt.weights import CheckpointError, Entry, Reader, entries
+
+MINIS = Path(__file__).parent / "minis"
+RELEASED = (
+    "hazyresearch/JRT-360M-30B",
+    "hazyresearch/based-360M-30B",
+    "hazyresearch/mamba-360M-30B",
+    "hazyresearch/attn-360M-30B",
+    "hazyresearch/JRT-1B-50B",
+    "hazyresearch/based-1b-50b",
+    "hazyresearch/mamba-1b-50b",
+    "hazyresearch/attn-1b-50bn",
+)
+FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model")
+
+
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    compat: str | Quirks | None = None,
+    short_prompt: str | None = None,
+) -> JRTForCausalLM:
+    """Loads a model in evaluation mode.
+
+    Args:
+        name_or_path: a mini model ("mini-jrt"), a folder (this package's, a released one, shards, or Mamba's), or a hub id.
+        device: where the weights go; they are never held twice.
+        dtype: of the weights; None keeps the file's on a released folder, fp32 for the minis (stored in bf16).
+        compat: None computes correctly; "released" as the published numbers were measured; a `jrt.Quirks` picks quirks.
+        short_prompt: rule for prompts shorter than the encoder (`jrt.generate.SHORT_PROMPTS`); None: the checkpoint's own,
+            "pad" for released JRT models.
+
+    Returns:
+        The model; `model.config.source` says where it came from.
+
+    Raises:
+        ValueError: an unknown name, a checkpoint that cannot be read or does not fit, an unknown option.
+    """
+    check_short_prompt(short_prompt)
+    quirks = Quirks.of(compat)
+    folder = resolve(name_or_path)
+    raw = _read_config(folder)
+    described = entries(folder)
+    if raw.get("model_type") == "jrt":
+        config = JRTConfig.from_dict(raw)
+        if compat is not None:
+            config.quirks = {name: True for name in quirks.active()}
+        sources = _matched(described, names.OWN)
+    elif released.is_released(raw):
+        table = names.MAMBA if released.is_mamba(raw) else names.GPT
+        sources = _matched(_modern(described, raw), table)
+        shapes = {name: _shape(source) for name, source in sources.items()}
+        config = released.translate(raw, shapes, quirks, str(name_or_path))
+    else:
+        kind = raw.get("model_type", "unknown")
+        raise ValueError(f"{name_or_path} is a {kind} model; expected JRT, Based, attention or Mamba: use transformers for others")
+    if short_prompt is not None:
+        config.short_prompt = short_prompt
+    if quirks.ignore_end_token:
+        config.eos_token_id = None
+    if folder.parent == MINIS and dtype is None:
+        dtype = torch.float32
+    return _build(config, sources, device, dtype)
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, set to pad on the left; GPT-2's where a released folder has none.
+
+    Raises:
+        ValueError: neither the folder nor the hub nor its cache has it.
+    """
+    folder = resolve(name_or_path)
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder if own else "gpt2", padding_side="left")
+    except OSError as error:
+        raise ValueError(f"{name_or_path} has no tokenizer and GPT-2's cannot be had: download 'gpt2' once, online") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # as the release pads
+    return tokenizer
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder behind a mini's name, a path or a hub id (downloaded, or taken from the hub's cache).
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = str(name_or_path)
+    if (MINIS / name / "config.json").is_file():
+        return MINIS / name
+    if Path(name).is_dir():
+        return Path(name)
+    if name in presets():
+        raise ValueError(f"{name} is an architecture without weights here; minis with weights: {', '.join(_minis())}")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"no model {name!r}: expected one of {', '.join(_minis())}, a folder, or a hub id like {RELEASED[4]}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{name} is neither in the hub's cache nor reachable: download it where there is a network") from error
+
+
+def _minis() -> list[str]:
+    return sorted(folder.name for folder in MINIS.glob("*/") if (folder / "config.json").is_file())
+
+
+def _read_config(folder: Path) -> dict:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json: expected a model folder")
+    try:
+        raw = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds a {type(raw).__name__}; expected a JSON object")
+    return raw
+
+
+Source = Entry | tuple[Entry, ...]  # a tuple: stacked along the first dimension
+
+
+def _modern(described: dict[str, Entry], raw: dict) -> dict[str, Source]:
+    """Entries under the names of the released layout, from the older layouts."""
+    layers = raw.get("n_layer") or raw.get("num_hidden_layers") or 0
+    renames = names.modern_norms(list(described), layers)
+    found: dict[str, Source] = {renames[name]: entry for name, entry in described.items()}
+    if raw.get("mlp_type") == "alt":
+        for name in [name for name in found if ".mlp.fc3." in name]:
+            gate = name.replace(".fc3.", ".fc1.")
+            if gate not in found:
+                raise CheckpointError(f"{name} has no {gate} beside it")
+            found[gate] = (found.pop(name), found[gate])  # values above gates
+    return found
+
+
+def _matched(described: dict[str, Source], table) -> dict[str, Source]:
+    found, unknown = names.renamed(list(described), table)
+    if unknown:
+        raise CheckpointError(f"{len(unknown)} tensors have no place in the model: {', '.join(sorted(unknown)[:8])}")
+    return {here: described[name] for here, name in found.items()}
+
+
+def _shape(source: Source) -> tuple[int, ...]:
+    if isinstance(source, Entry):
+        return source.shape
+    if len({part.shape[1:] for part in source}) != 1:
+        raise CheckpointError(f"{source[0].name} and {source[1].name} cannot be stacked: {source[0].shape}, {source[1].shape}")
+    return (sum(part.shape[0] for part in source), *source[0].shape[1:])
+
+
+def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.dtype | None) -> JRTForCausalLM:
+    """Checks names and shapes on the meta device, then fills the model tensor by tensor."""
+    with torch.device("meta"):
+        model = JRTForCausalLM(config)
+    core = config.core
+    expected = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
+    optional = {"log_decay"} | ({"head.weight"} if core.tied else set())
+    missing = sorted(set(expected) - set(sources) - optional)
+    left_over = sorted(set(sources) - set(expected))
+    if missing or left_over:
+        raise CheckpointError(f"the weights do not fit the configuration: missing {missing[:8]}, left over {left_over[:8]}")
+    for name, source in sources.items():
+        if _shape(source) != expected[name]:
+            raise CheckpointError(f"{name} has shape {_shape(source)}; expected {expected[name]} from config.json")
+    reader = Reader(device, dtype)
+    weights = {name: _read(reader, source) for name, source in sources.items()}
+    if core.tied:
+        head = weights.pop("head.weight", None)
+        if head is not None and not torch.equal(head, weights["embedding.weight"]):
+            raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
+    if core.decay_const is not None:
+        decay = weights.get("log_decay", released_decay(core.decay_const, core.linear_heads))
+        weights["log_decay"] = decay.to(device=device, dtype=torch.float32)
+    model.model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model.requires_grad_(True).eval()
+
+
+def _read(reader: Reader, source: Source) -> torch.Tensor:
+    if isinstance(source, Entry):
+        return reader.read(source)
+    return torch.cat([reader.read(part) for part in source])

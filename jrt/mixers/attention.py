@@ -1,0 +1,142 @@
+"""A, full attention, and S, attention in a sliding window; rotary positions in both.
+
+Shapes: B batch, T tokens, K keys, H heads, D head size, W earlier keys that a window shows, N blocks of W (or more) queries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jrt.config import Config
+from jrt.mixers.reading import Reading
+
+MIN_BLOCK = 64  # fewer queries a block waste the matrix units on small windows
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of the tokens before, the newest last; a window keeps W columns, zeros where nothing was read yet."""
+
+    k: Tensor  # (B, K, H, D), rotated
+    v: Tensor  # (B, K, H, D)
+
+
+class Attention(nn.Module):
+    """Softmax attention over all earlier tokens of the row."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.heads, self.rotary_dim = config.heads, config.rotary_dim
+        self.scale = (config.width // config.heads) ** -0.5
+        if config.inverse_layer_scale:
+            self.scale /= layer + 1
+        self.Wqkv = nn.Linear(config.width, 3 * config.width, bias="attention.qkv" in config.biases)
+        self.out_proj = nn.Linear(config.width, config.width, bias="attention.out" in config.biases)
+
+    def forward(self, x: Tensor, reading: Reading, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        q, k, v = self._rotated(x, reading)
+        if state is not None:
+            k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, K, H, D)
+        o = full_attention(q, k, v, self._valid(k, reading), self.scale)
+        return self.out_proj(o.flatten(2)), KeyValues(k, v)
+
+    def _rotated(self, x: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D) each
+        if self.rotary_dim:
+            cos, sin = rotary_angles(reading.positions, self.rotary_dim)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
+
+    def _valid(self, k: Tensor, reading: Reading) -> Tensor | None:
+        """(B, K) bool: which keys are tokens; padding can only stand to the left of all of them."""
+        if reading.mask is None and k.shape[1] == reading.positions.shape[1]:
+            return None
+        own = reading.positions[:, -1:] + 1  # (B, 1) own tokens up to now
+        return torch.arange(k.shape[1], device=k.device) >= k.shape[1] - own
+
+
+class WindowAttention(Attention):
+    """Softmax attention over the row's last W + 1 tokens, its own included."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.window = config.window_of(layer)
+
+    def forward(self, x: Tensor, reading: Reading, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        q, k, v = self._rotated(x, reading)
+        if state is None:
+            empty = k.new_zeros(k.shape[0], self.window, *k.shape[2:])
+            state = KeyValues(empty, empty)
+        k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, W + T, H, D)
+        own = reading.positions[:, -1:] + 1
+        valid = torch.arange(k.shape[1], device=k.device) >= k.shape[1] - own  # (B, W + T)
+        o = window_attention(q, k, v, valid, self.window, self.scale)
+        return self.out_proj(o.flatten(2)), KeyValues(k[:, x.shape[1] :], v[:, x.shape[1] :])
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    """Causal softmax attention; the last T of the K keys belong to the T queries.
+
+    Args:
+        q: (B, T, H, D); k, v: (B, K, H, D); valid: (B, K) bool or None for all.
+
+    Returns:
+        (B, T, H, D); a query that is itself padding sees at least itself, so that nothing becomes NaN.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    mask = None
+    if valid is not None and queries == 1:
+        mask = valid[:, None, None, :]  # (B, 1, 1, K)
+    elif valid is not None:
+        age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)  # (T, K)
+        mask = ((age >= 0) & valid[:, None, :] | (age == 0))[:, None]  # (B, 1, T, K)
+    elif queries != keys and queries != 1:
+        raise AssertionError("keys of earlier calls always come with their valid columns")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T or K, D)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=scale)
+    return o.transpose(1, 2)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int, scale: float) -> Tensor:
+    """Softmax attention of query t over keys t .. t + W of a list that starts W before the first query.
+
+    Queries go in blocks, each against the keys of its block and the W before: memory is linear in T.
+
+    Args:
+        q: (B, T, H, D); k, v: (B, W + T, H, D); valid: (B, W + T) bool.
+
+    Returns:
+        (B, T, H, D).
+    """
+    batch, length, heads, size = q.shape
+    block = min(max(window, MIN_BLOCK), length)
+    padding = -length % block
+    if padding:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+        valid = F.pad(valid, (0, padding))
+    blocks = (length + padding) // block
+    q = q.unflatten(1, (blocks, block)).flatten(0, 1).transpose(1, 2)  # (B N, H, block, D)
+    k, v = (x.unfold(1, window + block, block).flatten(0, 1).transpose(2, 3) for x in (k, v))  # (B N, H, W + block, D)
+    offset = torch.arange(window + block, device=q.device) - torch.arange(block, device=q.device)[:, None]
+    near, itself = (offset >= 0) & (offset <= window), offset == window  # (block, W + block)
+    shown = valid.unfold(1, window + block, block).flatten(0, 1)[:, None, None, :]  # (B N, 1, 1, W + block)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=near & shown | itself, scale=scale)
+    return o.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
+
+
+def rotary_angles(positions: Tensor, dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, 1, ceil(dim / 2)) in fp32; exponents are 2 i / dim, for an odd `dim` as well (RoFormer, eq. 15)."""
+    frequencies = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = positions.float()[..., None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first half of the rotated dimensions against the second; the rest passes through."""
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)

@@ -1,0 +1,29 @@
+"""C, the gated short convolution (BaseConv): y = out(silu(conv(u)) * gate). Shapes: B batch, T tokens, E channels, K taps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jrt.config import Config
+from jrt.mixers.reading import Reading
+from jrt.ops import short_convolution
+
+
+class ShortConvolution(nn.Module):
+    """The mixer of all layers that hold no recall; its state is the last K - 1 inputs of the convolution."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        channels, bias = config.conv_expand * config.width, "conv.projections" in config.biases
+        self.in_proj = nn.Linear(config.width, 2 * channels, bias=bias)
+        self.conv = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias="conv.filter" in config.biases)
+        self.out_proj = nn.Linear(channels, config.width, bias=bias)
+
+    def forward(self, x: Tensor, reading: Reading, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
+        if reading.mask is not None:
+            u = torch.where(reading.mask[..., None], u, 0)
+        c, state = short_convolution(u, self.conv.weight[:, 0], self.conv.bias, state)
+        return self.out_proj(F.silu(c) * gate), state  # the gate itself is linear

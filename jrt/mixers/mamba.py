@@ -1,0 +1,51 @@
+"""M, Mamba's selective state space layer (arXiv 2312.00752). Shapes: B batch, T tokens, E channels, N states, R rank, K taps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jrt.config import Config
+from jrt.mixers.reading import Reading
+from jrt.ops import selective_scan, short_convolution
+
+
+class MambaState(NamedTuple):
+    """What one Mamba layer keeps of a row."""
+
+    conv: Tensor  # (B, K - 1, E)
+    ssm: Tensor  # (B, E, N) fp32
+
+
+class Mamba(nn.Module):
+    """Convolution, selective scan and gate; replaces attention and MLP both."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        channels, self.states, self.rank = config.mamba_expand * config.width, config.state_dim, config.mamba_rank
+        self.in_proj = nn.Linear(config.width, 2 * channels, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.mamba_kernel, groups=channels)
+        self.x_proj = nn.Linear(channels, self.rank + 2 * self.states, bias=False)
+        self.dt_proj = nn.Linear(self.rank, channels)
+        self.A_log = nn.Parameter(torch.empty(channels, self.states))
+        self.D = nn.Parameter(torch.empty(channels))
+        self.out_proj = nn.Linear(channels, config.width, bias=False)
+
+    def forward(self, x: Tensor, reading: Reading, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
+        if reading.mask is not None:
+            u = torch.where(reading.mask[..., None], u, 0)
+        c, conv = short_convolution(u, self.conv1d.weight[:, 0], self.conv1d.bias, None if state is None else state.conv)
+        u = F.silu(c)
+        rank, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        delta = F.softplus(F.linear(rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias)  # (B, T, E)
+        if reading.mask is not None:
+            delta = torch.where(reading.mask[..., None], delta, 0)  # padding leaves the state as it was
+        A = -self.A_log.to(wide).exp()
+        ssm = None if state is None else state.ssm
+        y, ssm = selective_scan(u, delta, A, B, C, self.D.to(wide), initial_state=ssm)
+        return self.out_proj(y * F.silu(gate)), MambaState(conv, ssm)

@@ -1,0 +1,84 @@
+"""How other releases name their tensors, and what this package calls them. Data first, then the one function that reads it.
+
+Each row is a pattern for the whole name in the file and the name here; the first row that matches decides.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Prefix-linear-attention, Based and attention checkpoints (original_spec section 2), after a leading "model." is cut.
+GPT = (
+    (r"transformer\.embeddings\.word_embeddings\.weight", "embedding.weight"),
+    (r"transformer\.layers\.(\d+)\.(norm[12])\.weight", r"blocks.\1.\2.weight"),
+    (r"transformer\.layers\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
+    (r"transformer\.layers\.(\d+)\.mixer\.conv1?\.conv1?\.(weight|bias)", r"blocks.\1.mixer.conv.\2"),
+    (r"transformer\.layers\.(\d+)\.mixer\.(in_proj|out_proj|Wqkv)\.(weight|bias)", r"blocks.\1.mixer.\2.\3"),
+    (r"transformer\.layers\.(\d+)\.mixer\.(proj_[qkv]|proj_[kv]_enc|decay_proj)\.weight", r"blocks.\1.mixer.\2.weight"),
+    (r"transformer\.ln_f\.weight", "norm.weight"),
+    (r"transformer\.decay\.decay", "log_decay"),
+    (r"lm_head\.weight", "head.weight"),
+)
+
+# state-spaces/mamba-*, both layouts, and the released mamba-* (original_spec section 2).
+MAMBA = (
+    (r"backbone\.embeddings?\.weight", "embedding.weight"),
+    (r"backbone\.layers\.(\d+)\.norm\.weight", r"blocks.\1.norm1.weight"),
+    (r"backbone\.layers\.(\d+)\.mixer\.(A_log|D)", r"blocks.\1.mixer.\2"),
+    (r"backbone\.layers\.(\d+)\.mixer\.(in_proj|x_proj|out_proj)\.weight", r"blocks.\1.mixer.\2.weight"),
+    (r"backbone\.layers\.(\d+)\.mixer\.(conv1d|dt_proj)\.(weight|bias)", r"blocks.\1.mixer.\2.\3"),
+    (r"backbone\.norm_f\.weight", "norm.weight"),
+    (r"lm_head\.weight", "head.weight"),
+)
+
+# Folders that this package wrote.
+OWN = ((r"model\.(.+)", r"\1"),)
+
+# Counters of the trainer and tables that follow from the configuration: no weights.
+NOT_WEIGHTS = (r"(train|val|test)_metrics\..+", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.feature_map\..+")
+
+# MLPs with three matrices instead of two: each pair becomes fc1, values above gates (original_spec 1.1, mlp_type "alt").
+SPLIT_MLP = (r"transformer\.layers\.(\d+)\.mlp\.fc3\.weight", r"transformer.layers.\1.mlp.fc1.weight")
+
+
+def renamed(names: list[str], table: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], list[str]]:
+    """Looks each name of a file up in a table.
+
+    Returns:
+        {name here: name in the file}, and the names that no row knows (NOT_WEIGHTS are neither).
+
+    Raises:
+        ValueError: two tensors of the file claim the same name here.
+    """
+    found: dict[str, str] = {}
+    unknown = []
+    for name in names:
+        cut = name.removeprefix("model.") if table is not OWN else name
+        if any(re.fullmatch(pattern, cut) for pattern in NOT_WEIGHTS):
+            continue
+        for pattern, replacement in table:
+            if match := re.fullmatch(pattern, cut):
+                here = match.expand(replacement)
+                if here in found:
+                    raise ValueError(f"the tensors {found[here]} and {name} are both {here}")
+                found[here] = name
+                break
+        else:
+            unknown.append(name)
+    return found, unknown
+
+
+def modern_norms(names: list[str], layers: int) -> dict[str, str]:
+    """{name in the file: name of the released layout}, for files from before the norms moved in front of the mixers.
+
+    There `ln_0` stood before the first layer and each layer's two norms stood after its mixer and its MLP.
+    """
+    plain = {name.removeprefix("model."): name for name in names}
+    if "transformer.ln_0.weight" not in plain:
+        return {name: name for name in names}
+    moved = {"transformer.ln_0.weight": "transformer.layers.0.norm1.weight"}
+    for layer in range(layers):
+        after = f"transformer.layers.{layer + 1}.norm1.weight" if layer + 1 < layers else "transformer.ln_f.weight"
+        moved[f"transformer.layers.{layer}.norm1.weight"] = f"transformer.layers.{layer}.norm2.weight"
+        moved[f"transformer.layers.{layer}.norm2.weight"] = after
+    return {name: moved.get(cut, cut) for cut, name in plain.items()}

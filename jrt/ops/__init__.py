@@ -1,0 +1,148 @@
+"""The two functions that all models here are built on, and the choice of who computes them.
+
+Prefix linear attention is causal linear attention that starts from a state which is not zero: `encode_prefix` reads the
+prefix into a state, `linear_attention` goes on from any state, and one more token is the same call with T = 1.
+
+Shapes: B batch, T tokens, M prefix tokens, H heads, d query/key size, D value size, F = 1 + d + d (d + 1) / 2 features.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from jrt.ops import chunked, cuda, reference
+from jrt.ops.feature_map import State, feature_count, taylor_features
+from jrt.ops.selective_scan import selective_scan
+from jrt.ops.short_convolution import short_convolution
+
+Backend = Literal["reference", "chunked", "cuda"]
+BACKENDS = ("reference", "chunked", "cuda")
+__all__ = [
+    "BACKENDS",
+    "State",
+    "encode_prefix",
+    "feature_count",
+    "linear_attention",
+    "selective_scan",
+    "short_convolution",
+    "taylor_features",
+]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    initial_state: State | None = None,
+    mask: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    normalize: bool = True,
+    backend: Backend | None = None,
+) -> tuple[Tensor, State]:
+    """Causal linear attention with the Taylor feature map, from an optional state (paper equation 3).
+
+        y_i = phi(q_i) (S_0 + sum_{j<=i} phi(k_j) v_j^T) / phi(q_i) . (z_0 + sum_{j<=i} phi(k_j))
+
+    Args:
+        q, k: (B, T, H, d), before the feature map.
+        v: (B, T, H, D).
+        initial_state: what was read before, from `encode_prefix` or an earlier call; None: nothing.
+        mask: (B, T) bool, False where a token is padding and must leave no trace; its own output means nothing.
+        log_decay: (H,) log of the numerator's decay per token (the released Based-360M); None: no decay.
+        normalize: divide by the denominator; False gives the numerator.
+        backend: "reference" (T^2, the definition), "chunked" (PyTorch) or "cuda" (Hopper kernels, forward only); None takes
+            the fastest that supports the call.
+
+    Returns:
+        o (B, T, H, D) in the dtype of `v`, and the State after the last token, in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the backend that was asked for cannot serve the call.
+    """
+    _check_keys_and_values(k, v, mask)
+    if q.shape != k.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected that of k, {tuple(k.shape)}")
+    if q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(f"q is {q.dtype} on {q.device}; expected {k.dtype} on {k.device}, as k")
+    if log_decay is not None and log_decay.shape != (k.shape[2],):
+        raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected (H,) = ({k.shape[2]},)")
+    if initial_state is not None:
+        _check_state(initial_state, k, v)
+    match _choose(backend, q, k, v, initial_state, mask, log_decay, normalize):
+        case "cuda":
+            return cuda.linear_attention(q, k, v, initial_state, mask, normalize)
+        case "reference":
+            return reference.linear_attention(q, k, v, initial_state, mask, log_decay, normalize)
+        case _:
+            return chunked.linear_attention(q, k, v, initial_state, mask, log_decay, normalize)
+
+
+def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: Backend | None = None) -> State:
+    """The first reading: the state that a prefix leaves, every token seen by every later query.
+
+    Args:
+        k: (B, M, H, d), before the feature map.
+        v: (B, M, H, D).
+        mask: (B, M) bool, False where a token is not part of the prefix.
+        backend: as in `linear_attention`.
+
+    Returns:
+        State in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: as in `linear_attention`.
+    """
+    _check_keys_and_values(k, v, mask)
+    match _choose(backend, k, k, v, None, mask, None, True):
+        case "cuda":
+            return cuda.encode_prefix(k, v, mask)
+        case "reference":
+            return reference.encode_prefix(k, v, mask)
+        case _:
+            return chunked.encode_prefix(k, v, mask)
+
+
+def _choose(backend, q, k, v, initial_state, mask, log_decay, normalize) -> Backend:
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend {backend!r}: expected one of {BACKENDS}, or None for the fastest")
+    if backend in ("reference", "chunked"):
+        return backend
+    reason = cuda.unsupported(q, k, v, initial_state, mask, log_decay, normalize)
+    if backend == "cuda" and reason is not None:
+        raise ValueError(f"backend 'cuda' cannot serve this call: {reason}")
+    return "chunked" if reason else "cuda"
+
+
+def _check_keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    if k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"expected k (B, T, H, d) and v (B, T, H, D), got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k has (B, T, H) = {tuple(k.shape[:3])} and v {tuple(v.shape[:3])}; expected the same")
+    if 0 in k.shape or 0 in v.shape:
+        raise ValueError(f"expected at least one token, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+    if not (k.is_floating_point() and v.is_floating_point()):
+        raise ValueError(f"expected floating-point k and v, got {k.dtype} and {v.dtype}")
+    if k.device != v.device or k.dtype != v.dtype:
+        raise ValueError(f"v is {v.dtype} on {v.device}; expected {k.dtype} on {k.device}, as k")
+    if mask is None:
+        return
+    if mask.shape != k.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (B, T) = {tuple(k.shape[:2])}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}; expected torch.bool, False where a token is padding")
+
+
+def _check_state(state: State, k: Tensor, v: Tensor) -> None:
+    batch, _, heads, d = k.shape
+    expected = (batch, heads, feature_count(d), v.shape[-1])
+    if tuple(state.S.shape) != expected or tuple(state.z.shape) != expected[:3]:
+        raise ValueError(
+            f"initial_state has S {tuple(state.S.shape)} and z {tuple(state.z.shape)}; "
+            f"expected (B, H, F, D) = {expected} and (B, H, F): is it from another model?"
+        )
+    if state.S.device != k.device:
+        raise ValueError(f"initial_state is on {state.S.device}; expected {k.device}, as k")

@@ -1,0 +1,143 @@
+"""Linear attention in chunks: linear time and memory, plain PyTorch, any device, differentiable.
+
+Inside a chunk the scores 1 + s + s^2 / 2 come from q.k itself (a C x C product of d-vectors); features are built only to
+read and write the state between chunks. Matrix products run in the inputs' dtype on a GPU and at least in fp32 on a CPU;
+states are always summed in fp32 or wider.
+
+Shapes: B batch, T tokens, H heads, d query/key size, D value size, F features, N chunks of C tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jrt.ops.feature_map import State, taylor_features
+
+CHUNK = 128
+# Chunks of one segment are computed side by side, segments one after another: the states between chunks may take this much.
+SEGMENT_STATE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+
+
+def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
+    """The state that a prefix leaves; no scores, no order, no queries (equation 3, encoder sums)."""
+    batch, length, heads, _ = k.shape
+    k, v = _to_compute_dtype(k), _to_compute_dtype(v)
+    piece = _segment_tokens(k, v)
+    S = z = None
+    for start in range(0, length, piece):
+        phi = taylor_features(k[:, start : start + piece].transpose(1, 2))  # (B, H, M, F)
+        if mask is not None:
+            phi = phi * mask[:, None, start : start + piece, None]
+        dS = (phi.transpose(-1, -2) @ v[:, start : start + piece].transpose(1, 2)).to(_state_dtype(k))  # (B, H, F, D)
+        dz = phi.sum(-2, dtype=_state_dtype(k))  # (B, H, F)
+        S, z = (dS, dz) if S is None else (S + dS, z + dz)
+    return State(S, z)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: State | None,
+    mask: Tensor | None,
+    log_decay: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, State]:
+    """The function of `reference.linear_attention`, in T / C steps."""
+    dtype = v.dtype
+    q, k, v = _to_compute_dtype(q), _to_compute_dtype(k), _to_compute_dtype(v)
+    state = initial_state
+    if state is not None:
+        state = State(state.S.to(_state_dtype(k)), state.z.to(_state_dtype(k)))
+    length = q.shape[1]
+    # Decay ties each chunk's state to the one before, so chunks cannot be summed side by side.
+    segment = CHUNK if log_decay is not None else _segment_tokens(k, v)
+    outputs, start = [], 0
+    while start < length:
+        rest = length - start
+        tokens = min(segment, rest // CHUNK * CHUNK) if rest >= CHUNK else rest
+        part = slice(start, start + tokens)
+        part_mask = None if mask is None else mask[:, part]
+        o, state = _segment(q[:, part], k[:, part], v[:, part], state, part_mask, log_decay, normalize)
+        outputs.append(o.to(dtype))
+        start += tokens
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
+
+
+def _segment(q, k, v, state, mask, log_decay, normalize):
+    """One segment of whole chunks (or one short chunk) on top of the state before it."""
+    batch, length, heads, d = q.shape
+    chunk = min(CHUNK, length)
+    wide = _state_dtype(k)
+    q, k, v = (x.unflatten(1, (-1, chunk)).transpose(2, 3) for x in (q, k, v))  # (B, N, H, C, d or D)
+    keep = None if mask is None else mask.unflatten(1, (-1, chunk))[:, :, None]  # (B, N, 1, C)
+
+    # 1. Scores within the chunk.
+    s = (q @ k.transpose(-1, -2)).to(wide) * d**-0.5  # (B, N, H, C, C)
+    scores = (1 + s + 0.5 * s * s).tril()
+    if keep is not None:
+        scores = scores * keep[..., None, :]
+    denominator = scores.sum(-1)  # (B, N, H, C)
+    phi_k = taylor_features(k)  # (B, N, H, C, F)
+    if keep is not None:
+        phi_k = phi_k * keep[..., None]
+    grown = phi_k
+    if log_decay is not None:
+        steps = torch.arange(chunk, device=q.device, dtype=wide)
+        age = (steps[:, None] - steps[None, :]).clamp(min=0)
+        rate = log_decay.to(wide)[:, None, None]  # (H, 1, 1)
+        scores = scores * (rate * age).exp()  # numerator only: the denominator was summed above
+        grown = phi_k * (rate * (chunk - 1 - steps)[:, None]).exp().to(phi_k.dtype)
+    numerator = (scores.to(v.dtype) @ v).to(wide)  # (B, N, H, C, D)
+
+    # 2. What each chunk adds to the state, and the state before each chunk.
+    dS = (grown.transpose(-1, -2) @ v).to(wide)  # (B, N, H, F, D)
+    dz = phi_k.sum(-2, dtype=wide)  # (B, N, H, F)
+    if log_decay is not None:  # one chunk
+        fade = (rate * (steps + 1)[:, None]).exp()  # (H, C, 1)
+        before = None if state is None else State(state.S[:, None], state.z[:, None])
+        S = dS[:, 0] if state is None else dS[:, 0] + fade[:, -1:] * state.S
+        z = dz[:, 0] if state is None else dz[:, 0] + state.z
+    else:
+        fade = 1
+        S, z = dS.cumsum(1), dz.cumsum(1)
+        if state is not None:
+            S, z = S + state.S[:, None], z + state.z[:, None]
+        before = _shifted(S, z, state)
+        S, z = S[:, -1], z[:, -1]
+
+    # 3. What the queries read from it.
+    if before is not None:
+        phi_q = taylor_features(q)  # (B, N, H, C, F)
+        numerator = numerator + fade * (phi_q @ before.S.to(q.dtype)).to(wide)
+        denominator = denominator + (phi_q @ before.z.to(q.dtype)[..., None]).to(wide)[..., 0]
+    if mask is not None:  # a padded query with nothing before it gives 0, not 0 / 0
+        denominator = denominator.masked_fill(denominator == 0, 1)
+    o = numerator / denominator[..., None] if normalize else numerator
+    return o.transpose(2, 3).flatten(1, 2), State(S, z)
+
+
+def _shifted(S: Tensor, z: Tensor, state: State | None) -> State | None:
+    """The states before each chunk, out of those after it; None where there is nothing before."""
+    if state is None and S.shape[1] == 1:
+        return None
+    first = State(torch.zeros_like(S[:, 0]), torch.zeros_like(z[:, 0])) if state is None else state
+    return State(torch.cat([first.S[:, None], S[:, :-1]], dim=1), torch.cat([first.z[:, None], z[:, :-1]], dim=1))
+
+
+def _to_compute_dtype(x: Tensor) -> Tensor:
+    """A CPU multiplies half precision slowly and rounds between steps, so it computes in fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == "cpu" else x
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _segment_tokens(k: Tensor, v: Tensor) -> int:
+    """Tokens of one segment, a multiple of CHUNK."""
+    batch, _, heads, d = k.shape
+    per_chunk = 4 * batch * heads * (1 + d + d * (d + 1) // 2) * max(v.shape[-1], CHUNK)
+    budget = SEGMENT_STATE_BYTES.get(k.device.type, SEGMENT_STATE_BYTES["cuda"])
+    return CHUNK * max(1, budget // per_chunk)

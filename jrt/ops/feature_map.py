@@ -1,0 +1,45 @@
+"""The Taylor feature map and the state that it fills.
+
+Shapes: B batch, T tokens, H heads, d query/key size, D value size, F = 1 + d + d (d + 1) / 2 features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """What linear attention remembers of a text: the two sums of the paper's equation 3."""
+
+    S: Tensor  # (B, H, F, D) fp32: sum of phi(k) v^T
+    z: Tensor  # (B, H, F) fp32: sum of phi(k)
+
+
+def feature_count(d: int) -> int:
+    """Features of the symmetric map; the released full map has 1 + d + d^2 with the same inner products."""
+    return 1 + d + d * (d + 1) // 2
+
+
+def taylor_features(x: Tensor) -> Tensor:
+    """phi(x) with phi(q).phi(k) = 1 + s + s^2 / 2 for s = q.k / sqrt(d) (paper equations 6-7).
+
+    The second-order part is symmetric in its two indices, so each pair i < j is kept once with weight 1 / sqrt(d) and
+    each square with weight 1 / sqrt(2 d). Order: 1, the d first-order features, the pairs i <= j row by row.
+
+    Args:
+        x: (..., d).
+
+    Returns:
+        (..., F) in the dtype of `x`.
+    """
+    d = x.shape[-1]
+    first = x * d**-0.25
+    rows, columns = torch.triu_indices(d, d, device=x.device)
+    weights = 1 - (1 - math.sqrt(0.5)) * (rows == columns).to(x.dtype)  # (d (d + 1) / 2,)
+    # Slices and not an index_select: its backward pass would be a scatter.
+    pairs = torch.cat([first[..., i : i + 1] * first[..., i:] for i in range(d)], dim=-1)  # (..., d (d + 1) / 2)
+    return torch.cat([torch.ones_like(x[..., :1]), first, pairs * weights], dim=-1)  # (..., F)

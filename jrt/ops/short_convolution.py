@@ -1,0 +1,32 @@
+"""A causal depthwise convolution over a few taps, with the state that lets it go on.
+
+Shapes: B batch, T tokens, E channels, K taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def short_convolution(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """c_t = bias + sum_j weight[:, j] u_{t - K + 1 + j}, a sum of K shifted products (faster here than conv1d).
+
+    Args:
+        u: (B, T, E); padding must be zero already.
+        weight: (E, K); the last tap multiplies the current token.
+        bias: (E,) or None.
+        state: (B, K - 1, E), the inputs before `u`; None: zeros.
+
+    Returns:
+        c (B, T, E), and the state after the last token.
+    """
+    taps, length = weight.shape[1], u.shape[1]
+    if state is None:
+        state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
+    u = torch.cat([state.to(u.dtype), u], dim=1)  # (B, K - 1 + T, E)
+    weight = weight.to(u.dtype)
+    c = u[:, :length] * weight[:, 0]
+    for tap in range(1, taps):
+        c = c + u[:, tap : tap + length] * weight[:, tap]
+    return c if bias is None else c + bias.to(c.dtype), u[:, length:]

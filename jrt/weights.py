@@ -1,0 +1,178 @@
+"""Reads weight files without trusting them: names, shapes and dtypes first, then one tensor at a time.
+
+Nothing a file says is executed (`weights_only`), and no memory is taken before the caller has compared the shapes with the
+configuration. Tensors that stay on the CPU in their own dtype are mapped, not read.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit its configuration; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, as the file describes it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """All tensors of a folder: `model.safetensors` or `pytorch_model.bin`, or the shards that an index lists.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing, or a file that is truncated, corrupted or no weight file.
+    """
+    found: dict[str, Entry] = {}
+    for file in files(folder):
+        for name, entry in _entries_of(file).items():
+            if name in found:
+                raise CheckpointError(f"{name} stands in two files: {found[name].file.name} and {file.name}")
+            found[name] = entry
+    return found
+
+
+class Reader:
+    """Reads tensors that `entries` described, one after another, keeping open what it can without keeping memory.
+
+    Tensors that stay on the CPU in their own dtype are views of the mapped file. Others are copies; what was touched of the
+    file is given back after every REOPEN_BYTES, so that at most so much stands in memory beside the copies.
+    """
+
+    REOPEN_BYTES = 128 << 20
+
+    def __init__(self, device: str | torch.device, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self._file: Path | None = None
+        self._content = None
+        self._touched = 0
+
+    def read(self, entry: Entry) -> Tensor:
+        """One tensor on the device in the dtype asked for (None: its own).
+
+        Raises:
+            CheckpointError: the tensor is not floating point, cannot be read, or holds NaN or infinity.
+        """
+        if not entry.dtype.is_floating_point:
+            raise CheckpointError(f"{entry.file.name}: {entry.name} is {entry.dtype}; expected floating-point weights")
+        try:
+            tensor = self._get(entry)
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{entry.file.name}: {entry.name} cannot be read ({_first_line(error)})") from error
+        low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise CheckpointError(f"{entry.file.name}: {entry.name} holds NaN or infinite values")
+        if self.device.type == "cpu" and self.dtype in (None, entry.dtype):
+            return tensor
+        self._touched += tensor.nbytes
+        return tensor.to(device=self.device, dtype=self.dtype or entry.dtype, copy=True)
+
+    def _get(self, entry: Entry) -> Tensor:
+        if self._file != entry.file or self._touched > self.REOPEN_BYTES:
+            self._content, self._file, self._touched = _opened(entry.file), entry.file, 0
+        if entry.file.suffix == ".safetensors":
+            return self._content.get_tensor(entry.name)
+        return self._content[entry.name]
+
+
+def _opened(file: Path):
+    if file.suffix == ".safetensors":
+        return safe_open(file, framework="pt")
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return _state_dict(content, file)
+
+
+def files(folder: Path) -> list[Path]:
+    for name in SINGLE:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _shards(index)
+        if (folder / name).is_file():
+            return [folder / name]
+    raise CheckpointError(f"{folder} holds no weights: expected one of {', '.join(SINGLE)}, or an .index.json of shards")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{index.name} is no index of shards: expected JSON with a weight_map") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index.name} names files outside the folder: {outside[0]}")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.name} lists shards that are not there: {', '.join(missing)}")
+    return [index.parent / name for name in names]
+
+
+def _entries_of(file: Path) -> dict[str, Entry]:
+    try:
+        return _safetensors_entries(file) if file.suffix == ".safetensors" else _torch_entries(file)
+    except CheckpointError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({_first_line(error)})") from error
+    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error) as error:
+        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({_first_line(error)})") from error
+
+
+def _safetensors_entries(file: Path) -> dict[str, Entry]:
+    with safe_open(file, framework="pt") as opened:
+        found = {}
+        for name in opened.keys():  # noqa: SIM118 (not a dict)
+            part = opened.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{file.name}: {name} is {part.get_dtype()}; expected one of {', '.join(DTYPES)}")
+            found[name] = Entry(file, name, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+        return found
+
+
+def _torch_entries(file: Path) -> dict[str, Entry]:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise CheckpointError(f"{file.name} is compressed: expected a file that torch.save wrote")
+        with FakeTensorMode():
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    else:  # before torch 1.6; such files can be read only whole
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    found = {}
+    for name, tensor in _state_dict(content, file).items():
+        if not isinstance(name, str) or not torch.is_tensor(tensor):
+            raise CheckpointError(f"{file.name}: {name!r} is a {type(tensor).__name__}; expected named tensors only")
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"{file.name}: {name} is a sparse tensor; expected dense tensors only")
+        found[name] = Entry(file, name, tuple(tensor.shape), tensor.dtype)
+    return found
+
+
+def _state_dict(content: object, file: Path) -> dict:
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file.name} holds a {type(content).__name__}; expected a dict of named tensors")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,124 @@
+// Host side of the prefill: pieces, tensor maps, checks; and the scan over pieces.
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <string>
+
+#include "prefill.cuh"
+#include "scan.h"
+
+namespace jrt {
+
+template <typename Elem>
+const char* launch_prefill(const PrefillArguments&, const PrefillMaps&, PrefillParameters);
+extern template const char* launch_prefill<__nv_bfloat16>(const PrefillArguments&, const PrefillMaps&, PrefillParameters);
+extern template const char* launch_prefill<__half>(const PrefillArguments&, const PrefillMaps&, PrefillParameters);
+
+namespace {
+
+constexpr int kScanThreads = 256;
+
+// One thread per element of a state; the pieces' values are fetched eight at a time.
+__global__ void __launch_bounds__(kScanThreads)
+    scan_pieces(float* pieces, const float* initial, float* final_state, int64_t elements, int count, bool last_counts) {
+    const int64_t element = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
+    if (element >= elements) return;
+    float running = initial ? initial[element] : 0.0f;
+    constexpr int kBatch = 8;
+    for (int first = 0; first < count; first += kBatch) {
+        float values[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) values[i] = first + i < count ? pieces[(first + i) * elements + element] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (first + i < count) pieces[(first + i) * elements + element] = running;
+            running += values[i];
+        }
+    }
+    if (last_counts) final_state[element] = running;
+}
+
+int column_tiles(int value_dim) { return (value_dim + kColumns - 1) / kColumns; }
+
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+    static const auto encoder = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+    }();
+    return encoder;
+}
+
+// A map of (B, T, H, last) that copies `rows` tokens x `columns` of one head.
+bool encode(CUtensorMap* map, const TensorView& x, const PrefillArguments& a, int last, int columns, int rows,
+            CUtensorMapSwizzle swizzle) {
+    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(last), static_cast<cuuint64_t>(a.heads),
+                                 static_cast<cuuint64_t>(a.tokens), static_cast<cuuint64_t>(a.batch)};
+    // The stride of a dimension of size 1 is arbitrary in the caller's tensor but not in a map.
+    const auto bytes = [&](int64_t stride, int size) { return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16); };
+    const cuuint64_t strides[3] = {bytes(x.head_stride, a.heads), bytes(x.token_stride, a.tokens), bytes(x.batch_stride, a.batch)};
+    const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows), 1};
+    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    const auto type = a.type == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    return tensor_map_encoder()(map, type, 4, const_cast<void*>(x.data), sizes, strides, box, steps,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace
+
+int prefill_segments(int batch, int tokens, int heads, int value_dim, int multiprocessors) {
+    constexpr int kSmallestPiece = 4;  // chunks: below, reading and writing states costs more than the card's idle half
+    const int64_t blocks = static_cast<int64_t>(batch) * heads * column_tiles(value_dim);
+    const int slots = 2 * multiprocessors;
+    const int chunks = (tokens + kChunk - 1) / kChunk;
+    const int wanted = static_cast<int>(std::min<int64_t>(slots / blocks, chunks / kSmallestPiece));
+    if (wanted <= 1) return 1;
+    const int piece_chunks = (chunks + wanted - 1) / wanted;
+    return (chunks + piece_chunks - 1) / piece_chunks;
+}
+
+int64_t prefill_workspace(int batch, int heads, int value_dim, int segments) {
+    return segments > 1 ? static_cast<int64_t>(segments) * batch * heads * kFeatures * (value_dim + 1) : 0;
+}
+
+const char* scan_states(const PrefillArguments& a, float* piece_S, float* piece_z) {
+    const int64_t states = static_cast<int64_t>(a.batch) * a.heads * kFeatures;
+    const auto stream = static_cast<cudaStream_t>(a.stream);
+    const bool last_counts = true;
+    const auto scan = [&](float* pieces, const float* initial, float* final_state, int64_t elements) {
+        const auto blocks = static_cast<unsigned>((elements + kScanThreads - 1) / kScanThreads);
+        scan_pieces<<<blocks, kScanThreads, 0, stream>>>(pieces, initial, final_state, elements, a.segments, last_counts);
+    };
+    scan(piece_S, a.initial_S, a.S, states * a.value_dim);
+    scan(piece_z, a.initial_z, a.z, states);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* prefill(const PrefillArguments& a) {
+    if (tensor_map_encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled: CUDA 12 or newer is needed";
+    PrefillMaps maps{};
+    const auto rows32 = CU_TENSOR_MAP_SWIZZLE_32B, rows128 = CU_TENSOR_MAP_SWIZZLE_128B;
+    bool ok = encode(&maps.k, a.k, a, kDim, kDim, kChunk, rows32) &&
+              encode(&maps.v, a.v, a, a.value_dim, kColumns, kChunk, rows128);
+    if (a.q.data != nullptr) {
+        ok = ok && encode(&maps.q, a.q, a, kDim, kDim, kChunk, rows32) &&
+             encode(&maps.o, a.o, a, a.value_dim, kColumns, 16, rows128);
+    }
+    if (!ok) return "a tensor cannot be copied in tiles: its address and strides must be multiples of 16 bytes";
+
+    PrefillParameters p{};
+    p.mask = a.mask;
+    p.mask_batch_stride = a.mask_batch_stride, p.mask_token_stride = a.mask_token_stride;
+    p.tokens = a.tokens, p.heads = a.heads, p.value_dim = a.value_dim;
+    p.column_tiles = column_tiles(a.value_dim);
+    const int chunks = (a.tokens + kChunk - 1) / kChunk;
+    p.pieces = a.segments;
+    p.piece_chunks = (chunks + a.segments - 1) / a.segments;
+    p.normalize = a.normalize;
+    return a.type == ElementType::kBFloat16 ? launch_prefill<__nv_bfloat16>(a, maps, p) : launch_prefill<__half>(a, maps, p);
+}
+
+}  // namespace jrt

@@ -1,0 +1,337 @@
+// Prefill for d = 16 on Hopper. A block handles one head (or one piece of its sequence) and 64 columns of v.
+//
+//   prefill_text   two warpgroups: threads 0..127 answer queries (query.cuh), threads 128..255 keep the state (state.cuh).
+//                  They meet once a chunk, over a double-buffered 16-bit copy of the state in shared memory.
+//   prefill_state  one warpgroup, state only: a prefix, or the first pass over a sequence that is cut into pieces.
+//   scan_states    sums of pieces -> the state before each piece, and the final state.
+//
+// All sums run in one fixed order: equal inputs give equal bits.
+#pragma once
+
+#include "launch.h"
+#include "query.cuh"
+
+namespace jrt {
+
+struct PrefillMaps {
+    CUtensorMap q, k, v, o;
+};
+
+struct PrefillParameters {
+    const uint8_t* mask;
+    int mask_batch_stride, mask_token_stride;
+    const float* initial_S;  // (pieces or 1, B, H, 153, D)
+    const float* initial_z;
+    float* S;  // where the state after each piece goes
+    float* z;
+    int64_t initial_piece_stride, piece_stride;  // in states (B * H), 0: one for all pieces
+    int tokens, heads, value_dim, column_tiles;
+    int pieces, piece_chunks;  // chunks of kChunk tokens in a piece
+    int last_piece_only;       // only the last piece writes its state
+    int normalize;
+};
+
+constexpr uint32_t kStateCopyBytes = kPhiBytes;
+constexpr uint32_t kOutBytes = kChunk * kColumns * 2;
+
+// Shared memory of prefill_text, from a 1024-byte boundary.
+constexpr int kTextStages = 3;
+constexpr uint32_t kTextStageBytes = kValueTileBytes + 2 * kKeyTileBytes;  // v, k, q
+constexpr uint32_t kTextOut = kTextStages * kTextStageBytes;
+constexpr uint32_t kTextPhi = kTextOut + kOutBytes;
+constexpr uint32_t kTextState = kTextPhi + kPhiBytes;
+constexpr uint32_t kTextMoments = kTextState + 2 * kStateCopyBytes;
+constexpr uint32_t kTextBarriers = kTextMoments + 2 * kMomentBytes;
+constexpr uint32_t kTextSharedBytes = kTextBarriers + 128 + 1024;
+
+// Shared memory of prefill_state.
+constexpr int kStateStages = 4;
+constexpr uint32_t kStateStageBytes = kValueTileBytes + kKeyTileBytes;  // v, k
+constexpr uint32_t kStatePhi = kStateStages * kStateStageBytes;
+constexpr uint32_t kStateBarriers = kStatePhi + kPhiBytes;
+constexpr uint32_t kStateSharedBytes = kStateBarriers + 128 + 1024;
+
+// Which part of the work a block does.
+struct Piece {
+    int column_tile, head, piece, batch;
+    int first_token, end_token, chunks;
+    int columns;  // of v that exist in this tile
+
+    __device__ __forceinline__ Piece(const PrefillParameters& p) {
+        int rest = blockIdx.x;
+        column_tile = rest % p.column_tiles, rest /= p.column_tiles;
+        head = rest % p.heads, rest /= p.heads;
+        piece = rest % p.pieces;
+        batch = rest / p.pieces;
+        first_token = piece * p.piece_chunks * kChunk;
+        end_token = min(p.tokens, first_token + p.piece_chunks * kChunk);
+        chunks = (end_token - first_token + kChunk - 1) / kChunk;
+        columns = min(kColumns, p.value_dim - column_tile * kColumns);
+    }
+    __device__ __forceinline__ int64_t state(const PrefillParameters& p, int64_t piece_stride) const {
+        return piece * piece_stride + static_cast<int64_t>(batch) * p.heads + head;
+    }
+    template <bool kMask>
+    __device__ __forceinline__ ChunkMask mask(const PrefillParameters& p, int lane) const {
+        const int offset = batch * p.mask_batch_stride + first_token * p.mask_token_stride;
+        return ChunkMask(p.mask, offset, p.mask_token_stride, kMask ? end_token - first_token : 0, lane);
+    }
+    __device__ __forceinline__ bool writes_state(const PrefillParameters& p) const {
+        return !p.last_piece_only || piece == p.pieces - 1;
+    }
+};
+
+__device__ __forceinline__ uint32_t aligned_shared_memory() {
+    extern __shared__ uint8_t memory[];
+    return (shared_address(memory) + 1023) & ~1023u;
+}
+
+// The running state of one piece, in the registers of a warpgroup.
+template <typename Elem, bool kMask>
+struct KeySide {
+    float sums[80];
+    float moments[8];
+    float count;
+    int warp, lane;
+    static constexpr int kBarrier = 1;  // named barrier of this warpgroup
+
+    __device__ __forceinline__ void read(const PrefillParameters& p, const Piece& piece) {
+        const int64_t state = piece.state(p, p.initial_piece_stride);
+        const float* S = p.initial_S;
+        const float* z = p.initial_z;
+        if (S != nullptr) {
+            S += state * kFeatures * p.value_dim + piece.column_tile * kColumns;
+            z += state * kFeatures;
+        }
+        read_state(sums, S, piece.columns, p.value_dim, warp, lane);
+        count = read_moments(moments, z, warp, lane);
+    }
+    __device__ __forceinline__ void write(const PrefillParameters& p, const Piece& piece) const {
+        const int64_t state = piece.state(p, p.piece_stride);
+        float* S = p.S + state * kFeatures * p.value_dim + piece.column_tile * kColumns;
+        write_state(sums, S, piece.columns, p.value_dim, warp, lane);
+        if (piece.column_tile == 0) write_moments(moments, count, p.z + state * kFeatures, warp, lane);
+    }
+    // Adds one chunk. All reads of the tiles are done when it returns (in this warp).
+    __device__ __forceinline__ void add(uint32_t k_tile, uint32_t v_tile, uint32_t phi, uint2 counts, int tokens) {
+        const int thread = 32 * warp + lane, token = thread & 63, half = thread >> 6;
+        const bool token_counts = ((token < 32 ? counts.x : counts.y) >> (token & 31)) & 1;
+        write_key_features<Elem, kMask>(phi, k_tile, token, half, token_counts);
+        fence_async_proxy();
+        named_barrier<kWarpgroup>(kBarrier);
+        start_state_update<Elem>(sums, v_tile, phi);
+        if (warp < 2) add_moments<Elem, kMask>(moments, k_tile, warp, lane, counts);
+        count += kMask ? __popc(counts.x) + __popc(counts.y) : tokens;
+        __syncwarp();
+        wgmma_wait<0>();
+    }
+};
+
+template <typename Elem, bool kMask>
+__global__ void __launch_bounds__(2 * kWarpgroup, 2)
+    prefill_text(const __grid_constant__ PrefillMaps maps, const __grid_constant__ PrefillParameters p) {
+    const uint32_t memory = aligned_shared_memory();
+    const uint32_t full = memory + kTextBarriers;       // a stage's tiles have arrived
+    const uint32_t read = full + 8 * kTextStages;       // the query side is done with a stage
+    const uint32_t published = read + 8 * kTextStages;  // a copy of the state is complete
+    const uint32_t taken = published + 16;              // the query side is done with it
+    const int warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
+    const bool query_side = threadIdx.x < kWarpgroup;
+    const Piece piece(p);
+
+    const auto load = [&](int chunk) {
+        const int stage = chunk % kTextStages;
+        const uint32_t tile = memory + stage * kTextStageBytes, barrier = full + 8 * stage;
+        const int token = piece.first_token + chunk * kChunk;
+        mbarrier_arrive_expect(barrier, kTextStageBytes);
+        copy_tile_in(tile + kValueTileBytes, &maps.k, barrier, 0, piece.head, token, piece.batch);
+        copy_tile_in(tile + kValueTileBytes + kKeyTileBytes, &maps.q, barrier, 0, piece.head, token, piece.batch);
+        copy_tile_in(tile, &maps.v, barrier, piece.column_tile * kColumns, piece.head, token, piece.batch);
+    };
+
+    if (threadIdx.x == 0) {
+        prefetch_tensor_map(&maps.q), prefetch_tensor_map(&maps.k);
+        prefetch_tensor_map(&maps.v), prefetch_tensor_map(&maps.o);
+        for (int i = 0; i < kTextStages; ++i) mbarrier_init(full + 8 * i, 1), mbarrier_init(read + 8 * i, 4);
+        for (int i = 0; i < 2; ++i) mbarrier_init(published + 8 * i, 4), mbarrier_init(taken + 8 * i, 4);
+        mbarrier_init_fence();
+        for (int chunk = 0; chunk < min(kTextStages, piece.chunks); ++chunk) load(chunk);
+    }
+    __syncthreads();
+
+    if (query_side) {
+        ChunkMask chunk_mask = piece.mask<kMask>(p, lane);
+        const uint32_t out_tile = memory + kTextOut + warp * (kOutBytes / 4);
+        const auto start_scores = [&](float(&scores)[32], int chunk) {
+            const int stage = chunk % kTextStages;
+            const uint32_t k_tile = memory + stage * kTextStageBytes + kValueTileBytes, q_tile = k_tile + kKeyTileBytes;
+            if (chunk < piece.chunks) mbarrier_wait(full + 8 * stage, (chunk / kTextStages) & 1);
+            wgmma_fence();
+            wgmma_scores<Elem>(scores, matrix_descriptor(q_tile, 16, 256, Swizzle::k32),
+                               matrix_descriptor(k_tile, 16, 256, Swizzle::k32), 0);
+            wgmma_commit();
+        };
+        const uint32_t causal = causal_bits(warp, lane);
+        float scores[32];
+        start_scores(scores, 0);
+        for (int chunk = 0; chunk < piece.chunks; ++chunk) {
+            const int stage = chunk % kTextStages;
+            const uint32_t v_tile = memory + stage * kTextStageBytes;
+            const uint32_t q_tile = v_tile + kValueTileBytes + kKeyTileBytes;
+            const uint32_t copy = memory + kTextState + (chunk & 1) * kStateCopyBytes;
+            const uint32_t moments = memory + kTextMoments + (chunk & 1) * kMomentBytes;
+            float o[32];
+            uint32_t features[kSlabs / 2][4], rest[kSlabs / 2][4], weights[4][4];
+            const uint2 counts = kMask ? chunk_mask.take() : make_uint2(~0u, ~0u);
+
+            // P V. The scores were started a chunk ago.
+            build_query_features<Elem, 0>(features, q_tile, warp, lane);
+            wgmma_wait<0>();
+            float row_sum[2], denominator[2];
+            taylor_scores<Elem, kMask>(scores, weights, row_sum, causal, lane, counts);
+            wgmma_fence();
+            const uint64_t v = descriptor_mn(v_tile, kValueTileBytes, 1024, Swizzle::k128);
+#pragma unroll
+            for (int step = 0; step < kChunk / 16; ++step) {
+                wgmma_values<Elem>(o, weights[step], v + descriptor_offset(step * 16 * 128), step > 0);
+            }
+            wgmma_commit();
+
+            // phi(q) S on top, in two halves: together with the weights all of phi(q) would not fit the registers.
+            mbarrier_wait(published + 8 * (chunk & 1), (chunk >> 1) & 1);
+            denominators<Elem>(denominator, row_sum, q_tile, moments, warp, lane);
+            wgmma_fence();
+            const uint64_t state = matrix_descriptor(copy, 16, 256, Swizzle::k32);
+#pragma unroll
+            for (int i = 0; i < kSlabs / 2; ++i) {
+                wgmma_state_read<Elem>(o, features[i], state + descriptor_offset(i * kSlabBytes), 1);
+            }
+            wgmma_commit();
+            wgmma_wait<1>();
+            build_query_features<Elem, kSlabs / 2>(rest, q_tile, warp, lane);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < kSlabs / 2; ++i) {
+                wgmma_state_read<Elem>(o, rest[i], state + descriptor_offset((kSlabs / 2 + i) * kSlabBytes), 1);
+            }
+            wgmma_commit();
+
+            // The state before this chunk is published, so the key side has left the chunk before it; `read` says when
+            // this side has.
+            if (warp == 0 && chunk > 0 && chunk + kTextStages - 1 < piece.chunks) {
+                if (lane == 0) {
+                    mbarrier_wait(read + 8 * ((chunk - 1) % kTextStages), ((chunk - 1) / kTextStages) & 1);
+                    load(chunk + kTextStages - 1);
+                }
+                __syncwarp();
+            }
+            if (lane == 0) copy_out_wait_read();
+            __syncwarp();
+            wgmma_wait<0>();
+            if (lane == 0) {
+                mbarrier_arrive(taken + 8 * (chunk & 1));
+                mbarrier_arrive(read + 8 * stage);
+            }
+            __syncwarp();
+            start_scores(scores, chunk + 1);  // after the last chunk: of whatever the stage holds, read by nobody
+
+            float factor[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                // A padded query with nothing before it gives 0, not 0 / 0.
+                factor[i] = p.normalize && denominator[i] != 0.0f ? 1.0f / denominator[i] : 1.0f;
+                factor[i] *= 1.0f / kRangeScale<Elem>;
+            }
+            stage_outputs<Elem>(o, factor, out_tile, lane);
+            fence_async_proxy();
+            __syncwarp();
+            const int token = piece.first_token + chunk * kChunk + 16 * warp;
+            if (lane == 0 && token < p.tokens) {
+                copy_tile_out(&maps.o, out_tile, piece.column_tile * kColumns, piece.head, token, piece.batch);
+                copy_out_commit();
+            }
+        }
+        wgmma_wait<0>();
+        if (lane == 0) copy_out_wait();
+    } else {
+        KeySide<Elem, kMask> keys;
+        keys.warp = warp, keys.lane = lane;
+        ChunkMask chunk_mask = piece.mask<kMask>(p, lane);
+        const uint32_t phi = memory + kTextPhi;
+        if (!kMask && warp >= 2) write_constant_feature<Elem>(phi, threadIdx.x & 63);
+        keys.read(p, piece);
+
+        const auto publish = [&](int chunk) {
+            publish_state<Elem>(keys.sums, memory + kTextState + (chunk & 1) * kStateCopyBytes, warp, lane);
+            publish_moments<Elem>(keys.moments, keys.count, memory + kTextMoments + (chunk & 1) * kMomentBytes, warp, lane);
+            fence_async_proxy();
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(published + 8 * (chunk & 1));
+        };
+        publish(0);
+        const int chunks = piece.writes_state(p) ? piece.chunks : piece.chunks - 1;
+        int stage = 0;
+        uint32_t stage_parity = 0;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const uint2 counts = kMask ? chunk_mask.take() : make_uint2(~0u, ~0u);
+            const uint32_t v_tile = memory + stage * kTextStageBytes;
+            mbarrier_wait(full + 8 * stage, stage_parity);
+            keys.add(v_tile + kValueTileBytes, v_tile, phi, counts,
+                     min(kChunk, piece.end_token - piece.first_token - chunk * kChunk));
+            const int next = chunk + 1;
+            if (next < piece.chunks) {
+                if (next >= 2) mbarrier_wait(taken + 8 * (next & 1), ((next >> 1) - 1) & 1);
+                publish(next);
+            }
+            named_barrier<kWarpgroup>(keys.kBarrier);  // phi may be overwritten
+            if (++stage == kTextStages) stage = 0, stage_parity ^= 1;
+        }
+        if (piece.writes_state(p)) keys.write(p, piece);
+    }
+}
+
+template <typename Elem, bool kMask>
+__global__ void __launch_bounds__(kWarpgroup, 3)
+    prefill_state(const __grid_constant__ PrefillMaps maps, const __grid_constant__ PrefillParameters p) {
+    const uint32_t memory = aligned_shared_memory();
+    const uint32_t full = memory + kStateBarriers;
+    const Piece piece(p);
+    KeySide<Elem, kMask> keys;
+    keys.warp = threadIdx.x / 32, keys.lane = threadIdx.x % 32;
+
+    const auto load = [&](int chunk) {
+        const int stage = chunk % kStateStages;
+        const uint32_t tile = memory + stage * kStateStageBytes, barrier = full + 8 * stage;
+        const int token = piece.first_token + chunk * kChunk;
+        mbarrier_arrive_expect(barrier, kStateStageBytes);
+        copy_tile_in(tile + kValueTileBytes, &maps.k, barrier, 0, piece.head, token, piece.batch);
+        copy_tile_in(tile, &maps.v, barrier, piece.column_tile * kColumns, piece.head, token, piece.batch);
+    };
+    if (threadIdx.x == 0) {
+        prefetch_tensor_map(&maps.k), prefetch_tensor_map(&maps.v);
+        for (int i = 0; i < kStateStages; ++i) mbarrier_init(full + 8 * i, 1);
+        mbarrier_init_fence();
+        for (int chunk = 0; chunk < min(kStateStages, piece.chunks); ++chunk) load(chunk);
+    }
+    const uint32_t phi = memory + kStatePhi;
+    if (!kMask && keys.warp >= 2) write_constant_feature<Elem>(phi, threadIdx.x & 63);
+    __syncthreads();
+
+    ChunkMask chunk_mask = piece.mask<kMask>(p, keys.lane);
+    keys.read(p, piece);
+    int stage = 0;
+    uint32_t stage_parity = 0;
+    for (int chunk = 0; chunk < piece.chunks; ++chunk) {
+        const uint2 counts = kMask ? chunk_mask.take() : make_uint2(~0u, ~0u);
+        const uint32_t v_tile = memory + stage * kStateStageBytes;
+        mbarrier_wait(full + 8 * stage, stage_parity);
+        keys.add(v_tile + kValueTileBytes, v_tile, phi, counts,
+                 min(kChunk, piece.end_token - piece.first_token - chunk * kChunk));
+        named_barrier<kWarpgroup>(keys.kBarrier);  // phi and this stage may be overwritten
+        if (threadIdx.x == 0 && chunk + kStateStages < piece.chunks) load(chunk + kStateStages);
+        if (++stage == kStateStages) stage = 0, stage_parity ^= 1;
+    }
+    keys.write(p, piece);
+}
+
+}  // namespace jrt

@@ -1,0 +1,128 @@
+"""API text: a readable page for a Python module, made from its source with ``ast`` (nothing is imported).
+
+A page is the module's docstring, then for every public class and function, in source order, one heading line and the first
+paragraph of its docstring::
+
+    Read and write things.
+    class Reader
+    Reads records from a stream.
+    read(size=-1, *, timeout=None)
+    Return at most size records.
+
+A heading ``name(arguments)`` is a *fact*: the name asks, the arguments answer. Arguments carry names and defaults, no annotations,
+and no ``self`` or ``cls``. The same strings make the training text of the mini models and the ``reference_pages`` task: a question is
+the line ``name(`` that the model goes on with, an announcement is the line ``name ?`` in front of the page.
+"""
+
+import ast
+import inspect
+import re
+from typing import NamedTuple
+
+HEADING = re.compile(r"^([A-Za-z_]\w*)\((.*)\)$")
+
+
+class Fact(NamedTuple):
+    """One heading line of a page: ``page.split("\\n")[line] == f"{name}({arguments})"``."""
+
+    name: str
+    arguments: str
+    line: int
+
+
+def question(name: str) -> str:
+    """The beginning of a heading: a prompt that ends with it is answered by the arguments and a closing bracket."""
+    return f"{name}("
+
+
+def announcement(name: str) -> str:
+    """The line that names what will be asked, for prompts that put the question before the page."""
+    return f"{name} ?"
+
+
+def heading(name: str, arguments: str) -> str:
+    """The whole line of a fact, the answer included."""
+    return f"{name}({arguments})"
+
+
+def facts(page: str) -> list[Fact]:
+    """All heading lines of a page in order, with repetitions; functions without arguments have ``arguments == ""``."""
+    found = []
+    for number, line in enumerate(page.split("\n")):
+        match = HEADING.match(line)
+        if match:
+            found.append(Fact(match[1], match[2], number))
+    return found
+
+
+def render(source: str) -> str:
+    """The page of one module, lines separated by "\\n" without a last one; "" when nothing public stands in it.
+
+    Raises ``ValueError`` when ``source`` is not Python of the running version (``SyntaxError`` is not one, so it is turned into one).
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, RecursionError) as error:
+        raise ValueError(f"not a Python module that this Python can read: {error}") from error
+    lines = _tidy(ast.get_docstring(tree) or "")
+    _render_body(tree.body, lines, in_class=False)
+    return "\n".join(lines)
+
+
+def _render_body(body: list[ast.stmt], lines: list[str], in_class: bool) -> None:
+    for node in body:
+        match node:
+            case ast.ClassDef() if _is_public(node.name):
+                lines.append(f"class {node.name}")
+                lines.extend(_first_paragraph(node))
+                _render_body(node.body, lines, in_class=True)
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if _is_public(node.name):
+                lines.append(heading(node.name, _arguments(node, in_class)))
+                lines.extend(_first_paragraph(node))
+            case (
+                ast.If() | ast.Try()
+            ):  # definitions that depend on the platform: both branches are part of the module's text
+                _render_body(node.body, lines, in_class)
+                _render_body(node.orelse, lines, in_class)
+
+
+def _is_public(name: str) -> bool:
+    return not name.startswith("_")
+
+
+def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> str:
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    is_static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
+    drop_first = in_class and bool(positional) and not is_static
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    parts = []
+    for index, (argument, default) in enumerate(zip(positional, defaults, strict=True)):
+        if not (index == 0 and drop_first):
+            parts.append(_with_default(argument.arg, default))
+        if index + 1 == len(arguments.posonlyargs) and parts:
+            parts.append("/")
+    if arguments.vararg:
+        parts.append(f"*{arguments.vararg.arg}")
+    elif arguments.kwonlyargs:
+        parts.append("*")
+    parts.extend(_with_default(a.arg, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))
+    if arguments.kwarg:
+        parts.append(f"**{arguments.kwarg.arg}")
+    return ", ".join(parts)
+
+
+def _with_default(name: str, default: ast.expr | None) -> str:
+    return name if default is None else f"{name}={ast.unparse(default)}"
+
+
+def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """The first paragraph as one line, so that how a source file was wrapped leaves no trace."""
+    text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+    paragraph = " ".join(re.split(r"\n\s*\n", text, maxsplit=1)[0].split())
+    return [paragraph] if paragraph else []
+
+
+def _tidy(text: str) -> list[str]:
+    """Lines of a longer text: spaces collapsed, no empty line."""
+    return [line for line in (" ".join(raw.split()) for raw in text.split("\n")) if line]

@@ -1,0 +1,57 @@
+"""`jrt-recall`: stock `lm_eval` with this package's tasks on its include path, and each task's protocol on the screen.
+
+lm-eval finds external tasks by `--include_path` alone (it has no entry points), so this command adds that one option
+and calls lm-eval's own command line; nothing in lm-eval is changed. `lm_eval --include_path $(jrt-recall --path) ...`
+is the same run.
+"""
+
+import logging
+import sys
+
+from . import task_folder
+from .protocols import PROTOCOLS
+
+_USAGE = """usage: jrt-recall [lm_eval's options]     runs lm_eval with the recall tasks
+       jrt-recall --path                 prints the folder for lm_eval --include_path
+       jrt-recall --protocols            prints the protocols
+       jrt-recall --help                 prints this and lm_eval's help"""
+
+
+def arguments(given: list[str]) -> list[str]:
+    """lm_eval's arguments: `run`, the include path, then the given ones.
+
+    Raises ValueError if an include path is given: lm-eval takes one only."""
+    if any(word == "--include_path" or word.startswith("--include_path=") for word in given):
+        raise ValueError("jrt-recall sets --include_path itself; use lm_eval directly to name another folder")
+    rest = given[1:] if given[:1] == ["run"] else given
+    return ["run", "--include_path", str(task_folder()), *rest]
+
+
+def main() -> None:
+    """The console script."""
+    given = sys.argv[1:]
+    match given:
+        case ["--path"]:
+            print(task_folder())
+        case ["--protocols"]:
+            print("\n".join(protocol.describe() for protocol in PROTOCOLS.values()))
+        case [] | ["--help"] | ["-h"]:
+            print(_USAGE)
+        case _:
+            sys.exit(_run(given))
+
+
+def _run(given: list[str]) -> int:
+    from lm_eval.__main__ import cli_evaluate
+
+    # lm-eval shows its own loggers only; ours says protocol, source and counts of each task.
+    logger = logging.getLogger(__package__)
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    try:
+        sys.argv = ["lm_eval", *arguments(given)]
+        cli_evaluate()
+    except ValueError as error:
+        print(f"jrt-recall: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,83 @@
+"""Writes the lm-eval task files of `jrt_recall/tasks`: one small YAML per task and strategy, all on `_recall`.
+
+Run it after a change of the tables below: `python lm-eval-harness/write_tasks.py`. A test holds files and tables equal.
+"""
+
+from pathlib import Path
+
+from jrt_recall.catalogue import PUBLISHED
+from jrt_recall.passages import TASKS as PASSAGES
+from jrt_recall.protocols import default
+
+FOLDER = Path(__file__).parent / "jrt_recall" / "tasks"
+READINGS = {"": "once", "_twice": "twice", "_n_times": "n_times", "_question_first": "question_first"}
+SUPER_GLUE = ("boolq", "cb", "copa", "multirc", "record", "sglue_rte", "wic", "wsc")
+
+BASE = """\
+# What all recall tasks share. Each row of the data is a finished prompt with its answers (jrt_recall/hooks.py).
+custom_dataset: !function jrt_recall.hooks.documents
+output_type: generate_until
+test_split: test
+doc_to_text: prompt
+doc_to_target: !function jrt_recall.hooks.target
+process_results: !function jrt_recall.hooks.score
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 48
+  do_sample: false
+metric_list:
+  - metric: contains
+    aggregation: mean
+    higher_is_better: true
+  - metric: window
+    aggregation: !function jrt_recall.hooks.first
+    higher_is_better: true
+  - metric: answer_room
+    aggregation: !function jrt_recall.hooks.first
+    higher_is_better: true
+  - metric: documents
+    aggregation: !function jrt_recall.hooks.first
+    higher_is_better: true
+  - metric: dropped
+    aggregation: !function jrt_recall.hooks.first
+    higher_is_better: false
+  - metric: invalid
+    aggregation: !function jrt_recall.hooks.first
+    higher_is_better: false
+  - metric: lost
+    aggregation: !function jrt_recall.hooks.total
+    higher_is_better: false
+"""
+
+
+def task_file(name: str, recall_task: str, reading: str, protocol: str, tag: str) -> str:
+    """The text of one task file."""
+    return (
+        f"include: _recall\ntask: {name}\ntag: {tag}\n"
+        f"dataset_kwargs: {{recall_task: {recall_task}, reading: {reading}}}\n"
+        f"metadata: {{version: 1.0, protocol: {protocol}}}\n"
+    )
+
+
+def task_files() -> dict[str, str]:
+    """File name -> text, for all files of the folder."""
+    files = {"_recall": BASE}
+    tables = [(f"recall_{task}", task, default(task)) for task in PUBLISHED]
+    tables += [(f"recall_reference_pages_{size}", "reference_pages", f"pages-{size}") for size in (512, 1024, 2048)]
+    tables += [(task, task, default(task)) for task in PASSAGES]
+    for name, task, protocol in tables:
+        family = "recall" if task in PUBLISHED else ("recall_pages" if task == "reference_pages" else "recall_passages")
+        for suffix, reading in READINGS.items():
+            files[f"{name}{suffix}.yaml"] = task_file(f"{name}{suffix}", task, reading, protocol, f"{family}{suffix}")
+    members = "".join(f"  - {task}\n" for task in SUPER_GLUE)
+    files["recall_super_glue.yaml"] = (
+        "# SuperGLUE with upstream's tasks and prompts; the paper's tables use 0, 1 and 5 shots (--num_fewshot).\n"
+        f"group: recall_super_glue\ntask:\n{members}metadata: {{version: 1.0}}\n"
+    )
+    return files
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for file_name, text in task_files().items():
+        (FOLDER / file_name).write_text(text, encoding="utf-8")

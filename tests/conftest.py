@@ -1,0 +1,30 @@
+"""Shared fixtures: where the golden vectors and the real passages lie, if they are there at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with golden/, qa/ and gpt2/: not part of the project, so tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("JRT_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no golden vectors or passages at {folder} (set JRT_SHARED)")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests skip by themselves where there is no GPU, with the reason."""
+    import torch
+
+    available = torch.cuda.is_available()
+    hopper = available and torch.cuda.get_device_capability() >= (9, 0)
+    for item in items:
+        if item.get_closest_marker("hopper") and not hopper:
+            item.add_marker(pytest.mark.skip(reason="needs a Hopper GPU (compute capability 9.0)"))
+        elif item.get_closest_marker("gpu") and not available:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

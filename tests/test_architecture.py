@@ -1,0 +1,132 @@
+"""The layout is the architecture: who may import whom, what `import jrt` loads, what no file may contain."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each may import those before it.
+ORDER = (
+    "config",
+    "quirks",
+    "ops",
+    "mixers",
+    "cache",
+    "model",
+    "objective",
+    "generate",
+    "hub_config",
+    "hub",
+    "weights",
+    "names",
+    "released",
+    "loading",
+    "export",
+    "convert",
+    "published",
+    "evaluate",
+    "cli",
+)
+PROJECTS = ("train", "synthetics", "benchmarks", "kernels")
+SLOW_TO_IMPORT = ("hydra", "pytorch_lightning", "lm_eval", "wandb", "triton", "fla", "ray", "pandas", "matplotlib", "datasets")
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(ROOT / "jrt").parts[0].removesuffix(".py")
+
+
+def test_imports_inside_the_package_point_one_way():
+    wrong = []
+    for file in (ROOT / "jrt").rglob("*.py"):
+        part = part_of(file)
+        if part in ("__init__", "__main__"):
+            continue
+        assert part in ORDER, f"jrt/{part} has no place in the order of imports"
+        for name in imports_of(file):
+            if name.startswith("jrt."):
+                target = name.split(".")[1]
+                if target in ORDER and ORDER.index(target) > ORDER.index(part):
+                    wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_only_evaluation_and_the_command_line_know_the_plugin():
+    users = {part_of(file) for file in (ROOT / "jrt").rglob("*.py") if any(n.split(".")[0] == "jrt_recall" for n in imports_of(file))}
+    assert users <= {"evaluate", "cli"}
+    for file in (ROOT / "lm-eval-harness").rglob("*.py"):
+        assert not any(name.split(".")[0] == "jrt" for name in imports_of(file)), file
+
+
+def test_projects_around_the_package_do_not_import_each_other():
+    for project in PROJECTS:
+        for file in (ROOT / project).rglob("*.py"):
+            others = {name.split(".")[0] for name in imports_of(file)} & set(PROJECTS) - {project}
+            assert not others, f"{file.relative_to(ROOT)} imports {others}"
+    for file in (ROOT / "kernels").rglob("*.py"):
+        assert not any(name.split(".")[0] == "jrt" for name in imports_of(file)), file
+
+
+def test_import_jrt_is_light():
+    script = f"import jrt, sys; print([m for m in {SLOW_TO_IMPORT + ('torch._dynamo', 'jrt.hub')} if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"
+
+
+def test_a_configuration_brings_the_model_class_with_it(tmp_path):
+    import jrt
+
+    jrt.JRTForCausalLM(jrt.JRTConfig()).save_pretrained(tmp_path)
+    script = f"import jrt; from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained({str(tmp_path)!r})).__name__)"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "JRTForCausalLM"
+
+
+def python_files() -> list[Path]:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in tracked.split()]
+
+
+def test_no_blind_except_no_print_in_the_package_no_breakpoint():
+    wrong = []
+    for file in python_files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            place = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ExceptHandler):
+                name = getattr(node.type, "id", None)
+                if node.type is None or name in ("Exception", "BaseException"):
+                    wrong.append(f"{place} catches everything")
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                in_package = file.is_relative_to(ROOT / "jrt") and part_of(file) != "cli"
+                if node.func.id == "breakpoint" or (node.func.id == "print" and in_package):
+                    wrong.append(f"{place} calls {node.func.id}")
+    assert not wrong
+
+
+def test_no_keyword_bags_in_ops_and_mixers():
+    for folder in ("ops", "mixers"):
+        for file in (ROOT / "jrt" / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    assert node.args.kwarg is None, f"{file.name}: {node.name} takes **{node.args.kwarg.arg}"
+
+
+@pytest.mark.parametrize("pattern", [r"(?<![\w.])/(home|root|scratch|work)/\w", r"/tmp/bash_jobs"])
+def test_no_machine_path_stands_in_the_tree(pattern):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    text = [ROOT / name for name in listed if Path(name).suffix in (".py", ".md", ".toml", ".yaml", ".sh", ".cu", ".cuh", ".cpp")]
+    wrong = [file.name for file in text if file != Path(__file__) and re.search(pattern, file.read_text(errors="replace"))]
+    assert not wrong

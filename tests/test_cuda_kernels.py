@@ -1,0 +1,300 @@
+"""The Hopper kernels against the fp64 definition, held to twice the error of eager PyTorch in the same dtype.
+
+Shapes: B batch, T tokens, H heads, d = 16, D value size, F = 153 features.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jrt import ops
+from jrt.ops import cuda
+from jrt.ops.feature_map import State
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda"
+FACTOR = 2.0
+
+
+def draw(batch, tokens, heads, value_dim, dtype=torch.bfloat16, device=DEVICE):
+    q, k = (torch.randn(batch, tokens, heads, 16, device=device) for _ in range(2))
+    v = torch.randn(batch, tokens, heads, value_dim, device=device) + 0.3  # a mean, so that sums grow
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def draw_state(batch, heads, value_dim):
+    _, k, v = draw(batch, 200, heads, value_dim, torch.float64)
+    return State(*(x.float() for x in ops.encode_prefix(k, v, backend="reference")))
+
+
+def draw_mask(batch, tokens):
+    """Left padding of two different lengths and holes; the first token of the last row counts."""
+    mask = torch.rand(batch, tokens, device=DEVICE) > 0.3
+    mask[0, : tokens // 3] = False
+    mask[-1, 0] = True
+    return mask
+
+
+def relative_error(x, exact):
+    return ((x.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30)).item()
+
+
+def assert_as_good_as_eager(result, eager, exact, mask=None):
+    (o, state), (o_eager, state_eager), (o_exact, state_exact) = result, eager, exact
+    assert o.isfinite().all()
+    if mask is not None:
+        o, o_eager, o_exact = o[mask], o_eager[mask], o_exact[mask]
+    floor = torch.finfo(o.dtype).eps / 4  # an output that happens to be rounded exactly by one of the two
+    for name, x, y, z in (("o", o, o_eager, o_exact), *zip(("S", "z"), state, state_eager, state_exact, strict=True)):
+        error, allowed = relative_error(x, z), FACTOR * relative_error(y, z) + (floor if name == "o" else 1e-6)
+        assert error <= allowed, f"{name}: relative error {error:.2e}, eager allows {allowed:.2e}"
+
+
+def run(backend, q, k, v, state=None, mask=None, normalize=True):
+    return ops.linear_attention(q, k, v, initial_state=state, mask=mask, normalize=normalize, backend=backend)
+
+
+def exact(q, k, v, state=None, mask=None, normalize=True):
+    wide = None if state is None else State(*(x.double() for x in state))
+    return run("chunked", q.double(), k.double(), v.double(), wide, mask, normalize)
+
+
+@pytest.fixture
+def poisoned():
+    """Freshly freed device memory full of NaN, where the next allocations land."""
+    junk = [torch.full((size,), float("nan"), device=DEVICE) for size in (2**26, 2**22, 2**20, 2**18, 2**16)]
+    del junk
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _extension(request):
+    if request.node.get_closest_marker("hopper") and (reason := cuda._missing(torch.cuda.current_device())):
+        pytest.skip(reason)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value_dim", [64, 112, 128])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000])
+def test_prefill_is_as_exact_as_eager(poisoned, dtype, value_dim, with_state, with_mask, tokens):
+    q, k, v = draw(2, tokens, 3, value_dim, dtype)
+    state = draw_state(2, 3, value_dim) if with_state else None
+    mask = draw_mask(2, tokens) if with_mask else None
+    arguments = (q, k, v, state, mask)
+    assert_as_good_as_eager(run("cuda", *arguments), run("chunked", *arguments), exact(*arguments), mask)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("batch, tokens, heads", [(1, 32768 + 17, 2), (1, 4097, 16), (2, 700, 70)])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_long_texts_and_pieces(poisoned, batch, tokens, heads, with_mask):
+    """Few heads: the sequence is cut into pieces; many: it is not."""
+    q, k, v = draw(batch, tokens, heads, 64)
+    state, mask = draw_state(batch, heads, 64), draw_mask(batch, tokens) if with_mask else None
+    arguments = (q, k, v, state, mask)
+    assert_as_good_as_eager(run("cuda", *arguments), run("chunked", *arguments), exact(*arguments), mask)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("batch, tokens, heads", [(2, 1, 3), (2, 333, 3), (1, 8192, 2), (16, 1024, 16)])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_encode_prefix(poisoned, batch, tokens, heads, with_mask):
+    _, k, v = draw(batch, tokens, heads, 64)
+    mask = draw_mask(batch, tokens) if with_mask else None
+    state = ops.encode_prefix(k, v, mask=mask, backend="cuda")
+    eager = ops.encode_prefix(k, v, mask=mask, backend="chunked")
+    wide = ops.encode_prefix(k.double(), v.double(), mask=mask, backend="chunked")
+    for x, y, z in zip(state, eager, wide, strict=True):
+        assert relative_error(x, z) <= FACTOR * relative_error(y, z) + 1e-6
+
+
+@pytest.mark.hopper
+def test_unnormalized_output(poisoned):
+    arguments = (*draw(2, 200, 3, 64), draw_state(2, 3, 64), None, False)
+    assert_as_good_as_eager(run("cuda", *arguments), run("chunked", *arguments), exact(*arguments))
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("cut", [1, 64, 100, 999])
+def test_reading_in_two_parts_is_reading_at_once(cut):
+    torch.manual_seed(0)
+    q, k, v = draw(2, 1000, 3, 64)
+    whole, state = run("cuda", q, k, v)
+    first, state_first = run("cuda", q[:, :cut], k[:, :cut], v[:, :cut])
+    second, state_second = run("cuda", q[:, cut:], k[:, cut:], v[:, cut:], state_first)
+    assert relative_error(torch.cat([first, second], dim=1), whole) < 4e-3
+    for x, y in zip(state_second, state, strict=True):
+        assert relative_error(x, y) < 2e-3
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("batch", [1, 5, 1024])
+@pytest.mark.parametrize("value_dim", [64, 112, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_step_updates_the_state_in_place(poisoned, batch, value_dim, dtype):
+    heads = 2
+    q, k, v = draw(batch, 1, heads, value_dim, dtype)
+    state = draw_state(batch, heads, value_dim)
+    before = State(*(x.clone() for x in state))
+    o = cuda.decode_step(q, k, v, state)
+    o_exact, state_exact = exact(q, k, v, before)
+    assert relative_error(o, o_exact) <= torch.finfo(dtype).eps / 2
+    for x, y in zip(state, state_exact, strict=True):
+        assert relative_error(x, y) < 1e-6
+
+
+@pytest.mark.hopper
+def test_decoding_token_by_token_is_prefill():
+    torch.manual_seed(0)
+    q, k, v = draw(3, 90, 2, 64)
+    whole, final = run("cuda", q, k, v)
+    _, state = run("cuda", q[:, :70], k[:, :70], v[:, :70])
+    for t in range(70, 90):
+        o = cuda.decode_step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state)
+        assert relative_error(o, whole[:, t : t + 1]) < 6e-3
+    for x, y in zip(state, final, strict=True):
+        assert relative_error(x, y) < 2e-3
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("shape", [(4, 2048, 16), (1, 8192, 2)])
+def test_equal_inputs_give_equal_bits(shape):
+    torch.manual_seed(0)
+    batch, tokens, heads = shape
+    q, k, v = draw(batch, tokens, heads, 64)
+    o, state = run("cuda", q, k, v)
+    for _ in range(10):
+        again, state_again = run("cuda", q, k, v)
+        assert torch.equal(o, again) and torch.equal(state.S, state_again.S) and torch.equal(state.z, state_again.z)
+
+
+@pytest.mark.hopper
+def test_a_row_does_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    q, k, v = draw(40, 300, 16, 64)
+    o, state = run("cuda", q, k, v)
+    alone, state_alone = run("cuda", q[7:24], k[7:24], v[7:24])
+    assert torch.equal(o[7:24], alone) and torch.equal(state.S[7:24], state_alone.S)
+
+
+@pytest.mark.hopper
+def test_padding_leaves_no_trace():
+    """Left padding with NaN-free junk: the same outputs and states as without it."""
+    torch.manual_seed(0)
+    q, k, v = draw(2, 200, 3, 64)
+    junk = draw(2, 77, 3, 64)
+    padded = [torch.cat([x * 50, y], dim=1) for x, y in zip(junk, (q, k, v), strict=True)]
+    mask = torch.ones(2, 277, dtype=torch.bool, device=DEVICE)
+    mask[:, :77] = False
+    o, state = run("cuda", q, k, v)
+    o_padded, state_padded = run("cuda", *padded, None, mask)
+    assert relative_error(o_padded[:, 77:], o) < 4e-3
+    assert (o_padded[:, :77] == 0).all()
+    for x, y in zip(state_padded, state, strict=True):
+        assert relative_error(x, y) < 1e-3
+
+
+@pytest.mark.hopper
+def test_strides_as_the_model_gives_them():
+    """Slices of one projection, a transposed layout, an expanded mask: no copies, the same bits."""
+    torch.manual_seed(0)
+    batch, tokens, heads = 2, 150, 4
+    fused = torch.randn(batch, tokens, heads * (16 + 16 + 64), device=DEVICE, dtype=torch.bfloat16)
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in fused.split([heads * 16, heads * 16, heads * 64], dim=-1))
+    assert not q.is_contiguous()
+    expected, state = run("cuda", q.contiguous(), k.contiguous(), v.contiguous())
+    o, state_sliced = run("cuda", q, k, v)
+    assert torch.equal(o, expected) and torch.equal(state_sliced.S, state.S)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(run("cuda", *heads_first)[0], expected)
+    mask = torch.ones(1, tokens, dtype=torch.bool, device=DEVICE).expand(batch, tokens)
+    assert torch.equal(run("cuda", q, k, v, None, mask)[0], expected)
+
+
+@pytest.mark.hopper
+def test_stream_and_graph():
+    torch.manual_seed(0)
+    q, k, v = draw(1, 2000, 4, 64)
+    expected, _ = run("cuda", q, k, v)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream, _ = run("cuda", q, k, v)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(on_stream, expected)
+
+    static = [torch.zeros_like(x) for x in (q, k, v)]
+    state = draw_state(1, 4, 64)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = run("cuda", *static)
+        token = cuda.decode_step(*(x[:, :1] for x in static), state)
+    start = State(*(x.clone() for x in state))
+    for x, y in zip(static, (q, k, v), strict=True):
+        x.copy_(y)
+    graph.replay()
+    assert torch.equal(o, expected)
+    assert torch.equal(token, cuda.decode_step(q[:, :1], k[:, :1], v[:, :1], start))
+    assert torch.equal(state.S, start.S)
+
+
+@pytest.mark.hopper
+def test_custom_ops_are_well_behaved():
+    q, k, v = draw(1, 70, 2, 64)
+    torch.library.opcheck(cuda._prefill, (q, k, v, None, None, None, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(cuda._encode, (k, v, None), test_utils=("test_schema", "test_faketensor"))
+    arguments = (q[:, :1], k[:, :1], v[:, :1], *draw_state(1, 2, 64), True)
+    torch.library.opcheck(cuda._decode, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.hopper
+def test_the_kernels_are_chosen_where_they_can_serve():
+    q, k, v = draw(2, 100, 3, 64)
+    chosen, _ = ops.linear_attention(q, k, v)
+    assert torch.equal(chosen, run("cuda", q, k, v)[0])
+    q.requires_grad_()
+    ops.linear_attention(q, k, v)[0].sum().backward()  # falls back to a backend with a backward pass
+    assert q.grad is not None
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v: (q.float(), k.float(), v.float()), "bfloat16 or float16"),
+        (lambda q, k, v: (q[..., :8], k[..., :8], v), "d = 8"),
+        (lambda q, k, v: (q, k, v[..., :60]), "D = 60"),
+        (lambda q, k, v: (q[..., None].expand(*q.shape, 2)[..., 0], k, v), "last dimension must be contiguous"),
+        (lambda q, k, v: (q, k.expand(2, *k.shape[1:]).contiguous()[:1].expand(2, -1, -1, -1), v), "multiples of 8"),
+        (lambda q, k, v: (q.requires_grad_(), k, v), "requires grad"),
+    ],
+)
+def test_what_the_kernels_cannot_serve_is_said(change, message):
+    q, k, v = change(*draw(2, 10, 1, 64))
+    with pytest.raises(ValueError, match=message):
+        run("cuda", q, k, v)
+
+
+def test_on_a_cpu_the_reason_is_said():
+    q, k, v = draw(1, 5, 2, 64, device="cpu")
+    assert "expected a CUDA device" in cuda.unsupported(q, k, v, None, None, None, True)
+    with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call: tensors are on cpu"):
+        run("cuda", q, k, v)
+
+
+def test_building_without_a_compiler_is_one_clear_message(tmp_path):
+    if Path("/usr/local/cuda/bin/nvcc").is_file():
+        pytest.skip("nvcc is in its usual place")
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_HOME"} | {"PATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "kernels" / "build.py"), str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "needs nvcc" in result.stderr and "Traceback" not in result.stderr

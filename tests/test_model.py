@@ -1,0 +1,305 @@
+"""The model: sizes, the two guarantees (padding never counts, decoding equals the full forward), transformers' generate."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from jrt import Config, JRTConfig, JRTForCausalLM, presets
+from jrt.config import LETTERS
+from jrt.model import LanguageModel
+
+PUBLISHED_PARAMETERS = {  # original_spec section 1.1
+    "jrt-360m": 356_578_304,
+    "jrt-1.3b": 1_375_143_168,
+    "based-360m": 362_702_848,
+    "based-1.3b": 1_349_453_056,
+    "attention-360m": 359_810_048,
+    "attention-1.3b": 1_327_080_720,
+    "mamba-360m": 358_190_080,
+    "mamba-1.3b": 1_319_311_360,
+}
+FAMILIES = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt", "debug", "decaying")
+LENGTH = 40
+
+
+def family(name: str) -> Config:
+    """A preset with few rows; windows and encoders shorter than the texts, so that both have an end to get wrong."""
+    if name == "decaying":
+        config = dataclasses.replace(presets()["mini-based"], decay_const=-3, decay_projection=True)
+    else:
+        config = presets()[name]
+    encoder = 16 if config.has("P") else 0
+    return dataclasses.replace(config, vocab_rows=97, window=8, enc_length=encoder)
+
+
+def build(name: str) -> JRTForCausalLM:
+    torch.manual_seed(0)
+    model = JRTForCausalLM(JRTConfig(architecture=family(name).to_dict())).eval().double()
+    for parameter in model.parameters():  # initial weights are so small that a wrong term would not show
+        if parameter.ndim > 1:
+            parameter.data *= 4
+    return model
+
+
+def texts(rows: int = 3, length: int = LENGTH, seed: int = 0) -> Tensor:
+    return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one batch; pads are tokens that would matter if they were read."""
+    width = max(len(row) for row in rows)
+    ids = torch.randint(0, 97, (len(rows), width), generator=torch.Generator().manual_seed(9))
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = row
+        mask[index, width - len(row) :] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_published_sizes(name):
+    with torch.device("meta"):
+        model = LanguageModel(presets()[name])
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name.startswith("mini-")])
+def test_minis_have_about_four_million_parameters(name):
+    with torch.device("meta"):
+        model = LanguageModel(presets()[name])
+    assert 3.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 4.4e6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_row_depends_neither_on_padding_nor_on_its_neighbours(name):
+    model = build(name)
+    rows = [text[: LENGTH - cut] for text, cut in zip(texts(), (0, 3, 31), strict=True)]
+    ids, mask = left_padded(rows)
+    batched = model(ids, attention_mask=mask).logits
+    for row, logits in zip(rows, batched, strict=True):
+        torch.testing.assert_close(logits[-len(row) :], model(row[None]).logits[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("cut", [1, 17, 39])
+@torch.no_grad()
+def test_prefill_and_decoding_equal_the_full_forward(name, cut):
+    model = build(name)
+    rows = [text[: LENGTH - short] for text, short in zip(texts(), (0, 2, 5), strict=True)]
+    ids, mask = left_padded(rows)
+    first = max(cut, 6)  # each row needs a token of its own in the first call
+    prefix = mask[:, :first].sum(1).clamp(max=16)
+    whole = model(ids, attention_mask=mask, prefix_length=prefix).logits
+    out = model(ids[:, :first], attention_mask=mask[:, :first], use_cache=True)
+    pieces, cache = [out.logits], out.past_key_values
+    for column in range(first, LENGTH):
+        out = model(ids[:, column : column + 1], attention_mask=mask[:, : column + 1], past_key_values=cache, use_cache=True)
+        pieces.append(out.logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, dim=1)[real], whole[real])
+    assert cache.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_going_on_with_several_tokens_equals_the_full_forward(name):
+    model, ids = build(name), texts()
+    prefix = torch.full((3,), 10)
+    whole = model(ids, prefix_length=prefix).logits
+    out = model(ids[:, :10], prefix_length=prefix, use_cache=True)
+    rest = model(ids[:, 10:], past_key_values=out.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 10:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 7}], ids=["greedy", "beams", "sampled"])
+def test_generate_with_the_cache_equals_without(name, how):
+    model, prompt = build(name), texts(2, 20)
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        arguments = {"do_sample": False, **how}
+        results.append(model.generate(prompt, max_new_tokens=6, use_cache=use_cache, **arguments))
+    assert torch.equal(*results)
+    assert torch.equal(results[0][:, :20], prompt)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_gives_the_same_in_a_padded_batch(name):
+    model = build(name)
+    rows = [texts()[0], texts()[1][:25], texts()[2][:7]]
+    ids, mask = left_padded(rows)
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    for row, sequence in zip(rows, batch, strict=True):
+        alone = model.generate(row[None], max_new_tokens=6, do_sample=False)
+        assert torch.equal(alone[0, -6:], sequence[-6:])
+
+
+def test_generate_goes_on_from_a_returned_cache():
+    model, prompt = build("mini-jrt"), texts(2, 20)
+    out = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, use_cache=True)
+    longer = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    cache = out.past_key_values
+    rest = model.generate(out.sequences, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert torch.equal(rest[:, -4:], longer[:, -4:])
+
+
+def test_generate_streams_and_stops_at_a_string(shared):
+    from transformers import AutoTokenizer, TextStreamer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "gpt2")
+    torch.manual_seed(0)
+    config = dataclasses.replace(presets()["debug"], vocab_rows=50264)
+    model = JRTForCausalLM(JRTConfig(architecture=config.to_dict(), vocab_tokens=50257)).eval()
+    prompt = tokenizer("a b c d", return_tensors="pt").input_ids
+    free = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    third = tokenizer.decode(free[0, prompt.shape[1] + 2])
+    stopped = model.generate(
+        prompt,
+        max_new_tokens=12,
+        do_sample=False,
+        stop_strings=[third],
+        tokenizer=tokenizer,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+    )
+    assert prompt.shape[1] < stopped.shape[1] <= prompt.shape[1] + 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_folder_loads_through_transformers(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = build(name).float()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is JRTForCausalLM
+    assert again.model.head.weight is again.model.embedding.weight
+    torch.testing.assert_close(again(texts()).logits, model(texts()).logits, rtol=0, atol=0)
+
+
+def test_prefix_length_decides_what_the_encoder_reads():
+    model, ids = build("mini-jrt"), texts()
+    changed = ids.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % 97
+    with torch.no_grad():
+        inside = [model(x, prefix_length=torch.full((3,), 13)).logits[:, :12] for x in (ids, changed)]
+        outside = [model(x, prefix_length=torch.full((3,), 12)).logits[:, :12] for x in (ids, changed)]
+    assert not torch.allclose(*inside)  # an encoded token is seen by the tokens before it
+    torch.testing.assert_close(*outside)  # others are not
+
+
+def test_labels_inside_the_prefix_do_not_count():
+    model, ids = build("mini-jrt"), texts()
+    prefix = torch.full((3,), 10)
+    loss = model(ids, labels=ids, prefix_length=prefix).loss
+    logits = model(ids, prefix_length=prefix).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, 9:-1].flatten(0, 1), ids[:, 10:].flatten())
+    torch.testing.assert_close(loss, expected.float(), check_dtype=False)
+    with pytest.raises(ValueError, match="shorter prefix_length"):
+        model(ids[:, :16], labels=ids[:, :16])
+
+
+def test_states_select_and_repeat_rows():
+    model, ids = build("debug"), texts()
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        token = texts(3, 1, seed=3)
+        expected = model(token, past_key_values=cache, use_cache=False).logits
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        picked = model(token[[2, 0]], past_key_values=cache, use_cache=False).logits
+        cache.batch_repeat_interleave(2)
+        repeated = model(token[[2, 2, 0, 0]], past_key_values=cache, use_cache=False).logits
+    torch.testing.assert_close(picked, expected[[2, 0]])
+    torch.testing.assert_close(repeated, expected[[2, 2, 0, 0]])
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(3)
+
+
+@pytest.mark.parametrize("name", ["mini-attention", "mini-mamba", "mini-based", "mini-jrt"])
+def test_state_bytes_are_what_the_states_take(name):
+    model = build(name).float()
+    for length in (5, 30):
+        with torch.no_grad():
+            cache = model(texts(1, length), use_cache=True).past_key_values
+        assert model.core.state_bytes(length) == cache.state.nbytes() - _empty_window(model.core, length)
+
+
+def _empty_window(config: Config, length: int) -> int:
+    """Zeros that a window keeps until its first tokens have come; `state_bytes` counts what a row needs."""
+    unused = max(0, config.window_of(0) - length) if config.has("S") else 0
+    return config.pattern.count("S") * 4 * 2 * config.width * unused
+
+
+BAD = [
+    (lambda ids: dict(input_ids=ids[:, :0]), "empty"),
+    (lambda ids: dict(input_ids=ids + 97), "outside the vocabulary"),
+    (lambda ids: dict(input_ids=ids - 98), "outside the vocabulary"),
+    (lambda ids: dict(input_ids=ids.float()), "expected integers"),
+    (lambda ids: dict(input_ids=ids[0]), "expected integers of shape"),
+    (lambda ids: dict(input_ids=ids, attention_mask=torch.ones(3, 7)), "attention_mask has shape"),
+    (lambda ids: dict(input_ids=ids, attention_mask=(torch.arange(LENGTH) < 30).expand(3, -1)), "left padding"),
+    (lambda ids: dict(input_ids=ids, attention_mask=torch.zeros(3, LENGTH)), "all padding"),
+    (lambda ids: dict(input_ids=ids, prefix_length=torch.tensor([5])), "prefix_length has shape"),
+    (lambda ids: dict(input_ids=ids, prefix_length=torch.tensor([5, 5, 41])), "own tokens"),
+    (lambda ids: dict(input_ids=ids, labels=ids[:, 1:]), "labels have shape"),
+    (lambda ids: dict(input_ids=ids, inputs_embeds=torch.zeros(1)), "inputs_embeds"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD, ids=[said for _, said in BAD])
+def test_bad_input_says_what_was_expected(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        build("mini-jrt")(**arguments(texts()))
+
+
+def test_a_state_from_another_model_is_refused():
+    from transformers.cache_utils import DynamicCache
+
+    ids = texts()
+    cache = build("mini-mamba")(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="another model"):
+        build("mini-jrt")(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="another model"):
+        build("mini-based")(ids[:, :1], past_key_values=build("mini-jrt")(ids, use_cache=True).past_key_values)
+    with pytest.raises(ValueError, match="RecurrentCache"):
+        build("mini-jrt")(ids[:, :1], past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="3 rows"):
+        build("mini-mamba")(ids[:1, :1], past_key_values=cache)
+
+
+def test_generate_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="short_prompt"):
+        build("mini-jrt").generate(texts(), short_prompt="fill")
+    with pytest.raises(ValueError, match="no prefix encoder"):
+        build("mini-mamba").generate(texts(), short_prompt="pad")
+    with pytest.raises(ValueError, match="needs input_ids"):
+        build("mini-jrt").generate()
+    with pytest.raises(ValueError, match="empty"):
+        build("mini-jrt").generate(torch.zeros(1, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (dict(pattern="CXQ"), "one letter per layer"),
+        (dict(pattern=""), "one letter per layer"),
+        (dict(pattern="P"), "enc_length"),
+        (dict(pattern="A", heads=5), "multiple of heads"),
+        (dict(pattern="L", linear_heads=5), "multiple of linear_heads"),
+        (dict(pattern="SS", window=(3,)), "2 S layers"),
+        (dict(pattern="C", biases=("everything",)), "expected names"),
+        (dict(pattern="C", width=0), "at least 1"),
+    ],
+)
+def test_configurations_that_cannot_be_built(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Config(**{"width": 32, "vocab_rows": 97, **fields})
+
+
+def test_every_letter_has_a_mixer():
+    from jrt.mixers import MIXERS
+
+    assert set(MIXERS) == set(LETTERS)

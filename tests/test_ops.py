@@ -1,0 +1,194 @@
+"""Linear attention: every backend against the fp64 definition, and the properties that prefill, decoding and PLA rest on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from jrt.ops import State, encode_prefix, feature_count, linear_attention, taylor_features
+
+BATCH, HEADS, DIM, VALUE = 2, 3, 8, 12
+LENGTHS = (1, 63, 64, 129, 1000)
+
+
+def inputs(length: int, dtype: torch.dtype = torch.float64, dim: int = DIM, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((BATCH, length, HEADS, dim), (BATCH, length, HEADS, dim), (BATCH, length, HEADS, VALUE))
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def some_state(dtype: torch.dtype = torch.float64) -> State:
+    _, k, v = inputs(50, seed=1)
+    return State(*(part.to(dtype) for part in encode_prefix(k, v, backend="reference")))
+
+
+def ragged_mask(length: int) -> Tensor:
+    mask = torch.ones(BATCH, length, dtype=torch.bool)
+    mask[0, : length // 3] = False
+    return mask
+
+
+def test_features_reproduce_the_taylor_kernel():
+    q, k, _ = inputs(5, dim=16)
+    s = (q * k).sum(-1) / 4
+    torch.testing.assert_close((taylor_features(q) * taylor_features(k)).sum(-1), 1 + s + s**2 / 2)
+    assert taylor_features(q).shape[-1] == feature_count(16) == 153
+
+
+def test_reference_equals_the_sums_written_one_by_one():
+    """Equation 3 for one head, with Python loops."""
+    q, k, v = inputs(6)
+    prefix_k, prefix_v = inputs(4, seed=2)[1:]
+    o, state = linear_attention(q, k, v, initial_state=encode_prefix(prefix_k, prefix_v), backend="reference")
+    b, h, i = 1, 2, 5
+
+    def kernel(key: Tensor) -> Tensor:
+        s = q[b, i, h] @ key / DIM**0.5
+        return 1 + s + s * s / 2
+
+    keys = [*prefix_k[b, :, h], *k[b, : i + 1, h]]
+    values = [*prefix_v[b, :, h], *v[b, : i + 1, h]]
+    weights = [kernel(key) for key in keys]
+    expected = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+    torch.testing.assert_close(o[b, i, h], expected)
+    torch.testing.assert_close(state.z[b, h, 0], torch.tensor(10.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "ragged"])
+@pytest.mark.parametrize("started", [False, True], ids=["from_nothing", "from_a_state"])
+def test_chunked_equals_reference(length, masked, started):
+    q, k, v = inputs(length)
+    mask = ragged_mask(length) if masked else None
+    initial = some_state() if started else None
+    expected, expected_state = linear_attention(q, k, v, initial_state=initial, mask=mask, backend="reference")
+    o, state = linear_attention(q, k, v, initial_state=initial, mask=mask, backend="chunked")
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_decay_fades_the_numerator_only(length):
+    q, k, v = inputs(length)
+    log_decay = torch.tensor([-0.001, -0.1, -1.0], dtype=torch.float64)
+    arguments = dict(initial_state=some_state(), log_decay=log_decay)
+    expected, expected_state = linear_attention(q, k, v, **arguments, backend="reference")
+    o, state = linear_attention(q, k, v, **arguments, backend="chunked")
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(state, expected_state)
+    undecayed = linear_attention(q, k, v, initial_state=some_state(), backend="reference")[1]
+    torch.testing.assert_close(state.z, undecayed.z)
+    assert not torch.allclose(state.S, undecayed.S)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("cut", [1, 100, 128, 299])
+@pytest.mark.parametrize("decays", [False, True])
+def test_reading_on_from_a_state_equals_reading_at_once(backend, cut, decays):
+    """f(xy) = f(y | state(x)): prefill, chunking, decoding and prefixes are this one property."""
+    q, k, v = inputs(300)
+    log_decay = torch.tensor([-0.01, -0.1, -1.0], dtype=torch.float64) if decays else None
+    whole, final = linear_attention(q, k, v, log_decay=log_decay, backend=backend)
+    first, state = linear_attention(q[:, :cut], k[:, :cut], v[:, :cut], log_decay=log_decay, backend=backend)
+    second, state = linear_attention(
+        q[:, cut:], k[:, cut:], v[:, cut:], initial_state=state, log_decay=log_decay, backend=backend
+    )
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+    torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_prefix_is_the_state_of_a_text_without_its_queries(backend):
+    q, k, v = inputs(300)
+    mask = ragged_mask(300)
+    state = linear_attention(q, k, v, mask=mask, backend=backend)[1]
+    torch.testing.assert_close(encode_prefix(k, v, mask=mask, backend=backend), state)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+def test_padding_leaves_no_trace(backend, poison):
+    q, k, v = inputs(40)
+    alone, state = linear_attention(q, k, v, backend=backend)
+    pad = torch.zeros(BATCH, 9, HEADS, DIM, dtype=torch.float64), torch.zeros(BATCH, 9, HEADS, VALUE, dtype=torch.float64)
+    pad[1].fill_(0 if poison != poison else poison)  # a masked feature is 0, and 0 x NaN would be NaN: values stay finite
+    mask = torch.arange(49).expand(BATCH, 49) >= 9
+    padded, padded_state = linear_attention(
+        torch.cat([pad[0], q], 1), torch.cat([pad[0] + 3, k], 1), torch.cat([pad[1], v], 1), mask=mask, backend=backend
+    )
+    torch.testing.assert_close(padded[:, 9:], alone)
+    torch.testing.assert_close(padded_state, state)
+    assert padded.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 64, 300])
+def test_chunked_gradients_equal_those_of_the_reference(length):
+    def gradients(backend: str) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in (*inputs(length), *some_state())]
+        q, k, v, S, z = leaves
+        o, state = linear_attention(q, k, v, initial_state=State(S, z), mask=ragged_mask(length), backend=backend)
+        weights = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)
+        (o * weights).sum().add(state.S.sin().sum()).add(state.z.cos().sum()).backward()
+        return [leaf.grad for leaf in leaves]
+
+    for actual, expected in zip(gradients("chunked"), gradients("reference"), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_is_at_most_twice_as_wrong_as_eager_in_the_same_dtype(dtype):
+    exact = inputs(1000, dtype)
+    expected, expected_state = linear_attention(*(x.double() for x in exact), backend="reference")
+    o, state = linear_attention(*exact, backend="chunked")
+    eager, eager_state = _eager(*exact)
+
+    def error(actual: Tensor, truth: Tensor) -> float:
+        return ((actual.double() - truth).norm() / truth.norm()).item()
+
+    assert error(o, expected) <= 2 * error(eager, expected) + 1e-7
+    assert error(state.S, expected_state.S) <= 2 * error(eager_state.S, expected_state.S) + 1e-7
+    assert o.dtype == dtype
+    assert state.S.dtype == state.z.dtype == torch.float32
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    """The quadratic form with every intermediate in the inputs' dtype."""
+    phi_q, phi_k = taylor_features(q), taylor_features(k)
+    scores = torch.einsum("bihf,bjhf->bhij", phi_q, phi_k).tril()
+    o = torch.einsum("bhij,bjhe->bihe", scores, v) / scores.sum(-1).transpose(1, 2)[..., None]
+    return o, State(torch.einsum("bjhf,bjhe->bhfe", phi_k, v), phi_k.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(q=torch.zeros(2, 5, 3, 7)), "expected that of k"),
+        (dict(k=torch.zeros(2, 5, 3)), "expected k"),
+        (dict(v=torch.zeros(2, 4, 3, 12)), "expected the same"),
+        (dict(v=torch.zeros(2, 5, 3, 12, dtype=torch.float64)), "as k"),
+        (dict(q=torch.zeros(2, 5, 3, 8, dtype=torch.bfloat16)), "as k"),
+        (dict(mask=torch.ones(2, 4, dtype=torch.bool)), "expected \\(B, T\\)"),
+        (dict(mask=torch.ones(2, 5)), "torch.bool"),
+        (dict(log_decay=torch.zeros(2)), "expected \\(H,\\)"),
+        (dict(initial_state=State(torch.zeros(2, 3, 44, 12), torch.zeros(2, 3, 44))), "another model"),
+        (dict(backend="magic"), "expected one of"),
+        (dict(backend="cuda"), "cannot serve"),
+        (dict(k=torch.zeros(2, 0, 3, 8), v=torch.zeros(2, 0, 3, 12), q=torch.zeros(2, 0, 3, 8)), "at least one token"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_says_what_was_expected(change, said):
+    arguments = dict(q=torch.zeros(2, 5, 3, 8), k=torch.zeros(2, 5, 3, 8), v=torch.zeros(2, 5, 3, 12)) | change
+    with pytest.raises(ValueError, match=said):
+        linear_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_short_convolution_equals_conv1d_and_goes_on():
+    from jrt.ops import short_convolution
+
+    u, weight, bias = torch.randn(2, 10, 4), torch.randn(4, 3), torch.randn(4)
+    expected = torch.nn.functional.conv1d(u.mT, weight[:, None], bias, padding=2, groups=4)[..., :10].mT
+    whole, _ = short_convolution(u, weight, bias, None)
+    torch.testing.assert_close(whole, expected)
+    first, state = short_convolution(u[:, :1], weight, bias, None)
+    second, _ = short_convolution(u[:, 1:], weight, bias, state)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)

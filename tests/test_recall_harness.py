@@ -1,0 +1,157 @@
+"""The task files of jrt_recall in stock lm-eval: loaded, answered by a real (tiny) GPT-2, and started both ways."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, passages, task_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lm-eval-harness"
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory, shared):
+    """Generated documents, with GPT-2's tokenizer beside them."""
+    folder = fixtures.write(tmp_path_factory.mktemp("mirror"), count=6, sentences=12)
+    (folder / "gpt2").symlink_to(shared / "gpt2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory, shared):
+    """Folder of a random one-layer GPT-2 with the real vocabulary."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=2048, initializer_range=0.5)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shared / "gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sources(monkeypatch, mirror, shared):
+    monkeypatch.setenv("JRT_DATA", str(mirror))
+    monkeypatch.setenv("JRT_PASSAGES", str(shared / "qa"))
+
+
+def manager(**metadata):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(task_folder()), include_defaults=False, metadata=metadata)
+
+
+def test_task_files_are_those_the_tables_make():
+    path = PACKAGE / "write_tasks.py"
+    if not path.is_file():
+        pytest.skip("the script that writes task files is part of a checkout only")
+    spec = importlib.util.spec_from_file_location("write_tasks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    on_disk = {file.name: file.read_text(encoding="utf-8") for file in task_folder().iterdir() if file.is_file()}
+    assert on_disk == module.task_files()
+
+
+def test_every_task_loads_and_asks_what_items_asks(sources):
+    names = [name for name in manager().all_subtasks if "pages_1024" not in name and "pages_2048" not in name]
+    expected = {f"recall_{task}" for task in PUBLISHED} | {"recall_reference_pages_512", *passages.TASKS}
+    assert {name for name in names if not name.endswith(("_twice", "_n_times", "_question_first"))} == expected
+    loaded = manager(n=4, max_items=3).load(names)["tasks"]
+    assert len(loaded) == 4 * len(expected)
+    for name, task in loaded.items():
+        config = task.config.dataset_kwargs
+        strategy = "4x" if config["reading"] == "n_times" else config["reading"]
+        run = items(config["recall_task"], strategy, task.config.metadata["protocol"], limit=3)
+        rows = list(task.test_docs())
+        assert [task.doc_to_text(row) for row in rows] == [item.prompt for item in run.items], name
+        assert {row["protocol"] for row in rows} == {run.protocol.name}
+        assert task.process_results(rows[0], [f" {rows[0]['answers'][0].upper()} "])["contains"] == 1.0
+        assert task.process_results(rows[0], ["#"])["contains"] == 0.0
+        assert task.config.generation_kwargs["until"] == ["\n"]
+        assert task.config.generation_kwargs["max_gen_toks"] == 48
+
+
+def test_metadata_choose_protocol_and_cutting_tokenizer(sources):
+    task = manager(protocol="jrt-table2-512", cut_with="shipped", pretrained="ignored").load(["recall_fda"])["tasks"]
+    row = task["recall_fda"].test_docs()[0]
+    assert (row["protocol"], row["window"], row["answer_room"]) == ("jrt-table2-512+cut-by-shipped", 512, 50)
+    with pytest.raises(ValueError, match="unknown protocol"):
+        hooks.documents("fda", "once", protocol="table1")
+
+
+def test_batches_give_the_answers_of_single_prompts(sources, tiny_gpt2):
+    from lm_eval import simple_evaluate
+
+    answers = {}
+    for size in (1, 4):
+        result = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(tiny_gpt2), "max_length": 2048, "dtype": "float32", "device": "cpu"},
+            tasks=["recall_squad_twice", "recall_nq_512", "qa_nq"],
+            task_manager=manager(max_items=6),
+            batch_size=size,
+            bootstrap_iters=0,
+        )
+        answers[size] = {
+            (name, sample["doc"]["id"]): sample["filtered_resps"]
+            for name in result["samples"]
+            for sample in result["samples"][name]
+        }
+        squad = result["results"]["recall_squad_twice"]
+        assert squad["documents,none"] == 6 and squad["window,none"] == 1000 and squad["dropped,none"] == 0
+    assert len(answers[1]) == 18
+    assert answers[4] == answers[1]
+
+
+def test_stock_lm_eval_runs_the_tasks_by_one_option(tiny_gpt2, mirror, tmp_path):
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
+    command += ["--include_path", str(task_folder())]
+    command += ["--model_args", f"pretrained={tiny_gpt2},max_length=2048", "--tasks", "recall_squad_twice"]
+    command += ["--limit", "2", "--batch_size", "2", "--output_path", str(tmp_path), "--log_samples"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "JRT_DATA": str(mirror), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "recall_squad_twice" in done.stdout and "contains" in done.stdout
+    samples = next(tmp_path.rglob("samples_recall_squad_twice_*.jsonl")).read_text(encoding="utf-8").splitlines()
+    assert len(samples) == 2 and json.loads(samples[0])["doc"]["protocol"] == "jrt-table1"
+
+
+def test_the_command_adds_the_include_path_and_nothing_else(capsys, monkeypatch):
+    assert harness.arguments(["--tasks", "a"]) == ["run", "--include_path", str(task_folder()), "--tasks", "a"]
+    assert harness.arguments(["run", "--tasks", "a"]) == harness.arguments(["--tasks", "a"])
+    monkeypatch.setattr(sys, "argv", ["jrt-recall", "--path"])
+    harness.main()
+    assert Path(capsys.readouterr().out.strip()) == task_folder()
+    monkeypatch.setattr(sys, "argv", ["jrt-recall", "--protocols"])
+    harness.main()
+    assert "jrt-table1 v1: window 1000" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["jrt-recall", "--include_path", "x", "--tasks", "a"])
+    with pytest.raises(SystemExit) as stopped:
+        harness.main()
+    assert stopped.value.code == 2 and "--include_path" in capsys.readouterr().err
+
+
+def test_super_glue_names_upstream_tasks():
+    import lm_eval
+
+    group = yaml.safe_load((task_folder() / "recall_super_glue.yaml").read_text(encoding="utf-8"))
+    files = (Path(lm_eval.__file__).parent / "tasks" / "super_glue").rglob("default.yaml")
+    upstream = {line.split(":")[1].strip(' "\n') for file in files for line in file.open() if line.startswith("task:")}
+    assert len(group["task"]) == 8 and set(group["task"]) <= upstream
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = ("torch", "transformers", "datasets", "lm_eval", "numpy", "tokenizers", "jrt")
+    code = f"import sys, jrt_recall; print([m for m in {heavy!r} if m in sys.modules])"
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

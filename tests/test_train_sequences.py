@@ -1,0 +1,136 @@
+"""Recall sequences: what they ask stands in their context, and a batch is a function of (seed, step) alone."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jrt_recall import reference_pages  # noqa: E402
+from jrt_recall.tokenizers import shipped_tokenizer  # noqa: E402
+from train.corpus import encode  # noqa: E402
+from train.pages import Alphabet, Pages  # noqa: E402
+from train.sequences import Kind, Recipe, Sequences  # noqa: E402
+
+RECIPE = Recipe(shapes=((384, 6, 0.5), (1024, 4, 0.5)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return shipped_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def pages(tokenizer) -> Pages:
+    texts = [page.text for page in reference_pages.library_pages()[::4]]
+    return Pages(encode(texts, tokenizer), Alphabet.of(tokenizer))
+
+
+def test_facts_in_tokens_are_the_facts_in_text(pages, tokenizer):
+    from jrt_recall import api_text
+
+    text = tokenizer.decode(pages.tokens)
+    expected = [fact for fact in api_text.facts(text.replace("<|endoftext|>", "")) if fact.arguments]
+    found = [
+        tokenizer.decode(pages.tokens[pages.starts[line] : pages.stops[line]])
+        for line in pages.fact_lines
+    ]
+    assert found == [api_text.heading(f.name, f.arguments) + "\n" for f in expected]
+
+
+def test_windows_are_whole_lines_of_one_page(pages):
+    generator = np.random.default_rng(0)
+    for size in (32, 256, 2048):
+        for _ in range(50):
+            first, last = pages.window(generator, size)
+            text = pages.text(first, last)
+            assert pages.alphabet.end not in text
+            assert text[-1] == pages.alphabet.newline
+            assert len(text) <= size or last == first + 1
+
+
+def _spans(row):
+    for number in range(1, row.answers.max() + 1):
+        places = np.flatnonzero(row.answers == number)
+        yield places[0], places[-1] + 1
+
+
+@pytest.mark.parametrize("renames", [False, True])
+def test_every_answer_stands_after_its_name_in_the_context_and_nowhere_else_so(pages, renames):
+    sequences, generator = Sequences(pages, RECIPE, 0, False), np.random.default_rng(1)
+    checked = 0
+    for _ in range(40):
+        row = sequences.row(generator, 1024, renames)
+        line_starts = np.append(0, np.flatnonzero(row.ids == pages.alphabet.newline) + 1)
+        lines = {row.ids[a:b].tobytes() for a, b in zip(line_starts, line_starts[1:], strict=False) if row.kinds[a] < Kind.QUESTION}
+        for start, stop in _spans(row):
+            begin = line_starts[line_starts < start][-1]
+            if row.ids[stop - 1] == pages.alphabet.newline:  # else the end of the row cut it
+                assert row.ids[begin:stop].tobytes() in lines
+                checked += 1
+    assert checked > 200
+
+
+def test_renaming_makes_fresh_names(pages, tokenizer):
+    recipe = Recipe(shapes=RECIPE.shapes, renamed_headings=0.5, renamed_text=0.5)
+    sequences, generator = Sequences(pages, recipe, 0, False), np.random.default_rng(2)
+    whole = pages.tokens.astype(np.int64).tobytes()
+    fresh = total = 0
+    for _ in range(30):
+        row = sequences.row(generator, 384)
+        for start, stop in _spans(row):
+            total += 1
+            fresh += row.ids[start - 3 : stop].tobytes() not in whole
+    assert fresh > 0.5 * total
+
+
+def test_a_prefix_is_the_context_or_a_prompt_that_ends_in_a_question(pages, tokenizer):
+    sequences, generator = Sequences(pages, RECIPE, 0, True), np.random.default_rng(3)
+    kinds = []
+    for _ in range(60):
+        row = sequences.row(generator, 384)
+        if row.prefix < 384:
+            kinds.append(Kind(row.kinds[row.prefix]))
+            assert row.ids[row.prefix - 1] in (pages.alphabet.newline, pages.alphabet.opening)
+    assert {Kind.QUESTION, Kind.ANSWER} <= set(kinds)
+    shortest = min(sequences.row(generator, 384).prefix for _ in range(60))
+    assert shortest < 250
+
+
+def test_batches_depend_on_seed_and_step_alone_and_families_read_the_same(pages):
+    one, other = Sequences(pages, RECIPE, 7, False), Sequences(pages, RECIPE, 7, False)
+    other.batch(3)  # what was read before leaves no trace
+    for name, tensor in one.batch(5).items():
+        assert torch.equal(tensor, other.batch(5)[name])
+    prefix = Sequences(pages, RECIPE, 7, True).batch(5)
+    hidden = prefix["input_ids"] == pages.alphabet.mask
+    assert hidden.any()
+    assert torch.equal(prefix["input_ids"][~hidden], one.batch(5)["input_ids"][~hidden])
+    assert not torch.equal(one.batch(5)["input_ids"], Sequences(pages, RECIPE, 8, False).batch(5)["input_ids"])
+
+
+def test_weights_sum_to_the_parts_of_the_loss_and_never_leak_the_prefix(pages):
+    for step in range(4):
+        causal, prefix = (Sequences(pages, RECIPE, 7, masks).batch(step) for masks in (False, True))
+        assert causal["weights"].sum() == pytest.approx(1, abs=1e-4)
+        hidden = prefix["input_ids"] == pages.alphabet.mask
+        assert prefix["weights"][hidden].sum() == pytest.approx(0.25, abs=1e-4)
+        inside = torch.arange(hidden.shape[1]) < prefix["prefix_length"][:, None] - 1
+        assert prefix["weights"][inside & ~hidden].abs().sum() == 0
+        assert prefix["weights"][~inside].sum() == pytest.approx(1, abs=1e-4)
+        targets_of_hidden = prefix["targets"][hidden]
+        assert (targets_of_hidden != pages.alphabet.mask).all()
+
+
+def test_validation_asks_answers_only(pages):
+    batch = Sequences(pages, RECIPE, 7, True).questions(0)
+    assert ((batch["weights"] > 0) == (batch["answers"] > 0)).all()
+    assert (batch["input_ids"] != pages.alphabet.mask).all()
+
+
+def test_a_corpus_without_facts_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no line"):
+        Pages(encode(["nothing to ask here"], tokenizer), Alphabet.of(tokenizer))

@@ -1,0 +1,104 @@
+"""The trained model as a Hugging Face folder: bf16 weights, tokenizer, and a card that says where they come from."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from jrt_recall.tokenizers import shipped_tokenizer
+from omegaconf import DictConfig
+
+from jrt.hub import JRTConfig, JRTForCausalLM
+from train import recall
+from train.module import Training
+
+LICENSE = "apache-2.0"
+
+
+def export(task: Training, config: DictConfig, output: Path, metrics: dict[str, float]) -> None:
+    """Writes ``output/model`` (weights, tokenizer, README.md) and ``output/training.json`` (what the card says, for programs)."""
+    folder = output / "model"
+    tokenizer = shipped_tokenizer()
+    model = JRTForCausalLM(
+        JRTConfig(architecture=task.model.config.to_dict(), vocab_tokens=len(tokenizer), source=config.name)
+    )
+    model.model.load_state_dict(task.model.state_dict())
+    weights = model.to(torch.bfloat16)
+    weights.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = _record(task, config, metrics)
+    if config.score_items:
+        scored = weights.float().model.to(_device(task)).eval()  # what is stored, computed in fp32
+        record["recall"] = recall.score(scored, tokenizer, count=config.score_items)
+    (output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(record), encoding="utf-8")
+
+
+def _record(task: Training, config: DictConfig, metrics: dict[str, float]) -> dict:
+    device = _device(task)
+    manifest = Path(config.data.folder) / "manifest.json"
+    corpus = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    return {
+        "name": config.name,
+        "pattern": task.model.config.pattern,
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "command": " ".join(
+            ["python", "train/run.py", *(a for a in sys.argv[1:] if not a.startswith(("output=", "data.folder=")))]
+        ),
+        "seed": config.seed,
+        "steps": task.trainer.global_step,
+        "tokens": task.tokens_read,
+        "seconds": round(task.seconds, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "corpus": {key: corpus[key] for key in ("splits", "tokenizer sha256", "dropped") if key in corpus},
+        "metrics": metrics,
+    }
+
+
+def _device(task: Training) -> torch.device:
+    """Where it was trained; Lightning moves the weights to the CPU afterwards."""
+    return task.trainer.strategy.root_device
+
+
+def card(record: dict) -> str:
+    """The model card as Markdown with the metadata block that the hub reads."""
+    head = f"---\nlicense: {LICENSE}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {record['name']}\n\n"
+    read = f"{record['tokens'] / 1e6:.0f} M tokens in {record['steps']} steps, seed {record['seed']}"
+    train = record["corpus"].get("splits", {}).get("train", {})
+    rows = {
+        "pattern": f"`{record['pattern']}`",
+        "parameters": f"{record['parameters']:,}",
+        "trained on": read,
+        "data": f"API text of installed Python packages, {train['tokens']:,} tokens (docs/corpus.json)"
+        if train
+        else "see the command",
+        "hardware": f"{record['device']}, {record['seconds']:.0f} s, torch {record['versions']['torch']}",
+        "command": f"`{record['command']}`",
+    }
+    rows |= {
+        name: f"{value:.4f}"
+        for name, value in sorted(record["metrics"].items())
+        if "validation" in name or name == "train/loss"
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return head + _WHAT + "\n".join(lines) + "\n" + _scores(record)
+
+
+_WHAT = (
+    "A small model that answers, from the page in front of it, which arguments a function takes. It is made to compare how\n"
+    "architectures recall, and knows little else. Weights are stored in bf16 and computed in fp32.\n\n"
+)
+
+
+def _scores(record: dict) -> str:
+    if not record.get("recall"):
+        return ""
+    lines = [
+        "\nReference pages of the Python standard library, which training never saw: percent of arguments all right.\n",
+        "| window | strategy | score | items |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {row['window']} | {row['strategy']} | {row['score']:.1f} | {row['n']} |" for row in record["recall"]]
+    return "\n".join(lines) + "\n"

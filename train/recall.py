@@ -1,0 +1,77 @@
+"""A first look at recall on the real task, before a model is exported: answers that greedy decoding would get right.
+
+With the right beginning given, every token of an answer is the likeliest one exactly when greedy decoding gives that answer, so one
+forward pass over prompt and answer is enough. ``jrt eval`` measures the same items through generation.
+"""
+
+import logging
+import math
+
+import torch
+from jrt_recall import reference_pages
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from jrt.model import LanguageModel
+
+log = logging.getLogger(__name__)
+TOKENS_A_PASS = 65_536
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def score(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: tuple[int, ...] = (256, 512, 1024, 2048),
+    strategies: tuple[str, ...] = ("once", "twice", "question_first"),
+    count: int = 256,
+) -> list[dict]:
+    """Records with window, strategy, right, n and score (percent) on reference pages of the running Python's library."""
+    device = next(model.parameters()).device
+    records = []
+    for window in windows:
+        documents = reference_pages.select(window, tokenizer, count).documents
+        for strategy in strategies:
+            pairs = [_encoded(tokenizer, document, strategy) for document in documents]
+            longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+            rows = max(1, TOKENS_A_PASS // longest)
+            parts = range(0, len(pairs), rows)
+            found = [
+                _right(model, pairs[i : i + rows], tokenizer, device)
+                for i in tqdm(parts, desc=f"{window} {strategy}", leave=False)
+            ]
+            right = sum(map(sum, found))
+            records.append(
+                {
+                    "window": window,
+                    "strategy": strategy,
+                    "right": right,
+                    "n": len(pairs),
+                    "score": 100 * right / len(pairs),
+                }
+            )
+            log.info("window %d %s: %.1f of 100 (%d items)", window, strategy, records[-1]["score"], len(pairs))
+    return records
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, document: dict, strategy: str) -> tuple[list[int], list[int]]:
+    texts = [reference_pages.prompt(document, strategy), reference_pages.answer(document)]
+    prompt, answer = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return prompt, answer
+
+
+def _right(
+    model: LanguageModel, pairs: list[tuple[list[int], list[int]]], tokenizer, device: torch.device
+) -> list[bool]:
+    """One flag for each (prompt, answer); rows are padded at their end, where nothing looks."""
+    length = 64 * math.ceil(max(len(prompt) + len(answer) for prompt, answer in pairs) / 64)
+    ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
+    for row, (prompt, answer) in zip(ids, pairs, strict=True):
+        row[: len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+    prefix = torch.tensor([len(prompt) for prompt, _ in pairs])
+    likeliest = model(ids.to(device), prefix.to(device)).argmax(-1).cpu()  # (R, T)
+    return [
+        likeliest[i, len(prompt) - 1 : len(prompt) + len(answer) - 1].tolist() == answer
+        for i, (prompt, answer) in enumerate(pairs)
+    ]
