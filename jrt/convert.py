@@ -56,6 +56,7 @@ def convert(
     _check_out(out)
     folder = resolve(source)
     model = load(source, dtype=dtype)
+    model.config.source = _origin(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(out.parent, model)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -84,6 +85,11 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"{out} is a file: expected a new or empty folder")
 
 
+def _origin(source: str | Path) -> str:
+    """A name for the record that tells nothing of this machine's folders."""
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
 def _check_space(folder: Path, model: JRTForCausalLM) -> None:
     needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(folder).free
     if needed > free:
@@ -109,10 +115,10 @@ def _card(
     """The folder's README.md: what it is, how it loads, where it came from."""
     config, core = model.config, model.config.core
     parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
-    origin = Path(source).name if Path(source).is_dir() else str(source)
+    origin = _origin(source)
     quirks = ", ".join(config.quirks) or "none (correct computation)"
     other_way = (
-        'Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`; the code is `modeling_jrt.py`.'
+        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs `modeling_jrt.py`."
         if alone
         else "For a folder that loads without jrt, convert with `--self-contained`."
     )
@@ -128,7 +134,7 @@ tags: [jrt, recurrent, linear-attention]
 import jrt
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or jrt.load(FOLDER), which maps the weights instead of copying them
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or jrt.load(FOLDER)
 ```
 
 {other_way}

@@ -29,7 +29,12 @@ _PACKAGES = (
 
 def findings() -> list[tuple[str, str]]:
     """Labels and values; a value that asks for something says what to do."""
-    found = [("python", f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    found = [
+        (
+            "python",
+            f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        )
+    ]
     for package, purpose in _PACKAGES:
         try:
             found.append((package, version(package)))
@@ -39,7 +44,9 @@ def findings() -> list[tuple[str, str]]:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             memory = torch.cuda.get_device_properties(index).total_memory / 2**30
-            found.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, {memory:.0f} GiB"))
+            found.append(
+                (f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, {memory:.0f} GiB")
+            )
     else:
         found.append(("cuda", "no GPU: models run on the CPU"))
     kernels = importlib.util.find_spec("jrt_kernels") is not None
@@ -47,6 +54,10 @@ def findings() -> list[tuple[str, str]]:
     found.append(("jrt_kernels", "built" if kernels else "not built (Hopper kernels; optional)"))
     minis = sorted(folder.parent.name for folder in MINIS.glob("*/config.json"))
     found.append(("mini models", ", ".join(minis) or "none: this installation lacks its package data"))
-    for name, purpose in (("JRT_DATA", "published datasets"), ("JRT_PASSAGES", "passages of the qa_ tasks"), ("JRT_HOME", "caches")):
+    for name, purpose in (
+        ("JRT_DATA", "published datasets"),
+        ("JRT_PASSAGES", "passages of the qa_ tasks"),
+        ("JRT_HOME", "caches"),
+    ):
         found.append((name, os.environ.get(name) or f"not set ({purpose})"))
     return found

@@ -15,7 +15,16 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_PRESETS = dict(
     zip(
         RELEASED,
-        ("jrt-360m", "based-360m", "mamba-360m", "attention-360m", "jrt-1.3b", "based-1.3b", "mamba-1.3b", "attention-1.3b"),
+        (
+            "jrt-360m",
+            "based-360m",
+            "mamba-360m",
+            "attention-360m",
+            "jrt-1.3b",
+            "based-1.3b",
+            "mamba-1.3b",
+            "attention-1.3b",
+        ),
         strict=True,
     )
 )
@@ -34,7 +43,11 @@ def decode_flops(config: Config, length: int) -> int:
     Weight products, the head included, and what each mixer does with its state; norms and activations are left out."""
     with torch.device("meta"):
         model = LanguageModel(config)
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("embedding"))
+    weights = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and name.endswith("weight") and name != "embedding.weight"
+    )
     if config.tied:
         weights += model.head.weight.numel()
     return 2 * weights + sum(_mixing_flops(config, layer, length) for layer in range(len(config.pattern)))
@@ -50,7 +63,10 @@ def describe(name: str) -> list[tuple[str, str]]:
 
     Raises ValueError for a name that leads to nothing."""
     if name in _RELEASED_PRESETS and not _is_at_hand(name):
-        return [("model", f"{name} (weights are not here: from the preset)"), *_ours(presets()[_RELEASED_PRESETS[name]], None)]
+        return [
+            ("model", f"{name} (weights are not here: from the preset)"),
+            *_ours(presets()[_RELEASED_PRESETS[name]], None),
+        ]
     if name in presets() and not (MINIS / name).is_dir():
         return [("model", f"{name} (a preset: an architecture without weights)"), *_ours(presets()[name], None)]
     folder = resolve(name)
@@ -67,17 +83,27 @@ def describe(name: str) -> list[tuple[str, str]]:
 
 
 def _ours(core: Config, config: JRTConfig | None) -> list[tuple[str, str]]:
-    letters = ", ".join(f"{letter} {LETTERS[letter]} x {core.pattern.count(letter)}" for letter in dict.fromkeys(core.pattern))
+    letters = ", ".join(
+        f"{letter} {LETTERS[letter]} x {core.pattern.count(letter)}" for letter in dict.fromkeys(core.pattern)
+    )
     found = [
         ("parameters", f"{parameters(core):,}"),
         ("pattern", f"{core.pattern} ({letters})"),
-        ("width", f"{core.width}, vocabulary {core.vocab_rows:,} rows, training sequences {core.train_length:,} tokens"),
+        (
+            "width",
+            f"{core.width}, vocabulary {core.vocab_rows:,} rows, training sequences {core.train_length:,} tokens",
+        ),
     ]
     if core.has("P"):
         found.append(("prefix encoder", f"reads up to {core.enc_length:,} tokens"))
     found.append(("state a sequence", _by_length(core.state_bytes)))
     found.append(("attention baseline", _by_length(lambda length: attention_twin_bytes(core, length))))
-    found.append(("FLOPs a token", ", ".join(f"{decode_flops(core, length) / 1e6:,.1f} M at {length:,}" for length in LENGTHS[::2])))
+    found.append(
+        (
+            "FLOPs a token",
+            ", ".join(f"{decode_flops(core, length) / 1e6:,.1f} M at {length:,}" for length in LENGTHS[::2]),
+        )
+    )
     tokenizer = "of the folder, else GPT-2's" if core.vocab_rows > 50_000 else f"own, {core.vocab_rows:,} entries"
     found.append(("tokenizer", tokenizer))
     quirks = Quirks(**config.quirks).active() if config is not None else ()
@@ -86,7 +112,9 @@ def _ours(core: Config, config: JRTConfig | None) -> list[tuple[str, str]]:
         found.append(("short prompts", config.short_prompt))
     if config is None or config.source is not None:
         rule = ", short_prompt='pad'" if core.has("P") else ""
-        found.append(("released checkpoint, as measured", f"compat='released'{rule}: {', '.join(Quirks.released().active())}"))
+        found.append(
+            ("released checkpoint, as measured", f"compat='released'{rule}: {', '.join(Quirks.released().active())}")
+        )
     return found
 
 
@@ -129,7 +157,10 @@ def _by_length(count) -> str:
     values = [count(length) for length in LENGTHS]
     if len(set(values)) == 1:
         return f"{values[0]:,} bytes (fp32) at any length"
-    return ", ".join(f"{value:,} at {length:,}" for length, value in zip(LENGTHS, values, strict=True)) + " tokens (bytes, fp32)"
+    return (
+        ", ".join(f"{value:,} at {length:,}" for length, value in zip(LENGTHS, values, strict=True))
+        + " tokens (bytes, fp32)"
+    )
 
 
 def _is_at_hand(name: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jrt.cache import LayerState, ModelState
 from jrt.config import Config
 from jrt.mixers import MIXERS, Reading
+from jrt.mixers.attention import rotary_angles
 from jrt.mixers.mamba import Mamba
 from jrt.quirks import Quirks
 
@@ -133,6 +134,7 @@ class LanguageModel(nn.Module):
             positions = past[:, None] + columns  # (B, T)
         else:
             positions = past[:, None] + mask.long().cumsum(1) - 1
+        rotates = self.config.rotary_dim > 0 and self.config.has("AS")
         encodes = starts and self.config.has("P")
         prefix_end, prefix_mask, blank = 0, None, None
         if encodes:
@@ -154,6 +156,7 @@ class LanguageModel(nn.Module):
             blank=blank,
             prefix_end=prefix_end,
             prefix_mask=prefix_mask,
+            rotary=rotary_angles(positions, self.config.rotary_dim) if rotates else None,
             log_decay=self.log_decay if self.config.decay_const is not None else None,
             quirks=quirks,
         )

@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 NAME = "jrt_kernels"
 HERE = Path(__file__).resolve().parent
+USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 SOURCES = ("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "bindings.cpp")
 
 
@@ -35,7 +36,7 @@ def find_nvcc() -> Path:
     candidates = [Path(os.environ["CUDA_HOME"], "bin", "nvcc")] if "CUDA_HOME" in os.environ else []
     found = shutil.which("nvcc")
     candidates += [Path(found)] if found else []
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates.append(USUAL_NVCC)
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -77,10 +78,13 @@ def compile_module(output: Path, build_directory: Path, extra_flags: tuple[str, 
     return "".join(text for _, text in results)
 
 
-def extensions() -> tuple[list[Extension], dict[str, type]]:
-    """For setup(): ext_modules and cmdclass. Fails at once, and clearly, where the build could not work."""
-    find_nvcc()
-    return [Extension(NAME, [str(HERE / source) for source in SOURCES])], {"build_ext": BuildKernels}
+def extensions() -> list[Extension]:
+    """For setup(), with BuildKernels as build_ext. Ends the installation with one line where the build could not work."""
+    try:
+        find_nvcc()
+    except BuildError as error:
+        raise SystemExit(str(error)) from error
+    return [Extension(NAME, [f"{HERE.name}/{source}" for source in SOURCES])]
 
 
 class BuildKernels(build_ext):

@@ -6,6 +6,16 @@
 #include "hopper.cuh"
 #include "launch.h"
 
+#ifdef JRT_D_CS
+#define JRT_LD(p) __ldcs(p)
+#define JRT_ST(p, x) __stcs(p, x)
+#elif defined(JRT_D_CG)
+#define JRT_LD(p) __ldcg(p)
+#define JRT_ST(p, x) __stcg(p, x)
+#else
+#define JRT_LD(p) (*(p))
+#define JRT_ST(p, x) (*(p) = (x))
+#endif
 namespace jrt {
 namespace {
 
@@ -37,8 +47,15 @@ __device__ __forceinline__ float taylor_feature(const float* x, int feature) {
     return (rest == 0 ? kSquareScale : kPairScale) * x[i] * x[i + rest];
 }
 
-template <typename Elem>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeParameters p) {
+// kValueDim: D where it is known when compiling, so that addresses are immediate; 0: any.
+template <typename Elem, int kValueDim>
+__global__ void 
+#ifdef JRT_D_OCC
+__launch_bounds__(kThreads, JRT_D_OCC)
+#else
+__launch_bounds__(kThreads)
+#endif
+ decode_kernel(const DecodeParameters p) {
     __shared__ float q[kDim], k[kDim], phi_q[kFeatures], phi_k[kFeatures];
     __shared__ float4 sums[kThreads / 32][kVectors];
     __shared__ float shares[kThreads / 32];
@@ -46,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeParameters
     const int warp = thread / 32, lane = thread % 32;
     const int first_row = thread / kVectors;
     const int64_t state = blockIdx.x;
-    float* const S = p.S + state * kFeatures * p.value_dim;
+    const int value_dim = kValueDim ? kValueDim : p.value_dim;
+    float* const S = p.S + state * kFeatures * value_dim;
     float* const z = p.z + state * kFeatures;
 
     float4 rows[kRowsPerThread];
@@ -55,13 +73,13 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeParameters
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             const int row = first_row + r * kRows;
-            if (row < kFeatures && column < p.value_dim) {
-                rows[r] = *reinterpret_cast<const float4*>(S + row * p.value_dim + column);
+            if (row < kFeatures && column < value_dim) {
+                rows[r] = JRT_LD(reinterpret_cast<const float4*>(S + row * value_dim + column));
             }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            v[i] = column < p.value_dim ? to_float<Elem>(p.v, batch * p.v_batch + head * p.v_head + column + i) : 0.0f;
+            v[i] = column < value_dim ? to_float<Elem>(p.v, batch * p.v_batch + head * p.v_head + column + i) : 0.0f;
         }
     };
 
@@ -86,18 +104,18 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeParameters
     if (lane == 0) shares[warp] = share;
     __syncthreads();
 
-    for (int tile = 0; tile < p.value_dim; tile += kColumns) {
+    for (int tile = 0; tile < value_dim; tile += kColumns) {
         const int column = tile + 4 * (thread % kVectors);
         if (tile > 0) fetch(column);
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             const int row = first_row + r * kRows;
-            if (row < kFeatures && column < p.value_dim) {
+            if (row < kFeatures && column < value_dim) {
                 const float a = phi_k[row], b = phi_q[row];
                 float4 x = rows[r];
                 x.x = fmaf(a, v[0], x.x), x.y = fmaf(a, v[1], x.y), x.z = fmaf(a, v[2], x.z), x.w = fmaf(a, v[3], x.w);
-                *reinterpret_cast<float4*>(S + row * p.value_dim + column) = x;
+                JRT_ST(reinterpret_cast<float4*>(S + row * value_dim + column), x);
                 sum.x = fmaf(b, x.x, sum.x), sum.y = fmaf(b, x.y, sum.y);
                 sum.z = fmaf(b, x.z, sum.z), sum.w = fmaf(b, x.w, sum.w);
             }
@@ -107,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeParameters
         sum.z += __shfl_xor_sync(~0u, sum.z, 16), sum.w += __shfl_xor_sync(~0u, sum.w, 16);
         if (lane < kVectors) sums[warp][lane] = sum;
         __syncthreads();
-        if (thread < kColumns && tile + thread < p.value_dim) {
+        if (thread < kColumns && tile + thread < value_dim) {
             float numerator = 0.0f, denominator = 0.0f;
 #pragma unroll
             for (int w = 0; w < kThreads / 32; ++w) {
@@ -121,6 +139,16 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeParameters
     }
 }
 
+template <typename Elem>
+auto decode_kernel_for(int value_dim) {
+    switch (value_dim) {
+        case 64: return decode_kernel<Elem, 64>;
+        case 112: return decode_kernel<Elem, 112>;
+        case 128: return decode_kernel<Elem, 128>;
+        default: return decode_kernel<Elem, 0>;
+    }
+}
+
 }  // namespace
 
 const char* decode_step(const DecodeArguments& a) {
@@ -130,11 +158,11 @@ const char* decode_step(const DecodeArguments& a) {
                              a.S,              a.z,               a.heads,          a.value_dim,
                              a.normalize};
     const unsigned blocks = static_cast<unsigned>(a.batch) * a.heads;
-    const auto stream = static_cast<cudaStream_t>(a.stream);
+    const auto launch = [&](auto kernel) { kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(p); };
     if (a.type == ElementType::kBFloat16) {
-        decode_kernel<__nv_bfloat16><<<blocks, kThreads, 0, stream>>>(p);
+        launch(decode_kernel_for<__nv_bfloat16>(a.value_dim));
     } else {
-        decode_kernel<__half><<<blocks, kThreads, 0, stream>>>(p);
+        launch(decode_kernel_for<__half>(a.value_dim));
     }
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -170,6 +170,16 @@ __device__ __forceinline__ float2 unpack2(uint32_t pair) {
     }
 }
 
+// 1 / x to one unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// The same value in every lane, and the compiler knows it.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
 // (low half of a's high word, high half of b's low word): the pair that straddles two neighbouring pairs.
 __device__ __forceinline__ uint32_t straddle2(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5432); }
 
@@ -182,27 +192,17 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-enum class Swizzle : uint64_t { k128 = 1, k32 = 3 };
+enum class Swizzle : uint32_t { k128 = 1, k32 = 3 };
 
-// Shared-memory matrix descriptor. K-major: `stride` is the distance between groups of 8 rows. MN-major: `stride` is the
-// distance between groups of 8 k, `leading` the one between swizzle atoms along M or N. Bytes.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle) {
-    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (static_cast<uint64_t>(leading >> 4) << 16) |
-           (static_cast<uint64_t>(stride >> 4) << 32) | (static_cast<uint64_t>(swizzle) << 62);
+// Shared-memory matrix descriptor, `offset` bytes further on. K-major: `stride` is the distance between groups of 8 rows,
+// `leading` is not used. MN-major: `stride` is the distance between groups of 8 k, `leading` the one between swizzle atoms
+// along M or N. Bytes. The two halves are put together so that only the lower one is computed at run time.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t offset, uint32_t leading, uint32_t stride,
+                                                      Swizzle swizzle) {
+    const uint32_t low = ((address + offset) >> 4) | (leading >> 4) << 16;  // shared addresses have 18 bits
+    const uint32_t high = (stride >> 4) | static_cast<uint32_t>(swizzle) << 30;
+    return static_cast<uint64_t>(high) << 32 | low;
 }
-
-// The descriptor of an MN-major operand: `atoms` is the distance between swizzle atoms along M or N, `depth` the one between
-// groups of 8 k.
-__device__ __forceinline__ uint64_t descriptor_mn(uint32_t address, uint32_t atoms, uint32_t depth, Swizzle swizzle) {
-#ifdef JRT_SWAP
-    return matrix_descriptor(address, depth, atoms, swizzle);
-#else
-    return matrix_descriptor(address, atoms, depth, swizzle);
-#endif
-}
-
-// Moves a descriptor's start by `bytes`.
-__device__ __forceinline__ constexpr uint64_t descriptor_offset(uint32_t bytes) { return bytes >> 4; }
 
 // D (16 x 8, fp32) += A (16 x 16) B (16 x 8), one warp.
 template <typename Elem>

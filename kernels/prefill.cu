@@ -18,10 +18,21 @@ namespace {
 
 constexpr int kScanThreads = 256;
 
-// One thread per element of a state; the pieces' values are fetched eight at a time.
-__global__ void __launch_bounds__(kScanThreads)
-    scan_pieces(float* pieces, const float* initial, float* final_state, int64_t elements, int count, bool last_counts) {
-    const int64_t element = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
+struct Sums {
+    float* pieces;  // (count, elements)
+    const float* initial;
+    float* final_sums;
+    int64_t elements;
+};
+
+// One thread per element of S, then of z; the pieces' values are fetched eight at a time.
+__global__ void __launch_bounds__(kScanThreads) scan_pieces(const Sums S, const Sums z, int count) {
+    int64_t element = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
+    const bool in_S = element < S.elements;
+    if (!in_S) element -= S.elements;
+    float* const pieces = in_S ? S.pieces : z.pieces;
+    const float* const initial = in_S ? S.initial : z.initial;
+    const int64_t elements = in_S ? S.elements : z.elements;
     if (element >= elements) return;
     float running = initial ? initial[element] : 0.0f;
     constexpr int kBatch = 8;
@@ -35,7 +46,7 @@ __global__ void __launch_bounds__(kScanThreads)
             running += values[i];
         }
     }
-    if (last_counts) final_state[element] = running;
+    (in_S ? S.final_sums : z.final_sums)[element] = running;
 }
 
 int column_tiles(int value_dim) { return (value_dim + kColumns - 1) / kColumns; }
@@ -85,14 +96,9 @@ int64_t prefill_workspace(int batch, int heads, int value_dim, int segments) {
 
 const char* scan_states(const PrefillArguments& a, float* piece_S, float* piece_z) {
     const int64_t states = static_cast<int64_t>(a.batch) * a.heads * kFeatures;
-    const auto stream = static_cast<cudaStream_t>(a.stream);
-    const bool last_counts = true;
-    const auto scan = [&](float* pieces, const float* initial, float* final_state, int64_t elements) {
-        const auto blocks = static_cast<unsigned>((elements + kScanThreads - 1) / kScanThreads);
-        scan_pieces<<<blocks, kScanThreads, 0, stream>>>(pieces, initial, final_state, elements, a.segments, last_counts);
-    };
-    scan(piece_S, a.initial_S, a.S, states * a.value_dim);
-    scan(piece_z, a.initial_z, a.z, states);
+    const Sums S{piece_S, a.initial_S, a.S, states * a.value_dim}, z{piece_z, a.initial_z, a.z, states};
+    const auto blocks = static_cast<unsigned>((S.elements + z.elements + kScanThreads - 1) / kScanThreads);
+    scan_pieces<<<blocks, kScanThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(S, z, a.segments);
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -45,10 +45,10 @@ constexpr uint32_t kTextBarriers = kTextMoments + 2 * kMomentBytes;
 constexpr uint32_t kTextSharedBytes = kTextBarriers + 128 + 1024;
 
 // Shared memory of prefill_state.
-constexpr int kStateStages = 4;
+constexpr int kStateStages = 3;
 constexpr uint32_t kStateStageBytes = kValueTileBytes + kKeyTileBytes;  // v, k
 constexpr uint32_t kStatePhi = kStateStages * kStateStageBytes;
-constexpr uint32_t kStateBarriers = kStatePhi + kPhiBytes;
+constexpr uint32_t kStateBarriers = kStatePhi + 2 * kPhiBytes;
 constexpr uint32_t kStateSharedBytes = kStateBarriers + 128 + 1024;
 
 // Which part of the work a block does.
@@ -71,13 +71,32 @@ struct Piece {
     __device__ __forceinline__ int64_t state(const PrefillParameters& p, int64_t piece_stride) const {
         return piece * piece_stride + static_cast<int64_t>(batch) * p.heads + head;
     }
-    template <bool kMask>
-    __device__ __forceinline__ ChunkMask mask(const PrefillParameters& p, int lane) const {
-        const int offset = batch * p.mask_batch_stride + first_token * p.mask_token_stride;
-        return ChunkMask(p.mask, offset, p.mask_token_stride, kMask ? end_token - first_token : 0, lane);
+    __device__ __forceinline__ int tokens_of(int chunk) const {
+        return min(kChunk, end_token - first_token - chunk * kChunk);
     }
     __device__ __forceinline__ bool writes_state(const PrefillParameters& p) const {
         return !p.last_piece_only || piece == p.pieces - 1;
+    }
+};
+
+// Which tokens of a chunk count, one bit each, fetched one chunk ahead. Without a mask: all.
+template <bool kMask>
+struct ChunkMask {
+    uint32_t bytes = 0;  // of tokens `lane` and `lane` + 32 of the chunk fetched last
+
+    __device__ __forceinline__ void fetch(const PrefillParameters& p, const Piece& piece, int chunk, int lane) {
+        if (!kMask) return;
+        const int token = piece.first_token + chunk * kChunk + lane;
+        const uint8_t* at = p.mask + piece.batch * p.mask_batch_stride + token * p.mask_token_stride;
+        bytes = token < piece.end_token ? __ldg(at) : 0;
+        bytes |= token + 32 < piece.end_token ? __ldg(at + 32 * p.mask_token_stride) << 8 : 0;
+    }
+    // Bits of tokens 0..31 (x) and 32..63 (y) of `chunk`; fetches the next.
+    __device__ __forceinline__ uint2 take(const PrefillParameters& p, const Piece& piece, int chunk, int lane) {
+        if (!kMask) return make_uint2(~0u, ~0u);
+        const uint2 bits = make_uint2(__ballot_sync(~0u, bytes & 0xff), __ballot_sync(~0u, bytes >> 8));
+        fetch(p, piece, chunk + 1, lane);
+        return bits;
     }
 };
 
@@ -112,18 +131,19 @@ struct KeySide {
         write_state(sums, S, piece.columns, p.value_dim, warp, lane);
         if (piece.column_tile == 0) write_moments(moments, count, p.z + state * kFeatures, warp, lane);
     }
-    // Adds one chunk. All reads of the tiles are done when it returns (in this warp).
-    __device__ __forceinline__ void add(uint32_t k_tile, uint32_t v_tile, uint32_t phi, uint2 counts, int tokens) {
-        const int thread = 32 * warp + lane, token = thread & 63, half = thread >> 6;
+    // phi(k) of a chunk, for the tensor cores once the warpgroup has met at the barrier.
+    __device__ __forceinline__ void write_features(uint32_t k_tile, uint32_t phi, uint2 counts) const {
+        const int thread = 32 * warp + lane, token = thread & 63;
         const bool token_counts = ((token < 32 ? counts.x : counts.y) >> (token & 31)) & 1;
-        write_key_features<Elem, kMask>(phi, k_tile, token, half, token_counts);
+        write_key_features<Elem, kMask>(phi, k_tile, token, warp >> 1, token_counts);
         fence_async_proxy();
-        named_barrier<kWarpgroup>(kBarrier);
+    }
+    // Starts the sums of a chunk on the tensor cores and adds its moments meanwhile.
+    __device__ __forceinline__ void start(uint32_t k_tile, uint32_t v_tile, uint32_t phi, uint2 counts, int tokens) {
         start_state_update<Elem>(sums, v_tile, phi);
         if (warp < 2) add_moments<Elem, kMask>(moments, k_tile, warp, lane, counts);
         count += kMask ? __popc(counts.x) + __popc(counts.y) : tokens;
         __syncwarp();
-        wgmma_wait<0>();
     }
 };
 
@@ -135,8 +155,9 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
     const uint32_t read = full + 8 * kTextStages;       // the query side is done with a stage
     const uint32_t published = read + 8 * kTextStages;  // a copy of the state is complete
     const uint32_t taken = published + 16;              // the query side is done with it
-    const int warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
-    const bool query_side = threadIdx.x < kWarpgroup;
+    const int block_warp = warp_uniform(threadIdx.x / 32);
+    const int warp = block_warp % 4, lane = threadIdx.x % 32;
+    const bool query_side = block_warp < 4;
     const Piece piece(p);
 
     const auto load = [&](int chunk) {
@@ -160,15 +181,16 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
     __syncthreads();
 
     if (query_side) {
-        ChunkMask chunk_mask = piece.mask<kMask>(p, lane);
+        ChunkMask<kMask> chunk_mask;
+        chunk_mask.fetch(p, piece, 0, lane);
         const uint32_t out_tile = memory + kTextOut + warp * (kOutBytes / 4);
         const auto start_scores = [&](float(&scores)[32], int chunk) {
             const int stage = chunk % kTextStages;
             const uint32_t k_tile = memory + stage * kTextStageBytes + kValueTileBytes, q_tile = k_tile + kKeyTileBytes;
             if (chunk < piece.chunks) mbarrier_wait(full + 8 * stage, (chunk / kTextStages) & 1);
             wgmma_fence();
-            wgmma_scores<Elem>(scores, matrix_descriptor(q_tile, 16, 256, Swizzle::k32),
-                               matrix_descriptor(k_tile, 16, 256, Swizzle::k32), 0);
+            wgmma_scores<Elem>(scores, matrix_descriptor(q_tile, 0, 16, 256, Swizzle::k32),
+                               matrix_descriptor(k_tile, 0, 16, 256, Swizzle::k32), 0);
             wgmma_commit();
         };
         const uint32_t causal = causal_bits(warp, lane);
@@ -182,7 +204,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             const uint32_t moments = memory + kTextMoments + (chunk & 1) * kMomentBytes;
             float o[32];
             uint32_t features[kSlabs / 2][4], rest[kSlabs / 2][4], weights[4][4];
-            const uint2 counts = kMask ? chunk_mask.take() : make_uint2(~0u, ~0u);
+            const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
 
             // P V. The scores were started a chunk ago.
             build_query_features<Elem, 0>(features, q_tile, warp, lane);
@@ -190,10 +212,9 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             float row_sum[2], denominator[2];
             taylor_scores<Elem, kMask>(scores, weights, row_sum, causal, lane, counts);
             wgmma_fence();
-            const uint64_t v = descriptor_mn(v_tile, kValueTileBytes, 1024, Swizzle::k128);
 #pragma unroll
             for (int step = 0; step < kChunk / 16; ++step) {
-                wgmma_values<Elem>(o, weights[step], v + descriptor_offset(step * 16 * 128), step > 0);
+                wgmma_values<Elem>(o, weights[step], value_descriptor(v_tile, step), step > 0);
             }
             wgmma_commit();
 
@@ -201,10 +222,12 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             mbarrier_wait(published + 8 * (chunk & 1), (chunk >> 1) & 1);
             denominators<Elem>(denominator, row_sum, q_tile, moments, warp, lane);
             wgmma_fence();
-            const uint64_t state = matrix_descriptor(copy, 16, 256, Swizzle::k32);
+            const auto state_slab = [&](int slab) {
+                return matrix_descriptor(copy, slab * kSlabBytes, 16, 256, Swizzle::k32);
+            };
 #pragma unroll
             for (int i = 0; i < kSlabs / 2; ++i) {
-                wgmma_state_read<Elem>(o, features[i], state + descriptor_offset(i * kSlabBytes), 1);
+                wgmma_state_read<Elem>(o, features[i], state_slab(i), 1);
             }
             wgmma_commit();
             wgmma_wait<1>();
@@ -212,7 +235,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < kSlabs / 2; ++i) {
-                wgmma_state_read<Elem>(o, rest[i], state + descriptor_offset((kSlabs / 2 + i) * kSlabBytes), 1);
+                wgmma_state_read<Elem>(o, rest[i], state_slab(kSlabs / 2 + i), 1);
             }
             wgmma_commit();
 
@@ -239,8 +262,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 // A padded query with nothing before it gives 0, not 0 / 0.
-                factor[i] = p.normalize && denominator[i] != 0.0f ? 1.0f / denominator[i] : 1.0f;
-                factor[i] *= 1.0f / kRangeScale<Elem>;
+                const float inverse = reciprocal(denominator[i]);
+                factor[i] = (p.normalize && denominator[i] != 0.0f ? inverse : 1.0f) / kRangeScale<Elem>;
             }
             stage_outputs<Elem>(o, factor, out_tile, lane);
             fence_async_proxy();
@@ -256,7 +279,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
     } else {
         KeySide<Elem, kMask> keys;
         keys.warp = warp, keys.lane = lane;
-        ChunkMask chunk_mask = piece.mask<kMask>(p, lane);
+        ChunkMask<kMask> chunk_mask;
+        chunk_mask.fetch(p, piece, 0, lane);
         const uint32_t phi = memory + kTextPhi;
         if (!kMask && warp >= 2) write_constant_feature<Elem>(phi, threadIdx.x & 63);
         keys.read(p, piece);
@@ -270,21 +294,22 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         };
         publish(0);
         const int chunks = piece.writes_state(p) ? piece.chunks : piece.chunks - 1;
-        int stage = 0;
-        uint32_t stage_parity = 0;
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            const uint2 counts = kMask ? chunk_mask.take() : make_uint2(~0u, ~0u);
+            forget_origin(keys.lane);
+            const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
+            const int stage = chunk % kTextStages;
             const uint32_t v_tile = memory + stage * kTextStageBytes;
-            mbarrier_wait(full + 8 * stage, stage_parity);
-            keys.add(v_tile + kValueTileBytes, v_tile, phi, counts,
-                     min(kChunk, piece.end_token - piece.first_token - chunk * kChunk));
+            mbarrier_wait(full + 8 * stage, (chunk / kTextStages) & 1);
+            keys.write_features(v_tile + kValueTileBytes, phi, counts);
+            named_barrier<kWarpgroup>(keys.kBarrier);
+            keys.start(v_tile + kValueTileBytes, v_tile, phi, counts, piece.tokens_of(chunk));
+            wgmma_wait<0>();
             const int next = chunk + 1;
             if (next < piece.chunks) {
                 if (next >= 2) mbarrier_wait(taken + 8 * (next & 1), ((next >> 1) - 1) & 1);
                 publish(next);
             }
             named_barrier<kWarpgroup>(keys.kBarrier);  // phi may be overwritten
-            if (++stage == kTextStages) stage = 0, stage_parity ^= 1;
         }
         if (piece.writes_state(p)) keys.write(p, piece);
     }
@@ -297,7 +322,7 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
     const uint32_t full = memory + kStateBarriers;
     const Piece piece(p);
     KeySide<Elem, kMask> keys;
-    keys.warp = threadIdx.x / 32, keys.lane = threadIdx.x % 32;
+    keys.warp = warp_uniform(threadIdx.x / 32), keys.lane = threadIdx.x % 32;
 
     const auto load = [&](int chunk) {
         const int stage = chunk % kStateStages;
@@ -313,23 +338,34 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
         mbarrier_init_fence();
         for (int chunk = 0; chunk < min(kStateStages, piece.chunks); ++chunk) load(chunk);
     }
-    const uint32_t phi = memory + kStatePhi;
-    if (!kMask && keys.warp >= 2) write_constant_feature<Elem>(phi, threadIdx.x & 63);
+    const uint32_t phi = memory + kStatePhi;  // two buffers: phi(k) of the next chunk is built while the sums of one run
+    if (!kMask && keys.warp >= 2) {
+        write_constant_feature<Elem>(phi, threadIdx.x & 63);
+        write_constant_feature<Elem>(phi + kPhiBytes, threadIdx.x & 63);
+    }
     __syncthreads();
 
-    ChunkMask chunk_mask = piece.mask<kMask>(p, keys.lane);
+    ChunkMask<kMask> chunk_mask;
+    chunk_mask.fetch(p, piece, 0, keys.lane);
     keys.read(p, piece);
-    int stage = 0;
-    uint32_t stage_parity = 0;
+    uint2 counts = chunk_mask.take(p, piece, 0, keys.lane);
+    mbarrier_wait(full, 0);
+    keys.write_features(memory + kValueTileBytes, phi, counts);
     for (int chunk = 0; chunk < piece.chunks; ++chunk) {
-        const uint2 counts = kMask ? chunk_mask.take() : make_uint2(~0u, ~0u);
-        const uint32_t v_tile = memory + stage * kStateStageBytes;
-        mbarrier_wait(full + 8 * stage, stage_parity);
-        keys.add(v_tile + kValueTileBytes, v_tile, phi, counts,
-                 min(kChunk, piece.end_token - piece.first_token - chunk * kChunk));
-        named_barrier<kWarpgroup>(keys.kBarrier);  // phi and this stage may be overwritten
-        if (threadIdx.x == 0 && chunk + kStateStages < piece.chunks) load(chunk + kStateStages);
-        if (++stage == kStateStages) stage = 0, stage_parity ^= 1;
+        // Every warp is done with the chunk before and has written its features of this one.
+        named_barrier<kWarpgroup>(keys.kBarrier);
+        if (threadIdx.x == 0 && chunk > 0 && chunk + kStateStages - 1 < piece.chunks) load(chunk + kStateStages - 1);
+        __syncwarp();
+        const uint32_t v_tile = memory + chunk % kStateStages * kStateStageBytes;
+        keys.start(v_tile + kValueTileBytes, v_tile, phi + (chunk & 1) * kPhiBytes, counts, piece.tokens_of(chunk));
+        const int next = chunk + 1;
+        if (next < piece.chunks) {
+            counts = chunk_mask.take(p, piece, next, keys.lane);
+            mbarrier_wait(full + 8 * (next % kStateStages), (next / kStateStages) & 1);
+            const uint32_t next_k = memory + next % kStateStages * kStateStageBytes + kValueTileBytes;
+            keys.write_features(next_k, phi + (next & 1) * kPhiBytes, counts);
+        }
+        wgmma_wait<0>();
     }
     keys.write(p, piece);
 }

@@ -38,58 +38,32 @@ __device__ __forceinline__ uint32_t row32(int row, int half) {
     return static_cast<uint32_t>(row * 32 + ((half ^ ((row >> 2) & 1)) << 4));
 }
 
-// Which tokens of a chunk count, one bit each, fetched one chunk ahead.
-struct ChunkMask {
-    const uint8_t* mask;
-    int offset;  // of this lane's first token of the next chunk
-    int token_stride;
-    int left;  // tokens from there to the end of the piece
-    uint32_t low_byte, high_byte;
-
-    __device__ __forceinline__ ChunkMask(const uint8_t* mask, int offset, int token_stride, int tokens, int lane)
-        : mask(mask), offset(offset + lane * token_stride), token_stride(token_stride), left(tokens - lane) {
-        fetch();
-    }
-    __device__ __forceinline__ void fetch() {
-        low_byte = left > 0 ? __ldg(mask + offset) : 0;
-        high_byte = left > 32 ? __ldg(mask + offset + 32 * token_stride) : 0;
-        offset += kChunk * token_stride;
-        left -= kChunk;
-    }
-    // Bits of tokens 0..31 (x) and 32..63 (y) of the current chunk.
-    __device__ __forceinline__ uint2 take() {
-        const uint2 bits = make_uint2(__ballot_sync(~0u, low_byte), __ballot_sync(~0u, high_byte));
-        fetch();
-        return bits;
-    }
-};
-
 // One thread writes half a token's features: positions 8 half .. 8 half + 7 of every slab.
 template <typename Elem, bool kMask>
 __device__ __forceinline__ void write_key_features(uint32_t phi, uint32_t k_tile, int token, int half, bool counts) {
     const uint4 first = load_shared_16(k_tile + row32(token, 0));
     const uint4 second = load_shared_16(k_tile + row32(token, 1));
     const uint32_t raw[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-    uint32_t r[8], m[8];  // pairs (x_2j, x_2j+1) and (x_2j+1, x_2j+2) of the row rotated by 2 half
+    uint32_t r[8];  // pairs (x_2j, x_2j+1) of the row rotated by 2 half
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         r[j] = half ? raw[(j + 1) & 7] : raw[j];
         if (kMask && !counts) r[j] = 0;
     }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) m[j] = straddle2(r[j], r[(j + 1) & 7]);
-
     uint32_t s[4];  // the pairs of this thread's positions / 16
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] = multiply2<Elem>(r[2 * i], kPowerPair<Elem, -4>);
     const uint32_t row = phi + row32(token, half);
+    // Slabs that share straddling pairs follow each other, so that few of those are alive at a time.
+    constexpr int order[8] = {0, 2, 4, 6, 1, 5, 3, 7};
 #pragma unroll
-    for (int slab = 0; slab < 8; ++slab) {
+    for (int step = 0; step < 8; ++step) {
+        const int slab = order[step];
         uint32_t f[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int j = (2 * i + slab / 2) & 7;
-            f[i] = multiply2<Elem>(s[i], slab & 1 ? m[j] : r[j]);
+            f[i] = multiply2<Elem>(s[i], slab & 1 ? straddle2(r[j], r[(j + 1) & 7]) : r[j]);
             if (slab == 0) f[i] = multiply2<Elem>(f[i], kPowerPair<Elem, -1>);
         }
         store_shared_16(row + slab * kSlabBytes, f[0], f[1], f[2], f[3]);
@@ -112,15 +86,19 @@ __device__ __forceinline__ void write_constant_feature(uint32_t phi, int token) 
     store_shared_16(phi + 8 * kSlabBytes + row32(token, 1), kOne<Elem>, 0u, 0u, 0u);
 }
 
+// 16 tokens of v, MN-major.
+__device__ __forceinline__ uint64_t value_descriptor(uint32_t v_tile, int step) {
+    return matrix_descriptor(v_tile, step * 16 * 128, kValueTileBytes, 1024, Swizzle::k128);
+}
+
 // Starts S^T += V^T phi(k) on the tensor cores.
 template <typename Elem>
 __device__ __forceinline__ void start_state_update(float (&sums)[80], uint32_t v_tile, uint32_t phi) {
-    const uint64_t v = descriptor_mn(v_tile, kValueTileBytes, 1024, Swizzle::k128);
-    const uint64_t features = descriptor_mn(phi, kSlabBytes, 256, Swizzle::k32);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kChunk / 16; ++step) {
-        wgmma_state_update<Elem>(sums, v + descriptor_offset(step * 16 * 128), features + descriptor_offset(step * 16 * 32), 1);
+        wgmma_state_update<Elem>(sums, value_descriptor(v_tile, step),
+                                 matrix_descriptor(phi, step * 16 * 32, kSlabBytes, 256, Swizzle::k32), 1);
     }
     wgmma_commit();
 }

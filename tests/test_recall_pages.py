@@ -87,7 +87,7 @@ def test_every_model_reads_the_same_items_in_all_strategies():
     runs = {name: items("reference_pages", name, "pages-512", limit=12) for name in ("once", "twice", "3x", "1x")}
     once = runs["once"]
     assert once.seed == 0 and once.python == reference_pages.python_version()
-    assert once.documents == once.dropped + 12 and once.lost == 0
+    assert once.documents - once.dropped > 512 and once.lost == 0
     for name, run in runs.items():
         assert [item.id for item in run.items] == [item.id for item in once.items]
         assert run.sha256 == once.sha256

@@ -10,4 +10,16 @@ from jrt.evaluate.pools import LocalPool
 from jrt.evaluate.run import Outcome, run
 from jrt.evaluate.subjects import ModelSpec, Subject, open_subject
 
-__all__ = ["Cell", "LocalPool", "ModelSpec", "Outcome", "Plan", "Request", "Subject", "open_subject", "plan", "read_run", "run"]
+__all__ = [
+    "Cell",
+    "LocalPool",
+    "ModelSpec",
+    "Outcome",
+    "Plan",
+    "Request",
+    "Subject",
+    "open_subject",
+    "plan",
+    "read_run",
+    "run",
+]

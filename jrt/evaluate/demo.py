@@ -44,5 +44,8 @@ def demo(chosen: Plan, output: Path, title: str, resume: bool = False) -> Outcom
     outcome = run(chosen, LocalPool(), output, BATCH, resume)
     plots.save(plots.by_strategy(outcome.records), output, "accuracy")
     plots.save(plots.by_state(outcome.records), output, "state")
-    write_text(output / "report.html", page(title, outcome.records, outcome.comparisons, outcome.predictions, read_run(output)[2]))
+    write_text(
+        output / "report.html",
+        page(title, outcome.records, outcome.comparisons, outcome.predictions, read_run(output)[2]),
+    )
     return outcome

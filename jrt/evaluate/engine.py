@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from jrt_recall import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from jrt.evaluate.subjects import Subject
-from jrt_recall import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.
 def until(text: str, stop: Sequence[str]) -> str:
     """`text` up to the first of the stop strings."""
     for ending in stop:
-        text = text.split(ending)[0]
+        text = text.split(ending, maxsplit=1)[0]
     return text
 
 

@@ -58,7 +58,9 @@ class RunFolder:
         """Records a model's facts. Raises ValueError where the run was begun with other weights under that name."""
         known = self.manifest["models"].get(facts["name"])
         if known is not None and known["sha256"] != facts["sha256"]:
-            raise ValueError(f"{facts['name']} has other weights than when the run in {self.path} began: choose another folder")
+            raise ValueError(
+                f"{facts['name']} has other weights than when the run in {self.path} began: choose another folder"
+            )
         self.manifest["models"][facts["name"]] = facts
         write_json(self.path / MANIFEST, self.manifest)
 
@@ -91,7 +93,9 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
     """Records, predictions and manifest of a finished run. Raises ValueError where the folder holds none."""
     files = [path / name for name in (RESULTS, PREDICTIONS, MANIFEST)]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{path} holds no finished run ({', '.join(missing)} absent): go on with `jrt eval ... --resume`")
+        raise ValueError(
+            f"{path} holds no finished run ({', '.join(missing)} absent): go on with `jrt eval ... --resume`"
+        )
     records, manifest = (json.loads(file.read_text(encoding="utf-8")) for file in (files[0], files[2]))
     return records, _read_predictions(files[1]), manifest
 
@@ -104,7 +108,9 @@ def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
         return None
     file = path / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{path} is not empty and holds no run of `jrt eval` ({MANIFEST} absent): choose another folder")
+        raise ValueError(
+            f"{path} is not empty and holds no run of `jrt eval` ({MANIFEST} absent): choose another folder"
+        )
     try:
         former = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from jrt.evaluate.subjects import ModelSpec
 from jrt_recall import TASKS, Protocol, TaskItems, items, strategy_named
 from jrt_recall.protocols import cells as protocols_of
+
+from jrt.evaluate.subjects import ModelSpec, open_tokenizer
 
 RECALL_PREFIX = "recall_"
 
@@ -78,8 +79,12 @@ class Plan:
 def plan(request: Request) -> Plan:
     """Loads the questions of a request.
 
-    Raises ValueError for unknown or repeated names, a protocol that does not fit a task, and missing datasets."""
-    for kind, names in (("model", [m.name for m in request.models]), ("task", request.tasks), ("strategy", request.strategies)):
+    Raises ValueError for unknown or repeated names (models too), a protocol that does not fit a task, and missing datasets."""
+    for kind, names in (
+        ("model", [m.name for m in request.models]),
+        ("task", request.tasks),
+        ("strategy", request.strategies),
+    ):
         if not names:
             raise ValueError(f"name at least one {kind}")
         if len(set(names)) < len(names):
@@ -89,6 +94,8 @@ def plan(request: Request) -> Plan:
         task = task_named(name)
         for protocol in protocols_of(request.protocol, task):
             wanted.extend((task, protocol, strategy_named(strategy)) for strategy in request.strategies)
+    for spec in request.models:
+        open_tokenizer(spec.name)
     questions = {}
     for task, protocol, strategy in wanted:
         folder = request.passages if task.startswith("qa_") else request.data

@@ -73,11 +73,15 @@ def by_position(predictions: Sequence[dict]) -> Figure:
                 members = [r for r in found if (r["model"], r["strategy"]) == (model, strategy)]
                 binned: dict[int, list[int]] = {}
                 for row in members:
-                    binned.setdefault(min(POSITION_BINS - 1, int(row["position"] * POSITION_BINS)), []).append(row["score"])
+                    binned.setdefault(min(POSITION_BINS - 1, int(row["position"] * POSITION_BINS)), []).append(
+                        row["score"]
+                    )
                 places = [(place + 0.5) / POSITION_BINS for place in sorted(binned)]
                 means = [sum(binned[place]) / len(binned[place]) for place in sorted(binned)]
                 color = colormaps["tab10"](number % 10)
-                axis.plot(places, means, style, marker="o", markersize=3, color=color, label=f"{_short(model)}, {strategy}")
+                axis.plot(
+                    places, means, style, marker="o", markersize=3, color=color, label=f"{_short(model)}, {strategy}"
+                )
         axis.set_xlim(0, 1)
         axis.set_xlabel("place of the answer in the context")
         _finish(axis, f"{task}, {protocol}")

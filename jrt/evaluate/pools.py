@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol as Interface
 
+from jrt_recall import Protocol
+
 from jrt.evaluate.engine import Generation, answer
 from jrt.evaluate.plan import Cell
 from jrt.evaluate.subjects import ModelSpec, Subject, open_subject
-from jrt_recall import Protocol
 
 
 @dataclass(frozen=True)

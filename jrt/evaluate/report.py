@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from jrt_recall import PROTOCOLS
+
 from jrt.evaluate import plots
 from jrt.evaluate.tables import HEADER, comparisons_text, counts_line, result_row
-from jrt_recall import PROTOCOLS
 
 SHOWN_ITEMS = 40
 _STYLE = """
@@ -85,7 +86,9 @@ def _browser(predictions: Sequence[dict], count: int) -> str:
         items.setdefault((row["task"], row["protocol"], row["id"]), []).append(row)
     chosen = sorted(items.values(), key=lambda rows: len({row["score"] for row in rows}) < 2)[:count]
     kinds = sorted({row["task"] for rows in chosen for row in rows})
-    options = "".join(f"<option value='{escape(kind)}'>{escape(kind)}</option>" for kind in (*kinds, "differ", "right", "wrong"))
+    options = "".join(
+        f"<option value='{escape(kind)}'>{escape(kind)}</option>" for kind in (*kinds, "differ", "right", "wrong")
+    )
     return (
         f"<h2>Items to read</h2><p class=note>{len(chosen)} of {len(items)} items; those first whose answers differ in rightness. "
         "The answer is marked where it stands.</p>"

@@ -2,9 +2,10 @@
 
 from itertools import combinations
 
+from jrt_recall.statistics import bootstrap, paired_difference
+
 from jrt.evaluate.folder import cell_of
 from jrt.evaluate.plan import Cell, Plan
-from jrt_recall.statistics import bootstrap, paired_difference
 
 
 def record(plan: Plan, cell: Cell, rows: list[dict], facts: dict, state_bytes: int) -> dict:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from jrt_recall import contains
 from tqdm import tqdm
 
 from jrt.evaluate.engine import Encoded, Generation, batches, encode, prompt_limit
@@ -20,7 +21,6 @@ from jrt.evaluate.plan import Cell, Plan
 from jrt.evaluate.pools import Job, Pool
 from jrt.evaluate.results import comparisons, record
 from jrt.evaluate.subjects import open_tokenizer
-from jrt_recall import contains
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,15 @@ class Outcome:
 def run(plan: Plan, pool: Pool, output: Path, batch_size: int = DEFAULT_BATCH, resume: bool = False) -> Outcome:
     """Answers all cells of a plan into the folder `output`.
 
-    Raises ValueError for unknown models, a batch size below 1, and a folder that holds another run."""
+    Raises ValueError for models that cannot be opened, a batch size below 1, and a folder that holds another run."""
     if batch_size < 1:
         raise ValueError(f"a batch holds at least one item, got {batch_size}")
-    for spec in plan.request.models:  # an unknown name fails before anything is written
-        open_tokenizer(spec.name)
-    pool.facts(plan.request.models[0])
-    manifest = {"identity": plan.identity(), "versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    pool.facts(plan.request.models[0])  # a model that cannot be opened fails before anything is written
+    manifest = {
+        "identity": plan.identity(),
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     with RunFolder(output, manifest, resume) as folder:
         return _run(plan, pool, folder, batch_size)
 

@@ -99,6 +99,7 @@ class Subject:
 def open_subject(spec: ModelSpec) -> Subject:
     """The model and its tokenizer, ready to compute. Raises ValueError for a name that leads to neither."""
     tokenizer = open_tokenizer(spec.name)
+    _check_device(spec.device)
     try:
         if is_ours(spec.name):
             model = jrt.load(spec.name, spec.device, _dtype(spec.dtype), spec.compat, spec.short_prompt)
@@ -127,11 +128,11 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def unknown_model(name: str) -> str:
     """The line for a name that leads nowhere."""
     minis = ", ".join(sorted(folder.parent.name for folder in MINIS.glob("*/config.json")))
-    return f"unknown model {name!r}: expected {minis or 'mini-*'}, {SMOLLM2}, a folder with a model, or a hub id OWNER/NAME"
+    return f"unknown model {name!r}: expected {minis or 'mini-*'}, {SMOLLM2}, a folder, or a hub id OWNER/NAME"
 
 
 def is_ours(name: str) -> bool:
-    """Whether `jrt.load` reads that name: a preset, one of the released ids, or a folder in our or the released format."""
+    """Whether `jrt.load` reads that name: a preset, a released id, or a folder in our or the released format."""
     file = Path(name).expanduser() / "config.json"
     if file.is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -166,7 +167,9 @@ def _location(name: str) -> tuple[str, dict[str, str]]:
         return str(folder), {}
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise ValueError(f"{folder} holds no model: expected a config.json or exactly one .gguf file, found {len(files)}")
+        raise ValueError(
+            f"{folder} holds no model: expected a config.json or exactly one .gguf file, found {len(files)}"
+        )
     return str(folder), {"gguf_file": files[0].name}
 
 
@@ -180,10 +183,21 @@ def _smollm2_folder() -> Path:
     return files[0].parent
 
 
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r}: expected cpu, cuda, or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
+
+
 def _check_unquirky(spec: ModelSpec) -> None:
     for option in ("compat", "short_prompt"):
         if getattr(spec, option) not in (None, "none"):
-            raise ValueError(f"{option}={getattr(spec, option)!r} is for models of this project; {spec.name} is not one")
+            raise ValueError(
+                f"{option}={getattr(spec, option)!r} is for models of this project; {spec.name} is not one"
+            )
 
 
 def _dtype(name: str | None) -> torch.dtype:

@@ -12,7 +12,10 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     texts = []
     for line in lines:
-        cells = [text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
         texts.append("  ".join(cells).rstrip())
     return "\n".join([texts[0], "  ".join("-" * width for width in widths), *texts[1:]])
 
@@ -63,12 +66,18 @@ def results_text(records: Sequence[dict], protocols: Sequence[Protocol]) -> str:
 
     for (task, protocol), members in groupby(sorted(records, key=group), key=group):
         found = list(members)
-        parts += [f"{task} | {described[protocol]}", counts_line(found[0]), aligned(HEADER, [result_row(r) for r in found])]
+        parts += [
+            f"{task} | {described[protocol]}",
+            counts_line(found[0]),
+            aligned(HEADER, [result_row(r) for r in found]),
+        ]
         if any(record["truncated"] for record in found):
             lost = ", ".join(f"{r['model']} {r['strategy']}: {r['truncated']}" for r in found if r["truncated"])
             parts.append(f"truncated by a length limit: {lost}")
         if any(record["nan"] for record in found):
-            parts.append("NaN logits, counted as wrong: " + ", ".join(f"{r['model']}: {r['nan']}" for r in found if r["nan"]))
+            parts.append(
+                "NaN logits, counted as wrong: " + ", ".join(f"{r['model']}: {r['nan']}" for r in found if r["nan"])
+            )
         if any(record["beyond_training"] for record in found):
             parts.append("* prompts longer than the model's training sequences")
         parts.append("")
@@ -93,5 +102,7 @@ def comparisons_text(comparisons: Sequence[dict]) -> str:
         else:
             what = f"{first['strategy']}: {second['model']} - {first['model']}"
         points = [f"{100 * found[key]:+.1f}" for key in ("difference", "low", "high")]
-        rows.append([f"{first['task']} {first['protocol']} | {what}", points[0], f"{points[1]} to {points[2]}", str(found["n"])])
+        rows.append(
+            [f"{first['task']} {first['protocol']} | {what}", points[0], f"{points[1]} to {points[2]}", str(found["n"])]
+        )
     return aligned(("paired difference (points)", "mean", "95% interval", "items"), rows) if rows else ""

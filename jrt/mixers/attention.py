@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.heads, self.rotary_dim = config.heads, config.rotary_dim
+        self.heads = config.heads
         self.scale = (config.width // config.heads) ** -0.5
         if config.inverse_layer_scale:
             self.scale /= layer + 1
@@ -45,9 +45,8 @@ class Attention(nn.Module):
 
     def _rotated(self, x: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D) each
-        if self.rotary_dim:
-            cos, sin = rotary_angles(reading.positions, self.rotary_dim)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if reading.rotary is not None:
+            q, k = rotate(q, *reading.rotary), rotate(k, *reading.rotary)
         return q, k, v
 
     def _valid(self, k: Tensor, reading: Reading) -> Tensor | None:
@@ -112,6 +111,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int
         (B, T, H, D).
     """
     batch, length, heads, size = q.shape
+    if length == 1:
+        return full_attention(q, k, v, valid, scale)
     block = min(max(window, MIN_BLOCK), length)
     padding = -length % block
     if padding:

@@ -19,5 +19,6 @@ class Reading:
     blank: Tensor | None  # (B, T) bool, True: a token whose key the release zeroes before the feature map; None: no such
     prefix_end: int  # M; 0: this call encodes no prefix
     prefix_mask: Tensor | None  # (B, M) bool, True: part of the row's prefix; None: all are
+    rotary: tuple[Tensor, Tensor] | None  # cos and sin (B, T, 1, ceil(rotary_dim / 2)) fp32; None: nothing rotates
     log_decay: Tensor | None  # (H,) decay of Based's numerator
     quirks: Quirks

@@ -51,6 +51,8 @@ def linear_attention(
     if state is not None:
         state = State(state.S.to(_state_dtype(k)), state.z.to(_state_dtype(k)))
     length = q.shape[1]
+    if length == 1:
+        return _step(q, k, v, state, mask, log_decay, normalize, dtype)
     # Decay ties each chunk's state to the one before, so chunks cannot be summed side by side.
     segment = CHUNK if log_decay is not None else _segment_tokens(k, v)
     outputs, start = [], 0
@@ -63,6 +65,24 @@ def linear_attention(
         outputs.append(o.to(dtype))
         start += tokens
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
+
+
+def _step(q, k, v, state, mask, log_decay, normalize, dtype):
+    """One token: the state moves on and the query reads it, in as few calls as possible (decoding)."""
+    wide = _state_dtype(k)
+    phi_k = taylor_features(k[:, 0].to(wide))  # (B, H, F)
+    if mask is not None:
+        phi_k = phi_k * mask[..., None]
+    S, z = phi_k[..., None] * v[:, 0, :, None].to(wide), phi_k  # (B, H, F, D), (B, H, F)
+    if state is not None:
+        kept = state.S if log_decay is None else state.S * log_decay.to(wide).exp()[:, None, None]
+        S, z = S + kept, z + state.z
+    phi_q = taylor_features(q[:, 0].to(wide))[:, :, None]  # (B, H, 1, F)
+    o = phi_q @ S  # (B, H, 1, D)
+    if normalize:
+        denominator = phi_q @ z[..., None]  # (B, H, 1, 1)
+        o = o / (denominator if mask is None else denominator.masked_fill(denominator == 0, 1))
+    return o.transpose(1, 2).to(dtype), State(S, z)
 
 
 def _segment(q, k, v, state, mask, log_decay, normalize):

@@ -6,10 +6,14 @@ Shapes: B batch, T tokens, H heads, d query/key size, D value size, F = 1 + d + 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+SMALL = 256  # vectors: below this the number of calls costs more than what they compute
 
 
 class State(NamedTuple):
@@ -38,8 +42,17 @@ def taylor_features(x: Tensor) -> Tensor:
     """
     d = x.shape[-1]
     first = x * d**-0.25
-    rows, columns = torch.triu_indices(d, d, device=x.device)
-    weights = 1 - (1 - math.sqrt(0.5)) * (rows == columns).to(x.dtype)  # (d (d + 1) / 2,)
-    # Slices and not an index_select: its backward pass would be a scatter.
-    pairs = torch.cat([first[..., i : i + 1] * first[..., i:] for i in range(d)], dim=-1)  # (..., d (d + 1) / 2)
+    rows, columns, weights = _pairs(d, x.device, x.dtype)
+    if x.numel() <= SMALL * d:
+        pairs = first.index_select(-1, rows) * first.index_select(-1, columns)  # (..., d (d + 1) / 2)
+    else:  # slices read memory in order, and their backward pass is no scatter
+        pairs = torch.cat([first[..., i : i + 1] * first[..., i:] for i in range(d)], dim=-1)
     return torch.cat([torch.ones_like(x[..., :1]), first, pairs * weights], dim=-1)  # (..., F)
+
+
+@lru_cache(maxsize=64)
+def _pairs(d: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of each pair i <= j, and its weight beside the two factors d^-1/4 that `first` carries."""
+    with torch.inference_mode(False):  # constants that a later call may use with autograd
+        rows, columns = torch.triu_indices(d, d, device=device).unbind()
+        return rows, columns, torch.where(rows == columns, math.sqrt(0.5), 1.0).to(dtype)  # (d (d + 1) / 2,) each

@@ -1,7 +1,7 @@
 """The ops without a choice of backend: plain PyTorch, any device, nothing compiled and nothing registered.
 
-`jrt.export` puts these in place of `jrt.ops` into the modelling file of a self-contained folder, which must load anywhere,
-and more than once in a process. Shapes and errors: `jrt.ops`, which the functions follow.
+`jrt.export` puts these in place of `jrt.ops` into the modelling file of a self-contained folder, which must load
+anywhere, and more than once in a process. Shapes and errors: `jrt.ops`, which the functions follow.
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ def short_convolution(u: Tensor, weight: Tensor, bias: Tensor | None, state: Ten
         state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
     u = torch.cat([state.to(u.dtype), u], dim=1)  # (B, K - 1 + T, E)
     weight = weight.to(u.dtype)
+    if length == 1:
+        c = (u * weight.mT).sum(1, keepdim=True)
+        return c if bias is None else c + bias.to(c.dtype), u[:, 1:]
     c = u[:, :length] * weight[:, 0]
     for tap in range(1, taps):
         c = c + u[:, tap : tap + length] * weight[:, tap]

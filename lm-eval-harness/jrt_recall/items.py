@@ -44,8 +44,9 @@ class TaskItems:
     """The items of one task, strategy and protocol.
 
     documents: those looked at; each is an item, dropped (published rule) or invalid (it cannot be asked or scored;
-    the reason is kept). lost: items whose answer was cut away; absent: items whose answer never stood in the document.
-    sha256: of the documents; seed and python matter for reference_pages alone."""
+    the reason is kept). For reference_pages they are all facts of all windows, of which a selection is asked.
+    lost: items whose answer was cut away; absent: items whose answer never stood in the document. sha256: of the
+    documents; seed: of a selection of pages or of examples; python: the version whose library was read."""
 
     task: str
     strategy: str
@@ -144,14 +145,13 @@ def _page_items(strategy: Strategy, protocol: Protocol, tokenizer, limit: int | 
         )
         for doc in selection.documents
     )
-    left_out = sum(selection.left_out.values())
     return TaskItems(
         task="reference_pages",
         strategy=strategy.name,
         protocol=protocol,
         items=found,
-        documents=len(found) + left_out,
-        dropped=left_out,
+        documents=selection.facts,
+        dropped=sum(selection.left_out.values()),
         invalid=(),
         lost=0,
         absent=0,

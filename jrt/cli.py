@@ -1,0 +1,369 @@
+"""The command line: `jrt demo | eval | report | generate | info | convert | data | doctor | lm-eval`.
+
+A user's mistake is one line on stderr and exit status 2; what a command computes comes from the modules it imports.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    arguments = list(sys.argv[1:] if given is None else given)
+    if arguments[:1] == ["lm-eval"]:
+        return _reported(lambda: _lm_eval(arguments[1:]))
+    parsed = _parser().parse_args(arguments)
+    if not parsed.verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
+    return _reported(lambda: parsed.command(parsed))
+
+
+def _reported(command) -> int:
+    try:
+        return command() or OK
+    except ValueError as error:
+        print(f"jrt: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("jrt: stopped; what was answered is kept: the same command with --resume goes on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return OK
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors on one line."""
+
+    def error(self, message: str):
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="jrt", description="Recall of language models: evaluate it, and close the gap by reading twice."
+    )
+    parser.add_argument("--verbose", "-v", action="store_true", help="say what is done")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_demo, _add_eval, _add_report, _add_generate, _add_info, _add_convert, _add_data, _add_doctor):
+        add(commands)
+    commands.add_parser(
+        "lm-eval", help="stock lm-eval with `--model jrt` and the recall tasks; all options are lm_eval's"
+    )
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
+    return number
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    parser.add_argument("--dtype", help="float32 (default), bfloat16, float16, float64")
+    parser.add_argument("--compat", choices=("released",), help="compute as the published numbers were measured")
+    parser.add_argument(
+        "--short-prompt", choices=("none", "pad", "repeat", "iterate"), help="rule for prompts shorter than the encoder"
+    )
+
+
+# demo
+
+
+def _add_demo(commands) -> None:
+    parser = commands.add_parser("demo", help="the mini models on reference pages, read once and twice")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder (default: demo)")
+    parser.add_argument("--models", type=_names, help="other models, separated by commas")
+    parser.add_argument("--limit", type=_positive, help="items a cell")
+    parser.add_argument(
+        "--real", action="store_true", help="SmolLM2-135M, an off-the-shelf model, instead of the minis"
+    )
+    parser.add_argument(
+        "--passages", type=Path, help="with --real: folder of passages with questions, instead of pages"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    parser.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from jrt.evaluate import demo
+    from jrt.evaluate.tables import comparisons_text, results_text
+
+    if arguments.real:
+        chosen = demo.real_plan(arguments.passages, arguments.limit or demo.REAL_ITEMS, arguments.device)
+        title = "SmolLM2-135M, once and twice"
+    else:
+        if arguments.passages is not None:
+            raise ValueError("--passages goes with --real")
+        chosen = demo.mini_plan(arguments.models or demo.MINIS, arguments.limit or demo.ITEMS, arguments.device)
+        title = "Just read twice: mini models on reference pages"
+    outcome = demo.demo(chosen, arguments.output, title, arguments.resume)
+    print(results_text(outcome.records, chosen.protocols()))
+    print(comparisons_text(outcome.comparisons))
+    print(f"\nreport: {arguments.output / 'report.html'}   figures: accuracy.png, accuracy.svg, state.png, state.svg")
+
+
+# eval
+
+
+def _add_eval(commands) -> None:
+    parser = commands.add_parser("eval", help="recall of any causal language model")
+    parser.add_argument(
+        "--model", type=_names, required=True, help="mini-jrt, smollm2, folders, hub ids; separated by commas"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_names,
+        required=True,
+        help="swde, fda, squad, drop, triviaqa, nq_1024, reference_pages, qa_squad ...",
+    )
+    parser.add_argument(
+        "--strategy", type=_names, default=("once",), help="once, twice, question_first, 3x ...; separated by commas"
+    )
+    parser.add_argument("--protocol", help="jrt-table1, jrt-table2, full, w2000-a50 ... (default: the task's)")
+    parser.add_argument("--limit", type=_positive, help="items a cell (default: all)")
+    parser.add_argument("--batch-size", type=_positive, default=16)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the same run in that folder")
+    parser.add_argument("--seed", type=int, default=0, help="choice of reference pages, bootstrap")
+    parser.add_argument(
+        "--data", type=Path, help="mirror folder of the published datasets (default: $JRT_DATA, then the hub)"
+    )
+    parser.add_argument("--passages", type=Path, help="folder of the qa_ tasks (default: $JRT_PASSAGES)")
+    parser.add_argument("--cut-with", help="another cutting tokenizer; renames the protocol")
+    parser.add_argument(
+        "--text", type=Path, help="recall_perplexity: a text file, or a folder of .txt files (default: reference pages)"
+    )
+    parser.add_argument("--workers", type=_positive, help="Ray actors, one model copy each (default: this process)")
+    parser.add_argument("--ray-address", help="an existing Ray cluster")
+    _model_options(parser)
+    parser.set_defaults(command=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
+    from jrt.evaluate.tables import comparisons_text, results_text
+
+    specs = tuple(
+        ModelSpec(name, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
+        for name in arguments.model
+    )
+    if "recall_perplexity" in arguments.tasks:
+        return _perplexity(arguments, specs)
+    request = Request(
+        models=specs,
+        tasks=arguments.tasks,
+        strategies=arguments.strategy,
+        protocol=arguments.protocol,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        data=arguments.data,
+        passages=arguments.passages,
+        cut_with=arguments.cut_with,
+    )
+    chosen = plan(request)
+    if arguments.workers is None and arguments.ray_address is None:
+        outcome = run(chosen, LocalPool(), arguments.output, arguments.batch_size, arguments.resume)
+    else:
+        outcome = _on_workers(arguments, chosen)
+    print(results_text(outcome.records, chosen.protocols()))
+    if outcome.comparisons:
+        print(comparisons_text(outcome.comparisons))
+    print(f"\nresults: {arguments.output / 'results.json'}   report: jrt report {arguments.output}")
+
+
+def _on_workers(arguments: argparse.Namespace, chosen):
+    from importlib.util import find_spec
+
+    from jrt.evaluate import run
+
+    if find_spec("ray") is None:
+        raise ValueError("--workers needs Ray: pip install 'jrt[scale]'")
+    from jrt.evaluate.workers import RayPool
+
+    gpus = 1 if arguments.device.startswith("cuda") else 0
+    with RayPool(arguments.workers or 1, arguments.ray_address, gpus) as pool:
+        return run(chosen, pool, arguments.output, arguments.batch_size, arguments.resume)
+
+
+def _perplexity(arguments: argparse.Namespace, specs: tuple) -> None:
+    from jrt.evaluate import perplexity
+
+    if len(arguments.tasks) > 1:
+        raise ValueError("recall_perplexity measures perplexity, not answers: ask for it alone")
+    if arguments.strategy != ("once",) or arguments.protocol is not None:
+        raise ValueError("recall_perplexity reads a text as it stands: it takes no strategy and no protocol")
+    documents = perplexity.texts(arguments.text)
+    records = perplexity.run(specs, documents, arguments.output, arguments.limit, arguments.batch_size)
+    print(perplexity.table(records))
+
+
+# report
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser("report", help="tables, figures and an HTML page from finished runs")
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
+    parser.add_argument("--output", type=Path, help="folder (default: the first run's)")
+    parser.add_argument(
+        "--layout", choices=("table1", "table2"), help="the paper's table, published values beside measured ones"
+    )
+    parser.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from jrt.evaluate import collect
+
+    output = arguments.output or arguments.runs[0]
+    print(collect.collect(arguments.runs, output, arguments.layout))
+    print(f"\nwritten to {output}: {', '.join(collect.FILES)}")
+
+
+# generate
+
+
+def _add_generate(commands) -> None:
+    parser = commands.add_parser("generate", help="a model's continuation of a prompt")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompt", help="the text (default: standard input)")
+    parser.add_argument("--twice", action="store_true", help="show the prompt twice, on lines of its own")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64)
+    _model_options(parser)
+    parser.set_defaults(command=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from jrt.evaluate.engine import encode, left_padded
+    from jrt.evaluate.subjects import ModelSpec, open_subject
+
+    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give --prompt TEXT, or text on standard input")
+    if arguments.twice:
+        prompt = f"{prompt}\n{prompt}"
+    spec = ModelSpec(arguments.model, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
+    subject = open_subject(spec)
+    ids, mask = left_padded([encode(subject.tokenizer, [prompt], None)[0].ids], subject.pad_token_id, subject.device)
+    subject.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=False,
+        pad_token_id=subject.pad_token_id,
+        streamer=TextStreamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+# info, doctor
+
+
+def _add_info(commands) -> None:
+    parser = commands.add_parser("info", help="what a model is and costs")
+    parser.add_argument("name", help="a preset, a mini, a folder or a hub id")
+    parser.set_defaults(command=_info)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from jrt.info import describe
+
+    _print_pairs(describe(arguments.name))
+
+
+def _add_doctor(commands) -> None:
+    commands.add_parser("doctor", help="versions, devices, backends, and what is missing").set_defaults(command=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from jrt.doctor import findings
+
+    _print_pairs(findings())
+
+
+def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in pairs)
+    for label, value in pairs:
+        print(f"{label.ljust(width)}  {value}")
+
+
+# convert
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser("convert", help="a released checkpoint into a Hugging Face folder")
+    parser.add_argument("source", help="folder or hub id")
+    parser.add_argument("out", type=Path, help="new folder")
+    parser.set_defaults(command=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from jrt.convert import convert
+
+    convert(arguments.source, arguments.out)
+    print(f"written to {arguments.out}")
+
+
+# data
+
+
+def _add_data(commands) -> None:
+    parser = commands.add_parser("data", help="a local mirror of the published datasets")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
+    fetch = actions.add_parser("fetch", help="from the hub into the mirror")
+    verify = actions.add_parser("verify", help="hashes and columns of the mirror's files")
+    for action in (fetch, verify):
+        action.add_argument("tasks", nargs="*", help="default: all published tasks")
+    bring = actions.add_parser("import", help="from a .jsonl, .json or .parquet file into the mirror")
+    bring.add_argument("task")
+    bring.add_argument("file", type=Path)
+    for action, command in ((fetch, _fetch), (verify, _verify), (bring, _import)):
+        action.add_argument("--folder", type=Path, help="the mirror (default: $JRT_DATA)")
+        action.set_defaults(command=command)
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from jrt_recall import PUBLISHED, data
+
+    for file in data.fetch(arguments.tasks or PUBLISHED, arguments.folder):
+        print(file)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from jrt_recall import data
+
+    found = data.verify(arguments.tasks or None, arguments.folder)
+    for checked in found:
+        print(("ok   " if checked.ok else "WRONG") + f"  {checked.message}")
+    return OK if all(checked.ok for checked in found) else FAILED
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from jrt_recall import data
+
+    print(data.import_file(arguments.task, arguments.file, arguments.folder))
+
+
+# lm-eval
+
+
+def _lm_eval(given: list[str]) -> int:
+    from jrt.evaluate import harness
+
+    return harness.command(given)

@@ -1,0 +1,99 @@
+"""Our models in stock lm-eval: importing this module registers `--model jrt`; nothing in lm-eval is changed.
+
+lm-eval has no entry points for models, so some program has to import this: `jrt lm-eval ...` does, and is `lm_eval ...`
+otherwise (with the recall tasks on its include path).
+"""
+
+import logging
+import sys
+
+from jrt_recall.harness import arguments
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from jrt.evaluate.likelihood import log_likelihoods
+from jrt.evaluate.subjects import ModelSpec, open_subject
+
+logger = logging.getLogger(__name__)
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("jrt")
+class JRTHarness(HFLM):
+    """A model of this project for lm-eval.
+
+    Args:
+        pretrained: what `jrt.load` takes.
+        device, dtype, compat, short_prompt: as in `jrt.load`.
+        batch_size: rows at once; lm-eval's "auto" is not supported for log-likelihoods and means 16 there.
+        max_batch_size: accepted because lm-eval always passes it; unused.
+        max_length: tokens kept of a prompt with its continuation; None: the length of the training sequences.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str = "cpu",
+        dtype: str | None = None,
+        compat: str | None = None,
+        short_prompt: str | None = None,
+        batch_size: int | str = 16,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            logger.warning("no GPU here: computing on the CPU")  # lm-eval asks for cuda:0 unless told otherwise
+            device = "cpu"
+        subject = open_subject(ModelSpec(pretrained, device, dtype, compat, short_prompt))
+        if not subject.is_ours:
+            raise ValueError(f"{pretrained} is no model of this project: use --model hf")
+        super().__init__(
+            pretrained=subject.model,
+            tokenizer=subject.tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            backend="causal",
+        )
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length or self.model.core.train_length
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._kept(context, continuation) for _, context, continuation in requests]
+        size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
+        found = []
+        chunk = 16 * size  # sorted by length within a chunk
+        with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as progress:
+            for start in range(0, len(pairs), chunk):
+                found += log_likelihoods(self.model, pairs[start : start + chunk], size)
+                progress.update(min(chunk, len(pairs) - start))
+        for (text, _, _), scored in zip(requests, found, strict=True):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, tuple(scored))
+        return [tuple(scored) for scored in found]
+
+    def _kept(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens does not fit the {self.max_length} that are kept"
+            )
+        return context[-room:], continuation
+
+
+def command(given: list[str]) -> int:
+    """`lm_eval` with our models and the recall tasks; returns the exit status."""
+    from lm_eval.__main__ import cli_evaluate
+
+    recall = logging.getLogger("jrt_recall")  # says protocol, source and counts of each task
+    recall.addHandler(logging.StreamHandler())
+    recall.setLevel(logging.INFO)
+    sys.argv = ["lm_eval", *arguments(given)]
+    cli_evaluate()
+    return 0

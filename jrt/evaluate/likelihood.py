@@ -1,0 +1,115 @@
+"""Log-likelihoods of continuations that do not show the prefix encoder what is being scored.
+
+lm-eval pads such batches on the right and says nothing of lengths or masks: a prefix encoder would read padding and, worse,
+the continuation itself. Here the encoder ends where the context ends. The quirk `leak_continuation` gives the published way,
+in which all but the last token of a continuation were visible (original_spec 8.5).
+
+Shapes: B pairs, T their longest row, K the longest continuation, V vocabulary rows.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from jrt.evaluate.engine import left_padded
+from jrt.generate import fill_short_prompts
+from jrt.hub import JRTForCausalLM
+
+
+class Scored(NamedTuple):
+    """Sum of the continuation's log-probabilities, and whether greedy decoding would have given it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+class _Row(NamedTuple):
+    ids: list[int]  # context, as filled up, and continuation without its last token
+    continuation: list[int]
+    prefix: int  # tokens that the encoder reads
+    blank: int  # of these, pads at the start
+
+
+def log_likelihoods(
+    model: JRTForCausalLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, pad_token_id: int = 0
+) -> list[Scored]:
+    """Scores (context ids, continuation ids) pairs, in their order.
+
+    Short contexts are filled up by the model's own `short_prompt` rule. Raises ValueError for an empty context or
+    continuation."""
+    for number, (context, continuation) in enumerate(pairs):
+        if not len(context) or not len(continuation):
+            raise ValueError(f"pair {number}: context and continuation need at least one token each")
+    if model.core.has("P") and model.config.short_prompt == "iterate":
+        return _iterated(model, pairs, batch_size, pad_token_id)
+    rows = [_row(model, list(context), list(continuation)) for context, continuation in pairs]
+    found: list[Scored | None] = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
+    # The release reads pads as tokens, so its rows only meet rows of their own length.
+    alone = model.quirks.blank_padding or model.quirks.ignore_batch_padding
+    for _, members in groupby(order, key=lambda index: len(rows[index].ids) if alone else 0):
+        indices = list(members)
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            for index, scored in zip(batch, _scores(model, [rows[i] for i in batch], pad_token_id), strict=True):
+                found[index] = scored
+    return found
+
+
+def _row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> _Row:
+    if not model.core.has("P"):
+        return _Row(context + continuation[:-1], continuation, 0, 0)
+    leak = model.quirks.leak_continuation
+    shown = torch.tensor([context + continuation if leak else context])
+    rule, pad = model.config.short_prompt, model.config.short_prompt_token
+    filled = fill_short_prompts(shown, torch.ones_like(shown, dtype=torch.bool), model.core.enc_length, rule, pad)
+    ids = filled.input_ids[0].tolist()
+    ids = ids[:-1] if leak else ids + continuation[:-1]
+    blank = 0 if filled.blank_length is None else int(filled.blank_length)
+    return _Row(ids, continuation, min(int(filled.prefix_length), len(ids)), blank)
+
+
+@torch.no_grad()
+def _scores(model: JRTForCausalLM, rows: list[_Row], pad_token_id: int) -> list[Scored]:
+    device = model.model.embedding.weight.device
+    ids, mask = left_padded([row.ids for row in rows], pad_token_id, device)  # (B, T)
+    options = {}
+    if model.core.has("P"):
+        options["prefix_length"] = torch.tensor([row.prefix for row in rows], device=device)
+        if any(row.blank for row in rows):
+            options["blank_length"] = torch.tensor([row.blank for row in rows], device=device)
+    longest = max(len(row.continuation) for row in rows)
+    logits = model(
+        input_ids=ids,
+        attention_mask=None if bool(mask.all()) else mask,
+        use_cache=False,
+        logits_to_keep=longest,
+        **options,
+    ).logits  # (B, K, V)
+    log_probabilities = logits.float().log_softmax(-1)
+    found = []
+    for row, scores in zip(rows, log_probabilities, strict=True):
+        own = scores[-len(row.continuation) :]
+        target = torch.tensor(row.continuation, device=device)
+        likely = own.gather(1, target[:, None]).sum()
+        found.append(Scored(float(likely), bool((own.argmax(-1) == target).all())))
+    return found
+
+
+def _iterated(model: JRTForCausalLM, pairs, batch_size: int, pad_token_id: int) -> list[Scored]:
+    """Everything so far is encoded again before each token of a continuation."""
+    rows, owners = [], []
+    for number, (context, continuation) in enumerate(pairs):
+        for end in range(len(continuation)):
+            ids = [*context, *continuation[:end]]
+            rows.append(_Row(ids, [continuation[end]], min(model.core.enc_length, len(ids)), 0))
+            owners.append(number)
+    found = [Scored(0.0, True)] * len(pairs)
+    for start in range(0, len(rows), batch_size):
+        scored = _scores(model, rows[start : start + batch_size], pad_token_id)
+        for owner, one in zip(owners[start : start + batch_size], scored, strict=True):
+            total = found[owner]
+            found[owner] = Scored(total.log_likelihood + one.log_likelihood, total.is_greedy and one.is_greedy)
+    return found
