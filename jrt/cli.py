@@ -95,7 +95,6 @@ def _add_demo(commands) -> None:
         "--passages", type=Path, help="with --real: folder of passages with questions, instead of pages"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
     parser.set_defaults(command=_demo)
 
 
@@ -111,7 +110,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             raise ValueError("--passages goes with --real")
         chosen = demo.mini_plan(arguments.models or demo.MINIS, arguments.limit or demo.ITEMS, arguments.device)
         title = "Just read twice: mini models on reference pages"
-    outcome = demo.demo(chosen, arguments.output, title, arguments.resume)
+    outcome = demo.demo(chosen, arguments.output, title)
     print(results_text(outcome.records, chosen.protocols()))
     print(comparisons_text(outcome.comparisons))
     print(f"\nreport: {arguments.output / 'report.html'}   figures: accuracy.png, accuracy.svg, state.png, state.svg")
@@ -222,7 +221,7 @@ def _add_report(commands) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
     parser.add_argument("--output", type=Path, help="folder (default: the first run's)")
     parser.add_argument(
-        "--layout", choices=("table1", "table2"), help="the paper's table, published values beside measured ones"
+        "--layout", help="table1, 2, 3, 4, 13 or 14 of the paper, published values beside measured ones",
     )
     parser.set_defaults(command=_report)
 

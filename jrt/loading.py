@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from jrt import names, released
@@ -15,7 +15,7 @@ from jrt.hub import JRTForCausalLM
 from jrt.hub_config import JRTConfig
 from jrt.model import released_decay
 from jrt.quirks import Quirks
-from jrt.weights import CheckpointError, Entry, Reader, entries
+from jrt.weights import CheckpointError, Entry, Reader, entries, read_json
 
 MINIS = Path(__file__).parent / "minis"
 RELEASED = (
@@ -60,7 +60,7 @@ def load(
     raw = _read_config(folder)
     described = entries(folder)
     if raw.get("model_type") == "jrt":
-        config = JRTConfig.from_dict(raw)
+        config = _own_config(raw)
         if compat is not None:
             config.quirks = {name: True for name in quirks.active()}
         sources = _matched(described, names.OWN)
@@ -90,7 +90,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     folder = resolve(name_or_path)
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder if own else "gpt2", padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(folder if own else "gpt2", padding_side="left", trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"{name_or_path} has no tokenizer and GPT-2's cannot be had: download 'gpt2' once, online") from error
     if tokenizer.pad_token is None:
@@ -127,16 +127,18 @@ def _minis() -> list[str]:
 
 
 def _read_config(folder: Path) -> dict:
-    file = folder / "config.json"
-    if not file.is_file():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: expected a model folder")
+    return read_json(folder / "config.json")
+
+
+def _own_config(raw: dict) -> JRTConfig:
     try:
-        raw = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds a {type(raw).__name__}; expected a JSON object")
-    return raw
+        config = JRTConfig.from_dict(raw)
+        Quirks(**config.quirks)
+    except (TypeError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json is no jrt configuration ({str(error).splitlines()[0]})") from error
+    return config
 
 
 Source = Entry | tuple[Entry, ...]  # a tuple: stacked along the first dimension
@@ -173,9 +175,14 @@ def _shape(source: Source) -> tuple[int, ...]:
 
 def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.dtype | None) -> JRTForCausalLM:
     """Checks names and shapes on the meta device, then fills the model tensor by tensor."""
-    with torch.device("meta"):
-        model = JRTForCausalLM(config)
     core = config.core
+    if len(core.pattern) > len(sources):
+        raise CheckpointError(f"config.json has {len(core.pattern)} layers and the file {len(sources)} tensors")
+    try:
+        with torch.device("meta"):
+            model = JRTForCausalLM(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"config.json describes no model that can be built ({str(error).splitlines()[0]})") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
     optional = {"log_decay"} | ({"head.weight"} if core.tied else set())
     missing = sorted(set(expected) - set(sources) - optional)
@@ -186,14 +193,13 @@ def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.d
         if _shape(source) != expected[name]:
             raise CheckpointError(f"{name} has shape {_shape(source)}; expected {expected[name]} from config.json")
     reader = Reader(device, dtype)
+    if core.tied and "head.weight" in sources and not reader.equal(sources.pop("head.weight"), sources["embedding.weight"]):
+        raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
+    decay = sources.pop("log_decay", None)
     weights = {name: _read(reader, source) for name, source in sources.items()}
-    if core.tied:
-        head = weights.pop("head.weight", None)
-        if head is not None and not torch.equal(head, weights["embedding.weight"]):
-            raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
-    if core.decay_const is not None:
-        decay = weights.get("log_decay", released_decay(core.decay_const, core.linear_heads))
-        weights["log_decay"] = decay.to(device=device, dtype=torch.float32)
+    if core.decay_const is not None:  # always in fp32
+        exact = released_decay(core.decay_const, core.linear_heads).to(device)
+        weights["log_decay"] = exact if decay is None else Reader(device, torch.float32).read(decay)
     model.model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig.from_model_config(config)

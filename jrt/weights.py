@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+FLOATING = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
+LARGEST_JSON = 64 << 20
 
 
 class CheckpointError(ValueError):
@@ -72,12 +74,7 @@ class Reader:
         Raises:
             CheckpointError: the tensor is not floating point, cannot be read, or holds NaN or infinity.
         """
-        if not entry.dtype.is_floating_point:
-            raise CheckpointError(f"{entry.file.name}: {entry.name} is {entry.dtype}; expected floating-point weights")
-        try:
-            tensor = self._get(entry)
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{entry.file.name}: {entry.name} cannot be read ({_first_line(error)})") from error
+        tensor = self._mapped(entry)
         low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise CheckpointError(f"{entry.file.name}: {entry.name} holds NaN or infinite values")
@@ -86,12 +83,42 @@ class Reader:
         self._touched += tensor.nbytes
         return tensor.to(device=self.device, dtype=self.dtype or entry.dtype, copy=True)
 
+    def equal(self, one: Entry, other: Entry) -> bool:
+        """Whether two tensors hold the same values, compared in the file; raises CheckpointError as `read`."""
+        return torch.equal(self._mapped(one), self._mapped(other))
+
+    def _mapped(self, entry: Entry) -> Tensor:
+        if entry.dtype not in FLOATING:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise CheckpointError(f"{entry.file.name}: {entry.name} is {entry.dtype}; expected one of {expected}")
+        try:
+            return self._get(entry)
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{entry.file.name}: {entry.name} cannot be read ({_first_line(error)})") from error
+
     def _get(self, entry: Entry) -> Tensor:
         if self._file != entry.file or self._touched > self.REOPEN_BYTES:
             self._content, self._file, self._touched = _opened(entry.file), entry.file, 0
         if entry.file.suffix == ".safetensors":
             return self._content.get_tensor(entry.name)
         return self._content[entry.name]
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is something else, or far larger than any configuration or index.
+    """
+    if file.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{file} is too large for a configuration or index: {file.stat().st_size} bytes")
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON ({_first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}; expected a JSON object")
+    return content
 
 
 def _opened(file: Path):
@@ -102,6 +129,7 @@ def _opened(file: Path):
 
 
 def files(folder: Path) -> list[Path]:
+    """The weight files of a folder; raises CheckpointError as `entries`."""
     for name in SINGLE:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -112,10 +140,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{index.name} is no index of shards: expected JSON with a weight_map") from error
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index.name} is no index of shards: expected a weight_map from tensors to file names")
+    names = sorted(set(places.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index.name} names files outside the folder: {outside[0]}")
@@ -152,6 +180,8 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
         with zipfile.ZipFile(file) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise CheckpointError(f"{file.name} is compressed: expected a file that torch.save wrote")
+            if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
+                raise CheckpointError(f"{file.name} is truncated or corrupted: it declares more than it holds")
         with FakeTensorMode():
             content = torch.load(file, map_location="cpu", weights_only=True)
     else:  # before torch 1.6; such files can be read only whole
@@ -162,6 +192,10 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{file.name}: {name!r} is a {type(tensor).__name__}; expected named tensors only")
         if tensor.layout != torch.strided:
             raise CheckpointError(f"{file.name}: {name} is a sparse tensor; expected dense tensors only")
+        stored = min(tensor.untyped_storage().nbytes(), file.stat().st_size)
+        if tensor.numel() * tensor.itemsize > stored:
+            shape = tuple(tensor.shape)
+            raise CheckpointError(f"{file.name}: {name} has shape {shape} but {stored} stored bytes: an expanded tensor")
         found[name] = Entry(file, name, tuple(tensor.shape), tensor.dtype)
     return found
 

@@ -50,14 +50,14 @@ class OnDevice {
     bool changed_ = false;
 };
 
-void prefill(const View& q, const View& k, const View& v, const View& o, const std::array<int64_t, 3>& mask,
+void prefill(const View& q, const View& k, const View& v, const View& o, const std::array<int64_t, 2>& mask,
              const std::array<int64_t, 2>& initial_state, const std::array<int64_t, 2>& state, int64_t workspace,
              const std::array<int, 4>& sizes, int segments, const std::string& dtype, bool normalize, int device,
              int64_t stream) {
     jrt::PrefillArguments a{};
     a.q = view(q), a.k = view(k), a.v = view(v), a.o = view(o);
     a.mask = address<const uint8_t>(mask[0]);
-    a.mask_batch_stride = static_cast<int>(mask[1]), a.mask_token_stride = static_cast<int>(mask[2]);
+    a.mask_batch_stride = static_cast<int>(mask[1]);
     a.initial_S = address<const float>(initial_state[0]), a.initial_z = address<const float>(initial_state[1]);
     a.S = address<float>(state[0]), a.z = address<float>(state[1]);
     a.workspace = address<float>(workspace);
@@ -70,10 +70,14 @@ void prefill(const View& q, const View& k, const View& v, const View& o, const s
     check(jrt::prefill(a));
 }
 
-void decode_step(const View& q, const View& k, const View& v, const View& o, const std::array<int64_t, 2>& state,
+void decode_step(const View& q, const View& k, const View& v, const View& o, const std::array<int64_t, 2>& mask,
+                 const std::array<int64_t, 2>& old_state, const std::array<int64_t, 2>& state,
                  const std::array<int, 3>& sizes, const std::string& dtype, bool normalize, int device, int64_t stream) {
     jrt::DecodeArguments a{};
     a.q = view(q), a.k = view(k), a.v = view(v), a.o = view(o);
+    a.mask = address<const uint8_t>(mask[0]);
+    a.mask_batch_stride = static_cast<int>(mask[1]);
+    a.old_S = address<const float>(old_state[0]), a.old_z = address<const float>(old_state[1]);
     a.S = address<float>(state[0]), a.z = address<float>(state[1]);
     a.batch = sizes[0], a.heads = sizes[1], a.value_dim = sizes[2];
     a.type = element_type(dtype);
@@ -91,11 +95,11 @@ PYBIND11_MODULE(jrt_kernels, m) {
     m.def("prefill", &prefill, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
           py::arg("initial_state"), py::arg("state"), py::arg("workspace"), py::arg("sizes"), py::arg("segments"),
           py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),
-          "Views are (address, batch, token, head stride); mask (address, batch, token stride); sizes (B, T, H, D). "
+          "Views are (address, batch, token, head stride); mask (address, batch stride), its tokens side by side; sizes (B, T, H, D). "
           "Address 0: absent. q absent: only the state.");
-    m.def("decode_step", &decode_step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("state"),
-          py::arg("sizes"), py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),
-          "sizes (B, H, D); the state is updated in place.");
+    m.def("decode_step", &decode_step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
+          py::arg("old_state"), py::arg("state"), py::arg("sizes"), py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),
+          "sizes (B, H, D); the old state and the new one may be the same memory.");
     m.def("prefill_segments", &jrt::prefill_segments, py::arg("batch"), py::arg("tokens"), py::arg("heads"),
           py::arg("value_dim"), py::arg("multiprocessors"));
     m.def("prefill_workspace", &jrt::prefill_workspace, py::arg("batch"), py::arg("heads"), py::arg("value_dim"),

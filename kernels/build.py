@@ -79,7 +79,7 @@ def compile_module(output: Path, build_directory: Path, extra_flags: tuple[str, 
 
 
 def extensions() -> list[Extension]:
-    """For setup(), with BuildKernels as build_ext. Ends the installation with one line where the build could not work."""
+    """For setup(), with BuildKernels as build_ext. Exits with one line where it could not work."""
     try:
         find_nvcc()
     except BuildError as error:

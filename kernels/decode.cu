@@ -1,4 +1,4 @@
-// One token of decoding: S += phi(k) v^T and z += phi(k) in place, o = phi(q) S / phi(q) z. All arithmetic in fp32.
+// One token of decoding: S += phi(k) v^T and z += phi(k), in place or not, o = phi(q) S / phi(q) z. All arithmetic in fp32.
 //
 // The state is read and written once and nothing else is large, so this is a memory-bound kernel: a block takes one head, 64
 // columns of v at a time, and every thread has all its loads in flight before it needs the first.
@@ -6,16 +6,6 @@
 #include "hopper.cuh"
 #include "launch.h"
 
-#ifdef JRT_D_CS
-#define JRT_LD(p) __ldcs(p)
-#define JRT_ST(p, x) __stcs(p, x)
-#elif defined(JRT_D_CG)
-#define JRT_LD(p) __ldcg(p)
-#define JRT_ST(p, x) __stcg(p, x)
-#else
-#define JRT_LD(p) (*(p))
-#define JRT_ST(p, x) (*(p) = (x))
-#endif
 namespace jrt {
 namespace {
 
@@ -29,6 +19,9 @@ struct DecodeParameters {
     const void *q, *k, *v;
     void* o;
     int64_t q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_head;  // strides
+    const uint8_t* mask;
+    int64_t mask_batch;
+    const float *old_S, *old_z;  // nullptr: zero
     float *S, *z;
     int heads, value_dim, normalize;
 };
@@ -49,13 +42,7 @@ __device__ __forceinline__ float taylor_feature(const float* x, int feature) {
 
 // kValueDim: D where it is known when compiling, so that addresses are immediate; 0: any.
 template <typename Elem, int kValueDim>
-__global__ void 
-#ifdef JRT_D_OCC
-__launch_bounds__(kThreads, JRT_D_OCC)
-#else
-__launch_bounds__(kThreads)
-#endif
- decode_kernel(const DecodeParameters p) {
+__global__ void __launch_bounds__(kThreads, kValueDim == 64 ? 3 : 2) decode_kernel(const DecodeParameters p) {
     __shared__ float q[kDim], k[kDim], phi_q[kFeatures], phi_k[kFeatures];
     __shared__ float4 sums[kThreads / 32][kVectors];
     __shared__ float shares[kThreads / 32];
@@ -64,8 +51,9 @@ __launch_bounds__(kThreads)
     const int first_row = thread / kVectors;
     const int64_t state = blockIdx.x;
     const int value_dim = kValueDim ? kValueDim : p.value_dim;
-    float* const S = p.S + state * kFeatures * value_dim;
-    float* const z = p.z + state * kFeatures;
+    const int64_t offset = state * kFeatures * value_dim;
+    const bool fresh = p.old_S == nullptr;
+    const bool counts = p.mask == nullptr || p.mask[batch * p.mask_batch] != 0;
 
     float4 rows[kRowsPerThread];
     float v[4];
@@ -73,8 +61,9 @@ __launch_bounds__(kThreads)
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             const int row = first_row + r * kRows;
-            if (row < kFeatures && column < value_dim) {
-                rows[r] = JRT_LD(reinterpret_cast<const float4*>(S + row * value_dim + column));
+            rows[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (!fresh && row < kFeatures && column < value_dim) {
+                rows[r] = __ldcs(reinterpret_cast<const float4*>(p.old_S + offset + row * value_dim + column));
             }
         }
 #pragma unroll
@@ -85,7 +74,7 @@ __launch_bounds__(kThreads)
 
     // phi(q), phi(k) and the denominator, while the first columns are on their way.
     fetch(4 * (thread % kVectors));
-    const float old_z = thread < kFeatures ? z[thread] : 0.0f;
+    const float old_z = !fresh && thread < kFeatures ? p.old_z[state * kFeatures + thread] : 0.0f;
     if (thread < kDim) {
         q[thread] = to_float<Elem>(p.q, batch * p.q_batch + head * p.q_head + thread);
     } else if (thread < 2 * kDim) {
@@ -94,9 +83,9 @@ __launch_bounds__(kThreads)
     __syncthreads();
     float share = 0.0f;  // of phi(q).z
     if (thread < kFeatures) {
-        const float feature_q = taylor_feature(q, thread), feature_k = taylor_feature(k, thread);
+        const float feature_q = taylor_feature(q, thread), feature_k = counts ? taylor_feature(k, thread) : 0.0f;
         phi_q[thread] = feature_q, phi_k[thread] = feature_k;
-        z[thread] = old_z + feature_k;
+        p.z[state * kFeatures + thread] = old_z + feature_k;
         share = feature_q * (old_z + feature_k);
     }
 #pragma unroll
@@ -115,7 +104,7 @@ __launch_bounds__(kThreads)
                 const float a = phi_k[row], b = phi_q[row];
                 float4 x = rows[r];
                 x.x = fmaf(a, v[0], x.x), x.y = fmaf(a, v[1], x.y), x.z = fmaf(a, v[2], x.z), x.w = fmaf(a, v[3], x.w);
-                JRT_ST(reinterpret_cast<float4*>(S + row * value_dim + column), x);
+                __stcs(reinterpret_cast<float4*>(p.S + offset + row * value_dim + column), x);
                 sum.x = fmaf(b, x.x, sum.x), sum.y = fmaf(b, x.y, sum.y);
                 sum.z = fmaf(b, x.z, sum.z), sum.w = fmaf(b, x.w, sum.w);
             }
@@ -152,10 +141,11 @@ auto decode_kernel_for(int value_dim) {
 }  // namespace
 
 const char* decode_step(const DecodeArguments& a) {
-    const DecodeParameters p{a.q.data,         a.k.data,          a.v.data,         const_cast<void*>(a.o.data),
-                             a.q.batch_stride, a.q.head_stride,   a.k.batch_stride, a.k.head_stride,
-                             a.v.batch_stride, a.v.head_stride,   a.o.batch_stride, a.o.head_stride,
-                             a.S,              a.z,               a.heads,          a.value_dim,
+    const DecodeParameters p{a.q.data,         a.k.data,         a.v.data,         const_cast<void*>(a.o.data),
+                             a.q.batch_stride, a.q.head_stride,  a.k.batch_stride, a.k.head_stride,
+                             a.v.batch_stride, a.v.head_stride,  a.o.batch_stride, a.o.head_stride,
+                             a.mask,           a.mask_batch_stride, a.old_S,       a.old_z,
+                             a.S,              a.z,              a.heads,          a.value_dim,
                              a.normalize};
     const unsigned blocks = static_cast<unsigned>(a.batch) * a.heads;
     const auto launch = [&](auto kernel) { kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(p); };

@@ -51,9 +51,27 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // Makes this thread's ordinary shared-memory writes visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Named barrier of kThreads threads: those who wait and those who only arrive.
 template <int kThreads>
-__device__ __forceinline__ void named_barrier(int id) {
+__device__ __forceinline__ void barrier_wait(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+template <int kThreads>
+__device__ __forceinline__ void barrier_arrive(int id) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+// ---- registers: one warpgroup gives some up, another takes them; the numbers are per thread afterwards ------------------
+
+template <int kCount>
+__device__ __forceinline__ void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ __forceinline__ void acquire_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // ---- tensor-map copies -----------------------------------------------------------------------------------------------

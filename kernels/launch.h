@@ -21,8 +21,7 @@ struct PrefillArguments {
     TensorView v;          // (B, T, H, D)
     TensorView o;          // (B, T, H, D)
     const uint8_t* mask;   // (B, T) bytes, 0 = padding; nullptr: none
-    int mask_batch_stride;
-    int mask_token_stride;
+    int mask_batch_stride;   // tokens side by side
     const float* initial_S;  // (B, H, 153, D) contiguous, or nullptr: zero
     const float* initial_z;  // (B, H, 153)
     float* S;                // (B, H, 153, D) contiguous
@@ -37,8 +36,12 @@ struct PrefillArguments {
 
 struct DecodeArguments {
     TensorView q, k, v, o;  // token_stride unused: T = 1
-    float* S;               // (B, H, 153, D) contiguous, updated in place
-    float* z;               // (B, H, 153), updated in place
+    const uint8_t* mask;    // (B) bytes, 0 = padding: the state stays; nullptr: none
+    int mask_batch_stride;
+    const float* old_S;     // (B, H, 153, D) contiguous, the state before the token, or nullptr: zero
+    const float* old_z;     // (B, H, 153)
+    float* S;               // the state after it; may be the same memory
+    float* z;
     int batch, heads, value_dim;
     ElementType type;
     bool normalize;

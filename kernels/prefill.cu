@@ -117,7 +117,7 @@ const char* prefill(const PrefillArguments& a) {
 
     PrefillParameters p{};
     p.mask = a.mask;
-    p.mask_batch_stride = a.mask_batch_stride, p.mask_token_stride = a.mask_token_stride;
+    p.mask_batch_stride = a.mask_batch_stride;
     p.tokens = a.tokens, p.heads = a.heads, p.value_dim = a.value_dim;
     p.column_tiles = column_tiles(a.value_dim);
     const int chunks = (a.tokens + kChunk - 1) / kChunk;

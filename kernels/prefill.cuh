@@ -19,7 +19,7 @@ struct PrefillMaps {
 
 struct PrefillParameters {
     const uint8_t* mask;
-    int mask_batch_stride, mask_token_stride;
+    int mask_batch_stride;
     const float* initial_S;  // (pieces or 1, B, H, 153, D)
     const float* initial_z;
     float* S;  // where the state after each piece goes
@@ -30,6 +30,11 @@ struct PrefillParameters {
     int last_piece_only;       // only the last piece writes its state
     int normalize;
 };
+
+// Named barriers. The last two exist once per copy of the state: one side arrives, the other waits.
+constexpr int kKeySide = 1;    // the key side meets
+constexpr int kPublished = 2;  // the key side has completed a copy
+constexpr int kTaken = 4;      // the query side is done with it
 
 constexpr uint32_t kStateCopyBytes = kPhiBytes;
 constexpr uint32_t kOutBytes = kChunk * kColumns * 2;
@@ -86,10 +91,10 @@ struct ChunkMask {
 
     __device__ __forceinline__ void fetch(const PrefillParameters& p, const Piece& piece, int chunk, int lane) {
         if (!kMask) return;
+        const uint8_t* row = p.mask + piece.batch * p.mask_batch_stride;
         const int token = piece.first_token + chunk * kChunk + lane;
-        const uint8_t* at = p.mask + piece.batch * p.mask_batch_stride + token * p.mask_token_stride;
-        bytes = token < piece.end_token ? __ldg(at) : 0;
-        bytes |= token + 32 < piece.end_token ? __ldg(at + 32 * p.mask_token_stride) << 8 : 0;
+        bytes = token < piece.end_token ? __ldg(row + token) : 0;
+        bytes |= token + 32 < piece.end_token ? __ldg(row + token + 32) << 8 : 0;
     }
     // Bits of tokens 0..31 (x) and 32..63 (y) of `chunk`; fetches the next.
     __device__ __forceinline__ uint2 take(const PrefillParameters& p, const Piece& piece, int chunk, int lane) {
@@ -112,7 +117,6 @@ struct KeySide {
     float moments[8];
     float count;
     int warp, lane;
-    static constexpr int kBarrier = 1;  // named barrier of this warpgroup
 
     __device__ __forceinline__ void read(const PrefillParameters& p, const Piece& piece) {
         const int64_t state = piece.state(p, p.initial_piece_stride);
@@ -151,12 +155,11 @@ template <typename Elem, bool kMask>
 __global__ void __launch_bounds__(2 * kWarpgroup, 2)
     prefill_text(const __grid_constant__ PrefillMaps maps, const __grid_constant__ PrefillParameters p) {
     const uint32_t memory = aligned_shared_memory();
-    const uint32_t full = memory + kTextBarriers;       // a stage's tiles have arrived
-    const uint32_t read = full + 8 * kTextStages;       // the query side is done with a stage
-    const uint32_t published = read + 8 * kTextStages;  // a copy of the state is complete
-    const uint32_t taken = published + 16;              // the query side is done with it
+    const uint32_t full = memory + kTextBarriers;  // a stage's tiles have arrived
+    const uint32_t read = full + 8 * kTextStages;  // the query side is done with a stage
     const int block_warp = warp_uniform(threadIdx.x / 32);
-    const int warp = block_warp % 4, lane = threadIdx.x % 32;
+    const int warp = block_warp % 4;
+    int lane = threadIdx.x % 32;
     const bool query_side = block_warp < 4;
     const Piece piece(p);
 
@@ -174,13 +177,13 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         prefetch_tensor_map(&maps.q), prefetch_tensor_map(&maps.k);
         prefetch_tensor_map(&maps.v), prefetch_tensor_map(&maps.o);
         for (int i = 0; i < kTextStages; ++i) mbarrier_init(full + 8 * i, 1), mbarrier_init(read + 8 * i, 4);
-        for (int i = 0; i < 2; ++i) mbarrier_init(published + 8 * i, 4), mbarrier_init(taken + 8 * i, 4);
         mbarrier_init_fence();
         for (int chunk = 0; chunk < min(kTextStages, piece.chunks); ++chunk) load(chunk);
     }
     __syncthreads();
 
     if (query_side) {
+        if (kMask) release_registers<120>();  // a mask costs the key side a few more than it has
         ChunkMask<kMask> chunk_mask;
         chunk_mask.fetch(p, piece, 0, lane);
         const uint32_t out_tile = memory + kTextOut + warp * (kOutBytes / 4);
@@ -193,24 +196,23 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
                                matrix_descriptor(k_tile, 0, 16, 256, Swizzle::k32), 0);
             wgmma_commit();
         };
-        const uint32_t causal = causal_bits(warp, lane);
         float scores[32];
         start_scores(scores, 0);
         for (int chunk = 0; chunk < piece.chunks; ++chunk) {
+            if (kMask) forget_origin(lane);
+            const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
             const int stage = chunk % kTextStages;
             const uint32_t v_tile = memory + stage * kTextStageBytes;
             const uint32_t q_tile = v_tile + kValueTileBytes + kKeyTileBytes;
             const uint32_t copy = memory + kTextState + (chunk & 1) * kStateCopyBytes;
             const uint32_t moments = memory + kTextMoments + (chunk & 1) * kMomentBytes;
-            float o[32];
+            float o[32], row_sum[2], denominator[2];
             uint32_t features[kSlabs / 2][4], rest[kSlabs / 2][4], weights[4][4];
-            const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
 
             // P V. The scores were started a chunk ago.
-            build_query_features<Elem, 0>(features, q_tile, warp, lane);
+            if (!kMask) build_query_features<Elem, 0>(features, q_tile, warp, lane);
             wgmma_wait<0>();
-            float row_sum[2], denominator[2];
-            taylor_scores<Elem, kMask>(scores, weights, row_sum, causal, lane, counts);
+            taylor_scores<Elem, kMask>(scores, weights, row_sum, causal_bits(warp, lane), lane, counts);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kChunk / 16; ++step) {
@@ -218,9 +220,11 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             }
             wgmma_commit();
 
-            // phi(q) S on top, in two halves: together with the weights all of phi(q) would not fit the registers.
-            mbarrier_wait(published + 8 * (chunk & 1), (chunk >> 1) & 1);
+            // phi(q) S on top, in two halves: all of phi(q) beside the weights would not fit the registers (and with a mask,
+            // half of it beside the scores would not either).
+            barrier_wait<2 * kWarpgroup>(kPublished + (chunk & 1));
             denominators<Elem>(denominator, row_sum, q_tile, moments, warp, lane);
+            if (kMask) build_query_features<Elem, 0>(features, q_tile, warp, lane);
             wgmma_fence();
             const auto state_slab = [&](int slab) {
                 return matrix_descriptor(copy, slab * kSlabBytes, 16, 256, Swizzle::k32);
@@ -251,10 +255,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             if (lane == 0) copy_out_wait_read();
             __syncwarp();
             wgmma_wait<0>();
-            if (lane == 0) {
-                mbarrier_arrive(taken + 8 * (chunk & 1));
-                mbarrier_arrive(read + 8 * stage);
-            }
+            if (chunk + 2 < piece.chunks) barrier_arrive<2 * kWarpgroup>(kTaken + (chunk & 1));
+            if (lane == 0) mbarrier_arrive(read + 8 * stage);
             __syncwarp();
             start_scores(scores, chunk + 1);  // after the last chunk: of whatever the stage holds, read by nobody
 
@@ -277,6 +279,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         wgmma_wait<0>();
         if (lane == 0) copy_out_wait();
     } else {
+        if (kMask) acquire_registers<136>();
         KeySide<Elem, kMask> keys;
         keys.warp = warp, keys.lane = lane;
         ChunkMask<kMask> chunk_mask;
@@ -289,27 +292,26 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             publish_state<Elem>(keys.sums, memory + kTextState + (chunk & 1) * kStateCopyBytes, warp, lane);
             publish_moments<Elem>(keys.moments, keys.count, memory + kTextMoments + (chunk & 1) * kMomentBytes, warp, lane);
             fence_async_proxy();
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(published + 8 * (chunk & 1));
+            barrier_arrive<2 * kWarpgroup>(kPublished + (chunk & 1));
         };
         publish(0);
         const int chunks = piece.writes_state(p) ? piece.chunks : piece.chunks - 1;
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            forget_origin(keys.lane);
+            forget_origin(keys.lane);  // addresses are computed again rather than kept in registers that are not there
             const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
             const int stage = chunk % kTextStages;
             const uint32_t v_tile = memory + stage * kTextStageBytes;
             mbarrier_wait(full + 8 * stage, (chunk / kTextStages) & 1);
             keys.write_features(v_tile + kValueTileBytes, phi, counts);
-            named_barrier<kWarpgroup>(keys.kBarrier);
+            barrier_wait<kWarpgroup>(kKeySide);
             keys.start(v_tile + kValueTileBytes, v_tile, phi, counts, piece.tokens_of(chunk));
             wgmma_wait<0>();
             const int next = chunk + 1;
             if (next < piece.chunks) {
-                if (next >= 2) mbarrier_wait(taken + 8 * (next & 1), ((next >> 1) - 1) & 1);
+                if (next >= 2) barrier_wait<2 * kWarpgroup>(kTaken + (next & 1));
                 publish(next);
             }
-            named_barrier<kWarpgroup>(keys.kBarrier);  // phi may be overwritten
+            barrier_wait<kWarpgroup>(kKeySide);  // phi may be overwritten
         }
         if (piece.writes_state(p)) keys.write(p, piece);
     }
@@ -353,7 +355,7 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
     keys.write_features(memory + kValueTileBytes, phi, counts);
     for (int chunk = 0; chunk < piece.chunks; ++chunk) {
         // Every warp is done with the chunk before and has written its features of this one.
-        named_barrier<kWarpgroup>(keys.kBarrier);
+        barrier_wait<kWarpgroup>(kKeySide);
         if (threadIdx.x == 0 && chunk > 0 && chunk + kStateStages - 1 < piece.chunks) load(chunk + kStateStages - 1);
         __syncwarp();
         const uint32_t v_tile = memory + chunk % kStateStages * kStateStageBytes;

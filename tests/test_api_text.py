@@ -5,7 +5,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from jrt_recall import api_text, reference_pages
 from jrt_recall.tokenizers import shipped_tokenizer
 
@@ -87,7 +86,8 @@ lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\
 @settings(max_examples=200, deadline=None)
 @given(window=st.lists(lines, max_size=5), name=names, arguments=lines)
 def test_a_prompt_is_encoded_as_the_beginning_of_its_answered_text(window, name, arguments):
-    """Whatever the window and the arguments are: the border after "(" is a border of tokens, and so is every line end."""
+    """Whatever the window and the arguments are: the border after "(" is a border of tokens, and so is every line
+    end."""
     tokenizer = shipped_tokenizer()
     text = "".join(line + "\n" for line in window)
     prompt = tokenizer.encode(text + api_text.question(name), add_special_tokens=False)

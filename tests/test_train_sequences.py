@@ -1,6 +1,7 @@
 """Recall sequences: what they ask stands in their context, and a batch is a function of (seed, step) alone."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jrt_recall import reference_pages  # noqa: E402
-from jrt_recall.tokenizers import shipped_tokenizer  # noqa: E402
-from train.corpus import encode  # noqa: E402
-from train.pages import Alphabet, Pages  # noqa: E402
-from train.sequences import Kind, Recipe, Sequences  # noqa: E402
+from jrt_recall import reference_pages
+from jrt_recall.tokenizers import shipped_tokenizer
+
+from train.pages import Alphabet, Pages
+from train.sequences import Kind, Recipe, Sequences
+from train.tokenizer import encode
 
 RECIPE = Recipe(shapes=((384, 6, 0.5), (1024, 4, 0.5)))
 
@@ -34,10 +36,7 @@ def test_facts_in_tokens_are_the_facts_in_text(pages, tokenizer):
 
     text = tokenizer.decode(pages.tokens)
     expected = [fact for fact in api_text.facts(text.replace("<|endoftext|>", "")) if fact.arguments]
-    found = [
-        tokenizer.decode(pages.tokens[pages.starts[line] : pages.stops[line]])
-        for line in pages.fact_lines
-    ]
+    found = [tokenizer.decode(pages.tokens[pages.starts[line] : pages.stops[line]]) for line in pages.fact_lines]
     assert found == [api_text.heading(f.name, f.arguments) + "\n" for f in expected]
 
 
@@ -65,7 +64,8 @@ def test_every_answer_stands_after_its_name_in_the_context_and_nowhere_else_so(p
     for _ in range(40):
         row = sequences.row(generator, 1024, renames)
         line_starts = np.append(0, np.flatnonzero(row.ids == pages.alphabet.newline) + 1)
-        lines = {row.ids[a:b].tobytes() for a, b in zip(line_starts, line_starts[1:], strict=False) if row.kinds[a] < Kind.QUESTION}
+        context = [(a, b) for a, b in pairwise(line_starts) if row.kinds[a] < Kind.QUESTION]
+        lines = {row.ids[a:b].tobytes() for a, b in context}
         for start, stop in _spans(row):
             begin = line_starts[line_starts < start][-1]
             if row.ids[stop - 1] == pages.alphabet.newline:  # else the end of the row cut it

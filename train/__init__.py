@@ -1,1 +1,2 @@
-"""Training: Hydra configurations, Lightning loop, and the corpus of the mini models. Entry points are run.py and corpus.py."""
+"""Training: Hydra configurations, Lightning loop, and the corpus of the mini models. Entry points are run.py and
+corpus.py."""

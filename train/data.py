@@ -1,4 +1,5 @@
-"""Batches for Lightning: each is a pure function of (seed, step), so a resumed run reads exactly what it would have read.
+"""Batches for Lightning: each is a pure function of (seed, step), so a resumed run reads exactly what it would have
+read.
 
 Every source gives the same four tensors (shapes: R rows, T tokens), so that one loss serves all models:
 input_ids (R, T), targets (R, T), weights (R, T) fp32 that scale each target's cross-entropy, prefix_length (R,).
@@ -94,10 +95,9 @@ class ApiTextData(StepData):
 class FlatText:
     """Sequences of a token file cut at multiples of their length, in an order drawn anew for every epoch.
 
-    ``prefix`` 0: the next token everywhere. Otherwise the released objective: the first `prefix` tokens are encoded, a share of them is
-    hidden (always by the mask token) and recovered, and the tokens after the prefix are predicted, its own first one excepted
-    (original_spec section 6; ``jrt.objective.prefix_loss`` is the same sum).
-    """
+    ``prefix`` 0: the next token everywhere. Otherwise the released objective: the first `prefix` tokens are encoded,
+    a share of them is hidden (always by the mask token) and recovered, and the tokens after the prefix are predicted,
+    its own first one excepted (original_spec section 6; ``jrt.objective.prefix_loss`` is the same sum)."""
 
     def __init__(
         self, path: Path, length: int, rows: int, seed: int, prefix: int, mask_token: int, share: float = 0.15

@@ -17,7 +17,8 @@ LICENSE = "apache-2.0"
 
 
 def export(task: Training, config: DictConfig, output: Path, metrics: dict[str, float]) -> None:
-    """Writes ``output/model`` (weights, tokenizer, README.md) and ``output/training.json`` (what the card says, for programs)."""
+    """Writes ``output/model`` (weights, tokenizer, README.md) and ``output/training.json`` (what the card says, for
+    programs)."""
     folder = output / "model"
     tokenizer = shipped_tokenizer()
     model = JRTForCausalLM(
@@ -64,14 +65,15 @@ def _device(task: Training) -> torch.device:
 
 def card(record: dict) -> str:
     """The model card as Markdown with the metadata block that the hub reads."""
-    head = f"---\nlicense: {LICENSE}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {record['name']}\n\n"
+    metadata = f"---\nlicense: {LICENSE}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+    head = f"{metadata}\n# {record['name']}\n\n"
     read = f"{record['tokens'] / 1e6:.0f} M tokens in {record['steps']} steps, seed {record['seed']}"
     train = record["corpus"].get("splits", {}).get("train", {})
     rows = {
         "pattern": f"`{record['pattern']}`",
         "parameters": f"{record['parameters']:,}",
         "trained on": read,
-        "data": f"API text of installed Python packages, {train['tokens']:,} tokens (docs/corpus.json)"
+        "data": f"API text of Python packages, {train['tokens']:,} tokens (train/corpus_manifest.json)"
         if train
         else "see the command",
         "hardware": f"{record['device']}, {record['seconds']:.0f} s, torch {record['versions']['torch']}",
@@ -87,8 +89,8 @@ def card(record: dict) -> str:
 
 
 _WHAT = (
-    "A small model that answers, from the page in front of it, which arguments a function takes. It is made to compare how\n"
-    "architectures recall, and knows little else. Weights are stored in bf16 and computed in fp32.\n\n"
+    "A small model that answers, from the page in front of it, which arguments a function takes. It is made to\n"
+    "compare how architectures recall, and knows little else. Weights are stored in bf16 and computed in fp32.\n\n"
 )
 
 

@@ -19,7 +19,8 @@ from train.sequences import Batch
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimiser settings; `peak` is reached after `warmup` steps and falls to `floor` as half a cosine over the rest."""
+    """Optimiser settings; `peak` is reached after `warmup` steps and falls to `floor` as half a cosine over the
+    rest."""
 
     steps: int
     peak: float = 2e-3
@@ -45,7 +46,8 @@ def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 def right_answers(logits: Tensor, answers: Tensor, targets: Tensor) -> Tensor:
-    """(2,) answers whose every token is the likeliest one, and all answers; `answers` (R, T) numbers each row's answers from 1.
+    """(2,) answers whose every token is the likeliest one, and all answers; `answers` (R, T) numbers each row's
+    answers from 1.
 
     With the right beginning given, the likeliest tokens are all right exactly when greedy decoding gives the answer.
     """
@@ -83,10 +85,11 @@ class Training(pl.LightningModule):
         self.model.init_weights(torch.Generator().manual_seed(seed))
 
     def _compile(self) -> None:
-        """Block by block: equal blocks share one graph, so a model costs as many compilations as it has kinds of layers."""
+        """Block by block: equal blocks share one graph, so a model costs as many compilations as it has kinds of
+        layers."""
         torch._dynamo.config.recompile_limit = 64  # kinds of layers x lengths
         for block, letter in zip(self.model.blocks, self.model.config.pattern, strict=True):
-            # The compiler takes minutes over chunked linear attention and its features: only what is around it is compiled.
+            # The compiler takes minutes over chunked linear attention: only the MLP after it is compiled.
             (block.mlp if letter in "LP" else block).compile(dynamic=False)
         self.weighted_loss = torch.compile(weighted_loss, dynamic=False)
 

@@ -1,8 +1,8 @@
 """Text of an installed package: API pages of its modules, pages of service descriptions, and the prose it brings along.
 
-A package is a folder made by ``pip install --target FOLDER --no-deps NAME``; nothing in it is imported. ``texts`` yields
-``(kind, text)`` with kind "api", "service" or "prose"; what is a copy of something else is the business of ``corpus.py``.
-"""
+A package is a folder made by ``pip install --target FOLDER --no-deps NAME``; nothing in it is imported. ``texts``
+yields ``(kind, text)`` with kind "api", "service" or "prose"; what is a copy of something else is the business of
+``corpus.py``."""
 
 import ast
 import email
@@ -16,9 +16,38 @@ from pathlib import Path
 from jrt_recall import api_text
 
 SKIPPED_FOLDERS = frozenset(
-    "test tests testing test_data _test idle_test fixtures conftest benchmarks bench examples _vendor vendor vendored vendored_packages "
-    "_vendored third_party externals _externals extern _extern packages site-packages node_modules backports compat _compat "
-    "migrations locale locales".split()
+    (
+        "test",
+        "tests",
+        "testing",
+        "test_data",
+        "_test",
+        "idle_test",
+        "fixtures",
+        "conftest",
+        "benchmarks",
+        "bench",
+        "examples",
+        "_vendor",
+        "vendor",
+        "vendored",
+        "vendored_packages",
+        "_vendored",
+        "third_party",
+        "externals",
+        "_externals",
+        "extern",
+        "_extern",
+        "packages",
+        "site-packages",
+        "node_modules",
+        "backports",
+        "compat",
+        "_compat",
+        "migrations",
+        "locale",
+        "locales",
+    )
 )
 LONGEST_SOURCE = 400_000  # bytes; larger modules are tables
 LONGEST_TEXT = 60_000  # characters of one document

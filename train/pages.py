@@ -50,7 +50,8 @@ class Alphabet:
 
 @dataclass(frozen=True)
 class Fact:
-    """One heading in an array of tokens: ``[start, opening)`` is the name, ``[opening + 1, stop)`` the answer, line end included."""
+    """One heading in an array of tokens: ``[start, opening)`` is the name, ``[opening + 1, stop)`` the answer, line
+    end included."""
 
     start: int
     opening: int

@@ -1,7 +1,7 @@
 """A first look at recall on the real task, before a model is exported: answers that greedy decoding would get right.
 
-With the right beginning given, every token of an answer is the likeliest one exactly when greedy decoding gives that answer, so one
-forward pass over prompt and answer is enough. ``jrt eval`` measures the same items through generation.
+With the right beginning given, every token of an answer is the likeliest one exactly when greedy decoding gives that
+answer, so one forward pass over prompt and answer is enough. ``jrt eval`` measures the same items through generation.
 """
 
 import logging
@@ -27,7 +27,8 @@ def score(
     strategies: tuple[str, ...] = ("once", "twice", "question_first"),
     count: int = 256,
 ) -> list[dict]:
-    """Records with window, strategy, right, n and score (percent) on reference pages of the running Python's library."""
+    """Records with window, strategy, right, n and score (percent) on reference pages of the running Python's
+    library."""
     device = next(model.parameters()).device
     records = []
     for window in windows:

@@ -1,9 +1,8 @@
 """Trains one model: ``python train/run.py experiment=mini/jrt [trainer.devices=1 ...]``.
 
-An experiment file names a preset, its data and its schedule; Hydra composes the rest (``--cfg job`` shows the whole). Everything is
-written to ``output``: checkpoints (``output=... resume=true`` goes on from the last, bit for bit), metrics.csv, and at the end the model as a
-Hugging Face folder with a model card.
-"""
+An experiment file names a preset, its data and its schedule; Hydra composes the rest (``--cfg job`` shows the whole).
+Everything is written to ``output``: checkpoints (``output=... resume=true`` goes on from the last, bit for bit),
+metrics.csv, and at the end the model as a Hugging Face folder with a model card."""
 
 import logging
 import sys
@@ -29,9 +28,8 @@ log = logging.getLogger(__name__)
 def train(config: DictConfig) -> dict[str, float]:
     """Runs a composed configuration and returns the last metrics.
 
-    Raises:
-        ValueError: the output folder holds another run's checkpoint and `resume` is false, or there is nothing to resume.
-    """
+    Raises: ValueError: the output folder holds another run's checkpoint and `resume` is false, or there is nothing to
+    resume."""
     output = Path(config.output)
     last = output / "checkpoints" / "last.ckpt"
     if last.exists() and not config.resume:

@@ -4,9 +4,9 @@
     window ... window   one or more pages; the whole context once, twice or three times
     name(arguments)     facts of the windows in random order: the names ask, the arguments answer
 
-In a good share of the sequences word pieces are exchanged for others, the same way throughout, so that names and arguments are fresh
-and an answer can come from the context alone. A batch is a pure function of (seed, step): a run that resumes reads on where it stopped,
-and every model family reads the same tokens in the same order.
+In a good share of the sequences word pieces are exchanged for others, the same way throughout, so that names and
+arguments are fresh and an answer can come from the context alone. A batch is a pure function of (seed, step): a run
+that resumes reads on where it stopped, and every model family reads the same tokens in the same order.
 
 Shapes: R rows, T tokens of a row.
 """
@@ -76,7 +76,8 @@ class Row:
 
 
 class Sequences:
-    """Builds batches out of a corpus. ``masks_prefix`` is for models with a prefix encoder: hidden tokens there, no next-token loss."""
+    """Builds batches out of a corpus. ``masks_prefix`` is for models with a prefix encoder: hidden tokens there, no
+    next-token loss."""
 
     def __init__(self, pages: Pages, recipe: Recipe, seed: int, masks_prefix: bool) -> None:
         self.pages, self.recipe, self.seed, self.masks_prefix = pages, recipe, seed, masks_prefix
@@ -85,9 +86,11 @@ class Sequences:
         self.common[np.argsort(-counts, kind="stable")[: recipe.common_words]] = True
 
     def batch(self, step: int) -> Batch:
-        """Tensors of training step `step`: input_ids, targets (R, T) int64, weights (R, T) fp32, prefix_length (R,) int64.
+        """Tensors of training step `step`: input_ids, targets (R, T) int64, weights (R, T) fp32, prefix_length (R,)
+        int64.
 
-        The loss is the sum of weight x cross-entropy: next-token weights sum to 1, masked-token weights to `masked_weight`."""
+        The loss is the sum of weight x cross-entropy: next-token weights sum to 1, masked-token weights to
+        `masked_weight`."""
         generator = np.random.default_rng([self.seed, step])
         length, count = self.recipe.shape(generator, step)
         rows = [self.row(generator, length) for _ in range(count)]
@@ -107,8 +110,8 @@ class Sequences:
         return _tensors(inputs, targets, weights, prefix)
 
     def questions(self, step: int) -> Batch:
-        """Like ``batch``, for validation: nothing renamed or hidden, weights on answers alone, and ``answers`` (R, T) numbers each
-        answer's tokens within its row from 1."""
+        """Like ``batch``, for validation: nothing renamed or hidden, weights on answers alone, and ``answers`` (R, T)
+        numbers each answer's tokens within its row from 1."""
         generator = np.random.default_rng([self.seed, 1 << 31, step])
         length, count = self.recipe.shapes[step % len(self.recipe.shapes)][:2]
         ids, kinds, answers, prefix = self._stacked([self.row(generator, length, renames=False) for _ in range(count)])

@@ -1,12 +1,14 @@
-"""The byte-level BPE vocabulary of the mini models: 4,096 entries whose merges never cross a line end or an opening bracket.
+"""The byte-level BPE vocabulary of the mini models: 4,096 entries whose merges never cross a line end or an opening
+bracket.
 
-So a text that ends in ``name(`` is encoded as the beginning of the same text with the arguments after it: what a prompt asks is
-token for token what training showed.
-"""
+So a text that ends in ``name(`` is encoded as the beginning of the same text with the arguments after it: what a
+prompt asks is token for token what training showed."""
 
 from collections.abc import Iterable
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
@@ -43,3 +45,18 @@ def train_tokenizer(
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, budget: int | None = None) -> np.ndarray:
+    """(tokens,) uint16: texts one after the other, each closed by a line end and the end-of-text id; `budget` tokens
+    or a few more."""
+    arrays: list[np.ndarray] = []
+    total = 0
+    for start in tqdm(range(0, len(texts), 512), desc="encoding", unit="x512 documents"):
+        if budget is not None and total >= budget:
+            break
+        lines = [text + "\n" for text in texts[start : start + 512]]
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(lines, add_special_tokens=False):
+            arrays.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint16))
+            total += len(arrays[-1])
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.uint16)

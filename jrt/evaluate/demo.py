@@ -39,9 +39,11 @@ def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu
     return plan(Request((spec,), tasks, STRATEGIES, "full", limit, passages=passages))
 
 
-def demo(chosen: Plan, output: Path, title: str, resume: bool = False) -> Outcome:
-    """Runs a plan and writes, beside its results, accuracy.png, accuracy.svg, state.png, state.svg and report.html."""
-    outcome = run(chosen, LocalPool(), output, BATCH, resume)
+def demo(chosen: Plan, output: Path, title: str) -> Outcome:
+    """Runs a plan and writes, beside its results, accuracy.png, accuracy.svg, state.png, state.svg and report.html.
+
+    A folder that holds the same demo, whole or in part, is gone on with."""
+    outcome = run(chosen, LocalPool(), output, BATCH, resume=True)
     plots.save(plots.by_strategy(outcome.records), output, "accuracy")
     plots.save(plots.by_state(outcome.records), output, "state")
     write_text(

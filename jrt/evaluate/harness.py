@@ -7,8 +7,8 @@ otherwise (with the recall tasks on its include path).
 import logging
 import sys
 
-from jrt_recall.harness import arguments
 import torch
+from jrt_recall.harness import arguments
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm

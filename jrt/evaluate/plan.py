@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from jrt_recall import TASKS, Protocol, TaskItems, items, strategy_named
 from jrt_recall.protocols import cells as protocols_of
+from jrt_recall.strategies import ONCE, Strategy
 
+from jrt.evaluate.shots import few_shot, shots_named
 from jrt.evaluate.subjects import ModelSpec, open_tokenizer
 
 RECALL_PREFIX = "recall_"
@@ -93,15 +95,23 @@ def plan(request: Request) -> Plan:
     for name in request.tasks:
         task = task_named(name)
         for protocol in protocols_of(request.protocol, task):
-            wanted.extend((task, protocol, strategy_named(strategy)) for strategy in request.strategies)
+            wanted.extend((task, protocol, _strategy(strategy)) for strategy in request.strategies)
     for spec in request.models:
         open_tokenizer(spec.name)
     questions = {}
-    for task, protocol, strategy in wanted:
+    for task, protocol, (strategy, shots) in wanted:
         folder = request.passages if task.startswith("qa_") else request.data
         found = items(task, strategy, protocol, request.cut_with, request.limit, request.seed, folder)
-        questions[task, strategy.name, found.protocol.name] = found
+        if shots:
+            found = few_shot(found, shots)
+        questions[task, found.strategy, found.protocol.name] = found
     return Plan(request, questions)
+
+
+def _strategy(name: str) -> tuple[Strategy, int]:
+    """A reading strategy, and how many examples come first."""
+    shots = shots_named(name)
+    return (strategy_named(name), 0) if shots is None else (ONCE, shots)
 
 
 def task_named(name: str) -> str:

@@ -8,10 +8,8 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from jrt_recall import PROTOCOLS
-
 from jrt.evaluate import plots
-from jrt.evaluate.tables import HEADER, comparisons_text, counts_line, result_row
+from jrt.evaluate.tables import HEADER, comparisons_text, counts_line, protocols_of, result_row
 
 SHOWN_ITEMS = 40
 _STYLE = """
@@ -67,11 +65,10 @@ def _results(records: Sequence[dict], manifest: dict) -> str:
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         groups.setdefault((record["task"], record["protocol"]), []).append(record)
-    described = {p["name"]: p for p in manifest.get("identity", {}).get("protocols", [])}
+    described = {protocol.name: protocol.describe() for protocol in protocols_of(manifest)}
     parts = []
     for (task, protocol), members in groups.items():
-        known = PROTOCOLS.get(protocol)
-        words = known.describe() if known is not None else json.dumps(described.get(protocol, {"name": protocol}))
+        words = described[protocol]
         parts.append(f"<h2>{escape(task)}</h2><p class=note>{escape(words)}<br>{escape(counts_line(members[0]))}</p>")
         parts.append(table(HEADER, [result_row(record) for record in members]))
         if any(record["beyond_training"] for record in members):

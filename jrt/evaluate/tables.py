@@ -56,6 +56,11 @@ def result_row(record: dict) -> list[str]:
     ]
 
 
+def protocols_of(manifest: dict) -> list[Protocol]:
+    """The protocols that a run's manifest records."""
+    return [Protocol(**{**known, "stop": tuple(known["stop"])}) for known in manifest["identity"]["protocols"]]
+
+
 def results_text(records: Sequence[dict], protocols: Sequence[Protocol]) -> str:
     """One table for each task and protocol, with the protocol in words and the counts that the scores rest on."""
     described = {protocol.name: protocol.describe() for protocol in protocols}

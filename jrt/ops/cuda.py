@@ -63,17 +63,14 @@ def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, initial_state: State | None, mask: Tensor | None, normalize: bool
 ) -> tuple[Tensor, State]:
     """`jrt.ops.linear_attention` for calls that `unsupported` lets pass."""
-    if q.shape[1] == 1 and initial_state is not None and mask is None:
-        state = State(*(x.clone(memory_format=torch.contiguous_format) for x in initial_state))
-        return decode_step(q, k, v, state, normalize), state
     S, z = (None, None) if initial_state is None else (x.contiguous() for x in initial_state)
-    o, S, z = _prefill(q, k, v, S, z, mask, normalize)
+    o, S, z = (_decode if q.shape[1] == 1 else _prefill)(q, k, v, S, z, _contiguous_rows(mask), normalize)
     return o, State(S, z)
 
 
 def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
     """`jrt.ops.encode_prefix` for calls that `unsupported` lets pass."""
-    return State(*_encode(k, v, mask))
+    return State(*_encode(k, v, _contiguous_rows(mask)))
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool = True) -> Tensor:
@@ -86,7 +83,7 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool =
     Returns:
         o (B, 1, H, D).
     """
-    return _decode(q, k, v, state.S, state.z, normalize)
+    return _decode_in_place(q, k, v, state.S, state.z, normalize)
 
 
 @torch.library.custom_op("jrt::linear_attention_prefill", mutates_args=(), device_types="cuda")
@@ -118,25 +115,48 @@ def _(k, v, mask):
     return _empty_state(v)
 
 
-@torch.library.custom_op("jrt::linear_attention_decode", mutates_args=("S", "z"), device_types="cuda")
-def _decode(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, normalize: bool) -> Tensor:
-    batch, tokens, heads, value_dim = v.shape
-    if tokens != 1:
-        raise ValueError(f"decode_step takes one token, got T = {tokens}")
-    if not (S.is_contiguous() and z.is_contiguous() and S.dtype == z.dtype == torch.float32):
-        raise ValueError("decode_step updates the state in place: expected contiguous float32 S and z")
-    o = v.new_empty(v.shape)
-    device = v.device.index
-    _module().decode_step(
-        _view(q), _view(k), _view(v), _view(o), (S.data_ptr(), z.data_ptr()), (batch, heads, value_dim),
-        _name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
-    )  # fmt: skip
-    return o
+@torch.library.custom_op("jrt::linear_attention_decode", mutates_args=(), device_types="cuda")
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_S: Tensor | None,
+    initial_z: Tensor | None,
+    mask: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    S, z = _empty_state(v)
+    return _launch_decode(q, k, v, initial_S, initial_z, S, z, mask, normalize), S, z
 
 
 @_decode.register_fake
+def _(q, k, v, initial_S, initial_z, mask, normalize):
+    return v.new_empty(v.shape), *_empty_state(v)
+
+
+@torch.library.custom_op("jrt::linear_attention_decode_in_place", mutates_args=("S", "z"), device_types="cuda")
+def _decode_in_place(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, normalize: bool) -> Tensor:
+    if v.shape[1] != 1:
+        raise ValueError(f"decode_step takes one token, got T = {v.shape[1]}")
+    if not (S.is_contiguous() and z.is_contiguous() and S.dtype == z.dtype == torch.float32):
+        raise ValueError("decode_step updates the state in place: expected contiguous float32 S and z")
+    return _launch_decode(q, k, v, S, z, S, z, None, normalize)
+
+
+@_decode_in_place.register_fake
 def _(q, k, v, S, z, normalize):
     return v.new_empty(v.shape)
+
+
+def _launch_decode(q, k, v, old_S, old_z, S, z, mask, normalize) -> Tensor:
+    batch, _, heads, value_dim = v.shape
+    o, device = v.new_empty(v.shape), v.device.index
+    _module().decode_step(
+        _view(q), _view(k), _view(v), _view(o), _mask_view(mask),
+        (_address(old_S), _address(old_z)), (S.data_ptr(), z.data_ptr()), (batch, heads, value_dim),
+        _name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
+    )  # fmt: skip
+    return o
 
 
 def _launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize) -> tuple[Tensor, Tensor]:
@@ -148,8 +168,7 @@ def _launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize) -> tuple[
     workspace = v.new_empty(floats, dtype=torch.float32) if floats else None
     kernels.prefill(
         _view(q), _view(k), _view(v), _view(o),
-        (0, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), mask.stride(1)),
-        (_address(initial_S), _address(initial_z)), (S.data_ptr(), z.data_ptr()), _address(workspace),
+        _mask_view(mask), (_address(initial_S), _address(initial_z)), (S.data_ptr(), z.data_ptr()), _address(workspace),
         (batch, tokens, heads, value_dim), segments,
         _name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip
@@ -165,6 +184,15 @@ def _empty_state(v: Tensor) -> tuple[Tensor, Tensor]:
 def _view(x: Tensor | None) -> tuple[int, int, int, int]:
     """Address, and strides of batch, token and head."""
     return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def _mask_view(mask: Tensor | None) -> tuple[int, int]:
+    """Address, and stride of batch."""
+    return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+
+
+def _contiguous_rows(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.stride(1) == 1 or mask.shape[1] == 1 else mask.contiguous()
 
 
 def _address(x: Tensor | None) -> int:

@@ -1,7 +1,7 @@
 """API text: a readable page for a Python module, made from its source with ``ast`` (nothing is imported).
 
-A page is the module's docstring, then for every public class and function, in source order, one heading line and the first
-paragraph of its docstring::
+A page is the module's docstring, then for every public class and function, in source order, one heading line and the
+first paragraph of its docstring::
 
     Read and write things.
     class Reader
@@ -9,10 +9,10 @@ paragraph of its docstring::
     read(size=-1, *, timeout=None)
     Return at most size records.
 
-A heading ``name(arguments)`` is a *fact*: the name asks, the arguments answer. Arguments carry names and defaults, no annotations,
-and no ``self`` or ``cls``. The same strings make the training text of the mini models and the ``reference_pages`` task: a question is
-the line ``name(`` that the model goes on with, an announcement is the line ``name ?`` in front of the page.
-"""
+A heading ``name(arguments)`` is a *fact*: the name asks, the arguments answer. Arguments carry names and defaults, no
+annotations, and no ``self`` or ``cls``. The same strings make the training text of the mini models and the
+``reference_pages`` task: a question is the line ``name(`` that the model goes on with, an announcement is the line
+``name ?`` in front of the page."""
 
 import ast
 import inspect
@@ -58,8 +58,8 @@ def facts(page: str) -> list[Fact]:
 def render(source: str) -> str:
     """The page of one module, lines separated by "\\n" without a last one; "" when nothing public stands in it.
 
-    Raises ``ValueError`` when ``source`` is not Python of the running version (``SyntaxError`` is not one, so it is turned into one).
-    """
+    Raises ``ValueError`` when ``source`` is not Python of the running version (``SyntaxError`` is not one, so it is
+    turned into one)."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, RecursionError) as error:

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# SuperGLUE, 5-shot, through upstream's tasks; continuations never reach the prefix encoder.
+# The published numbers were measured with it reading them: `-- --model_args-extra compat=released` is that way.
+set -euo pipefail
+source "$(dirname "$0")/../prompt_scripts/common.sh"
+
+models=hazyresearch/JRT-360M-30B,hazyresearch/based-360M-30B,hazyresearch/mamba-360M-30B,hazyresearch/attn-360M-30B
+batch_size=4
+read_arguments "$@"
+
+extra=
+if [ "${more[0]:-}" = "--model_args-extra" ]; then extra=,${more[1]}; more=("${more[@]:2}"); fi
+for model in ${models//,/ }; do
+  step jrt lm-eval --model jrt --model_args "pretrained=$model$extra" --tasks recall_super_glue --num_fewshot 5 \
+    --batch_size "$batch_size" --device "$device" --output_path "$output/super_glue/$(basename "$model")" \
+    ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
+done

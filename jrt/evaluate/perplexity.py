@@ -1,0 +1,156 @@
+"""Perplexity on recall hits and on everything else, by distance and by frequency (the paper's Figure 3).
+
+A hit is the last token of a pair of tokens that the sequence has shown before. The second half of each sequence is scored;
+a prefix model's encoder reads the first half. The paper counts pairs over ten million training documents; here frequency is
+a pair's count in all other sequences of the text, so the bins are not the paper's, and its figure has no printed values.
+
+Shapes: B sequences, T their tokens.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from jrt_recall.data import digest
+from jrt_recall.reference_pages import library_pages
+from tqdm import tqdm
+
+from jrt.evaluate.files import write_json
+from jrt.evaluate.folder import MANIFEST
+from jrt.evaluate.run import versions
+from jrt.evaluate.subjects import ModelSpec, Subject, open_subject
+from jrt.evaluate.tables import aligned
+
+LENGTH = 2048
+DISTANCES = (64, 256, 512, 1024)
+FREQUENCIES = (1, 10, 100, 1000)
+FAR = 1024  # frequency bins hold hits from at least this far, as in the paper
+RESULT = "perplexity.json"
+
+
+def texts(path: Path | None) -> list[str]:
+    """Documents: a text file, the .txt files of a folder, or (None) the reference pages of the running Python."""
+    if path is None:
+        return [page.text for page in library_pages()]
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"{path}: expected a text file, or a folder with .txt files")
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def run(
+    specs: Sequence[ModelSpec], documents: Sequence[str], output: Path, limit: int | None = None, batch_size: int = 16
+) -> list[dict]:
+    """Measures all models on the same text and writes RESULT and a manifest to `output`, an empty or new folder.
+
+    limit: at most that many sequences. Raises ValueError for a text shorter than one sequence."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} already holds something: choose another folder")
+    records = []
+    for spec in specs:
+        subject = open_subject(spec)
+        records += [{"model": spec.name, **found} for found in measure(subject, documents, limit, batch_size)]
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / RESULT, records)
+    sha256 = digest({"text": document} for document in documents)
+    write_json(output / MANIFEST, {"models": [spec.name for spec in specs], "text": sha256, "versions": versions()})
+    return records
+
+
+def measure(subject: Subject, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
+    """Records with slice ("hit" or "other"), by ("all", "distance" or "frequency"), bin, perplexity and tokens."""
+    bound = subject.facts().max_length
+    length = LENGTH if bound is None else min(LENGTH, bound)
+    rows = sequences(subject.tokenizer, documents, length)[:limit]
+    if not rows:
+        raise ValueError(f"the text is shorter than one sequence of {length} tokens")
+    counts = Counter(pair for row in rows for pair in pairwise(row))
+    sums: dict[tuple[str, str, str], float] = defaultdict(float)
+    sizes: Counter[tuple[str, str, str]] = Counter()
+    batch_size = max(1, batch_size // 4)  # logits of whole sequences take room
+    for start in tqdm(range(0, len(rows), batch_size), desc=subject.spec.name, unit="batch"):
+        batch = rows[start : start + batch_size]
+        for row, losses in zip(batch, _losses(subject, batch), strict=True):
+            for keys, loss in zip(slices(row, counts), losses, strict=True):
+                for key in keys:
+                    sums[key] += loss
+                    sizes[key] += 1
+    return [
+        {"slice": kind, "by": by, "bin": bin_, "perplexity": math.exp(sums[kind, by, bin_] / size), "tokens": size}
+        for (kind, by, bin_), size in sorted(sizes.items())
+    ]
+
+
+def sequences(tokenizer, documents: Sequence[str], length: int) -> list[list[int]]:
+    """The documents as one stream of ids, cut into sequences of `length`; the rest is left out."""
+    stream = [
+        token for document in documents for token in tokenizer(document + "\n", add_special_tokens=False)["input_ids"]
+    ]
+    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+
+
+def slices(row: Sequence[int], counts: Counter) -> list[list[tuple[str, str, str]]]:
+    """For each token of the second half: the slices it belongs to."""
+    last: dict[tuple[int, int], int] = {}
+    own = Counter(pairwise(row))
+    found = []
+    for place, pair in enumerate(pairwise(row), start=1):
+        if place >= len(row) // 2:
+            keys = [("other", "all", "")]
+            if pair in last:
+                gap = place - last[pair]
+                elsewhere = counts[pair] - own[pair]
+                keys = [("hit", "all", ""), ("hit", "distance", _bin(gap, DISTANCES))]
+                if gap >= min(FAR, len(row) // 2):
+                    keys.append(("hit", "frequency", _bin(elsewhere, FREQUENCIES)))
+            found.append(keys)
+        last[pair] = place
+    return found
+
+
+@torch.no_grad()
+def _losses(subject: Subject, rows: list[list[int]]) -> list[list[float]]:
+    """Negative log-likelihoods of the second half's tokens."""
+    ids = torch.tensor(rows, device=subject.device)  # (B, T)
+    half = ids.shape[1] // 2
+    options = {}
+    if subject.is_ours and subject.model.core.has("P"):
+        options["prefix_length"] = torch.full(ids.shape[:1], half, device=ids.device).clamp(
+            max=subject.model.core.enc_length
+        )
+    kept = ids.shape[1] - half + 1
+    logits = subject.model(
+        input_ids=ids, use_cache=False, logits_to_keep=kept, **options
+    ).logits  # (B, T - half + 1, V)
+    targets = ids[:, half:]
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    return losses.tolist()
+
+
+def table(records: Sequence[dict]) -> str:
+    """Perplexities as text, models as columns."""
+    models = list(dict.fromkeys(record["model"] for record in records))
+    by_slice: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for record in records:
+        by_slice.setdefault((record["slice"], record["by"], record["bin"]), {})[record["model"]] = record
+    rows = [
+        [
+            " ".join(filter(None, key)),
+            *(f"{found[m]['perplexity']:.2f} ({found[m]['tokens']})" if m in found else "-" for m in models),
+        ]
+        for key, found in by_slice.items()
+    ]
+    return "recall_perplexity: second half of each sequence; perplexity (tokens)\n" + aligned(("slice", *models), rows)
+
+
+def _bin(value: int, borders: Sequence[int]) -> str:
+    """The bin's name; names sort as the bins do."""
+    low = 0
+    for border in borders:
+        if value < border:
+            return f"{low:4d} to {border - 1:4d}"
+        low = border
+    return f"{low:4d} and more"

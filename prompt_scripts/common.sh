@@ -1,0 +1,41 @@
+# What the scripts here and in architecture_scripts share: arguments, and one `jrt eval` run with its table.
+# Options after OUTPUT_DIR: --models A,B  --limit N  --batch-size B  --device D  --dry-run  -- MORE OPTIONS OF jrt eval
+
+read_arguments() {
+  usage="usage: $(basename "$0") OUTPUT_DIR [--models A,B] [--limit N] [--batch-size B] [--device D] [--dry-run] [-- OPTIONS]"
+  case ${1:-} in
+    --help) echo "$usage"; exit 0 ;;
+    ""|-*) echo "$usage" >&2; exit 2 ;;
+  esac
+  output=$1; shift
+  options=(); more=(); dry_run=
+  device=cuda
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --models|--limit|--batch-size|--device)
+        if [ $# -lt 2 ]; then echo "$(basename "$0"): $1 needs a value" >&2; exit 2; fi
+        case $1 in
+          --models) models=$2 ;;
+          --device) device=$2 ;;
+          --batch-size) batch_size=$2 ;;
+          --limit) options+=(--limit "$2") ;;
+        esac
+        shift 2 ;;
+      --dry-run) dry_run=1; shift ;;
+      --) shift; more=("$@"); break ;;
+      *) echo "$(basename "$0"): unknown option $1; $usage" >&2; exit 2 ;;
+    esac
+  done
+}
+
+# Prints a command; runs it as well unless this is a dry run.
+step() {
+  printf '%q ' "$@"; echo
+  if [ -z "$dry_run" ]; then "$@"; fi
+}
+
+# One run into $output/NAME, gone on with if it is there: evaluate NAME TASKS STRATEGIES PROTOCOL
+evaluate() {
+  step jrt eval --model "$models" --tasks "$2" --strategy "$3" --protocol "$4" --batch-size "$batch_size" \
+    --device "$device" --output "$output/$1" --resume ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
+}
