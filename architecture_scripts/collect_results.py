@@ -1,4 +1,7 @@
-"""Table 2 from the runs in a folder: `python collect_results.py RUNS [--output FOLDER]` is `jrt report --layout table2`."""
+"""Table 2 from the runs in a folder:
+
+`python collect_results.py RUNS [--output FOLDER]` is `jrt report --layout table2`.
+"""
 
 import sys
 

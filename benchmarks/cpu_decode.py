@@ -12,11 +12,11 @@ import statistics
 import time
 from pathlib import Path
 
+import record
 import torch
 from torch import Tensor
 
 import jrt
-import record
 
 MODELS = ("mini-jrt", "mini-based", "mini-mamba", "mini-attention")
 PROMPT, NEW, CHECKED = 512, 200, 8
@@ -35,7 +35,12 @@ def measure(name: str, repeats: int) -> dict:
     prompt = torch.randint(0, model.core.vocab_rows, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     runs = [model.generate(prompt, max_new_tokens=CHECKED, do_sample=False, use_cache=cache) for cache in (True, False)]
     if not torch.equal(*runs):
-        return {"method": name, "shape": {"B": 1, "T": PROMPT}, "tokens_per_second": None, "reason": "differs from decoding without a cache"}
+        return {
+            "method": name,
+            "shape": {"B": 1, "T": PROMPT},
+            "tokens_per_second": None,
+            "reason": "differs from decoding without a cache",
+        }
     prefill, rates = [], []
     for _ in range(repeats):
         first = seconds(model, prompt, 1)
@@ -60,7 +65,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = [measure(name, arguments.repeats) for name in MODELS]
     for row in rows:
-        print(f"{row['method']:16} {row['tokens_per_second'] or 0:7.0f} tokens/s   {row.get('prefill_ms', 0):7.1f} ms to read {PROMPT}")
+        rate, prefill = row["tokens_per_second"] or 0, row.get("prefill_ms", 0)
+        print(f"{row['method']:16} {rate:7.0f} tokens/s   {prefill:7.1f} ms to read {PROMPT}")
     print(record.write("cpu_decode", rows, arguments.json, threads=arguments.threads))
 
 

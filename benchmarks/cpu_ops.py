@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import record
 import torch
 from torch import Tensor
 
-import record
 from jrt.ops import encode_prefix, linear_attention
 
 HEADS, DIM, VALUE = 16, 16, 64
@@ -104,8 +104,9 @@ def main() -> None:
         row["x_quadratic"] = times["quadratic"] / row["ms"]
         row["x_chunked"] = times["chunked"] / row["ms"]
         print(
-            f"{row['method']:14} {row['ms']:9.1f} ms  {row['x_quadratic']:6.1f} x quadratic  {row['x_chunked']:5.2f} x chunked"
-            f"  extra memory {row['extra_memory_over_inputs']:5.2f} x inputs  error {row['error']:.1e}"
+            f"{row['method']:14} {row['ms']:9.1f} ms  {row['x_quadratic']:6.1f} x quadratic"
+            f"  {row['x_chunked']:5.2f} x chunked  extra memory {row['extra_memory_over_inputs']:5.2f} x inputs"
+            f"  error {row['error']:.1e}"
         )
     print(record.write("cpu_ops", rows, arguments.json))
 

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import importlib.util
-import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
+import record
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -261,7 +259,7 @@ def relative_error(o: Tensor, exact: Tensor) -> float:
 # ---- timing --------------------------------------------------------------------------------------------------------
 
 
-def median_ms(call: Callable[[int], object], limit_seconds: float = 6.0) -> tuple[float, int]:
+def median_ms(call: Callable[[int], object], limit_seconds: float = 2.0) -> tuple[float, int]:
     """Median and number of timed calls: 30 or more, fewer for calls that take long. `call` gets the repeat's number."""
     for i in range(2):
         call(i)
@@ -372,23 +370,6 @@ def eager_error(x: Inputs, heads: list[tuple[int, int]], exact: Tensor) -> float
 # ---- results -------------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    import triton
-
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": str(torch.backends.cudnn.version()),
-        "triton": triton.__version__,
-    }
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip()
-
-
 def add_speedups(rows: list[Row]) -> None:
     flash = {row.shape: row.ms for row in rows if row.method == "FlashAttention-2"}
     for row in rows:
@@ -410,18 +391,8 @@ def print_table(rows: list[Row]) -> None:
 
 
 def write(rows: list[Row], folder: Path, bandwidth: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmark": "lin_attn_profile",
-        "command": "python " + " ".join(sys.argv),
-        "device": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "copy_gbps": bandwidth / 1e9,
-        "rows": [asdict(row) for row in rows],
-    }
-    (folder / "lin_attn_profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = folder / "lin_attn_profile.json"
+    record.write("lin_attn_profile", [asdict(row) for row in rows], path, copy_gbps=bandwidth / 1e9)
     flat = [{**asdict(row), **asdict(row.shape)} for row in rows]
     for line in flat:
         del line["shape"]
@@ -429,7 +400,6 @@ def write(rows: list[Row], folder: Path, bandwidth: float) -> None:
         table = csv.DictWriter(file, fieldnames=list(flat[0]))
         table.writeheader()
         table.writerows(flat)
-    plot(rows, folder / "lin_attn_profile.png")
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -479,11 +449,11 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for shape in shapes:
-            for method in chosen:
-                rows.append(measure(method, shape, bandwidth))
-    add_speedups(rows)
+            rows += [measure(method, shape, bandwidth) for method in chosen]
+            add_speedups(rows)
+            write(rows, arguments.output, bandwidth)
     print_table(rows)
-    write(rows, arguments.output, bandwidth)
+    plot(rows, arguments.output / "lin_attn_profile.png")
 
 
 if __name__ == "__main__":

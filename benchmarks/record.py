@@ -1,4 +1,7 @@
-"""What every benchmark keeps of a run: one JSON file a benchmark, with the command, machine, versions, commit and date."""
+"""What every benchmark keeps of a run:
+
+one JSON file a benchmark, with the command, machine, versions, commit and date.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +44,14 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit of the tree, "+changes" where files differ from it; "unknown" outside a checkout."""
     here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     if head.returncode:
         return "unknown"
-    changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False)
+    changes = subprocess.run(
+        ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False
+    )
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 

@@ -1,6 +1,7 @@
 """What a model keeps of the text it has read: one state a layer, and how many tokens each row really has.
 
-Layer states are tensors, or tuples of tensors, whose first dimension is the batch; nothing here knows which mixer made them.
+Layer states are tensors, or tuples of tensors, whose first dimension is the batch; nothing here knows which mixer
+made them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class ModelState:
         """Raises ValueError where a model of this configuration cannot go on from here with so many rows."""
         if self.config != config:
             own, other = config.pattern, self.config.pattern
-            raise ValueError(f"the state is from another model: expected pattern {own} and its sizes, got {other} and its own")
+            raise ValueError(
+                f"the state is from another model: expected pattern {own} and its sizes, got {other} and its own"
+            )
         if self.lengths.shape != (rows,):
             raise ValueError(f"the state has {self.lengths.shape[0]} rows and the input {rows}: expected the same")
 

@@ -29,7 +29,9 @@ class Config:
     mlp_width: int = 0  # hidden units of the SwiGLU MLP after each mixer; 0: no MLP
     heads: int = 16  # of A and S
     rotary_dim: int = 0  # rotated dimensions per head of A and S; an odd count rotates one more
-    window: int | tuple[int, ...] = 128  # S: earlier keys a query sees besides its own; a tuple has one entry per S layer
+    window: int | tuple[int, ...] = (
+        128  # S: earlier keys a query sees besides its own; a tuple has one entry per S layer
+    )
     inverse_layer_scale: bool = False  # A and S: divide scores by (layer index + 1)
     linear_heads: int = 16  # of P and L
     feature_dim: int = 16  # P and L: query and key dimensions before the feature map

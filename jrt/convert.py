@@ -1,7 +1,7 @@
 """`jrt convert`: a checkpoint in any layout that `jrt.load` reads, written as a Hugging Face folder.
 
-Safetensors in shards of at most 4 GB, the tokenizer if the source has one, and a card that says where the weights came from.
-The folder appears when it is complete, or not at all.
+Safetensors in shards of at most 4 GB, the tokenizer if the source has one, and a card that says where the weights came
+from. The folder appears when it is complete, or not at all.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def convert(
         source: anything that `jrt.load` takes: a folder, a hub id, a mini model's name.
         out: a folder that is new or empty.
         dtype: of the weights in the result; None keeps the source's.
-        self_contained: add a modelling file, so that the folder loads with `trust_remote_code=True` where jrt is missing.
+        self_contained: add a modelling file: the folder then loads with `trust_remote_code=True` where jrt is missing.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: `out` holds something, the disk is too full, or the source cannot be loaded (nothing is written then).
+        ValueError: `out` holds something, the disk is too full, or the source cannot be loaded: nothing is written.
     """
     out = Path(out).expanduser()
     _check_out(out)
@@ -148,7 +148,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or jrt.load(FOLDER)
 | short prompts | `{config.short_prompt}` |
 | quirks | {quirks} |
 
-The weights are the source's, with other names{"" if dtype == "float32" else f" and stored in {dtype}"}. Their licence is the source's.
+The weights are the source's under other names, and so is their licence.
 `jrt.load(FOLDER, compat="released")` computes as the published numbers were measured.
 
 ## Provenance

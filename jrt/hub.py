@@ -8,6 +8,8 @@ Shapes: B batch, T tokens of a call, V vocabulary rows.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -77,8 +79,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _is_stateful = True
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
-    _no_split_modules = ["Block"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.head.weight": "model.embedding.weight"}
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
 
     def __init__(self, config: JRTConfig) -> None:
         super().__init__(config)
@@ -115,13 +117,13 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, which must stand to the left of a row's tokens.
+            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, to the left of a row's tokens.
             past_key_values: the cache that an earlier call returned; it is moved on in place.
             use_cache: return a cache; by default outside training.
-            labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Labels inside a prefix are left
-                out, because the encoder has read them.
-            prefix_length: (B,) tokens of each row that the prefix encoder reads, on the first call; None: min(enc_length,
-                own tokens).
+            labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Those inside a prefix are
+                left out, because the encoder has read them.
+            prefix_length: (B,) tokens of each row that the prefix encoder reads, on the first call; None: as many of
+                its own as enc_length allows.
             blank_length: (B,) short-prompt pads at each row's start (set by `generate`).
             logits_to_keep: compute logits of the last so many tokens only; 0: all.
 
@@ -183,9 +185,11 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if self.quirks.padded_rows is False and self.config.vocab_tokens < self.core.vocab_rows:
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
             kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.config.vocab_tokens)])
-        if past is not None and past.get_seq_length() or not self.core.has("P"):
+        if (past is not None and past.get_seq_length()) or not self.core.has("P"):
             if short_prompt not in (None, "none") and not self.core.has("P"):
-                raise ValueError(f"short_prompt={short_prompt!r}: this model has no prefix encoder; expected None or 'none'")
+                raise ValueError(
+                    f"short_prompt={short_prompt!r}: this model has no prefix encoder; expected None or 'none'"
+                )
             return super().generate(input_ids, attention_mask=mask, **kwargs)
         own = _own_mask(mask, input_ids, None)
         prompt = fill_short_prompts(
@@ -250,7 +254,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
             labels = labels.masked_fill(position < prefix, IGNORED)
             if bool((labels == IGNORED).all()):
-                raise ValueError("all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length")
+                raise ValueError(
+                    "all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length"
+                )
         return mean_loss(logits[:, :-1], labels[:, 1:])
 
 
@@ -273,7 +279,9 @@ def _own_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelStat
     if not bool(mask.any(1).all()):
         raise ValueError("a row of attention_mask is all padding: expected at least one token in each row")
     if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        raise ValueError("attention_mask has padding to the right of tokens: expected left padding (padding_side='left')")
+        raise ValueError(
+            "attention_mask has padding to the right of tokens: expected left padding (padding_side='left')"
+        )
     return mask
 
 

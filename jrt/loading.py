@@ -41,12 +41,12 @@ def load(
     """Loads a model in evaluation mode.
 
     Args:
-        name_or_path: a mini model ("mini-jrt"), a folder (this package's, a released one, shards, or Mamba's), or a hub id.
+        name_or_path: a mini model ("mini-jrt"), a folder (ours, a released one, shards, or Mamba's), or a hub id.
         device: where the weights go; they are never held twice.
         dtype: of the weights; None keeps the file's on a released folder, fp32 for the minis (stored in bf16).
         compat: None computes correctly; "released" as the published numbers were measured; a `jrt.Quirks` picks quirks.
-        short_prompt: rule for prompts shorter than the encoder (`jrt.generate.SHORT_PROMPTS`); None: the checkpoint's own,
-            "pad" for released JRT models.
+        short_prompt: rule for prompts shorter than the encoder (`jrt.generate.SHORT_PROMPTS`); None: the
+            checkpoint's own, "pad" for released JRT models.
 
     Returns:
         The model; `model.config.source` says where it came from.
@@ -71,7 +71,9 @@ def load(
         config = released.translate(raw, shapes, quirks, str(name_or_path))
     else:
         kind = raw.get("model_type", "unknown")
-        raise ValueError(f"{name_or_path} is a {kind} model; expected JRT, Based, attention or Mamba: use transformers for others")
+        raise ValueError(
+            f"{name_or_path} is a {kind} model; expected JRT, Based, attention or Mamba: use transformers for others"
+        )
     if short_prompt is not None:
         config.short_prompt = short_prompt
     if quirks.ignore_end_token:
@@ -90,9 +92,13 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     folder = resolve(name_or_path)
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder if own else "gpt2", padding_side="left", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder if own else "gpt2", padding_side="left", trust_remote_code=False
+        )
     except OSError as error:
-        raise ValueError(f"{name_or_path} has no tokenizer and GPT-2's cannot be had: download 'gpt2' once, online") from error
+        raise ValueError(
+            f"{name_or_path} has no tokenizer and GPT-2's cannot be had: download 'gpt2' once, online"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # as the release pads
     return tokenizer
@@ -112,14 +118,18 @@ def resolve(name_or_path: str | Path) -> Path:
     if name in presets():
         raise ValueError(f"{name} is an architecture without weights here; minis with weights: {', '.join(_minis())}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"no model {name!r}: expected one of {', '.join(_minis())}, a folder, or a hub id like {RELEASED[4]}")
+        raise ValueError(
+            f"no model {name!r}: expected one of {', '.join(_minis())}, a folder, or a hub id like {RELEASED[4]}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{name} is neither in the hub's cache nor reachable: download it where there is a network") from error
+        raise ValueError(
+            f"{name} is neither in the hub's cache nor reachable: download it where there is a network"
+        ) from error
 
 
 def _minis() -> list[str]:
@@ -169,7 +179,9 @@ def _shape(source: Source) -> tuple[int, ...]:
     if isinstance(source, Entry):
         return source.shape
     if len({part.shape[1:] for part in source}) != 1:
-        raise CheckpointError(f"{source[0].name} and {source[1].name} cannot be stacked: {source[0].shape}, {source[1].shape}")
+        raise CheckpointError(
+            f"{source[0].name} and {source[1].name} cannot be stacked: {source[0].shape}, {source[1].shape}"
+        )
     return (sum(part.shape[0] for part in source), *source[0].shape[1:])
 
 
@@ -182,18 +194,23 @@ def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.d
         with torch.device("meta"):
             model = JRTForCausalLM(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"config.json describes no model that can be built ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"config.json describes no model that can be built ({str(error).splitlines()[0]})"
+        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
     optional = {"log_decay"} | ({"head.weight"} if core.tied else set())
     missing = sorted(set(expected) - set(sources) - optional)
     left_over = sorted(set(sources) - set(expected))
     if missing or left_over:
-        raise CheckpointError(f"the weights do not fit the configuration: missing {missing[:8]}, left over {left_over[:8]}")
+        raise CheckpointError(
+            f"the weights do not fit the configuration: missing {missing[:8]}, left over {left_over[:8]}"
+        )
     for name, source in sources.items():
         if _shape(source) != expected[name]:
             raise CheckpointError(f"{name} has shape {_shape(source)}; expected {expected[name]} from config.json")
     reader = Reader(device, dtype)
-    if core.tied and "head.weight" in sources and not reader.equal(sources.pop("head.weight"), sources["embedding.weight"]):
+    head = sources.pop("head.weight", None) if core.tied else None
+    if head is not None and not reader.equal(head, sources["embedding.weight"]):
         raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
     decay = sources.pop("log_decay", None)
     weights = {name: _read(reader, source) for name, source in sources.items()}

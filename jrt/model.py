@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU whose first projection holds the values in its first half and the gates in its second (arXiv 2002.05202)."""
+    """SwiGLU; the first projection has the values in its first half, the gates in its second (arXiv 2002.05202)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
             input_ids: (B, T).
             state: what was read before; None starts a text, and only then is a prefix encoded.
             attention_mask: (B, T) bool, False for padding, which must stand to the left; None: no padding.
-            prefix_length: (B,) how many of its first own tokens each row's encoder reads; None: as many as fit enc_length.
+            prefix_length: (B,) how many of its first own tokens each row's encoder reads; None: what fits enc_length.
             blank_length: (B,) how many of each row's first own tokens are short-prompt pads (`jrt.generate`).
             quirks: what to compute as the release does.
 

@@ -1,4 +1,4 @@
-"""How other releases name their tensors, and what this package calls them. Data first, then the one function that reads it.
+"""How other releases name their tensors, and what this package calls them: the tables, then what reads them.
 
 Each row is a pattern for the whole name in the file and the name here; the first row that matches decides.
 """
@@ -36,9 +36,6 @@ OWN = ((r"model\.(.+)", r"\1"),)
 
 # Counters of the trainer and tables that follow from the configuration: no weights.
 NOT_WEIGHTS = (r"(train|val|test)_metrics\..+", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.feature_map\..+")
-
-# MLPs with three matrices instead of two: each pair becomes fc1, values above gates (original_spec 1.1, mlp_type "alt").
-SPLIT_MLP = (r"transformer\.layers\.(\d+)\.mlp\.fc3\.weight", r"transformer.layers.\1.mlp.fc1.weight")
 
 
 def renamed(names: list[str], table: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], list[str]]:

@@ -1,4 +1,4 @@
-"""JRT-RNN's training objective: recover masked tokens in the prefix, predict the next token after it (paper equation 5).
+"""JRT-RNN's training objective: recover masked tokens in the prefix, predict the next token after it (equation 5).
 
 Shapes: B batch, T tokens, V vocabulary rows.
 """

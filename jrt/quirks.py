@@ -1,7 +1,7 @@
 """What the original release computes that this project, by default, does not.
 
-The published numbers were measured with these quirks, so each can be switched on alone to measure its effect on a score.
-Nothing else in the package asks which release a model came from. Only the standard library is imported.
+The published numbers were measured with these quirks, so each can be switched on alone to measure its effect on a
+score. Nothing else in the package asks which release a model came from. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Quirks:
-    """Each field is one quirk of the release; all False is the correct computation (docs/released.md tells the story)."""
+    """Each field is one quirk of the release; all False is the correct computation (docs/released.md has the story)."""
 
     blank_padding: bool = False
-    """Padding keys are zeroed before the feature map, and phi(0) = [1, 0, ...]: a pad still adds its value. Convolution and
-    window read pads as tokens. The mask is dropped when it is longer than the encoder (original_spec 4.2)."""
+    """Padding keys are zeroed before the feature map, and phi(0) = [1, 0, ...]: a pad still adds its value.
+    Convolution and window read pads as tokens. The mask is dropped when it is longer than the encoder."""
 
     double_add: bool = False
     """Based's one-token step adds the token's contribution to S twice, to z once (original_spec 4.3)."""
 
+    decay_in_steps: bool = False
+    """Based's one-token steps use a decay, or a decay projection, that stands alone in the configuration; its parallel
+    form uses the two only together (original_spec 4.3)."""
+
     half_states: bool = False
-    """Linear-attention states are rounded to the compute dtype after every call; no effect in fp32 (original_spec 4.2)."""
+    """Linear-attention states are rounded to the compute dtype after each call; none in fp32 (original_spec 4.2)."""
 
     padded_rows: bool = False
     """Greedy decoding may choose embedding rows that no token has (original_spec 7)."""

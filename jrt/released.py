@@ -1,8 +1,8 @@
-"""Turns the configurations of other releases into a `JRTConfig`: the eight JRT, Based, attention and Mamba checkpoints, their
-older layouts (original_spec sections 0-4), and state-spaces/mamba in both of its layouts.
+"""Turns the configurations of other releases into a `JRTConfig`: the eight JRT, Based, attention and Mamba
+checkpoints, their older layouts (original_spec sections 0-4), and state-spaces/mamba in both of its layouts.
 
-What the files' own shapes tell (MLP width, optional biases, vocabulary rows) is taken from there, within the bounds that the
-configuration allows, so that a file can never ask for more memory than its configuration does.
+What the files' own shapes tell (MLP width, optional biases, vocabulary rows) is taken from there, within the bounds
+that the configuration allows, so that a file can never ask for more memory than its configuration does.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ CLASSES = (
     ("MHA", "A"),
     ("MultiheadAttention", "A"),
 )
+# What each field must be where it is given; null counts as not given.
+NUMBERS = ("layer_norm_epsilon", "rotary_emb_fraction", "decay_const")
+COUNTS = ("vocab_size", "n_inner", "enc_length", "ff_mult", "state_size", "expand", "conv_kernel", "d_state", "d_conv")
+MIXER_COUNTS = ("num_heads", "feature_dim", "scale_dim", "enc_length", "window_size", "expand_proj", "kernel_size")
+LARGEST = 1 << 31  # no size of a model comes near it
 MLP_ROUNDING = 256  # flash-attn rounded hidden sizes up to 256, later to 128
 VOCABULARY_ROUNDING = 128
 
 
 def is_mamba(raw: dict) -> bool:
-    """Whether a configuration describes Mamba, as transformers (`model_type`) or as its authors (`d_model`) write it."""
+    """Whether a configuration describes Mamba, as transformers (`model_type`) or its authors (`d_model`) write it."""
     return raw.get("model_type") == "mamba" or ("d_model" in raw and "n_embd" not in raw)
 
 
@@ -52,6 +57,7 @@ def translate(raw: dict, shapes: Shapes, compat: str | Quirks | None, source: st
         ValueError: something that no released model has; the message names it.
     """
     quirks = Quirks.of(compat)
+    _check_types(raw)
     core, tokens = _mamba(raw, shapes) if is_mamba(raw) else _gpt(raw, shapes)
     return JRTConfig(
         architecture=core.to_dict(),
@@ -71,16 +77,18 @@ def _token(raw: dict, name: str, core: Config) -> int | None:
 
 
 def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
-    layers, width, heads = (_of(raw, *names) for names in (("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size"), ("n_head", "num_attention_heads")))
+    layers, width = _of(raw, "n_layer", "num_hidden_layers"), _of(raw, "n_embd", "hidden_size")
+    heads = _of(raw, "n_head", "num_attention_heads")
     _refuse(raw)
+    _check_layers(layers, shapes)
     mixers = [_mixer_of(raw, layer) for layer in range(layers)]
     pattern = "".join(_letter(mixer) for mixer in mixers)
     linear = next((mixer for mixer, letter in zip(mixers, pattern, strict=True) if letter in "PL"), {})
     conv = next((mixer for mixer, letter in zip(mixers, pattern, strict=True) if letter == "C"), {})
     windows = tuple(_window(mixer, layer) for layer, mixer in enumerate(mixers) if pattern[layer] == "S")
-    feature_dim = linear.get("feature_dim", 16)
+    linear_heads, feature_dim = _linear_sizes(linear, shapes)
     scale = linear.get("scale_dim") or (linear.get("feature_map") or {}).get("input_dim") or feature_dim
-    tokens = raw.get("vocab_size", 50257)
+    tokens = raw.get("vocab_size") or 50257
     has_decay = bool(raw.get("fixed_decay")) and "L" in pattern
     core = Config(
         pattern=pattern,
@@ -88,20 +96,20 @@ def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
         vocab_rows=_rows(shapes, tokens),
         mlp_width=_mlp_width(raw, width, shapes),
         heads=heads,
-        rotary_dim=int(raw.get("rotary_emb_fraction", 0.0) * (width // heads)),
+        rotary_dim=int((raw.get("rotary_emb_fraction") or 0.0) * (width // heads)),
         window=windows[0] if len(set(windows)) == 1 else windows or 128,
         inverse_layer_scale=bool(raw.get("scale_attn_by_inverse_layer_idx", False)),
-        linear_heads=linear.get("num_heads") or 16,
+        linear_heads=linear_heads,
         feature_dim=feature_dim,
         feature_scale=scale if scale != feature_dim else None,
         enc_length=(linear.get("enc_length") or raw.get("enc_length") or 1024) if "P" in pattern else 0,
         encoder_mask=bool(linear.get("use_mask", True)),
         decay_const=raw.get("decay_const", -3) if has_decay else None,
         decay_projection=any(name.endswith("decay_proj.weight") for name in shapes),
-        conv_expand=conv.get("expand_proj", 4) // 2,
-        conv_kernel=conv.get("kernel_size", 3),
+        conv_expand=(conv.get("expand_proj") or 4) // 2,
+        conv_kernel=conv.get("kernel_size") or 3,
         biases=_biases(shapes, pattern),
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+        norm_eps=raw.get("layer_norm_epsilon") or 1e-5,
         tied=raw.get("tie_word_embeddings", True),
         train_length=2048,
     )
@@ -111,13 +119,17 @@ def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
 def _mamba(raw: dict, shapes: Shapes) -> tuple[Config, int]:
     settings = raw.get("ssm_cfg") or {}
     if settings.get("layer", "Mamba1") not in ("Mamba1", "Mamba"):
-        raise ValueError(f"ssm_cfg.layer {settings['layer']!r} is not supported; expected Mamba1: use transformers for Mamba-2")
+        raise ValueError(
+            f"ssm_cfg.layer {settings['layer']!r} is not supported; expected Mamba1: use transformers for Mamba-2"
+        )
     if raw.get("attn_layer_idx"):
         raise ValueError("Mamba checkpoints with attention layers (attn_layer_idx) are not supported")
     if not raw.get("rms_norm", True):
         raise ValueError("rms_norm: false is not supported; expected RMSNorm")
-    width, layers = _of(raw, "d_model", "hidden_size", default=1024), _of(raw, "n_layer", "num_hidden_layers", default=64)
-    tokens = raw.get("vocab_size", 50277)
+    width = _of(raw, "d_model", "hidden_size", default=1024)
+    layers = _of(raw, "n_layer", "num_hidden_layers", default=64)
+    _check_layers(layers, shapes)
+    tokens = raw.get("vocab_size") or 50277
     core = Config(
         pattern="M" * layers,
         width=width,
@@ -126,22 +138,67 @@ def _mamba(raw: dict, shapes: Shapes) -> tuple[Config, int]:
         mamba_expand=raw.get("expand", settings.get("expand", 2)),
         mamba_kernel=raw.get("conv_kernel", settings.get("d_conv", 4)),
         dt_rank=_rank(raw.get("time_step_rank", settings.get("dt_rank", "auto"))),
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+        norm_eps=raw.get("layer_norm_epsilon") or 1e-5,
         tied=raw.get("tie_word_embeddings", raw.get("tie_embeddings", True)),
         train_length=2048,
     )
     return core, tokens
 
 
+def _check_types(raw: dict) -> None:
+    """Raises ValueError for a field whose value no release could have written."""
+    parts = {name: raw.get(name) for name in ("mixer", "alt_mixer", "alt_mixer_2", "ssm_cfg")}
+    for name, part in parts.items():
+        if part is not None and not isinstance(part, dict):
+            raise ValueError(f"config.json has {name}: {part!r}; expected an object")
+        for count in MIXER_COUNTS if name != "ssm_cfg" else COUNTS:
+            _check_count(part or {}, count, name)
+        feature_map = (part or {}).get("feature_map")
+        if feature_map is not None:
+            if not isinstance(feature_map, dict):
+                raise ValueError(f"config.json has {name}.feature_map: {feature_map!r}; expected an object")
+            _check_count(feature_map, "input_dim", f"{name}.feature_map")
+    for name in ("alt_mixer_layers", "alt_mixer_2_layers"):
+        layers = raw.get(name)
+        if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+            raise ValueError(f"config.json has {name}: {layers!r}; expected a list of layer numbers")
+    for name in COUNTS:
+        _check_count(raw, name, "")
+    for name in NUMBERS:
+        if raw.get(name) is not None and type(raw[name]) not in (int, float):
+            raise ValueError(f"config.json has {name}: {raw[name]!r}; expected a number")
+    if not 0 <= (raw.get("rotary_emb_fraction") or 0) <= 1:
+        raise ValueError(f"config.json has rotary_emb_fraction: {raw['rotary_emb_fraction']!r}; expected 0 to 1")
+
+
+def _check_count(fields: dict, name: str, where: str) -> None:
+    value = fields.get(name)
+    if value is not None and not (type(value) is int and 0 < value < LARGEST):
+        path = f"{where}.{name}" if where else name
+        raise ValueError(f"config.json has {path}: {value!r}; expected an integer from 1 to {LARGEST - 1}")
+
+
 def _of(raw: dict, *names: str, default: int | None = None) -> int:
     value = next((raw[name] for name in names if raw.get(name) is not None), default)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json has no valid {names[0]} (or {names[1]}): found {value!r}, expected a positive integer")
+    if type(value) is not int or not 0 < value < LARGEST:
+        raise ValueError(
+            f"config.json has no valid {names[0]} (or {names[1]}): found {value!r}, expected a positive integer"
+        )
     return value
 
 
+def _check_layers(layers: int, shapes: Shapes) -> None:
+    if layers > len(shapes):
+        raise ValueError(f"config.json has {layers} layers and the file only {len(shapes)} tensors")
+
+
 def _refuse(raw: dict) -> None:
-    expected = {"rms_norm": (True,), "activation_function": ("swiglu",), "scale_attn_weights": (True,), "n_positions": (0,)}
+    expected = {
+        "rms_norm": (True,),
+        "activation_function": ("swiglu",),
+        "scale_attn_weights": (True,),
+        "n_positions": (0,),
+    }
     for name, values in expected.items():
         if name in raw and raw[name] not in values:
             raise ValueError(f"config.json has {name}: {raw[name]!r}; the released models have {values[0]!r} only")
@@ -163,11 +220,24 @@ def _letter(mixer: dict) -> str:
     for start, letter in CLASSES:
         if name.startswith(start):
             return letter
-    raise ValueError(f"mixer target {mixer.get('_target_')!r}: expected a class named {', '.join(c for c, _ in CLASSES)}")
+    raise ValueError(
+        f"mixer target {mixer.get('_target_')!r}: expected a class named {', '.join(c for c, _ in CLASSES)}"
+    )
+
+
+def _linear_sizes(linear: dict, shapes: Shapes) -> tuple[int, int]:
+    """Heads and feature dimension of linear attention; where one is not given, the file's queries tell."""
+    heads, feature_dim = linear.get("num_heads"), linear.get("feature_dim")
+    rows = next((shape[0] for name, shape in shapes.items() if name.endswith("mixer.proj_q.weight") and shape), None)
+    if rows is not None and heads is None:
+        heads = max(1, rows // (feature_dim or 16))
+    if rows is not None and feature_dim is None:
+        feature_dim = max(1, rows // heads)
+    return heads or 16, feature_dim or 16
 
 
 def _window(mixer: dict, layer: int) -> int:
-    size = mixer.get("window_size", 256)
+    size = mixer.get("window_size") or 256
     if size == 4096 and layer in (7, 17):
         size = 256  # the release replaces this one size on these two layers (original_spec 4.4)
     return size // 2
@@ -180,7 +250,9 @@ def _rank(rank: int | str) -> int | None:
 def _rows(shapes: Shapes, tokens: int) -> int:
     rows = shapes["embedding.weight"][0] if "embedding.weight" in shapes else tokens
     if not tokens <= rows < tokens + VOCABULARY_ROUNDING:
-        raise ValueError(f"the embedding has {rows} rows for a vocabulary of {tokens}; expected up to {VOCABULARY_ROUNDING} more")
+        raise ValueError(
+            f"the embedding has {rows} rows for a vocabulary of {tokens}; expected up to {VOCABULARY_ROUNDING} more"
+        )
     return rows
 
 
@@ -192,7 +264,9 @@ def _mlp_width(raw: dict, width: int, shapes: Shapes) -> int:
     stored = next((shape[0] // 2 for name, shape in shapes.items() if name.endswith("mlp.fc1.weight") and shape), None)
     hidden = -(-least // MLP_ROUNDING) * MLP_ROUNDING if stored is None else stored
     if not least <= hidden < least + MLP_ROUNDING:
-        raise ValueError(f"the MLP has {hidden} hidden units; expected {least} rounded up to a multiple of at most {MLP_ROUNDING}")
+        raise ValueError(
+            f"the MLP has {hidden} hidden units; expected {least} rounded up to a multiple of at most {MLP_ROUNDING}"
+        )
     return hidden
 
 

@@ -1,7 +1,7 @@
 """Reads weight files without trusting them: names, shapes and dtypes first, then one tensor at a time.
 
-Nothing a file says is executed (`weights_only`), and no memory is taken before the caller has compared the shapes with the
-configuration. Tensors that stay on the CPU in their own dtype are mapped, not read.
+Nothing a file says is executed (`weights_only`), and no memory is taken before the caller has compared the shapes with
+the configuration. Tensors that stay on the CPU in their own dtype are mapped, not read.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def entries(folder: Path) -> dict[str, Entry]:
 class Reader:
     """Reads tensors that `entries` described, one after another, keeping open what it can without keeping memory.
 
-    Tensors that stay on the CPU in their own dtype are views of the mapped file. Others are copies; what was touched of the
-    file is given back after every REOPEN_BYTES, so that at most so much stands in memory beside the copies.
+    Tensors that stay on the CPU in their own dtype are views of the mapped file. Others are copies; what was touched of
+    the file is given back after every REOPEN_BYTES, so that at most so much stands in memory beside the copies.
     """
 
     REOPEN_BYTES = 128 << 20
@@ -136,7 +136,9 @@ def files(folder: Path) -> list[Path]:
             return _shards(index)
         if (folder / name).is_file():
             return [folder / name]
-    raise CheckpointError(f"{folder} holds no weights: expected one of {', '.join(SINGLE)}, or an .index.json of shards")
+    raise CheckpointError(
+        f"{folder} holds no weights: expected one of {', '.join(SINGLE)}, or an .index.json of shards"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -159,9 +161,13 @@ def _entries_of(file: Path) -> dict[str, Entry]:
     except CheckpointError:
         raise
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
-        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{file.name} is truncated, corrupted or no weight file ({_first_line(error)})"
+        ) from error
     except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error) as error:
-        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{file.name} is truncated, corrupted or no weight file ({_first_line(error)})"
+        ) from error
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
@@ -195,7 +201,9 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
         stored = min(tensor.untyped_storage().nbytes(), file.stat().st_size)
         if tensor.numel() * tensor.itemsize > stored:
             shape = tuple(tensor.shape)
-            raise CheckpointError(f"{file.name}: {name} has shape {shape} but {stored} stored bytes: an expanded tensor")
+            raise CheckpointError(
+                f"{file.name}: {name} has shape {shape} but {stored} stored bytes: an expanded tensor"
+            )
         found[name] = Entry(file, name, tuple(tensor.shape), tensor.dtype)
     return found
 

@@ -158,7 +158,7 @@ def test_decoding_token_by_token_is_prefill():
     _, state = run("cuda", q[:, :70], k[:, :70], v[:, :70])
     for t in range(70, 90):
         o = cuda.decode_step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state)
-        assert relative_error(o, whole[:, t : t + 1]) < 6e-3
+        assert relative_error(o, whole[:, t : t + 1]) < 1e-2
     for x, y in zip(state, final, strict=True):
         assert relative_error(x, y) < 2e-3
 
@@ -273,8 +273,8 @@ def test_the_kernels_are_chosen_where_they_can_serve():
         (lambda q, k, v: (q.float(), k.float(), v.float()), "bfloat16 or float16"),
         (lambda q, k, v: (q[..., :8], k[..., :8], v), "d = 8"),
         (lambda q, k, v: (q, k, v[..., :60]), "D = 60"),
-        (lambda q, k, v: (q[..., None].expand(*q.shape, 2)[..., 0], k, v), "last dimension must be contiguous"),
-        (lambda q, k, v: (q, k.expand(2, *k.shape[1:]).contiguous()[:1].expand(2, -1, -1, -1), v), "multiples of 8"),
+        (lambda q, k, v: (torch.stack([q, q], dim=-1)[..., 0], k, v), "last dimension must be contiguous"),
+        (lambda q, k, v: (q, k[:1].expand(2, -1, -1, -1), v), "multiples of 8"),
         (lambda q, k, v: (q.requires_grad_(), k, v), "requires grad"),
     ],
 )

@@ -1,4 +1,7 @@
-"""The model: sizes, the two guarantees (padding never counts, decoding equals the full forward), transformers' generate."""
+"""The model:
+
+sizes, the two guarantees (padding never counts, decoding equals the full forward), transformers' generate.
+"""
 
 import dataclasses
 
@@ -96,7 +99,9 @@ def test_prefill_and_decoding_equal_the_full_forward(name, cut):
     out = model(ids[:, :first], attention_mask=mask[:, :first], use_cache=True)
     pieces, cache = [out.logits], out.past_key_values
     for column in range(first, LENGTH):
-        out = model(ids[:, column : column + 1], attention_mask=mask[:, : column + 1], past_key_values=cache, use_cache=True)
+        out = model(
+            ids[:, column : column + 1], attention_mask=mask[:, : column + 1], past_key_values=cache, use_cache=True
+        )
         pieces.append(out.logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(pieces, dim=1)[real], whole[real])
@@ -115,7 +120,9 @@ def test_going_on_with_several_tokens_equals_the_full_forward(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 7}], ids=["greedy", "beams", "sampled"])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 7}], ids=["greedy", "beams", "sampled"]
+)
 def test_generate_with_the_cache_equals_without(name, how):
     model, prompt = build(name), texts(2, 20)
     results = []

@@ -1,4 +1,6 @@
-"""Linear attention: every backend against the fp64 definition, and the properties that prefill, decoding and PLA rest on."""
+"""Linear attention: every backend against fp64, and the properties that prefill, decoding and PLA rest on."""
+
+import math
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ BATCH, HEADS, DIM, VALUE = 2, 3, 8, 12
 LENGTHS = (1, 63, 64, 129, 1000)
 
 
-def inputs(length: int, dtype: torch.dtype = torch.float64, dim: int = DIM, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    length: int, dtype: torch.dtype = torch.float64, dim: int = DIM, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((BATCH, length, HEADS, dim), (BATCH, length, HEADS, dim), (BATCH, length, HEADS, VALUE))
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
@@ -109,8 +113,13 @@ def test_a_prefix_is_the_state_of_a_text_without_its_queries(backend):
 def test_padding_leaves_no_trace(backend, poison):
     q, k, v = inputs(40)
     alone, state = linear_attention(q, k, v, backend=backend)
-    pad = torch.zeros(BATCH, 9, HEADS, DIM, dtype=torch.float64), torch.zeros(BATCH, 9, HEADS, VALUE, dtype=torch.float64)
-    pad[1].fill_(0 if poison != poison else poison)  # a masked feature is 0, and 0 x NaN would be NaN: values stay finite
+    pad = (
+        torch.zeros(BATCH, 9, HEADS, DIM, dtype=torch.float64),
+        torch.zeros(BATCH, 9, HEADS, VALUE, dtype=torch.float64),
+    )
+    pad[1].fill_(
+        0 if math.isnan(poison) else poison
+    )  # a masked feature is 0, and 0 x NaN would be NaN: values stay finite
     mask = torch.arange(49).expand(BATCH, 49) >= 9
     padded, padded_state = linear_attention(
         torch.cat([pad[0], q], 1), torch.cat([pad[0] + 3, k], 1), torch.cat([pad[1], v], 1), mask=mask, backend=backend

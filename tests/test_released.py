@@ -1,4 +1,7 @@
-"""The released format: every golden folder through the public API, the quirks one by one, the rules for short prompts."""
+"""The released format:
+
+every golden folder through the public API, the quirks one by one, the rules for short prompts.
+"""
 
 import json
 from pathlib import Path
@@ -53,11 +56,17 @@ def test_full_forward(golden, compat):
 def test_each_kind_of_mixer(golden):
     folder, tensors, _ = golden
     model = jrt.load(folder)
-    inputs = {name.split(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("full0.mixer") and name.endswith(".in")}
+    inputs = {
+        name.split(".")[2]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith("full0.mixer") and name.endswith(".in")
+    }
     assert inputs
     seen: dict[int, Tensor] = {}
     for index in map(int, inputs):
-        model.model.blocks[index].mixer.register_forward_hook(lambda _, __, out, index=index: seen.update({index: out[0]}))
+        model.model.blocks[index].mixer.register_forward_hook(
+            lambda _, __, out, index=index: seen.update({index: out[0]})
+        )
     model(tensors["full0.input_ids"])
     for name, tensor in tensors.items():
         if name.startswith("full0.mixer") and name.endswith(".out"):
@@ -81,7 +90,9 @@ def test_steps_and_states_as_released(golden):
     folder, tensors, cases = golden
     model = jrt.load(folder, compat="released")
     for case in (case for case in cases if case.startswith("steps")):
-        prefill, steps, states = stepwise(model, tensors[f"{case}.input_ids"], cases[case]["P"], tensors.get(f"{case}.mask"))
+        prefill, steps, states = stepwise(
+            model, tensors[f"{case}.input_ids"], cases[case]["P"], tensors.get(f"{case}.mask")
+        )
         assert_close(prefill, tensors[f"{case}.prefill_logits"])
         assert_close(steps, tensors[f"{case}.step_logits"])
         for moment, layers in zip(("prefill", "steps"), states, strict=True):
@@ -109,7 +120,10 @@ def check_state(state, part: str, expected: Tensor, letter: str) -> None:
 
 
 def symmetric(full: Tensor) -> Tensor:
-    """(..., 1 + d + d^2) features as the symmetric 1 + d + d (d + 1) / 2: pairs i < j are worth sqrt(2) of the original's."""
+    """(..., 1 + d + d^2) features as the symmetric 1 + d + d (d + 1) / 2:
+
+    pairs i < j are worth sqrt(2) of the original's.
+    """
     d = int((full.shape[-1] - 1) ** 0.5)
     rows, columns = torch.triu_indices(d, d)
     pairs = full[..., 1 + d :].unflatten(-1, (d, d))[..., rows, columns]
@@ -175,7 +189,10 @@ def test_half_states_act_in_half_precision_only(shared):
     folder = shared / "golden" / "jrt_main"
     ids = load_file(folder / "golden.safetensors")["steps0.input_ids"]
     for dtype, differs in ((torch.float32, False), (torch.bfloat16, True)):
-        runs = [stepwise(jrt.load(folder, dtype=dtype, compat=compat), ids, 64, None)[2][1][1].S for compat in (None, Quirks(half_states=True))]
+        runs = [
+            stepwise(jrt.load(folder, dtype=dtype, compat=compat), ids, 64, None)[2][1][1].S
+            for compat in (None, Quirks(half_states=True))
+        ]
         assert torch.equal(*runs) is not differs
 
 
@@ -187,7 +204,9 @@ def test_padded_rows_are_never_generated_by_default(shared):
         row = model.config.vocab_tokens  # the first row without a token
         model.model.head.weight = torch.nn.Parameter(model.model.head.weight.clone())
         hidden, _ = model.model.read(prompt)
-        model.model.head.weight.data[row] = 10 * hidden[0, -1].detach()  # by far the best next token of the first prompt
+        model.model.head.weight.data[row] = (
+            10 * hidden[0, -1].detach()
+        )  # by far the best next token of the first prompt
         first = model.generate(prompt, max_new_tokens=1, do_sample=False, short_prompt="none")[0, -1]
         assert (first == row).item() is allowed
 
@@ -243,7 +262,9 @@ def test_short_prompts_are_filled_row_by_row(shared, rule):
     ids, mask = torch.full((3, 40), 5), torch.zeros(3, 40, dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, 40 - len(row) :], mask[index, 40 - len(row) :] = row, 1
-    arguments = dict(max_new_tokens=4, do_sample=False, short_prompt=rule, output_logits=True, return_dict_in_generate=True)
+    arguments = dict(
+        max_new_tokens=4, do_sample=False, short_prompt=rule, output_logits=True, return_dict_in_generate=True
+    )
     batch = model.generate(ids, attention_mask=mask, **arguments)
     for index, row in enumerate(rows):
         alone = model.generate(row[None], **arguments)

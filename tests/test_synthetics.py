@@ -13,7 +13,9 @@ def test_examples_are_the_released_ones(shared):
     cases = json.loads((shared / "golden" / "synthetic.json").read_text())["cases"]
     tensors = load_file(shared / "golden" / "synthetic.safetensors")
     for index, case in enumerate(cases):
-        drawn = disjoint_sets(case["vocab_size"], case["num_examples"], case["short_length"], case["long_length"], case["seed"])
+        drawn = disjoint_sets(
+            case["vocab_size"], case["num_examples"], case["short_length"], case["long_length"], case["seed"]
+        )
         assert torch.equal(drawn.inputs, tensors[f"data{index}.inputs"])
         assert torch.equal(drawn.labels, tensors[f"data{index}.labels"])
 

@@ -48,9 +48,11 @@ def weights() -> dict[str, torch.Tensor]:
         found[start + "mlp.fc2.weight"] = torch.randn(WIDTH, 256)
     found["transformer.ln_f.weight"] = torch.ones(WIDTH)
     found["lm_head.weight"] = found["transformer.embeddings.word_embeddings.weight"]
-    return {"model." + name: tensor for name, tensor in found.items()} | {"val_metrics.num-tokens.count": torch.tensor(7)}
+    counter = {"val_metrics.num-tokens.count": torch.tensor(7)}
+    return {"model." + name: tensor for name, tensor in found.items()} | counter
 
 
+LINEAR = {"_target_": "a.LinearAttention"}
 FC2 = "model.transformer.layers.1.mlp.fc2.weight"
 
 
@@ -272,9 +274,9 @@ def test_configurations_that_are_none(folder, text, match):
         {"mixer": {"_target_": "os.system", "command": "true"}},
         {"mixer": {"_target_": "a.SlidingAttention", "window_size": "wide"}},
         {"mixer": {"_target_": "a.BaseConv", "kernel_size": 10**18}},
-        {"alt_mixer": {"_target_": "a.LinearAttention", "num_heads": 10**9, "feature_dim": 10**9}, "alt_mixer_layers": [1]},
-        {"alt_mixer": {"_target_": "a.LinearAttention", "num_heads": "4"}, "alt_mixer_layers": [1]},
-        {"alt_mixer": {"_target_": "a.LinearAttention"}, "alt_mixer_layers": 5},
+        {"alt_mixer": LINEAR | {"num_heads": 10**9, "feature_dim": 10**9}, "alt_mixer_layers": [1]},
+        {"alt_mixer": LINEAR | {"num_heads": "4"}, "alt_mixer_layers": [1]},
+        {"alt_mixer": LINEAR, "alt_mixer_layers": 5},
         {"rms_norm": False},
         {"activation_function": "gelu"},
         {"n_positions": 1024},

@@ -1,7 +1,7 @@
 """The layers that mix tokens, one class a pattern letter.
 
-Each is called as `mixer(x (B, T, E), reading, state) -> (y (B, T, E), state)`; the state is None at the start of a text, and
-a tuple of tensors (or one tensor) with the batch first afterwards.
+Each is called as `mixer(x (B, T, E), reading, state) -> (y (B, T, E), state)`; the state is None at the start of a
+text, and a tuple of tensors (or one tensor) with the batch first afterwards.
 """
 
 from jrt.mixers.attention import Attention, WindowAttention

@@ -1,6 +1,6 @@
 """A, full attention, and S, attention in a sliding window; rotary positions in both.
 
-Shapes: B batch, T tokens, K keys, H heads, D head size, W earlier keys that a window shows, N blocks of W (or more) queries.
+Shapes: B batch, T tokens, K keys, H heads, D head size, W earlier keys that a window shows, N blocks of queries.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from jrt.config import Config
@@ -18,7 +19,7 @@ MIN_BLOCK = 64  # fewer queries a block waste the matrix units on small windows
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of the tokens before, the newest last; a window keeps W columns, zeros where nothing was read yet."""
+    """Keys and values of the tokens before, the newest last; a window keeps W columns, zeros where none was read."""
 
     k: Tensor  # (B, K, H, D), rotated
     v: Tensor  # (B, K, H, D)
@@ -90,9 +91,11 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale:
     if valid is not None and queries == 1:
         mask = valid[:, None, None, :]  # (B, 1, 1, K)
     elif valid is not None:
-        age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)  # (T, K)
+        age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(
+            keys, device=q.device
+        )  # (T, K)
         mask = ((age >= 0) & valid[:, None, :] | (age == 0))[:, None]  # (B, 1, T, K)
-    elif queries != keys and queries != 1:
+    elif queries not in (keys, 1):
         raise AssertionError("keys of earlier calls always come with their valid columns")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T or K, D)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=scale)
@@ -110,7 +113,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int
     Returns:
         (B, T, H, D).
     """
-    batch, length, heads, size = q.shape
+    batch, length = q.shape[:2]
     if length == 1:
         return full_attention(q, k, v, valid, scale)
     block = min(max(window, MIN_BLOCK), length)
@@ -118,18 +121,17 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int
     if padding:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
         valid = F.pad(valid, (0, padding))
-    blocks = (length + padding) // block
-    q = q.unflatten(1, (blocks, block)).flatten(0, 1).transpose(1, 2)  # (B N, H, block, D)
-    k, v = (x.unfold(1, window + block, block).flatten(0, 1).transpose(2, 3) for x in (k, v))  # (B N, H, W + block, D)
+    q = rearrange(q, "b (n i) h d -> (b n) h i d", i=block)
+    k, v = (rearrange(x.unfold(1, window + block, block), "b n h d j -> (b n) h j d") for x in (k, v))
     offset = torch.arange(window + block, device=q.device) - torch.arange(block, device=q.device)[:, None]
     near, itself = (offset >= 0) & (offset <= window), offset == window  # (block, W + block)
-    shown = valid.unfold(1, window + block, block).flatten(0, 1)[:, None, None, :]  # (B N, 1, 1, W + block)
+    shown = rearrange(valid.unfold(1, window + block, block), "b n j -> (b n) 1 1 j")
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=near & shown | itself, scale=scale)
-    return o.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
+    return rearrange(o, "(b n) h i d -> b (n i) h d", b=batch)[:, :length]
 
 
 def rotary_angles(positions: Tensor, dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, T, 1, ceil(dim / 2)) in fp32; exponents are 2 i / dim, for an odd `dim` as well (RoFormer, eq. 15)."""
+    """cos and sin (B, T, 1, ceil(dim / 2)) in fp32; exponents are 2 i / dim, for odd `dim` too (RoFormer, eq. 15)."""
     frequencies = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions.float()[..., None, None] * frequencies
     return angles.cos(), angles.sin()

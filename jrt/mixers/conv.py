@@ -1,4 +1,7 @@
-"""C, the gated short convolution (BaseConv): y = out(silu(conv(u)) * gate). Shapes: B batch, T tokens, E channels, K taps."""
+"""C, the gated short convolution (BaseConv): y = out(silu(conv(u)) * gate).
+
+Shapes: B batch, T tokens, E channels, K taps.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ class ShortConvolution(nn.Module):
         super().__init__()
         channels, bias = config.conv_expand * config.width, "conv.projections" in config.biases
         self.in_proj = nn.Linear(config.width, 2 * channels, bias=bias)
-        self.conv = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias="conv.filter" in config.biases)
+        self.conv = nn.Conv1d(
+            channels, channels, config.conv_kernel, groups=channels, bias="conv.filter" in config.biases
+        )
         self.out_proj = nn.Linear(channels, config.width, bias=bias)
 
     def forward(self, x: Tensor, reading: Reading, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ class LinearAttention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.heads = config.linear_heads
-        self.has_decay = config.decay_const is not None and config.decay_projection
+        self.has_gain = config.decay_projection
+        self.has_decay = config.decay_const is not None and self.has_gain
         self.key_gain = (config.feature_dim / config.feature_scale) ** 0.25 if config.feature_scale else 1.0
         keys = config.linear_heads * config.feature_dim
         self.proj_q = nn.Linear(config.width, keys, bias=False)
@@ -32,11 +33,16 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor, reading: Reading, state: State | None) -> tuple[Tensor, State]:
         q, k = self.heads_of(self.proj_q(x)) * self.key_gain, self.heads_of(self.proj_k(x)) * self.key_gain
         v = self.heads_of(self.proj_v(x))
-        log_decay = reading.log_decay if self.has_decay else None
-        if reading.quirks.double_add and state is not None and x.shape[1] == 1:
+        is_step = state is not None and x.shape[1] == 1
+        by_step = is_step and reading.quirks.decay_in_steps
+        if reading.quirks.double_add and is_step:
             state = _added_once_more(k, v, state)
-        o, state = linear_attention(q, k, v, initial_state=state, mask=reading.mask, log_decay=log_decay)
-        if self.has_decay:
+        log_decay = reading.log_decay if self.has_decay or by_step else None
+        o, after = linear_attention(q, k, v, initial_state=state, mask=reading.mask, log_decay=log_decay)
+        if reading.quirks.decay_in_steps and reading.log_decay is not None and log_decay is None:
+            _, after = linear_attention(q, k, v, initial_state=state, mask=reading.mask, log_decay=reading.log_decay)
+        state = after
+        if self.has_decay or (by_step and self.has_gain):
             o = o * self.decay_proj(x)[..., None]  # the released numerator's dt: a gain per head and token
         return self.out_proj(o.flatten(2)), stored(state, x, reading)
 
@@ -45,7 +51,7 @@ class LinearAttention(nn.Module):
 
 
 class PrefixLinearAttention(LinearAttention):
-    """Linear attention whose first state is a non-causal reading of the prefix, with keys and values of its own (eq. 3)."""
+    """Linear attention whose first state is a non-causal reading of the prefix, by its own keys and values (eq. 3)."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__(config, layer)

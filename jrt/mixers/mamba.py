@@ -1,4 +1,7 @@
-"""M, Mamba's selective state space layer (arXiv 2312.00752). Shapes: B batch, T tokens, E channels, N states, R rank, K taps."""
+"""M, Mamba's selective state space layer (arXiv 2312.00752).
+
+Shapes: B batch, T tokens, E channels, N states, R rank, K taps.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ class Mamba(nn.Module):
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
         if reading.mask is not None:
             u = torch.where(reading.mask[..., None], u, 0)
-        c, conv = short_convolution(u, self.conv1d.weight[:, 0], self.conv1d.bias, None if state is None else state.conv)
+        c, conv = short_convolution(
+            u, self.conv1d.weight[:, 0], self.conv1d.bias, None if state is None else state.conv
+        )
         u = F.silu(c)
         rank, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
         wide = torch.promote_types(u.dtype, torch.float32)

@@ -16,7 +16,9 @@ class Reading:
     past: Tensor  # (B,) own tokens of each row before this call
     positions: Tensor  # (B, T) index of each token among its row's own tokens
     mask: Tensor | None  # (B, T) bool, False: padding; None: no padding
-    blank: Tensor | None  # (B, T) bool, True: a token whose key the release zeroes before the feature map; None: no such
+    blank: (
+        Tensor | None
+    )  # (B, T) bool, True: a token whose key the release zeroes before the feature map; None: no such
     prefix_end: int  # M; 0: this call encodes no prefix
     prefix_mask: Tensor | None  # (B, M) bool, True: part of the row's prefix; None: all are
     rotary: tuple[Tensor, Tensor] | None  # cos and sin (B, T, 1, ceil(rotary_dim / 2)) fp32; None: nothing rotates

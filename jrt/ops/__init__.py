@@ -54,8 +54,8 @@ def linear_attention(
         mask: (B, T) bool, False where a token is padding and must leave no trace; its own output means nothing.
         log_decay: (H,) log of the numerator's decay per token (the released Based-360M); None: no decay.
         normalize: divide by the denominator; False gives the numerator.
-        backend: "reference" (T^2, the definition), "chunked" (PyTorch) or "cuda" (Hopper kernels, forward only); None takes
-            the fastest that supports the call.
+        backend: "reference" (T^2, the definition), "chunked" (PyTorch) or "cuda" (Hopper kernels, forward only);
+            None takes the fastest that supports the call.
 
     Returns:
         o (B, T, H, D) in the dtype of `v`, and the State after the last token, in fp32 (fp64 for fp64 inputs).

@@ -1,8 +1,8 @@
 """Linear attention in chunks: linear time and memory, plain PyTorch, any device, differentiable.
 
-Inside a chunk the scores 1 + s + s^2 / 2 come from q.k itself (a C x C product of d-vectors); features are built only to
-read and write the state between chunks. Matrix products run in the inputs' dtype on a GPU and at least in fp32 on a CPU;
-states are always summed in fp32 or wider.
+Inside a chunk the scores 1 + s + s^2 / 2 come from q.k itself (a C x C product of d-vectors); features are built only
+to read and write the state between chunks. Matrix products run in the inputs' dtype on a GPU and at least in fp32 on
+a CPU; states are always summed in fp32 or wider.
 
 Shapes: B batch, T tokens, H heads, d query/key size, D value size, F features, N chunks of C tokens.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 from jrt.ops.feature_map import State, taylor_features
 
 CHUNK = 128
-# Chunks of one segment are computed side by side, segments one after another: the states between chunks may take this much.
+# Chunks of a segment are computed side by side, segments one after another: the states between them may take this.
 SEGMENT_STATE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 
 
 def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
     """The state that a prefix leaves; no scores, no order, no queries (equation 3, encoder sums)."""
-    batch, length, heads, _ = k.shape
+    length = k.shape[1]
     k, v = _to_compute_dtype(k), _to_compute_dtype(v)
     piece = _segment_tokens(k, v)
     S = z = None
@@ -87,7 +87,7 @@ def _step(q, k, v, state, mask, log_decay, normalize, dtype):
 
 def _segment(q, k, v, state, mask, log_decay, normalize):
     """One segment of whole chunks (or one short chunk) on top of the state before it."""
-    batch, length, heads, d = q.shape
+    length, d = q.shape[1], q.shape[3]
     chunk = min(CHUNK, length)
     wide = _state_dtype(k)
     q, k, v = (x.unflatten(1, (-1, chunk)).transpose(2, 3) for x in (q, k, v))  # (B, N, H, C, d or D)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 SMALL = 256  # vectors: below this the number of calls costs more than what they compute
 
 

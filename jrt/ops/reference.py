@@ -26,7 +26,7 @@ def linear_attention(
     log_decay: Tensor | None,
     normalize: bool,
 ) -> tuple[Tensor, State]:
-    """y_i = phi(q_i) (S_0 + sum_{j<=i} phi(k_j) v_j^T) / phi(q_i) . (z_0 + sum_{j<=i} phi(k_j)), written out as T^2 scores."""
+    """y_i = phi(q_i) (S_0 + sum_{j<=i} phi(k_j) v_j^T) / phi(q_i) . (z_0 + sum_{j<=i} phi(k_j)), as T^2 scores."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     steps = torch.arange(q.shape[1], device=q.device)
     age = steps[:, None] - steps[None, :]  # (T, T): i - j
