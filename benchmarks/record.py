@@ -1,7 +1,4 @@
-"""What every benchmark keeps of a run:
-
-one JSON file a benchmark, with the command, machine, versions, commit and date.
-"""
+"""What every benchmark keeps of a run: one JSON file with the command, machine, versions, commit and date."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The model:
-
-sizes, the two guarantees (padding never counts, decoding equals the full forward), transformers' generate.
-"""
+"""The model: sizes, the two guarantees (padding never counts, decoding equals the full forward), `generate`."""
 
 import dataclasses
 

@@ -16,9 +16,8 @@ TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 def theirs() -> MambaForCausalLM:
     """Random weights, scaled so that the state matters."""
     torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=104, hidden_size=48, num_hidden_layers=3, state_size=16, pad_token_id=0, bos_token_id=0, eos_token_id=0
-    )
+    sizes = dict(vocab_size=104, hidden_size=48, num_hidden_layers=3, state_size=16)
+    config = MambaConfig(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     model = MambaForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

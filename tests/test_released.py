@@ -1,7 +1,4 @@
-"""The released format:
-
-every golden folder through the public API, the quirks one by one, the rules for short prompts.
-"""
+"""The released format: every golden folder through the public API, each quirk, the rules for short prompts."""
 
 import json
 from pathlib import Path

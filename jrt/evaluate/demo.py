@@ -19,7 +19,7 @@ MINIS = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt")
 STRATEGIES = ("once", "twice")
 ITEMS = 160
 REAL_ITEMS = 24  # of a task: SmolLM2 reads some hundred tokens a second on two cores
-BATCH = 16
+BATCH = 32
 
 
 def mini_plan(models: tuple[str, ...] = MINIS, limit: int = ITEMS, device: str = "cpu") -> Plan:

@@ -1,0 +1,186 @@
+"""The command line: what a user types works, and what cannot work is one line on stderr and exit status 2."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from jrt import JRTConfig, JRTForCausalLM, presets
+from jrt.cli import main
+from jrt_recall import fixtures
+from jrt_recall.tokenizers import shipped_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "random-jrt"
+    torch.manual_seed(0)
+    config = dataclasses.replace(presets()["debug"], train_length=1024)
+    JRTForCausalLM(JRTConfig(architecture=config.to_dict(), eos_token_id=0, pad_token_id=1)).save_pretrained(folder)
+    shipped_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def refusal(capsys, arguments: list[str]) -> str:
+    """The one line that a refused command leaves."""
+    try:
+        status = main(arguments)
+    except SystemExit as error:  # argparse ends the process itself
+        status = error.code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line]
+    assert status == 2 and captured.out == "" and len(lines) == 1, captured
+    return lines[0]
+
+
+def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
+    output = tmp_path / "run"
+    command = ["eval", "--model", model, "--tasks", "reference_pages", "--strategy", "once,twice", "--protocol", "pages-512"]
+    command += ["--limit", "3", "--batch-size", "2", "--output", str(output)]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "pages-512 v1: window 512" in text and "at most 48 new tokens" in text and "twice - once" in text
+    assert [record["strategy"] for record in json.loads((output / "results.json").read_text())] == ["once", "twice"]
+    assert "--resume" in refusal(capsys, command)
+    assert main([*command, "--resume"]) == 0
+    assert main(["report", str(output), "--output", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "mini-nothing", "--tasks", "squad"], "unknown model 'mini-nothing'"),
+        (["--tasks", "nope"], "unknown task 'nope'"),
+        (["--strategy", "backwards"], "unknown strategy 'backwards'"),
+        (["--protocol", "jrt-table9"], "unknown protocol"),
+        (["--protocol", "jrt-table1"], "not for reference_pages"),
+        (["--tasks", "qa_nq"], "JRT_PASSAGES"),
+        (["--tasks", "squad", "--data", "/nowhere"], "jrt data fetch"),
+        (["--limit", "0"], "at least 1"),
+        (["--limit", "many"], "invalid"),
+        (["--device", "abacus"], "device 'abacus'"),
+        (["--dtype", "complex64"], "dtype"),
+        (["--batch-size", "-3"], "at least 1"),
+        (["--tasks", "recall_perplexity,squad"], "alone"),
+        (["--unknown-option"], "unrecognized"),
+    ],
+)
+def test_what_eval_cannot_do_is_one_line(model, tmp_path, capsys, monkeypatch, options, said):
+    for name in ("JRT_DATA", "JRT_PASSAGES"):
+        monkeypatch.delenv(name, raising=False)
+    output = tmp_path / "run"
+    given = ["eval", "--model", model, "--tasks", "reference_pages", "--limit", "2", "--output", str(output), *options]
+    assert said in refusal(capsys, given)
+    assert not output.exists()
+
+
+def test_eval_reads_generated_documents_under_table_protocols(model, shared, tmp_path, capsys, monkeypatch):
+    mirror = fixtures.write(tmp_path / "mirror", count=2)
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    monkeypatch.setenv("JRT_DATA", str(mirror))
+    tasks = "swde,fda,squad,drop,triviaqa,nq_512,nq_1024,nq_2048"
+    output = tmp_path / "run"
+    command = ["eval", "--model", model, "--tasks", tasks, "--protocol", "jrt-table2", "--limit", "1", "--output", str(output)]
+    assert main(command) == 0
+    records = json.loads((output / "results.json").read_text())
+    assert len(records) == 5 * 3 + 3 and all(record["source"].startswith("generated") for record in records)
+    assert main(["report", str(output), "--layout", "table2"]) == 0
+    assert "(82.0)" not in capsys.readouterr().out
+
+
+def test_eval_reads_real_passages(model, shared, tmp_path, capsys):
+    command = ["eval", "--model", model, "--tasks", "qa_squad,qa_nq,qa_triviaqa,qa_drop,qa_fda", "--strategy", "once,twice"]
+    command += ["--passages", str(shared / "qa"), "--limit", "2", "--output", str(tmp_path / "run")]
+    assert main(command) == 0
+    records = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {record["protocol"] for record in records} == {"full"} and len(records) == 10
+
+
+def test_recall_perplexity(model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"open(file, mode={number % 7})" for number in range(1200)))
+    command = ["eval", "--model", model, "--tasks", "recall_perplexity", "--text", str(text), "--limit", "2"]
+    assert main([*command, "--output", str(tmp_path / "run")]) == 0
+    assert "hit all" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "perplexity.json").read_text())
+    counted = sum(record["tokens"] for record in found if record["by"] == "all")
+    assert counted == 2 * 1024
+    assert "already holds" in refusal(capsys, [*command, "--output", str(tmp_path / "run")])
+
+
+def test_demo_writes_table_figures_and_page(model, tmp_path, capsys):
+    command = ["demo", "--models", model, "--limit", "4", "--output", str(tmp_path / "demo")]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "accuracy" in text and "95% interval" in text and "prompt tokens" in text and "state" in text
+    names = {file.name for file in (tmp_path / "demo").iterdir()}
+    assert {"accuracy.png", "accuracy.svg", "state.png", "report.html", "results.json", "predictions.jsonl"} <= names
+    html = (tmp_path / "demo" / "report.html").read_text()
+    assert "Items to read" in html and "<mark>" in html
+    assert main(command) == 0  # a second look at the same demo
+    assert "another run" in refusal(capsys, [*command[:-1], command[-1], "--limit", "5"])
+    assert "--passages" in refusal(capsys, ["demo", "--passages", str(tmp_path)])
+
+
+def test_generate_goes_on_from_a_prompt(model, capsys):
+    assert main(["generate", "--model", model, "--prompt", "open(", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out
+    assert "empty" in refusal(capsys, ["generate", "--model", model, "--prompt", "  "])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("jrt-1.3b", ["1,375,143,168", "CPSCC", "21,221,312 bytes (fp32) at any length", "compat='released'"]),
+        ("mamba-360m", ["M Mamba x 46"]),
+        ("hazyresearch/attn-1b-50bn", ["weights are not here", "A full attention x 36"]),
+    ],
+)
+def test_info_on_presets(capsys, monkeypatch, tmp_path, name, said):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert main(["info", name]) == 0
+    text = capsys.readouterr().out
+    for words in said:
+        assert words in text
+
+
+def test_info_on_models(model, capsys):
+    assert main(["info", model]) == 0
+    text = capsys.readouterr().out
+    assert "CPSLAM" in text and "short prompts" in text
+    assert "no model 'nothing'" in refusal(capsys, ["info", "nothing"])
+
+
+def test_doctor_says_what_is_there_and_what_is_not(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in text and "ops backends" in text and "mini models" in text
+
+
+def test_data_imports_and_verifies(tmp_path, capsys):
+    from jrt_recall.data import canonical_lines
+
+    source = tmp_path / "mine.jsonl"
+    source.write_text(canonical_lines(fixtures.documents("fda", 3)))
+    mirror = tmp_path / "mirror"
+    assert main(["data", "import", "fda", str(source), "--folder", str(mirror)]) == 0
+    assert main(["data", "verify", "fda", "--folder", str(mirror)]) == 0
+    assert "ok   fda: 3 documents" in capsys.readouterr().out
+    with (mirror / "fda.jsonl").open("a") as stream:
+        stream.write("{}\n")
+    assert main(["data", "verify", "fda", "--folder", str(mirror)]) == 1
+    capsys.readouterr()
+    assert "is not a file" in refusal(capsys, ["data", "import", "fda", str(tmp_path / "no.jsonl"), "--folder", str(mirror)])
+
+
+def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    refusal(capsys, ["convert", str(tmp_path / "empty"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_is_needed(capsys):
+    assert "COMMAND" in refusal(capsys, [])

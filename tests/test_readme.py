@@ -1,0 +1,134 @@
+"""What the README says runs: its commands, its Python, its tables."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    command
+    for row in re.findall(r"^\| [^|]+ \| (`.+) \|$", README, re.MULTILINE)
+    for command in re.findall(r"`([^`]+)`", row)
+]
+BIN = Path(sys.executable).parent
+
+
+def run(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """One command of the README as a user would type it, with this environment's programs first on the path."""
+    import os
+
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def listed(start: str) -> str:
+    """The README's command that starts so; a command that is gone fails here."""
+    found = [command for command in COMMANDS if command.startswith(start)]
+    assert found, f"README.md lists no command that starts with {start!r}"
+    return found[0]
+
+
+def test_every_listed_command_is_run_by_a_test():
+    tested = {
+        "jrt eval --model mini-based": "test_evaluation_and_report",
+        "jrt report": "test_evaluation_and_report",
+        "jrt generate": "test_quick_commands",
+        "jrt info": "test_quick_commands",
+        "jrt doctor": "test_quick_commands",
+        "jrt data fetch": "test_what_needs_the_hub_says_so",
+        "jrt convert": "test_what_needs_the_hub_says_so",
+        "jrt eval --model FOLDER_OR_HUB_ID": "test_any_hugging_face_model",
+        "jrt-recall": "test_any_hugging_face_model",
+        "prompt_scripts/": "tests/test_scripts.py",
+        "python prompt_scripts/": "tests/test_scripts.py",
+        "architecture_scripts/": "tests/test_scripts.py",
+        "python architecture_scripts/": "tests/test_scripts.py",
+        "python train/": "tests/test_train_run.py",
+        "python benchmarks/lin_attn_profile.py": "tests/test_cuda_kernels.py",
+        "JRT_BUILD_KERNELS=1": "tests/test_cuda_kernels.py",
+        "pip install gguf": "the slow suite",
+    }
+    for command in COMMANDS:
+        assert any(command.startswith(start) for start in tested), f"no test runs {command!r}"
+
+
+@pytest.mark.parametrize("start", ["jrt generate", "jrt info", "jrt doctor"])
+def test_quick_commands(start, tmp_path):
+    done = run(listed(start), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_evaluation_and_report(tmp_path):
+    command = listed("jrt eval --model mini-based").replace("--limit 32", "--limit 2")
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "runs/pages/results.json").read_text())
+    assert {(record["model"], record["strategy"]) for record in records} == {
+        (model, strategy) for model in ("mini-based", "mini-jrt") for strategy in ("once", "twice")
+    }
+    done = run(listed("jrt report"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/pages/report.html").is_file()
+
+
+def test_any_hugging_face_model(tmp_path, shared):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(shared / "gpt2").save_pretrained(tmp_path / "model")
+    from jrt_recall import fixtures
+
+    fixtures.write(tmp_path / "mirror")
+    gpt2 = tmp_path / "mirror" / "gpt2"
+    if not gpt2.exists():
+        AutoTokenizer.from_pretrained(shared / "gpt2").save_pretrained(gpt2)
+    environment = {"JRT_DATA": str(tmp_path / "mirror")}
+    command = listed("jrt eval --model FOLDER_OR_HUB_ID").replace("FOLDER_OR_HUB_ID", "model") + " --limit 2"
+    done = run(command, tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    done = run(listed("jrt-recall").replace("FOLDER", "model") + " --limit 2", tmp_path, **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "recall_squad_twice" in done.stdout
+
+
+@pytest.mark.parametrize("start", ["jrt convert", "jrt data fetch"])
+def test_what_needs_the_hub_says_so(start, tmp_path):
+    done = run(listed(start), tmp_path, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("jrt: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_the_first_python_example_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run(f"{shlex.quote(sys.executable)} -c {shlex.quote(blocks[0])}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "split(" in done.stdout
+
+
+def test_the_second_python_example_runs():
+    import torch
+
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {name: torch.randn(1, 5, 2, 16) for name in ("k_enc", "v_enc", "q", "k", "v")}
+    exec(blocks[1], names)
+    assert names["o"].shape == (1, 5, 2, 16)
+
+
+def test_tables_are_those_of_the_result_files():
+    done = run("python benchmarks/readme_tables.py --check", ROOT)
+    assert done.returncode == 0, "run python benchmarks/readme_tables.py"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target

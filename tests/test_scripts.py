@@ -1,0 +1,69 @@
+"""The scripts that users of the original know, run as they are typed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jrt_recall import fixtures
+from tests.test_cli import model  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [
+    "prompt_scripts/run_jrt_prompt_hf.sh",
+    "prompt_scripts/run_jrt_prompt_hazy.sh",
+    "architecture_scripts/run_jrt_rnn.sh",
+    "architecture_scripts/super_glue.sh",
+]
+
+
+def typed(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a command with this Python's programs first, `jrt` among them."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    search = os.pathsep.join([str(ROOT), str(ROOT / "lm-eval-harness")])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_prints_commands_and_runs_none(script, tmp_path):
+    done = typed("bash", str(ROOT / script), str(tmp_path / "out"), "--limit", "3", "--models", "a/b", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "jrt " in done.stdout and "--limit 3" in done.stdout and "a/b" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_arguments_are_one_line(script, tmp_path):
+    for words in ([], [str(tmp_path / "out"), "--nope"], [str(tmp_path / "out"), "--limit"]):
+        done = typed("bash", str(ROOT / script), *words)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done
+
+
+def test_table_1_end_to_end_and_the_notebook_of_its_runs(model, shared, tmp_path):  # noqa: F811
+    import nbformat
+    from nbclient import NotebookClient
+
+    mirror = fixtures.write(tmp_path / "mirror", count=2)
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    runs = tmp_path / "runs"
+    script = str(ROOT / "prompt_scripts" / "run_jrt_prompt_hazy.sh")
+    done = typed(
+        "bash", script, str(runs), "--models", model, "--limit", "2", "--batch-size", "2", "--device", "cpu", JRT_DATA=str(mirror)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Table 1" in done.stdout and "TriviaQA twice" in done.stdout
+    assert (runs / "report.html").is_file() and (runs / "table1" / "results.json").is_file()
+
+    notebook = nbformat.read(ROOT / "architecture_scripts" / "collect_results.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without results
+    os.environ["JRT_RUNS"] = str(runs)
+    try:
+        NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    finally:
+        del os.environ["JRT_RUNS"]
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "Table 1" in printed and "jrt-table1 v1" in printed
