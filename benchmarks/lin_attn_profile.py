@@ -321,6 +321,7 @@ def measure(method: Method, shape: Shape, bandwidth: float) -> Row:
     row = Row(method.name, shape, method.kernel)
     torch.manual_seed(shape.N + shape.B)
     torch.cuda.empty_cache()
+    torch.compiler.reset()  # else a compiled method falls back to eager after eight shapes
     try:
         x = draw(shape, method)
         if reason := method.available(x):
@@ -403,29 +404,33 @@ def write(rows: list[Row], folder: Path, bandwidth: float) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
+    """Time over length and over batch, each where more than one shape was timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    panels = ((axes[0], LENGTHS, "N", "tokens, batch 16"), (axes[1], BATCHES, "B", "batch, 16,384 tokens"))
-    for axis, shapes, key, label in panels:
-        for name in dict.fromkeys(row.method for row in rows if row.ms):
-            points = {
-                getattr(row.shape, key): row.ms
-                for row in rows
-                if row.method == name and row.ms and (row.shape.B, row.shape.N) in shapes
-            }
-            if points:
-                axis.plot(sorted(points), [points[x] for x in sorted(points)], marker="o", markersize=3, label=name)
+    panels = []
+    for key, sizes, label in (("N", LENGTHS, "tokens, batch 16"), ("B", BATCHES, "batch, 16,384 tokens")):
+        timed = [row for row in rows if row.ms and (row.shape.B, row.shape.N) in sizes]
+        if len({row.shape for row in timed}) > 1:
+            panels.append((key, label, timed))
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 1, 4.5), squeeze=False)
+    for axis, (key, label, timed) in zip(axes[0], panels, strict=True):
+        for name in dict.fromkeys(row.method for row in timed):
+            points = sorted((getattr(row.shape, key), row.ms) for row in timed if row.method == name)
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="prefill, ms")
+        axis.set_xticks(sorted({getattr(row.shape, key) for row in timed}), minor=False)
+        axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1024 else f"{x / 1024:g}k")
-        axis.set_xticks([shape[1] if key == "N" else shape[0] for shape in shapes], minor=False)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     outcome = demo.demo(chosen, arguments.output, title)
     print(results_text(outcome.records, chosen.protocols()))
     print(comparisons_text(outcome.comparisons))
-    print(f"\nreport: {arguments.output / 'report.html'}   figures: accuracy.png, accuracy.svg, state.png, state.svg")
+    print(f"\nreport: {arguments.output / 'report.html'}   figures: accuracy, state, position (.png, .svg)")
 
 
 # eval
@@ -221,7 +221,8 @@ def _add_report(commands) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
     parser.add_argument("--output", type=Path, help="folder (default: the first run's)")
     parser.add_argument(
-        "--layout", help="table1, 2, 3, 4, 13 or 14 of the paper, published values beside measured ones",
+        "--layout",
+        help="table1, 2, 3, 4, 13 or 14 of the paper, published values beside measured ones",
     )
     parser.set_defaults(command=_report)
 

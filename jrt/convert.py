@@ -97,11 +97,11 @@ def _check_space(folder: Path, model: JRTForCausalLM) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file, with a progress bar for a large one."""
+    """Hexadecimal SHA-256 of a file, with a progress bar for a large one on a terminal."""
     digest, size = hashlib.sha256(), file.stat().st_size
     with (
         open(file, "rb") as opened,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"sha256 {file.name}", disable=size < 1 << 28) as bar,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"sha256 {file.name}", disable=True if size < 1 << 28 else None) as bar,
     ):
         while block := opened.read(HASH_BYTES):
             digest.update(block)

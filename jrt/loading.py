@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -208,7 +209,7 @@ def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.d
     for name, source in sources.items():
         if _shape(source) != expected[name]:
             raise CheckpointError(f"{name} has shape {_shape(source)}; expected {expected[name]} from config.json")
-    reader = Reader(device, dtype)
+    reader = Reader(device, _one_dtype(sources) if dtype is None else dtype)
     head = sources.pop("head.weight", None) if core.tied else None
     if head is not None and not reader.equal(head, sources["embedding.weight"]):
         raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
@@ -221,6 +222,14 @@ def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.d
     model.tie_weights()
     model.generation_config = GenerationConfig.from_model_config(config)
     return model.requires_grad_(True).eval()
+
+
+def _one_dtype(sources: dict[str, Source]) -> torch.dtype | None:
+    """The widest of a file's floating-point dtypes where it mixes them; None where it has one."""
+    parts = [source for name, source in sources.items() if name != "log_decay"]
+    entries = [entry for part in parts for entry in (part if isinstance(part, tuple) else (part,))]
+    kinds = {entry.dtype for entry in entries if entry.dtype.is_floating_point}
+    return functools.reduce(torch.promote_types, kinds) if len(kinds) > 1 else None
 
 
 def _read(reader: Reader, source: Source) -> torch.Tensor:

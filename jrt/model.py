@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Written out: on a CPU F.rms_norm makes more calls for the same result, and one-token steps are all calls.
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        scale = torch.rsqrt(x.square().sum(-1, keepdim=True) / x.shape[-1] + self.eps)
         return (x * scale * self.weight).to(self.weight.dtype)
 
 

@@ -89,6 +89,7 @@ def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
     linear_heads, feature_dim = _linear_sizes(linear, shapes)
     scale = linear.get("scale_dim") or (linear.get("feature_map") or {}).get("input_dim") or feature_dim
     tokens = raw.get("vocab_size") or 50257
+    has_gain = any(name.endswith("decay_proj.weight") for name in shapes)
     has_decay = bool(raw.get("fixed_decay")) and "L" in pattern
     core = Config(
         pattern=pattern,
@@ -105,7 +106,7 @@ def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
         enc_length=(linear.get("enc_length") or raw.get("enc_length") or 1024) if "P" in pattern else 0,
         encoder_mask=bool(linear.get("use_mask", True)),
         decay_const=raw.get("decay_const", -3) if has_decay else None,
-        decay_projection=any(name.endswith("decay_proj.weight") for name in shapes),
+        decay_projection=("L" in pattern and bool(linear.get("use_decay_proj"))) or has_gain,
         conv_expand=(conv.get("expand_proj") or 4) // 2,
         conv_kernel=conv.get("kernel_size") or 3,
         biases=_biases(shapes, pattern),
@@ -165,8 +166,9 @@ def _check_types(raw: dict) -> None:
     for name in COUNTS:
         _check_count(raw, name, "")
     for name in NUMBERS:
-        if raw.get(name) is not None and type(raw[name]) not in (int, float):
-            raise ValueError(f"config.json has {name}: {raw[name]!r}; expected a number")
+        value = raw.get(name)
+        if value is not None and not (type(value) in (int, float) and abs(value) < LARGEST):
+            raise ValueError(f"config.json has {name}: {value!r}; expected a number below {LARGEST}")
     if not 0 <= (raw.get("rotary_emb_fraction") or 0) <= 1:
         raise ValueError(f"config.json has rotary_emb_fraction: {raw['rotary_emb_fraction']!r}; expected 0 to 1")
 

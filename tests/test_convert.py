@@ -1,11 +1,13 @@
 """`jrt.convert`: what comes out equals what went in, loads elsewhere, and appears whole or not at all."""
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,22 +22,22 @@ from jrt.hub_config import JRTConfig
 
 GOLDENS = ("jrt_main", "jrt_f16", "based_fla", "based_decay_legacy", "attn", "attn_oddrotary_m128", "mamba")
 
-# Loads a folder with transformers alone and prints what it computes; {prepare} decides whether jrt can be imported.
+# Loads folders with transformers alone and keeps what they compute; {prepare} decides whether jrt can be imported.
 ELSEWHERE = """
 import sys
 {prepare}
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **{options}).eval()
-ids = torch.load(sys.argv[2])
-with torch.no_grad():
-    logits = model(ids).logits
-    one, two = ids[:1, :20], ids[1:, :12]
-    batch = torch.cat([one, torch.cat([ids.new_zeros(1, 8), two], 1)])
-    mask = torch.cat([torch.ones(1, 20), torch.cat([torch.zeros(1, 8), torch.ones(1, 12)], 1)]).long()
-    new = model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, -5:]
-decay = model.model.state_dict().get("log_decay")
-torch.save(dict(logits=logits, new=new, decay=decay, module=type(model).__module__), sys.argv[3])
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, **{options}).eval()
+    ids = torch.load(folder + ".ids")
+    with torch.no_grad():
+        logits = model(ids).logits
+        batch = torch.cat([ids[:1, :20], torch.cat([ids.new_zeros(1, 8), ids[1:, :12]], 1)])
+        mask = torch.cat([torch.ones(1, 20), torch.cat([torch.zeros(1, 8), torch.ones(1, 12)], 1)]).long()
+        new = model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, -5:]
+    decay = model.model.state_dict().get("log_decay")
+    torch.save(dict(logits=logits, new=new, decay=decay, module=type(model).__module__), folder + ".found")
 assert ("jrt" in sys.modules) == {jrt}
 """
 BLOCKED = """
@@ -47,21 +49,21 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def loaded_elsewhere(folder: Path, ids: torch.Tensor, tmp_path: Path, *, self_contained: bool) -> dict:
-    """What another process computes, started elsewhere with nothing of this one but the folder."""
-    torch.save(ids, tmp_path / "ids.pt")
+def loaded_elsewhere(folders: dict[Path, torch.Tensor], tmp_path: Path, *, self_contained: bool) -> list[dict]:
+    """What another process computes, started elsewhere with nothing of this one but the folders (and their tokens)."""
+    for folder, ids in folders.items():
+        torch.save(ids, f"{folder}.ids")
     script = ELSEWHERE.format(
         prepare=BLOCKED if self_contained else "import jrt",
         options={"trust_remote_code": True} if self_contained else {},
         jrt=not self_contained,
     )
-    arguments = [folder, tmp_path / "ids.pt", tmp_path / "found.pt"]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if not self_contained:
         environment["PYTHONPATH"] = str(Path(jrt.__file__).parents[1])
     flags = ["-I"] if self_contained else []
     done = subprocess.run(
-        [sys.executable, *flags, "-c", script, *map(str, arguments)],
+        [sys.executable, *flags, "-c", script, *map(str, folders)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -69,7 +71,7 @@ def loaded_elsewhere(folder: Path, ids: torch.Tensor, tmp_path: Path, *, self_co
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(tmp_path / "found.pt")
+    return [torch.load(f"{folder}.found") for folder in folders]
 
 
 def token_ids(model, batch: int = 2, length: int = 40) -> torch.Tensor:
@@ -108,45 +110,39 @@ def test_the_card_names_every_file_with_its_hash(shared, tmp_path):
         assert str(shared) not in text and str(tmp_path) not in text
 
 
-@pytest.mark.parametrize("golden", ["jrt_main", "based_decay_legacy"])
-def test_loads_in_a_fresh_process(golden, shared, tmp_path):
-    model = jrt.load(shared / "golden" / golden)
-    ids = token_ids(model)
-    out = convert(shared / "golden" / golden, tmp_path / "out")
-    found = loaded_elsewhere(out, ids, tmp_path, self_contained=False)
-    with torch.no_grad():
-        assert torch.equal(found["logits"], model(ids).logits)
-    assert torch.equal(found["new"], decoded(model, ids))
-    assert found["module"] == "jrt.hub"
+def test_loads_in_a_fresh_process(shared, tmp_path):
+    """In the source's dtype, and in bfloat16, where the decay stays in fp32."""
+    names = ("jrt_main", "based_decay_legacy")
+    models = {name: jrt.load(shared / "golden" / name) for name in names}
+    folders = [convert(shared / "golden" / name, tmp_path / name) for name in names]
+    folders.append(convert(shared / "golden" / names[1], tmp_path / "half", dtype=torch.bfloat16))
+    half = jrt.load(tmp_path / "half")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.model.log_decay.dtype == torch.float32
+    assert torch.equal(half.model.log_decay, models[names[1]].model.log_decay)
+    ids = token_ids(half)
+    results = loaded_elsewhere(dict.fromkeys(folders, ids), tmp_path, self_contained=False)
+    for model, found in zip((*models.values(), half), results, strict=True):
+        assert found["module"] == "jrt.hub"
+        assert found["logits"].dtype == model.dtype
+        assert found["decay"] is None or found["decay"].dtype == torch.float32
+        with torch.no_grad():
+            assert torch.equal(found["logits"], model(ids).logits)
+        assert torch.equal(found["new"], decoded(model, ids))
 
 
-@pytest.mark.parametrize("golden", ["jrt_main", "based_decay_legacy", "attn_oddrotary_m128", "mamba"])
-def test_self_contained_folder_loads_without_jrt(golden, shared, tmp_path):
-    model = jrt.load(shared / "golden" / golden)
-    ids = token_ids(model)
-    out = convert(shared / "golden" / golden, tmp_path / "out", self_contained=True)
-    found = loaded_elsewhere(out, ids, tmp_path, self_contained=True)
-    with torch.no_grad():
-        torch.testing.assert_close(found["logits"], model(ids).logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found["new"], decoded(model, ids))
-    assert found["module"].startswith("transformers_modules")
-    with torch.no_grad():  # and it is still a folder of this package
-        assert torch.equal(jrt.load(out)(ids).logits, model(ids).logits)
-
-
-def test_bfloat16_keeps_the_decay_in_fp32(shared, tmp_path):
-    source = shared / "golden" / "based_decay_legacy"
-    out = convert(source, tmp_path / "out", dtype=torch.bfloat16)
-    model = jrt.load(out)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.model.log_decay.dtype == torch.float32
-    assert torch.equal(model.model.log_decay, jrt.load(source).model.log_decay)
-    ids = token_ids(model)
-    found = loaded_elsewhere(out, ids, tmp_path, self_contained=False)
-    assert found["decay"].dtype == torch.float32
-    assert found["logits"].dtype == torch.bfloat16
-    with torch.no_grad():
-        assert torch.equal(found["logits"], model(ids).logits)
+def test_self_contained_folders_load_without_jrt(shared, tmp_path):
+    names = ("jrt_main", "based_decay_legacy", "attn_oddrotary_m128", "mamba")
+    models = [jrt.load(shared / "golden" / name) for name in names]
+    folders = [convert(shared / "golden" / name, tmp_path / name, self_contained=True) for name in names]
+    tokens = {folder: token_ids(model) for folder, model in zip(folders, models, strict=True)}
+    results = loaded_elsewhere(tokens, tmp_path, self_contained=True)
+    for model, (folder, ids), found in zip(models, tokens.items(), results, strict=True):
+        assert found["module"].startswith("transformers_modules")
+        with torch.no_grad():
+            torch.testing.assert_close(found["logits"], model(ids).logits, rtol=1e-5, atol=1e-5)
+            assert torch.equal(jrt.load(folder)(ids).logits, model(ids).logits)  # still a folder of this package
+        assert torch.equal(found["new"], decoded(model, ids))
 
 
 def test_the_modelling_file_names_nothing_of_this_package():
@@ -160,11 +156,11 @@ def test_the_modelling_file_names_nothing_of_this_package():
 
 def test_the_modelling_file_trains(tmp_path):
     """Gradients of the file's own scan equal those of the package's."""
-    spec = importlib_spec(tmp_path)
+    bundled = imported(tmp_path)
     config = Config(pattern="MC", width=16, vocab_rows=32)
     torch.manual_seed(0)
     ours = JRTForCausalLM(JRTConfig(architecture=config.to_dict()))
-    theirs = spec.JRTForCausalLM(spec.JRTConfig(architecture=config.to_dict()))
+    theirs = bundled.JRTForCausalLM(bundled.JRTConfig(architecture=config.to_dict()))
     theirs.load_state_dict(ours.state_dict())
     ids = torch.randint(0, 32, (2, 40))
     ours.train()(ids, labels=ids).loss.backward()
@@ -173,9 +169,7 @@ def test_the_modelling_file_trains(tmp_path):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def importlib_spec(folder: Path):
-    import importlib.util
-
+def imported(folder: Path) -> ModuleType:
     file = folder / "bundled.py"
     file.write_text(modelling_source("0"))
     spec = importlib.util.spec_from_file_location("bundled", file)

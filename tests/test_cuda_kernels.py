@@ -284,11 +284,30 @@ def test_what_the_kernels_cannot_serve_is_said(change, message):
         run("cuda", q, k, v)
 
 
+@pytest.mark.hopper
+def test_a_mask_elsewhere_is_refused():
+    q, k, v = draw(2, 10, 1, 64)
+    with pytest.raises(ValueError, match="not on cuda"):
+        run("cuda", q, k, v, None, torch.ones(2, 10, dtype=torch.bool))
+
+
 def test_on_a_cpu_the_reason_is_said():
     q, k, v = draw(1, 5, 2, 64, device="cpu")
     assert "expected a CUDA device" in cuda.unsupported(q, k, v, None, None, None, True)
     with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call: tensors are on cpu"):
         run("cuda", q, k, v)
+
+
+def test_shapes_are_known_without_a_device():
+    """What torch.compile sees: the fake kernels, on tensors that have no memory."""
+    q, k, v = draw(2, 70, 3, 112, device="meta")
+    o, S, z = cuda._prefill(q, k, v, None, None, None, True)
+    assert o.shape == v.shape and o.dtype == v.dtype
+    assert S.shape == (2, 3, 153, 112) and z.shape == (2, 3, 153) and S.dtype == z.dtype == torch.float32
+    assert [x.shape for x in cuda._encode(k, v, None)] == [S.shape, z.shape]
+    token = (q[:, :1], k[:, :1], v[:, :1], S, z)
+    assert [x.shape for x in cuda._decode(*token, None, True)] == [(2, 1, 3, 112), S.shape, z.shape]
+    assert cuda._decode_in_place(*token, True).shape == (2, 1, 3, 112)
 
 
 def test_building_without_a_compiler_is_one_clear_message(monkeypatch, tmp_path):

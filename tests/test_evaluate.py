@@ -5,26 +5,18 @@ import json
 
 import pytest
 import torch
+from jrt_recall import PROTOCOLS, contains, fixtures
+from jrt_recall.tokenizers import shipped_tokenizer
+from random_models import save_random_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, read_run, run
 from jrt.evaluate.engine import answer, batches, encode, prompt_limit
 from jrt.evaluate.errors import MODES, error_mode, share
 from jrt.evaluate.results import comparisons
-from jrt_recall import PROTOCOLS, contains, fixtures
-from jrt_recall.tokenizers import shipped_tokenizer
 
 PAGES = PROTOCOLS["pages-512"]
 RECORD = "model task strategy protocol score low high n dropped lost truncated prompt_tokens seconds state_bytes".split()
-
-
-def save_ours(folder, pattern: str, seed: int = 0):
-    torch.manual_seed(seed)
-    config = dataclasses.replace(presets()["debug"], pattern=pattern)
-    JRTForCausalLM(JRTConfig(architecture=config.to_dict(), eos_token_id=0, pad_token_id=1)).save_pretrained(folder)
-    shipped_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +27,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_positions=1024, n_embd=32, n_layer=2, n_head=2, eos_token_id=0))
     gpt2.save_pretrained(root / "gpt2")
     shipped_tokenizer().save_pretrained(root / "gpt2")
-    ours = {"jrt": save_ours(root / "jrt", "CPSLAM"), "causal": save_ours(root / "causal", "CLSM")}
+    ours = {"jrt": save_random_model(root / "jrt", "CPSLAM"), "causal": save_random_model(root / "causal", "CLSM")}
     return {**ours, "gpt2": str(root / "gpt2")}
 
 
@@ -160,10 +152,10 @@ def test_a_folder_belongs_to_one_run(models, pages, tmp_path):
     run(short, LocalPool(), tmp_path / "run")
     with pytest.raises(ValueError, match="another run"):
         run(pages, LocalPool(), tmp_path / "run", resume=True)
-    other = save_ours(tmp_path / "other", "CLSM", seed=1)
+    other = save_random_model(tmp_path / "other", "CLSM", seed=1)
     renamed = plan(dataclasses.replace(short.request, models=(ModelSpec(other),)))
     run(renamed, LocalPool(), tmp_path / "weights")
-    save_ours(tmp_path / "other", "CLSM", seed=2)
+    save_random_model(tmp_path / "other", "CLSM", seed=2)
     with pytest.raises(ValueError, match="other weights"):
         run(renamed, LocalPool(), tmp_path / "weights", resume=True)
 

@@ -6,14 +6,15 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from jrt_recall import PROTOCOLS
 
+from jrt.evaluate import plots
 from jrt.evaluate.collect import FILES, Collected, collect, frame, latex, layout_rows
 from jrt.evaluate.files import json_lines, write_json, write_text
 from jrt.evaluate.perplexity import slices
 from jrt.evaluate.report import marked, page, split_question
 from jrt.evaluate.tables import aligned, size
 from jrt.published import TABLE1, TABLE2, TABLE4, TABLE13, TABLES, published_row
-from jrt_recall import PROTOCOLS
 
 NASTY = "<script>alert('x')</script> & <b>"
 
@@ -125,7 +126,8 @@ def test_collect_writes_every_file(tmp_path):
 def test_a_page_is_self_contained_and_escapes_what_models_wrote(tmp_path):
     write_run(tmp_path / "a", {NASTY: {}})
     found = Collected([tmp_path / "a"])
-    text = page("A title & more", found.records, [], found.predictions, found.manifest)
+    figures = plots.draw(found.records, found.predictions).values()
+    text = page("A title & more", found.records, [], found.predictions, found.manifest, figures)
     scripts = []
 
     class Tags(HTMLParser):

@@ -4,15 +4,20 @@ import importlib.util
 import json
 
 import pytest
+from random_models import save_random_model
 
 from jrt.cli import main
 from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
-from tests.test_cli import model  # noqa: F401
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    return save_random_model(tmp_path / "random-jrt", train_length=1024)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
-def test_two_workers_one_killed_end_with_the_same_result(model, tmp_path):  # noqa: F811
+def test_two_workers_one_killed_end_with_the_same_result(model, tmp_path):
     import ray
 
     from jrt.evaluate.workers import RayPool

@@ -384,6 +384,26 @@ def test_decay_buffer_of_the_file(tmp_path):
     assert torch.equal(jrt.load(folder).model.log_decay, decay)
 
 
+def test_a_gain_that_the_file_lacks_is_missed(tmp_path):
+    config = with_(BASED, alt_mixer__use_decay_proj=True)
+    folder = write(tmp_path / "model", config, random_weights(config, hidden=64))
+    with pytest.raises(ValueError, match=r"missing .*decay_proj"):
+        jrt.load(folder)
+    config = with_(BASE, alt_mixer__use_decay_proj=True)  # the prefix mixer swallows what it does not know
+    weights = random_weights(config, hidden=64)
+    assert_same(write(tmp_path / "model", config, weights), config, weights)
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+def test_mixed_dtypes_become_the_widest(other, tmp_path):
+    weights = random_weights(BASE, hidden=64)
+    name = "transformer.layers.2.mixer.Wqkv.weight"
+    weights[name] = weights[name].to(other)
+    folder = write(tmp_path / "model", BASE, weights)
+    assert jrt.load(folder).dtype == torch.promote_types(other, torch.float32)
+    assert_same(folder, BASE, weights)
+
+
 def test_shards(tmp_path):
     weights = random_weights(BASE, hidden=64)
     folder = write(tmp_path / "model", BASE, {})

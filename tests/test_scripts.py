@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from jrt_recall import fixtures
-from tests.test_cli import model  # noqa: F401
+from random_models import save_random_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
@@ -28,6 +27,11 @@ def typed(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=300)
 
 
+@pytest.fixture
+def model(tmp_path) -> str:
+    return save_random_model(tmp_path / "random-jrt", train_length=1024)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_prints_commands_and_runs_none(script, tmp_path):
     done = typed("bash", str(ROOT / script), str(tmp_path / "out"), "--limit", "3", "--models", "a/b", "--dry-run")
@@ -43,7 +47,7 @@ def test_wrong_arguments_are_one_line(script, tmp_path):
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done
 
 
-def test_table_1_end_to_end_and_the_notebook_of_its_runs(model, shared, tmp_path):  # noqa: F811
+def test_table_1_end_to_end_and_the_notebook_of_its_runs(model, shared, tmp_path):
     import nbformat
     from nbclient import NotebookClient
 

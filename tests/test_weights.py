@@ -269,6 +269,8 @@ def test_configurations_that_are_none(folder, text, match):
         {"rotary_emb_fraction": -1},
         {"rotary_emb_fraction": "half"},
         {"layer_norm_epsilon": "small"},
+        {"layer_norm_epsilon": 10**20},
+        {"layer_norm_epsilon": float("nan")},
         {"mixer": [1]},
         {"mixer": "conv"},
         {"mixer": {"_target_": "os.system", "command": "true"}},

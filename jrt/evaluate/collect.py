@@ -67,12 +67,8 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     compared = comparisons(found.predictions)
     write_text(output / "results.csv", _csv(found.records))
     _write_frame(found.predictions, output / "predictions.parquet")
-    for name, figure in (
-        ("accuracy", plots.by_strategy(found.records)),
-        ("state", plots.by_state(found.records)),
-        ("position", plots.by_position(found.predictions)),
-    ):
-        plots.save(figure, output, name)
+    figures = plots.draw(found.records, found.predictions)
+    plots.save(figures, output)
     text = results_text(found.records, protocols_of(found.manifest))
     extra = ""
     if layout is None:
@@ -83,7 +79,7 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
         text = f"{chosen.title}\nmeasured (published), percent\n\n{aligned(header, rows)}\n\n{text}"
         extra = f"<h2>{chosen.title}</h2><p class=note>measured (published), percent</p>" + table(header, rows)
     write_text(output / "table.tex", latex(header, rows))
-    html = page("Recall report", found.records, compared, found.predictions, found.manifest, extra)
+    html = page("Recall report", found.records, compared, found.predictions, found.manifest, figures.values(), extra)
     write_text(output / "report.html", html)
     return text
 

@@ -40,14 +40,13 @@ def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu
 
 
 def demo(chosen: Plan, output: Path, title: str) -> Outcome:
-    """Runs a plan and writes, beside its results, accuracy.png, accuracy.svg, state.png, state.svg and report.html.
+    """Runs a plan and writes, beside its results, figures (PNG and SVG) and report.html.
 
     A folder that holds the same demo, whole or in part, is gone on with."""
     outcome = run(chosen, LocalPool(), output, BATCH, resume=True)
-    plots.save(plots.by_strategy(outcome.records), output, "accuracy")
-    plots.save(plots.by_state(outcome.records), output, "state")
-    write_text(
-        output / "report.html",
-        page(title, outcome.records, outcome.comparisons, outcome.predictions, read_run(output)[2]),
-    )
+    figures = plots.draw(outcome.records, outcome.predictions)
+    plots.save(figures, output)
+    manifest = read_run(output)[2]
+    html = page(title, outcome.records, outcome.comparisons, outcome.predictions, manifest, figures.values())
+    write_text(output / "report.html", html)
     return outcome

@@ -1,16 +1,19 @@
 """Figures of a run: accuracy by reading strategy, against state bytes, and against where the answer stands.
 
-Each function makes a matplotlib Figure (no global state); `save` writes PNG and SVG, `svg` gives text for a page.
+Each function makes a matplotlib Figure (no global state); `draw` renders all of them, for files and for a page.
 """
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+
+from jrt.evaluate.files import write_bytes, write_text
 
 POSITION_BINS = 5
 _MARKERS = "osD^vPX"
@@ -89,20 +92,37 @@ def by_position(predictions: Sequence[dict]) -> Figure:
     return figure
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes NAME.png and NAME.svg."""
-    files = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files
+class Drawn(NamedTuple):
+    """A figure as the bytes of a PNG file and the text of an <svg> element."""
+
+    heading: str
+    png: bytes
+    svg: str
 
 
-def svg(figure: Figure) -> str:
-    """The figure as an <svg> element, without what stands before it in a file."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg")
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+def draw(records: Sequence[dict], predictions: Sequence[dict]) -> dict[str, Drawn]:
+    """All figures of a run by their file names; drawing takes seconds, so once is enough."""
+    return {
+        "accuracy": _drawn("Accuracy by reading strategy", by_strategy(records)),
+        "state": _drawn("Accuracy against state", by_state(records)),
+        "position": _drawn("Accuracy against the place of the answer", by_position(predictions)),
+    }
+
+
+def save(drawn: dict[str, Drawn], folder: Path) -> None:
+    """Writes NAME.png and NAME.svg for each figure."""
+    for name, figure in drawn.items():
+        write_bytes(folder / f"{name}.png", figure.png)
+        write_text(folder / f"{name}.svg", figure.svg)
+
+
+def _drawn(heading: str, figure: Figure) -> Drawn:
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", dpi=150)
+    figure.set_layout_engine("none")  # the layout stands
+    figure.savefig(svg, format="svg")
+    text = svg.getvalue()
+    return Drawn(heading, png.getvalue(), text[text.index("<svg") :])
 
 
 def _panels(rows: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:

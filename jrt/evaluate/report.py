@@ -5,10 +5,10 @@ All text that came from a dataset or a model is escaped. `page(...)` gives the f
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
-from jrt.evaluate import plots
+from jrt.evaluate.plots import Drawn
 from jrt.evaluate.tables import HEADER, comparisons_text, counts_line, protocols_of, result_row
 
 SHOWN_ITEMS = 40
@@ -34,6 +34,7 @@ def page(
     comparisons: Sequence[dict],
     predictions: Sequence[dict],
     manifest: dict,
+    figures: Iterable[Drawn],
     extra: str = "",
     items: int = SHOWN_ITEMS,
 ) -> str:
@@ -41,12 +42,8 @@ def page(
     parts = [f"<h1>{escape(title)}</h1>", _results(records, manifest), extra]
     if comparisons:
         parts += ["<h2>Paired differences</h2>", f"<pre>{escape(comparisons_text(comparisons))}</pre>"]
-    for heading, figure in (
-        ("Accuracy by reading strategy", plots.by_strategy(records)),
-        ("Accuracy against state", plots.by_state(records)),
-        ("Accuracy against the place of the answer", plots.by_position(predictions)),
-    ):
-        parts.append(f"<h2>{heading}</h2><figure>{plots.svg(figure)}</figure>")
+    for figure in figures:
+        parts.append(f"<h2>{escape(figure.heading)}</h2><figure>{figure.svg}</figure>")
     parts += [_browser(predictions, items), _manifest(manifest)]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

@@ -45,9 +45,11 @@ class Attention(nn.Module):
         return self.out_proj(o.flatten(2)), KeyValues(k, v)
 
     def _rotated(self, x: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D) each
+        qkv = self.Wqkv(x).unflatten(-1, (3 * self.heads, -1))  # (B, T, 3 H, D)
+        qk, v = qkv.split([2 * self.heads, self.heads], dim=2)
         if reading.rotary is not None:
-            q, k = rotate(q, *reading.rotary), rotate(k, *reading.rotary)
+            qk = rotate(qk, *reading.rotary)
+        q, k = qk.chunk(2, dim=2)
         return q, k, v
 
     def _valid(self, k: Tensor, reading: Reading) -> Tensor | None:

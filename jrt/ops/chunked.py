@@ -70,17 +70,16 @@ def linear_attention(
 def _step(q, k, v, state, mask, log_decay, normalize, dtype):
     """One token: the state moves on and the query reads it, in as few calls as possible (decoding)."""
     wide = _state_dtype(k)
-    phi_k = taylor_features(k[:, 0].to(wide))  # (B, H, F)
+    phi_q, phi_k = taylor_features(torch.stack([q[:, 0], k[:, 0]]).to(wide))  # (B, H, F) each
     if mask is not None:
         phi_k = phi_k * mask[..., None]
     S, z = phi_k[..., None] * v[:, 0, :, None].to(wide), phi_k  # (B, H, F, D), (B, H, F)
     if state is not None:
         kept = state.S if log_decay is None else state.S * log_decay.to(wide).exp()[:, None, None]
         S, z = S + kept, z + state.z
-    phi_q = taylor_features(q[:, 0].to(wide))[:, :, None]  # (B, H, 1, F)
-    o = phi_q @ S  # (B, H, 1, D)
+    o = phi_q[:, :, None] @ S  # (B, H, 1, D)
     if normalize:
-        denominator = phi_q @ z[..., None]  # (B, H, 1, 1)
+        denominator = (phi_q * z).sum(-1)[..., None, None]  # (B, H, 1, 1)
         o = o / (denominator if mask is None else denominator.masked_fill(denominator == 0, 1))
     return o.transpose(1, 2).to(dtype), State(S, z)
 

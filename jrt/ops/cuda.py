@@ -51,6 +51,8 @@ def unsupported(
         return "an input requires grad and the kernels have no backward pass"
     if any(x.dtype != torch.float32 for x in states):
         return f"initial_state is {states[0].dtype}; expected float32"
+    if any(x.device != q.device for x in (k, v, *states, *(() if mask is None else (mask,)))):
+        return f"a tensor is not on {q.device}, as q is"
     if q.shape[1] > LONGEST or (mask is not None and q.shape[0] * q.shape[1] >= 2**31):
         return f"{q.shape[0]} x {q.shape[1]} tokens: the kernels count them in 32 bits"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -82,7 +84,12 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool =
 
     Returns:
         o (B, 1, H, D).
+
+    Raises:
+        ValueError: the kernel cannot serve the call, or the state cannot be updated in place.
     """
+    if reason := unsupported(q, k, v, state, None, None, normalize):
+        raise ValueError(f"decode_step: {reason}")
     return _decode_in_place(q, k, v, state.S, state.z, normalize)
 
 
@@ -138,8 +145,9 @@ def _(q, k, v, initial_S, initial_z, mask, normalize):
 def _decode_in_place(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, normalize: bool) -> Tensor:
     if v.shape[1] != 1:
         raise ValueError(f"decode_step takes one token, got T = {v.shape[1]}")
-    if not (S.is_contiguous() and z.is_contiguous() and S.dtype == z.dtype == torch.float32):
-        raise ValueError("decode_step updates the state in place: expected contiguous float32 S and z")
+    expected = (v.shape[0], v.shape[2], FEATURES, v.shape[3])
+    if S.shape != expected or z.shape != expected[:3] or not (S.is_contiguous() and z.is_contiguous()):
+        raise ValueError(f"the state is updated in place: expected contiguous S {expected} and z {expected[:3]}")
     return _launch_decode(q, k, v, S, z, S, z, None, normalize)
 
 
@@ -200,7 +208,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return "bfloat16" if dtype == torch.bfloat16 else "float16"
+    return str(dtype).removeprefix("torch.")
 
 
 def _unsuitable_layout(name: str, x: Tensor) -> str | None:
