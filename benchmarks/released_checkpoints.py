@@ -26,7 +26,8 @@ from jrt.convert import convert
 from jrt.model import LanguageModel
 
 MODELS = {"JRT-1B-50B": "jrt-1.3b", "attn-1b-50bn": "attention-1.3b"}
-BOUND = 1.2  # of the file's size
+BOUND = 1.2  # host memory / the file's size
+GPU_BOUND = 1.02  # GPU memory / the weights' size: nothing is held twice
 TOKENS = torch.arange(1, 33)[None]
 COMMON = {
     "model_type": "gpt2",
@@ -148,6 +149,8 @@ def measure(name: str, work: Path) -> list[dict]:
             bound = 0.05 if dtype else 1e-3 if device == "cuda" else 0.0
             if not error <= bound:
                 raise SystemExit(f"{name} {method} {device} {dtype}: logits differ by {error:.1e}, bound {bound:.1e}")
+        if "gpu_bytes" in found and found["gpu_bytes"] > GPU_BOUND * found["weight_bytes"]:
+            raise SystemExit(f"{name} {dtype}: the GPU held {found['gpu_bytes']} bytes for {found['weight_bytes']}")
         form = "converted" if folder == converted else "released"
         row = {"method": method, "shape": {"model": name, "form": form, "device": device, "dtype": dtype or "float32"}}
         row |= found | {"file_bytes": size, "host_ratio": found["host_bytes"] / size, "host_bound": BOUND}

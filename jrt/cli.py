@@ -310,13 +310,16 @@ def _add_convert(commands) -> None:
     parser = commands.add_parser("convert", help="a released checkpoint into a Hugging Face folder")
     parser.add_argument("source", help="folder or hub id")
     parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument(
+        "--self-contained", action="store_true", help="add a modelling file: loads where jrt is not installed"
+    )
     parser.set_defaults(command=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     from jrt.convert import convert
 
-    convert(arguments.source, arguments.out)
+    convert(arguments.source, arguments.out, self_contained=arguments.self_contained)
     print(f"written to {arguments.out}")
 
 

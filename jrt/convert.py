@@ -23,7 +23,8 @@ from jrt.loading import load, resolve
 from jrt.weights import files
 
 SHARD = "4GB"
-HASH_BYTES = 8 << 20
+HASH_BYTES = 8 << 20  # read at a time
+LONG_HASH = 256 << 20  # bytes that take long enough for a progress bar
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,9 +100,10 @@ def _check_space(folder: Path, model: JRTForCausalLM) -> None:
 def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file, with a progress bar for a large one on a terminal."""
     digest, size = hashlib.sha256(), file.stat().st_size
+    hidden = True if size < LONG_HASH else None  # None: shown on a terminal
     with (
         open(file, "rb") as opened,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"sha256 {file.name}", disable=True if size < 1 << 28 else None) as bar,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"sha256 {file.name}", disable=hidden) as bar,
     ):
         while block := opened.read(HASH_BYTES):
             digest.update(block)

@@ -16,7 +16,7 @@ from jrt.hub import JRTForCausalLM
 from jrt.hub_config import JRTConfig
 from jrt.model import released_decay
 from jrt.quirks import Quirks
-from jrt.weights import CheckpointError, Entry, Reader, entries, read_json
+from jrt.weights import FLOATING, CheckpointError, Entry, Reader, entries, read_json
 
 MINIS = Path(__file__).parent / "minis"
 RELEASED = (
@@ -227,8 +227,8 @@ def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.d
 def _one_dtype(sources: dict[str, Source]) -> torch.dtype | None:
     """The widest of a file's floating-point dtypes where it mixes them; None where it has one."""
     parts = [source for name, source in sources.items() if name != "log_decay"]
-    entries = [entry for part in parts for entry in (part if isinstance(part, tuple) else (part,))]
-    kinds = {entry.dtype for entry in entries if entry.dtype.is_floating_point}
+    stored = [entry for part in parts for entry in (part if isinstance(part, tuple) else (part,))]
+    kinds = {entry.dtype for entry in stored if entry.dtype in FLOATING}
     return functools.reduce(torch.promote_types, kinds) if len(kinds) > 1 else None
 
 

@@ -68,15 +68,13 @@ def card(record: dict) -> str:
     metadata = f"---\nlicense: {LICENSE}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     head = f"{metadata}\n# {record['name']}\n\n"
     read = f"{record['tokens'] / 1e6:.0f} M tokens in {record['steps']} steps, seed {record['seed']}"
-    train = record["corpus"].get("splits", {}).get("train", {})
     rows = {
         "pattern": f"`{record['pattern']}`",
         "parameters": f"{record['parameters']:,}",
         "trained on": read,
-        "data": f"API text of Python packages, {train['tokens']:,} tokens (train/corpus_manifest.json)"
-        if train
-        else "see the command",
-        "hardware": f"{record['device']}, {record['seconds']:.0f} s, torch {record['versions']['torch']}",
+        "data": _data(record["corpus"]),
+        "hardware": f"{record['device']}, torch {record['versions']['torch']}; {record['seconds']:.0f} s by the clock, "
+        "compiling and other work on the device included",
         "command": f"`{record['command']}`",
     }
     rows |= {
@@ -85,7 +83,18 @@ def card(record: dict) -> str:
         if "validation" in name or name == "train/loss"
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    return head + _WHAT + "\n".join(lines) + "\n" + _scores(record)
+    measures = _MEASURES if "validation/right" in record["metrics"] else ""
+    return head + _WHAT + "\n".join(lines) + "\n" + measures + _scores(record)
+
+
+def _data(corpus: dict) -> str:
+    if "splits" not in corpus:
+        return "see the command"
+    train = corpus["splits"]["train"]
+    return (
+        f"API text of Python packages: {train['tokens']:,} tokens in {train['documents']:,} documents, sha256 of "
+        f"train.bin {train['sha256'][:16]}; by train/corpus.py, packages and versions in train/corpus_manifest.json"
+    )
 
 
 _WHAT = (
@@ -93,12 +102,23 @@ _WHAT = (
     "compare how architectures recall, and knows little else. Weights are stored in bf16 and computed in fp32.\n\n"
 )
 
+_MEASURES = (
+    "\ntrain/loss is the last batch's, weighted as in train/sequences.py (with P in the pattern it also counts hidden\n"
+    "tokens, so it compares with no other pattern's). validation/loss is the mean over answer tokens, and\n"
+    "validation/right the share of answers all right, on packages that training never reads.\n"
+)
+_PAGES = (
+    "\nReference pages of the standard library of Python {python} (train/corpus.py says how that library's text was kept\n"
+    "out of training): percent of argument lists all right, as greedy decoding would give them, found by one pass over\n"
+    "prompt and answer on the device above.\n"
+)
+
 
 def _scores(record: dict) -> str:
     if not record.get("recall"):
         return ""
     lines = [
-        "\nReference pages of the Python standard library, which training never saw: percent of arguments all right.\n",
+        _PAGES.format(python=record["versions"]["python"]),
         "| window | strategy | score | items |",
         "|---|---|---|---|",
     ]

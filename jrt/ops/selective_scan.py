@@ -132,19 +132,32 @@ def _reference(u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
     return y.to(dtype), h
 
 
-# ---- "chunked": inside a chunk the recurrence is a scan of the pairs (decay, value) under
-# (a1, b1) then (a2, b2) = (a1 a2, a2 b1 + b2), done by doubling: log2(L) passes, products of decays only, so that every
-# factor lies in [0, 1] and nothing is ever divided by a product that may have vanished.
+# ---- "chunked": as many chunks as fit a budget run side by side as lanes, each from zero, position by position; then the
+# states are carried from lane to lane and added. Products are of decays only, so that every factor lies in [0, 1] and
+# nothing is ever divided by a product that may have vanished.
+
+LANE_ELEMENTS = 1 << 21  # states (B x L x E x N) that the lanes of one segment may hold
 
 
-def _scan_forwards(decay: Tensor, value: Tensor) -> Tensor:
-    """h_t = decay_t h_{t-1} + value_t along dim 1, h_{-1} = 0. Overwrites both arguments and returns value."""
-    span = 1
-    while span < value.shape[1]:
-        value[:, span:] += decay[:, span:] * value[:, :-span]
-        decay[:, span:] = decay[:, span:] * decay[:, :-span]
-        span *= 2
-    return value
+def _lanes(batch: int, A: Tensor, steps: int) -> int:
+    """Chunks that run side by side: whole ones, at least one."""
+    length = CHUNK["chunked"]
+    return max(1, min(LANE_ELEMENTS // (batch * length * A.numel()), steps // length))
+
+
+def _scan_forwards(decay: Tensor, value: Tensor, h: Tensor, lanes: int) -> Tensor:
+    """h_t = decay_t h_{t-1} + value_t along dim 1 from the state h. Overwrites decay and value, and returns value."""
+    decay, value = (x.unflatten(1, (lanes, -1)) for x in (decay, value))  # (B, K, L, E, N)
+    value[:, 0, 0].addcmul_(decay[:, 0, 0], h)
+    for t in range(1, value.shape[2]):
+        value[:, :, t].addcmul_(decay[:, :, t], value[:, :, t - 1])
+    if lanes > 1:
+        for t in range(1, value.shape[2]):
+            decay[:, :, t] *= decay[:, :, t - 1]
+        for k in range(1, lanes):  # what each lane has to add at its end is all that the next one waits for
+            value[:, k, -1].addcmul_(decay[:, k, -1], value[:, k - 1, -1])
+        value[:, 1:, :-1].addcmul_(decay[:, 1:, :-1], value[:, :-1, -1:])
+    return value.flatten(1, 2)
 
 
 def _scan_backwards(decay: Tensor, value: Tensor) -> Tensor:
@@ -157,12 +170,11 @@ def _scan_backwards(decay: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def _chunk_states(u, delta, A, B, h) -> tuple[Tensor, Tensor]:
-    """Decays and states of one chunk, both (B, L, E, N), after the state h (B, E, N)."""
-    decay = torch.exp(delta[..., None] * A)
+def _states(u, delta, A, B, h, lanes: int) -> Tensor:
+    """States of one segment (B, lanes L, E, N), after the state h (B, E, N)."""
+    decay = (delta[..., None] * A).exp_()
     value = (delta * u)[..., None] * B[:, :, None, :]
-    value[:, 0] += decay[:, 0] * h
-    return decay, _scan_forwards(decay.clone(), value)
+    return _scan_forwards(decay, value, h, lanes)
 
 
 def _chunked_forward(u, delta, A, B, C, D, initial_state, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,15 +184,20 @@ def _chunked_forward(u, delta, A, B, C, D, initial_state, keep: bool) -> tuple[T
     h = A.new_zeros(batch, *A.shape) if h is None else h  # (B, E, N)
     y = u.new_empty(u.shape)  # (B, T, E)
     between = A.new_empty(_between_shape(u, A, "chunked", keep))  # (B, K, N, E)
-    for k, start in enumerate(range(0, steps, length)):
-        now = slice(start, start + length)
-        if keep:
-            between[:, k] = h.mT
+    start = 0
+    while start < steps:
+        lanes = _lanes(batch, A, steps - start)
+        now = slice(start, min(steps, start + lanes * length))  # the last chunk may be a short one, alone
         u_k, delta_k, B_k, C_k = (x[:, now].to(A.dtype) for x in (u, delta, B, C))
-        _, states = _chunk_states(u_k, delta_k, A, B_k, h)  # (B, L, E, N)
-        y_k = torch.matmul(states, C_k[..., None])[..., 0]  # (B, L, E)
+        states = _states(u_k, delta_k, A, B_k, h, lanes)  # (B, K L, E, N)
+        if keep:
+            first = start // length
+            between[:, first] = h.mT
+            between[:, first + 1 : first + lanes] = states[:, length - 1 : -1 : length].mT
+        y_k = torch.matmul(states, C_k[..., None])[..., 0]  # (B, K L, E)
         y[:, now] = y_k if D is None else y_k + D * u_k
         h = states[:, -1]
+        start = now.stop
     return y, h.clone(memory_format=torch.contiguous_format), between
 
 
@@ -195,7 +212,8 @@ def _chunked_backward(u, delta, A, B, C, D, between, dy, dstate) -> tuple[Tensor
         now = slice(k * length, min(steps, (k + 1) * length))
         u_k, delta_k, B_k, C_k, dy_k = (x[:, now].to(A.dtype) for x in (u, delta, B, C, dy))
         h_in = between[:, k].mT  # (B, E, N)
-        decay, states = _chunk_states(u_k, delta_k, A, B_k, h_in)
+        decay = torch.exp(delta_k[..., None] * A)
+        states = _states(u_k, delta_k, A, B_k, h_in, lanes=1)
         before = torch.cat([h_in[:, None], states[:, :-1]], dim=1)  # h_{t-1}
         g = dy_k[..., None] * C_k[:, :, None, :]
         g[:, -1] += dh
