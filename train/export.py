@@ -108,9 +108,9 @@ _MEASURES = (
     "validation/right the share of answers all right, on packages that training never reads.\n"
 )
 _PAGES = (
-    "\nReference pages of the standard library of Python {python} (train/corpus.py says how that library's text was kept\n"
-    "out of training): percent of argument lists all right, as greedy decoding would give them, found by one pass over\n"
-    "prompt and answer on the device above.\n"
+    "\nReference pages of the standard library of Python {python} (train/corpus.py says how that library's text was\n"
+    "kept out of training): percent of argument lists all right, as greedy decoding would give them, found by one\n"
+    "pass over prompt and answer on the device above.\n"
 )
 
 
