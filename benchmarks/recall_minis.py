@@ -1,6 +1,6 @@
-"""Recall of the four mini models on reference pages: three windows, three reading strategies.
+"""Recall of the four mini models on reference pages, once and twice read: the demo's cells, at any windows.
 
-    python benchmarks/recall_minis.py [--limit 160] [--device cuda]
+    python benchmarks/recall_minis.py [--windows 512 1024 2048] [--limit 160] [--device cuda]
 
 Goes on where it stopped; runs/recall_minis holds every answer.
 """
@@ -13,22 +13,21 @@ from pathlib import Path
 import record
 
 from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
-from jrt.evaluate.demo import MINIS
+from jrt.evaluate.demo import ITEMS, MINIS, STRATEGIES
 
-WINDOWS = (512, 1024, 2048)
-STRATEGIES = ("once", "question_first", "twice")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=160, help="items a cell")
+    parser.add_argument("--limit", type=int, default=ITEMS, help="items a cell")
+    parser.add_argument("--windows", type=int, nargs="+", default=[512])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("runs/recall_minis"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
-    for window in WINDOWS:
+    for window in arguments.windows:
         specs = tuple(ModelSpec(name, arguments.device) for name in MINIS)
         chosen = plan(Request(specs, ("reference_pages",), STRATEGIES, f"pages-{window}", arguments.limit))
         outcome = run(chosen, LocalPool(), arguments.output / str(window), arguments.batch_size, resume=True)
