@@ -16,7 +16,6 @@ from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
 from jrt.evaluate.demo import ITEMS, MINIS, STRATEGIES
 
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=ITEMS, help="items a cell")

@@ -43,9 +43,7 @@ def values_and_gradients(inputs: list[Tensor], backend: str, dy: Tensor) -> list
 
 
 def relative_errors(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
-    return {
-        name: ((x.double() - t).norm() / t.norm()).item() for name, x, t in zip(OUTPUTS, found, truth, strict=True)
-    }
+    return {name: ((x.double() - t).norm() / t.norm()).item() for name, x, t in zip(OUTPUTS, found, truth, strict=True)}
 
 
 def median_ms(call, repeats: int) -> float:

@@ -30,7 +30,17 @@ def refusal(capsys, arguments: list[str]) -> str:
 
 def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
     output = tmp_path / "run"
-    command = ["eval", "--model", model, "--tasks", "reference_pages", "--strategy", "once,twice", "--protocol", "pages-512"]
+    command = [
+        "eval",
+        "--model",
+        model,
+        "--tasks",
+        "reference_pages",
+        "--strategy",
+        "once,twice",
+        "--protocol",
+        "pages-512",
+    ]
     command += ["--limit", "3", "--batch-size", "2", "--output", str(output)]
     assert main(command) == 0
     text = capsys.readouterr().out
@@ -76,7 +86,19 @@ def test_eval_reads_generated_documents_under_table_protocols(model, shared, tmp
     monkeypatch.setenv("JRT_DATA", str(mirror))
     tasks = "swde,squad,nq_512"
     output = tmp_path / "run"
-    command = ["eval", "--model", model, "--tasks", tasks, "--protocol", "jrt-table2", "--limit", "1", "--output", str(output)]
+    command = [
+        "eval",
+        "--model",
+        model,
+        "--tasks",
+        tasks,
+        "--protocol",
+        "jrt-table2",
+        "--limit",
+        "1",
+        "--output",
+        str(output),
+    ]
     assert main(command) == 0
     records = json.loads((output / "results.json").read_text())
     assert len(records) == 2 * 3 + 1 and all(record["source"].startswith("generated") for record in records)
@@ -85,7 +107,15 @@ def test_eval_reads_generated_documents_under_table_protocols(model, shared, tmp
 
 
 def test_eval_reads_real_passages(model, shared, tmp_path, capsys):
-    command = ["eval", "--model", model, "--tasks", "qa_squad,qa_nq,qa_triviaqa,qa_drop,qa_fda", "--strategy", "once,twice"]
+    command = [
+        "eval",
+        "--model",
+        model,
+        "--tasks",
+        "qa_squad,qa_nq,qa_triviaqa,qa_drop,qa_fda",
+        "--strategy",
+        "once,twice",
+    ]
     command += ["--passages", str(shared / "qa"), "--limit", "2", "--output", str(tmp_path / "run")]
     assert main(command) == 0
     records = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -167,7 +197,9 @@ def test_data_imports_and_verifies(tmp_path, capsys):
         stream.write("{}\n")
     assert main(["data", "verify", "fda", "--folder", str(mirror)]) == 1
     capsys.readouterr()
-    assert "is not a file" in refusal(capsys, ["data", "import", "fda", str(tmp_path / "no.jsonl"), "--folder", str(mirror)])
+    assert "is not a file" in refusal(
+        capsys, ["data", "import", "fda", str(tmp_path / "no.jsonl"), "--folder", str(mirror)]
+    )
 
 
 def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):

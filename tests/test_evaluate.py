@@ -16,7 +16,22 @@ from jrt.evaluate.errors import MODES, error_mode, share
 from jrt.evaluate.results import comparisons
 
 PAGES = PROTOCOLS["pages-512"]
-RECORD = "model task strategy protocol score low high n dropped lost truncated prompt_tokens seconds state_bytes".split()
+RECORD = [
+    "model",
+    "task",
+    "strategy",
+    "protocol",
+    "score",
+    "low",
+    "high",
+    "n",
+    "dropped",
+    "lost",
+    "truncated",
+    "prompt_tokens",
+    "seconds",
+    "state_bytes",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +39,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     """Folders of random models: JRT with every mixer, one that is causal, and a GPT-2 of transformers."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_positions=1024, n_embd=32, n_layer=2, n_head=2, eos_token_id=0))
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=4096, n_positions=1024, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
+    )
     gpt2.save_pretrained(root / "gpt2")
     shipped_tokenizer().save_pretrained(root / "gpt2")
     ours = {"jrt": save_random_model(root / "jrt", "CPSLAM"), "causal": save_random_model(root / "causal", "CLSM")}
@@ -56,7 +73,9 @@ def test_answers_do_not_depend_on_the_batch(models, pages, name):
 def test_an_early_end_gives_the_text_of_a_full_generation(models):
     subject = open_subject(ModelSpec(models["causal"]))
     row = subject.tokenizer("read(self")["input_ids"]
-    full = subject.model.generate(torch.tensor([row]), max_new_tokens=48, do_sample=False, eos_token_id=None)[0, len(row) :]
+    full = subject.model.generate(torch.tensor([row]), max_new_tokens=48, do_sample=False, eos_token_id=None)[
+        0, len(row) :
+    ]
     stop = subject.tokenizer.decode(full[10:11])
     found = answer(subject, [row], dataclasses.replace(PAGES, stop=(stop,)))[0]
     assert found.text == subject.tokenizer.decode(full).split(stop)[0]
@@ -214,7 +233,9 @@ def test_few_shot_prompts_show_other_items_with_their_answers(tmp_path, models):
     chosen = plan(request)
     once, shots = (chosen.items(cell).items for cell in chosen.cells())
     assert shots[4].prompt.endswith(once[4].prompt) and shots[4].answers == once[4].answers
-    assert shots[4].prompt.startswith(f"{once[0].prompt} {once[0].answers[0]}\n\n{once[1].prompt} {once[1].answers[0]}\n\n")
+    assert shots[4].prompt.startswith(
+        f"{once[0].prompt} {once[0].answers[0]}\n\n{once[1].prompt} {once[1].answers[0]}\n\n"
+    )
 
 
 def test_prompts_that_a_limit_cut_are_counted(tmp_path, models):
@@ -227,9 +248,23 @@ def test_prompts_that_a_limit_cut_are_counted(tmp_path, models):
 
 
 def test_error_modes_cover_all_wrong_answers():
-    texts = [("", 0), ("the the the", 0), ("of oil and gas of oil and gas", 0), ("Paris", 0), ("London", 1), ("a b a c", 0)]
+    texts = [
+        ("", 0),
+        ("the the the", 0),
+        ("of oil and gas of oil and gas", 0),
+        ("Paris", 0),
+        ("London", 1),
+        ("a b a c", 0),
+    ]
     rows = [{"prediction": text, "score": score} for text, score in texts]
-    assert [error_mode(row) for row in rows] == ["no_answer", "repetition", "repetition", "irrelevant", None, "irrelevant"]
+    assert [error_mode(row) for row in rows] == [
+        "no_answer",
+        "repetition",
+        "repetition",
+        "irrelevant",
+        None,
+        "irrelevant",
+    ]
     assert sum(share(rows, mode) for mode in MODES) == pytest.approx(5 / 6)
 
 
@@ -241,4 +276,7 @@ def test_comparisons_pair_the_same_items():
         for number, score in enumerate(scores)
     ]
     found = comparisons(rows)
-    assert [(c["between"], round(c["difference"], 3), c["n"]) for c in found] == [("strategy", 0.333, 3), ("model", 0.667, 3)]
+    assert [(c["between"], round(c["difference"], 3), c["n"]) for c in found] == [
+        ("strategy", 0.333, 3),
+        ("model", 0.667, 3),
+    ]

@@ -112,7 +112,9 @@ def test_lm_eval_with_our_model_class_asks_and_scores_the_same(saved, tmp_path):
 
     from jrt.evaluate.harness import JRTHarness
 
-    ours = run(plan(Request((ModelSpec(saved),), ("reference_pages",), ("once",), "pages-512", limit=4)), LocalPool(), tmp_path)
+    ours = run(
+        plan(Request((ModelSpec(saved),), ("reference_pages",), ("once",), "pages-512", limit=4)), LocalPool(), tmp_path
+    )
     manager = TaskManager(include_path=str(task_folder()), include_defaults=False, metadata={"max_items": 4})
     theirs = lm_eval.simple_evaluate(
         model=JRTHarness(saved, batch_size=2),
@@ -122,9 +124,10 @@ def test_lm_eval_with_our_model_class_asks_and_scores_the_same(saved, tmp_path):
         bootstrap_iters=0,
     )
     samples = theirs["samples"]["recall_reference_pages_512"]
-    assert [s["arguments"][0][0] if isinstance(s["arguments"], list) else s["arguments"]["gen_args_0"]["arg_0"] for s in samples] == [
-        row["prompt"] for row in ours.predictions
-    ]
+    assert [
+        s["arguments"][0][0] if isinstance(s["arguments"], list) else s["arguments"]["gen_args_0"]["arg_0"]
+        for s in samples
+    ] == [row["prompt"] for row in ours.predictions]
     assert [sample["resps"][0][0] for sample in samples] == [row["prediction"] for row in ours.predictions]
     assert theirs["results"]["recall_reference_pages_512"]["contains,none"] == ours.records[0]["score"]
 
@@ -135,7 +138,11 @@ def test_lm_eval_scores_choices_without_a_leak(saved):
     from jrt.evaluate.harness import JRTHarness
 
     harness = JRTHarness(saved, batch_size=2)
-    asked = [Instance("loglikelihood", {}, (context, choice), 0) for context in ("open(", "read(size") for choice in (" yes", " not at all")]
+    asked = [
+        Instance("loglikelihood", {}, (context, choice), 0)
+        for context in ("open(", "read(size")
+        for choice in (" yes", " not at all")
+    ]
     found = harness.loglikelihood(asked, disable_tqdm=True)
     for request, (score, _) in zip(asked, found, strict=True):
         whole = harness.tok_encode("".join(request.args))

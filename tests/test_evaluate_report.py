@@ -19,7 +19,13 @@ from jrt.published import TABLE1, TABLE2, TABLE4, TABLE13, TABLES, published_row
 NASTY = "<script>alert('x')</script> & <b>"
 
 
-def write_run(folder, models: dict[str, dict], source="hazyresearch/based-fda (validation)", tasks=("fda",), strategies=("once", "twice")):
+def write_run(
+    folder,
+    models: dict[str, dict],
+    source="hazyresearch/based-fda (validation)",
+    tasks=("fda",),
+    strategies=("once", "twice"),
+):
     """A finished run's files with made-up predictions: every second answer is right."""
     records, predictions = [], []
     for model in models:
@@ -41,15 +47,26 @@ def write_run(folder, models: dict[str, dict], source="hazyresearch/based-fda (v
                 ]
                 predictions += rows
                 counts = dict.fromkeys(("documents", "dropped", "invalid", "lost", "absent", "truncated", "nan"), 0)
-                numbers = {"score": 0.5, "low": 0.2, "high": 0.8, "n": 10, "prompt_tokens": 10.0, "seconds": 1.0, "state_bytes": 2048}
+                numbers = {
+                    "score": 0.5,
+                    "low": 0.2,
+                    "high": 0.8,
+                    "n": 10,
+                    "prompt_tokens": 10.0,
+                    "seconds": 1.0,
+                    "state_bytes": 2048,
+                }
                 records.append({**cell, **numbers, **counts, "beyond_training": False, "source": source})
     folder.mkdir(parents=True)
     write_json(folder / "results.json", records)
     write_text(folder / "predictions.jsonl", json_lines(predictions))
     described = [
-        {"name": name, "dtype": "float32", "compat": None, "short_prompt": None, **options} for name, options in models.items()
+        {"name": name, "dtype": "float32", "compat": None, "short_prompt": None, **options}
+        for name, options in models.items()
     ]
-    write_json(folder / "manifest.json", {"identity": {"models": described, "protocols": [PROTOCOLS["jrt-table1"].as_dict()]}})
+    write_json(
+        folder / "manifest.json", {"identity": {"models": described, "protocols": [PROTOCOLS["jrt-table1"].as_dict()]}}
+    )
     return folder
 
 
@@ -132,14 +149,18 @@ def test_a_page_is_self_contained_and_escapes_what_models_wrote(tmp_path):
 
     class Tags(HTMLParser):
         def handle_starttag(self, tag, attributes):
-            assert not any(name in ("src", "href") and value and not value.startswith("#") for name, value in attributes)
+            assert not any(
+                name in ("src", "href") and value and not value.startswith("#") for name, value in attributes
+            )
             if tag == "script":
                 scripts.append(tag)
 
     Tags().feed(text)
     assert len(scripts) == 1  # the page's own
     assert "<script>alert" not in text and "<mark>Acme</mark>" in text
-    assert "http" not in re.sub(r'xmlns[^"]*"[^"]*"|"http://www.w3.org[^"]*"|https?://(purl|creativecommons|matplotlib)[^"< ]*', "", text)
+    assert "http" not in re.sub(
+        r'xmlns[^"]*"[^"]*"|"http://www.w3.org[^"]*"|https?://(purl|creativecommons|matplotlib)[^"< ]*', "", text
+    )
 
 
 def test_answers_are_marked_where_they_stand():

@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+SECTION = README.split("## Commands by task")[1].split("\n## ")[0]
 COMMANDS = [
     command
-    for row in re.findall(r"^\| [^|]+ \| (`.+) \|$", README, re.MULTILINE)
+    for row in re.findall(r"^\| [^|]+ \| (`.+) \|$", SECTION, re.MULTILINE)
     for command in re.findall(r"`([^`]+)`", row)
 ]
 BIN = Path(sys.executable).parent

@@ -56,7 +56,18 @@ def test_table_1_end_to_end_and_the_notebook_of_its_runs(model, shared, tmp_path
     runs = tmp_path / "runs"
     script = str(ROOT / "prompt_scripts" / "run_jrt_prompt_hazy.sh")
     done = typed(
-        "bash", script, str(runs), "--models", model, "--limit", "2", "--batch-size", "2", "--device", "cpu", JRT_DATA=str(mirror)
+        "bash",
+        script,
+        str(runs),
+        "--models",
+        model,
+        "--limit",
+        "2",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        JRT_DATA=str(mirror),
     )
     assert done.returncode == 0, done.stderr
     assert "Table 1" in done.stdout and "TriviaQA twice" in done.stdout

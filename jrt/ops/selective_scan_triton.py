@@ -149,9 +149,7 @@ def _sum(x, L: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "K"])
-def _chunk_state_kernel(
-    u, delta, rates, B, between, span, T, E, K, N: tl.constexpr, L: tl.constexpr, W: tl.constexpr
-):
+def _chunk_state_kernel(u, delta, rates, B, between, span, T, E, K, N: tl.constexpr, L: tl.constexpr, W: tl.constexpr):
     """State that a chunk reaches from zero."""
     e, first, b, chunk = _place(E, K, L, W)
     step = _load_steps(delta + b * T * E, first, e, T, E, L)
@@ -212,9 +210,7 @@ def _carry_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "K"])
-def _output_kernel(
-    u, delta, rates, B, C, D, between, y, T, E, K, N: tl.constexpr, L: tl.constexpr, W: tl.constexpr
-):
+def _output_kernel(u, delta, rates, B, C, D, between, y, T, E, K, N: tl.constexpr, L: tl.constexpr, W: tl.constexpr):
     e, first, b, chunk = _place(E, K, L, W)
     step = _load_steps(delta + b * T * E, first, e, T, E, L)
     token = _load_steps(u + b * T * E, first, e, T, E, L)

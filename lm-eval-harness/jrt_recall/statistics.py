@@ -17,9 +17,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(
-    scores: Sequence[float], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
+def bootstrap(scores: Sequence[float], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Mean of `scores` (one per item) with its percentile bootstrap interval over items.
 
     Deterministic for equal scores and seed. Raises ValueError for no scores or one that is not finite."""
