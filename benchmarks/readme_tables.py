@@ -42,11 +42,11 @@ def minis() -> str:
     rows = []
     for model in models:
         mine = [cells[(model, p, s)] for p in protocols for s in strategies]
-        scores = [f"{row['score']:.1f} ({row['low']:.0f}-{row['high']:.0f})" for row in mine]
+        scores = [f"{100 * row['score']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f})" for row in mine]
         sizes = sorted({round(row["state_bytes"] / 1024) for row in mine})
         rows.append([model, f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}", *scores])
     items = sorted({row["n"] for row in report["rows"]})
-    note = f"\nColumns: window in tokens, strategy. {' or '.join(map(str, items))} items a cell.\n"
+    note = f"\nColumns: window in tokens, strategy; percent right (95% interval). {' or '.join(map(str, items))} items a cell.\n"
     return rows_as_markdown(header, rows) + note + origin(report)
 
 
