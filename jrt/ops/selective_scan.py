@@ -70,7 +70,7 @@ def selective_scan(
 def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
     """Why the Triton kernels cannot serve these inputs, or None when they can. Never imports triton."""
     if not TRITON_INSTALLED:
-        return "triton is not installed"
+        return "triton is not installed; use 'chunked'"
     if any(x is not None and x.dtype == torch.float64 for x in inputs):
         return "it computes in fp32 and an input is fp64; use 'chunked'"
     if not inputs[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
