@@ -29,8 +29,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Written out: on a CPU F.rms_norm makes more calls for the same result, and one-token steps are all calls.
-        scale = torch.rsqrt(x.square().sum(-1, keepdim=True) / x.shape[-1] + self.eps)
-        return (x * scale * self.weight).to(self.weight.dtype)
+        weight, width = self.weight, x.shape[-1]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm * norm * (1 / width) + self.eps)
+        return (x * scale * weight).to(weight.dtype)
 
 
 class MLP(nn.Module):

@@ -73,10 +73,12 @@ def _step(q, k, v, state, mask, log_decay, normalize, dtype):
     phi_q, phi_k = taylor_features(torch.stack([q[:, 0], k[:, 0]]).to(wide))  # (B, H, F) each
     if mask is not None:
         phi_k = phi_k * mask[..., None]
-    S, z = phi_k[..., None] * v[:, 0, :, None].to(wide), phi_k  # (B, H, F, D), (B, H, F)
-    if state is not None:
+    phi_column, v_row = phi_k[..., None], v[:, 0, :, None].to(wide)
+    if state is None:
+        S, z = phi_column * v_row, phi_k  # (B, H, F, D), (B, H, F)
+    else:
         kept = state.S if log_decay is None else state.S * log_decay.to(wide).exp()[:, None, None]
-        S, z = S + kept, z + state.z
+        S, z = torch.addcmul(kept, phi_column, v_row), phi_k + state.z
     o = phi_q[:, :, None] @ S  # (B, H, 1, D)
     if normalize:
         denominator = (phi_q * z).sum(-1)[..., None, None]  # (B, H, 1, 1)
