@@ -3,8 +3,8 @@
     python benchmarks/released_checkpoints.py --json benchmarks/results/released_checkpoints.json
 
 Writes JRT-1B and attn-1B with random weights as the release did (config.json, pytorch_model.bin with `model.` names and
-the trainer's counters), converts them, and loads both forms on the CPU and, where there is one, on the GPU. Each stage
-runs in a X Nothing is printed for a load whose logits differ from those of the released form.
+the trainer's counters), converts them, and loads both forms on the CPU and, where there is one, on the GPU. Each stage runs in
+a process of its own. A load whose logits differ from those of the released form ends the run without a figure.
 """
 
 import argparse

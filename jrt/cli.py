@@ -135,7 +135,7 @@ def _add_eval(commands) -> None:
     )
     parser.add_argument("--protocol", help="jrt-table1, jrt-table2, full, w2000-a50 ... (default: the task's)")
     parser.add_argument("--limit", type=_positive, help="items a cell (default: all)")
-    parser.add_argument("--batch-size", type=_positive, default=16)
+    parser.add_argument("--batch-size", type=_positive, help="prompts at once (default: as suits the device)")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json"
     )
@@ -209,7 +209,7 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple) -> None:
     if arguments.strategy != ("once",) or arguments.protocol is not None:
         raise ValueError("recall_perplexity reads a text as it stands: it takes no strategy and no protocol")
     documents = perplexity.texts(arguments.text)
-    records = perplexity.run(specs, documents, arguments.output, arguments.limit, arguments.batch_size)
+    records = perplexity.run(specs, documents, arguments.output, arguments.limit, arguments.batch_size or 16)
     print(perplexity.table(records))
 
 
@@ -251,7 +251,8 @@ def _add_generate(commands) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
-    from jrt.evaluate.engine import encode, left_padded
+    from jrt.evaluate.engine import encode
+    from jrt.evaluate.shared_prefix import left_padded
     from jrt.evaluate.subjects import ModelSpec, open_subject
 
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt

@@ -112,8 +112,10 @@ def test_prompts_are_cut_on_the_left():
 
 
 def test_batches_hold_each_index_once_and_start_with_the_longest():
-    found = batches([3, 9, 1, 7, 5], 2)
-    assert found == [[1, 3], [4, 0], [2]]
+    rows = [[number] * length for number, length in enumerate([3, 9, 1, 7, 5])]
+    assert batches(rows, 2) == [[1, 3], [4, 0], [2]]
+    assert batches(rows, 8, tokens=12) == [[1], [3, 4], [0, 2]]
+    assert batches(rows, 8, tokens=5) == [[1], [3], [4], [0, 2]]
 
 
 def test_a_run_leaves_the_promised_files(models, pages, tmp_path):

@@ -1,4 +1,5 @@
-"""Greedy answers to many prompts: length-sorted batches, left padding with a mask, an end where every row has ended.
+"""Greedy answers to many prompts: sorted batches, common beginnings read once, left padding with a mask, an end where
+every row has ended.
 
 Rows are independent: a row's answer does not depend on its batch, so batches may be formed, cut and repeated at will.
 
@@ -15,8 +16,10 @@ import torch
 from jrt_recall import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from jrt.evaluate import shared_prefix
+from jrt.evaluate.decoding import Start, decode
+from jrt.evaluate.shared_prefix import left_padded
 from jrt.evaluate.subjects import Subject
 
 logger = logging.getLogger(__name__)
@@ -66,10 +69,24 @@ def prompt_limit(protocol: Protocol, max_length: int | None) -> int | None:
     return min(bounds, default=None)
 
 
-def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of `size`, longest first: little padding, and a batch that does not fit shows at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def batches(rows: Sequence[Sequence[int]], size: int, tokens: int | None = None) -> list[list[int]]:
+    """Indices in batches of at most `size`: prompts that begin alike together, so that they can be read together; longest
+    first, for little padding, and a batch that does not fit shows at once.
+
+    tokens: at most so many tokens to read in a batch of more than one prompt, common beginnings counted once."""
+    found: list[list[int]] = []
+    room = 0
+    for group in shared_prefix.groups(rows):
+        begun = False
+        for index in group.rows:
+            cost = len(rows[index]) - (group.common if begun else 0)
+            if not found or len(found[-1]) == size or (tokens is not None and cost > room):
+                found.append([])
+                room, cost = tokens or 0, len(rows[index])
+            found[-1].append(index)
+            room -= cost
+            begun = True
+    return found
 
 
 def answer(subject: Subject, rows: Sequence[Sequence[int]], protocol: Protocol) -> list[Generation]:
@@ -88,46 +105,22 @@ def answer(subject: Subject, rows: Sequence[Sequence[int]], protocol: Protocol) 
 
 
 def _answer(subject: Subject, rows: Sequence[Sequence[int]], protocol: Protocol) -> list[Generation]:
-    start = time.perf_counter()
-    ids, mask = left_padded(rows, subject.pad_token_id, subject.device)
-    stops = stop_tokens(subject.tokenizer, protocol.stop).to(subject.device)
-    watch = NaNWatch()
-    sequences = subject.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=protocol.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=subject.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([LastTokenIn(stops)]),
-        logits_processor=LogitsProcessorList([watch]),
-    )
-    new = sequences[:, ids.shape[1] :].tolist()
-    broken = watch.rows.tolist() if watch.rows is not None else [False] * len(rows)
-    seconds = (time.perf_counter() - start) / len(rows)
-    ends = set(stops.tolist()) | end_tokens(subject)
+    begun = time.perf_counter()
+    ends = end_tokens(subject)
+    start = shared_prefix.read(subject, rows, ends)
+    if start is None:
+        start = Start(*left_padded(rows, subject.pad_token_id, subject.device), None, [[] for _ in rows])
+    stops = stop_tokens(subject.tokenizer, protocol.stop).tolist()
+    every = torch.tensor([*stops, *ends], dtype=torch.long, device=subject.device)
+    decoded = decode(subject, start, every, protocol.max_new_tokens)
     special = {index for index, token in subject.tokenizer.added_tokens_decoder.items() if token.special}
     found = []
-    for row, bad in zip(new, broken, strict=True):
-        kept = row[: next((index + 1 for index, token in enumerate(row) if token in ends), len(row))]
+    for tokens, finite in decoded:
         # Not skip_special_tokens: the released models pad with an ordinary token, a blank, which answers need.
-        text = subject.tokenizer.decode([token for token in kept if token not in special])
-        found.append(Generation("" if bad else until(text, protocol.stop), len(kept), not bad, seconds))
-    return found
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and mask (B, T); mask is 1 on a row's own tokens."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad_token_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+        text = subject.tokenizer.decode([token for token in tokens if token not in special])
+        found.append(Generation(until(text, protocol.stop) if finite else "", len(tokens), finite, 0.0))
+    seconds = (time.perf_counter() - begun) / len(rows)
+    return [generation._replace(seconds=seconds) for generation in found]
 
 
 def until(text: str, stop: Sequence[str]) -> str:
@@ -150,25 +143,3 @@ def end_tokens(subject: Subject) -> set[int]:
     """Ids at which the model's own `generate` ends a row."""
     ends = subject.model.generation_config.eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-class LastTokenIn(StoppingCriteria):
-    """A row ends with any of these tokens."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        return torch.isin(input_ids[:, -1], self.tokens)
-
-
-class NaNWatch(LogitsProcessor):
-    """Notes the rows that ever had a NaN among their logits, without waiting for the GPU."""
-
-    def __init__(self) -> None:
-        self.rows: Tensor | None = None  # (B,) bool
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        broken = scores.isnan().any(1)
-        self.rows = broken if self.rows is None else self.rows | broken
-        return scores

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from jrt.evaluate.engine import left_padded
+from jrt.evaluate.shared_prefix import left_padded
 from jrt.generate import fill_short_prompts
 from jrt.hub import JRTForCausalLM
 

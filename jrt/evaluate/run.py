@@ -20,11 +20,13 @@ from jrt.evaluate.folder import RunFolder
 from jrt.evaluate.plan import Cell, Plan
 from jrt.evaluate.pools import Job, Pool
 from jrt.evaluate.results import comparisons, record
-from jrt.evaluate.subjects import open_tokenizer
+from jrt.evaluate.subjects import ModelSpec, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH = 16
+CPU_BATCH = 16
+CPU_TOKENS = 4096  # of a batch: what more of them need falls out of a processor's caches, and small models read slower
+GPU_BATCH = 128  # halved wherever it does not fit
 _RECORDED = ("jrt", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy")
 
 
@@ -37,11 +39,12 @@ class Outcome:
     predictions: list[dict]
 
 
-def run(plan: Plan, pool: Pool, output: Path, batch_size: int = DEFAULT_BATCH, resume: bool = False) -> Outcome:
+def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, resume: bool = False) -> Outcome:
     """Answers all cells of a plan into the folder `output`.
 
+    batch_size: prompts at once; None: as suits the device, on a CPU fewer where prompts are long.
     Raises ValueError for models that cannot be opened, a batch size below 1, and a folder that holds another run."""
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one item, got {batch_size}")
     pool.facts(plan.request.models[0])  # a model that cannot be opened fails before anything is written
     manifest = {
@@ -53,7 +56,7 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int = DEFAULT_BATCH, r
         return _run(plan, pool, folder, batch_size)
 
 
-def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int) -> Outcome:
+def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> Outcome:
     prompts: dict[Cell, list[Encoded]] = {}
     state_bytes: dict[Cell, int] = {}
     cells = plan.cells()
@@ -69,7 +72,7 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int) -> Outcome:
                 limit = prompt_limit(found.protocol, facts["max_length"])
                 encoded = prompts[cell] = encode(tokenizer, [item.prompt for item in found.items], limit)
                 state_bytes[cell] = pool.state_bytes(spec, round(sum(len(e.ids) for e in encoded) / len(encoded)))
-                for batch in batches([len(encoded[index].ids) for index in missing[cell]], batch_size):
+                for batch in batches([encoded[index].ids for index in missing[cell]], *_sizes(spec, batch_size)):
                     chosen = [missing[cell][index] for index in batch]
                     yield Job(spec, cell, found.protocol, [encoded[index].ids for index in chosen], chosen)
 
@@ -86,6 +89,13 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int) -> Outcome:
     compared = comparisons(every, plan.request.seed)
     folder.finish(every, records, compared)
     return Outcome(records, compared, every)
+
+
+def _sizes(spec: ModelSpec, batch_size: int | None) -> tuple[int, int | None]:
+    """Prompts and tokens that a batch may hold."""
+    if batch_size is not None:
+        return batch_size, None
+    return (GPU_BATCH, None) if spec.device.startswith("cuda") else (CPU_BATCH, CPU_TOKENS)
 
 
 def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:

@@ -9,11 +9,13 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import jrt
 from jrt.hub import JRTForCausalLM
@@ -71,6 +73,18 @@ class Subject:
             if token is not None and token < self.model.get_input_embeddings().num_embeddings:
                 return token
         return 0
+
+    @cached_property
+    def copies_states(self) -> bool:
+        """Whether a row's state can be copied to other rows: some caches of transformers' recurrent models cannot."""
+        if self.is_ours:
+            return self.model.config.short_prompt != "iterate"  # which keeps no state
+        ids = torch.full((1, 2), self.pad_token_id, device=self.device)
+        with torch.no_grad():
+            output = self.model(input_ids=ids, use_cache=True)
+        cache = output.get("past_key_values")
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
 
     def facts(self) -> Facts:
         bound = position_bound(self.model)

@@ -1,0 +1,168 @@
+"""Items a second of `jrt eval` and of plain lm-eval: the same model, questions and machine, in one process.
+
+    python benchmarks/recall_eval.py --passages FOLDER [--device cuda --dtype bfloat16] [--limit 128]
+
+lm-eval runs its stock `hf` model class over the plugin's tasks, with batches of 1 (what people do today), of `auto` (on a
+GPU), and of 16. Each way has answered one warm-up task before its time counts; what is timed is the evaluation alone, without
+opening model and data. In fp32 at most 1% of the answers may differ (near ties of two logits), else there is no figure; in
+lower precision their number is reported.
+
+Models: the mini models as they are, and `llama-135m`, a Llama of SmolLM2-135M's sizes with random weights, which seldom
+ends a line and so always decodes all its tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import record
+import torch
+from jrt_recall import task_folder
+from jrt_recall.tokenizers import shipped_tokenizer
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, run
+
+LLAMA = "llama-135m"
+TASKS = {  # lm-eval's name: ours, protocol
+    "recall_reference_pages_512": ("reference_pages", "pages-512"),
+    "recall_reference_pages_2048": ("reference_pages", "pages-2048"),
+    "qa_drop": ("qa_drop", None),
+    "qa_squad": ("qa_squad", None),
+    "qa_nq": ("qa_nq", None),
+}
+WARM_UP = "recall_reference_pages_512"
+DIFFERING = 0.01  # of the answers, at most, in fp32
+
+
+def write_llama(folder: Path) -> None:
+    """A Llama of SmolLM2-135M's sizes with random weights and the shipped tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shipped_tokenizer().save_pretrained(folder)
+
+
+def lm_eval_answers(lm: HFLM, name: str, limit: int) -> tuple[float, dict[str, str]]:
+    """Seconds, and the answers by item."""
+    manager = TaskManager(
+        include_path=str(task_folder()), include_defaults=False, metadata={"max_items": limit, "pretrained": ""}
+    )
+    tasks = manager.load([name])["tasks"]
+    start = time.perf_counter()
+    found = evaluator.evaluate(lm, tasks, log_samples=True)
+    seconds = time.perf_counter() - start
+    (samples,) = found["samples"].values()
+    return seconds, {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in samples}
+
+
+def jrt_answers(pool: LocalPool, spec: ModelSpec, name: str, limit: int) -> tuple[float, dict[str, str]]:
+    """Seconds, and the answers by item."""
+    task, protocol = TASKS[name]
+    chosen = plan(Request((spec,), (task,), ("once",), protocol, limit))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        outcome = run(chosen, pool, Path(folder) / "run")
+        seconds = time.perf_counter() - start
+    return seconds, {row["id"]: row["prediction"] for row in outcome.predictions}
+
+
+def measure(spec: ModelSpec, label: str, names: list[str], limit: int, ways: list[int | str]) -> list[dict]:
+    subject = open_subject(spec)
+    pool = LocalPool()
+    pool._subject = subject  # one copy of the weights serves all ways
+
+    def lm_eval_way(size: int | str) -> Callable[[str, int], tuple[float, dict[str, str]]]:
+        def answers(name: str, count: int) -> tuple[float, dict[str, str]]:
+            lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=size, backend="causal")
+            return lm_eval_answers(lm, name, count)
+
+        return answers
+
+    runners = {"jrt eval": lambda name, count: jrt_answers(pool, spec, name, count)}
+    runners |= {f"lm-eval, batch {size}": lm_eval_way(size) for size in ways}
+    rows = []
+    for runner in runners.values():
+        runner(WARM_UP, 4)
+    for name in names:
+        seconds, answers = {}, {}
+        for way, runner in runners.items():
+            torch.cuda.empty_cache()
+            seconds[way], answers[way] = runner(name, limit)
+        ours = answers["jrt eval"]
+        for way, theirs in answers.items():
+            differing = sum(theirs[item].strip() != text.strip() for item, text in ours.items())
+            row = {
+                "method": way,
+                "shape": {"model": label, "task": name, "items": len(ours), "dtype": spec.dtype or "float32"},
+                "items_per_second": len(ours) / seconds[way],
+                "seconds": seconds[way],
+                "speedup_of_jrt_eval": seconds[way] / seconds["jrt eval"],
+                "differing_answers": differing,
+                "differing_bound": None if spec.dtype else DIFFERING * len(ours),
+                "reason": "",
+            }
+            if differing > DIFFERING * len(ours) and not spec.dtype:
+                row |= {"items_per_second": None, "reason": f"{differing} answers differ in fp32"}
+            rows.append(row)
+            print(
+                f"{label:16}{name:30}{way:20}{row['items_per_second'] or 0:8.2f} items/s  {seconds[way]:7.1f} s"
+                f"  jrt eval {row['speedup_of_jrt_eval']:5.2f} x  {differing} of {len(ours)} answers differ",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["mini-based", "mini-attention", LLAMA])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--limit", type=int, default=128, help="items a task")
+    parser.add_argument("--batches", nargs="+", help="of lm-eval (default: 1 16, and auto on a GPU)")
+    parser.add_argument("--passages", type=Path, help="folder of the qa_ tasks; none: those are left out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="bfloat16 ... (default: float32)")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    names = arguments.tasks
+    if arguments.passages is None:
+        names = [name for name in names if not name.startswith("qa_")]
+    else:
+        os.environ["JRT_PASSAGES"] = str(arguments.passages)
+    on_gpu = arguments.device.startswith("cuda")
+    ways = [int(way) if way.isdigit() else way for way in arguments.batches or ["1", "16", *["auto"] * on_gpu]]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in arguments.models:
+            place = model
+            if model == LLAMA:
+                place = f"{folder}/{LLAMA}"
+                write_llama(Path(place))
+            rows += measure(ModelSpec(place, arguments.device, arguments.dtype), model, names, arguments.limit, ways)
+    suffix = "gpu" if on_gpu else "cpu"
+    print(record.write(f"recall_eval_{suffix}", rows, arguments.json, limit=arguments.limit))
+
+
+if __name__ == "__main__":
+    main()
