@@ -160,8 +160,8 @@ def main() -> None:
                 place = f"{folder}/{LLAMA}"
                 write_llama(Path(place))
             rows += measure(ModelSpec(place, arguments.device, arguments.dtype), model, names, arguments.limit, ways)
-    suffix = "gpu" if on_gpu else "cpu"
-    print(record.write(f"recall_eval_{suffix}", rows, arguments.json, limit=arguments.limit))
+            path = record.write("recall_eval", rows, arguments.json, limit=arguments.limit)
+    print(path)
 
 
 if __name__ == "__main__":
