@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -39,13 +40,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the tree, "+changes" where files differ from it; "unknown" outside a checkout."""
+    """The commit of the tree, "+changes" where files differ from it.
+
+    Outside a checkout (a copy on another machine) it is what JRT_COMMIT says, or "unknown"."""
     here = Path(__file__).parent
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
     )
     if head.returncode:
-        return "unknown"
+        return os.environ.get("JRT_COMMIT", "unknown")
     changes = subprocess.run(
         ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False
     )
