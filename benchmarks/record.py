@@ -40,15 +40,16 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the tree, "+changes" where files differ from it.
-
-    Outside a checkout (a copy on another machine) it is what JRT_COMMIT says, or "unknown"."""
+    """What JRT_COMMIT says, for a copy on another machine; else the checkout's commit, "+changes" where files differ from
+    it, or "unknown"."""
+    if told := os.environ.get("JRT_COMMIT"):
+        return told
     here = Path(__file__).parent
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
     )
     if head.returncode:
-        return os.environ.get("JRT_COMMIT", "unknown")
+        return "unknown"
     changes = subprocess.run(
         ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False
     )
