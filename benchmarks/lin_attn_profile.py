@@ -14,27 +14,24 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest import mock
 
 import record
 import torch
+from lin_attn_methods import DIM, HEADS, VALUE_DIM, Inputs, Method, Unavailable, methods
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from jrt import ops
-from jrt.ops import chunked, cuda
+from jrt.ops import cuda
 
-HEADS, DIM, VALUE_DIM = 16, 16, 64
 BATCHES = [(batch, 16384) for batch in (1, 2, 4, 8, 16, 32, 64)]
 LENGTHS = [(16, length) for length in (2048, 4096, 8192, 16384, 32768, 65536, 131072)]
+FIRST = [(16, 32768), (1, 32768), (16, 2048)]  # those with a goal, in case the rest is cut short
+DECODE_BATCHES = (1, 16, 128, 1024)
 TIGHT = 2.0  # our kernel's error may be at most this many times that of eager PyTorch in the same dtype
 LOOSE = 0.01  # other methods': wrong functions are far above, bf16 is at 0.002 to 0.004
 
@@ -64,160 +61,6 @@ class Row:
     x_flash_attention_2: float | None = None
     extra_gib: float | None = None  # allocated at the peak, on top of the inputs
     repeats: int = 0
-
-
-@dataclass
-class Inputs:
-    q: Tensor  # (B, N, H, d)
-    k: Tensor  # (B, N, H, d)
-    v: Tensor  # (B, N, H, D)
-    k_prefix: Tensor | None = None  # (B, N / 2, H, d)
-    v_prefix: Tensor | None = None  # (B, N / 2, H, D)
-
-    @property
-    def bytes(self) -> int:
-        tensors = (self.q, self.k, self.v, self.k_prefix, self.v_prefix)
-        return sum(x.nbytes for x in tensors if x is not None)
-
-
-class Unavailable(Exception):
-    """The method cannot run here; the message is the row's reason."""
-
-
-@dataclass(frozen=True)
-class Method:
-    name: str
-    kind: str  # "linear" or "softmax"
-    call: Callable[[Inputs], Tensor]
-    available: Callable[[Inputs], str | None] = lambda inputs: None  # reason why not, or None
-    kernel: str = ""
-    prefix: bool = False
-    length_factor: int = 1
-    normalized: bool = True
-    ours: bool = False
-
-
-# ---- methods -------------------------------------------------------------------------------------------------------
-
-
-def jrt_rnn(backend: str) -> Callable[[Inputs], Tensor]:
-    def call(x: Inputs) -> Tensor:
-        state = ops.encode_prefix(x.k_prefix, x.v_prefix, backend=backend)
-        return ops.linear_attention(x.q, x.k, x.v, initial_state=state, backend=backend)[0]
-
-    return call
-
-
-def based(backend: str) -> Callable[[Inputs], Tensor]:
-    return lambda x: ops.linear_attention(x.q, x.k, x.v, backend=backend)[0]
-
-
-def compiled_based() -> Callable[[Inputs], Tensor]:
-    segment = torch.compile(chunked._segment, dynamic=False)
-
-    def call(x: Inputs) -> Tensor:
-        with mock.patch.object(chunked, "_segment", segment):
-            return ops.linear_attention(x.q, x.k, x.v, backend="chunked")[0]
-
-    return call
-
-
-def sdpa(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
-    def call(x: Inputs) -> Tensor:
-        with sdpa_kernel(backend):
-            q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
-            return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    return call
-
-
-def flash_attention_3(x: Inputs) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-
-    o = flash_attn_func(x.q, x.k, x.v, causal=True)
-    return o[0] if isinstance(o, tuple) else o
-
-
-def flash_attention_4(x: Inputs) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    o = flash_attn_func(x.q, x.k, x.v, causal=True)
-    return o[0] if isinstance(o, tuple) else o
-
-
-def fla_based(name: str) -> Callable[[Inputs], Tensor]:
-    def call(x: Inputs) -> Tensor:
-        import fla.ops.based
-
-        return getattr(fla.ops.based, name)(x.q, x.k, x.v, scale=DIM**-0.5, use_norm=True)
-
-    return call
-
-
-def fast_transformers_product(x: Inputs) -> Tensor:
-    from fast_transformers.causal_product import causal_dot_product
-
-    phi_q, phi_k = (ops.taylor_features(y.float()).transpose(1, 2).contiguous() for y in (x.q, x.k))
-    numerator = causal_dot_product(phi_q, phi_k, x.v.float().transpose(1, 2).contiguous())
-    denominator = (phi_q * phi_k.cumsum(2)).sum(-1, keepdim=True)
-    return (numerator / denominator).to(x.v.dtype).transpose(1, 2)
-
-
-def thunderkittens_based(path: Path) -> Callable[[Inputs], Tensor]:
-    """`thunderkittens.based(q, k, v) -> (o, state)` on (B, H, N, .) from a build folder; output not normalised."""
-
-    def call(x: Inputs) -> Tensor:
-        if str(path) not in sys.path:
-            sys.path.insert(0, str(path))
-        import thunderkittens
-
-        o = thunderkittens.based(*(y.transpose(1, 2).contiguous() for y in (x.q, x.k, x.v)))
-        return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
-
-    return call
-
-
-def needs_module(name: str) -> Callable[[Inputs], str | None]:
-    top = name.partition(".")[0]
-
-    def reason(_: Inputs) -> str | None:
-        found = importlib.util.find_spec(top) is not None and importlib.util.find_spec(name) is not None
-        return None if found else f"{name} is not installed"
-
-    return reason
-
-
-def our_kernel(x: Inputs) -> str | None:
-    return cuda.unsupported(x.q, x.k, x.v, None, None, None, True)
-
-
-def methods(thunderkittens: Path | None) -> list[Method]:
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    ours = "jrt_kernels prefill"
-    fa3, fa4, products = "flash_attn_interface", "flash_attn.cute", "fast_transformers"
-    return [
-        Method("JRT-RNN", "linear", jrt_rnn("cuda"), our_kernel, ours, prefix=True, ours=True),
-        Method("Based", "linear", based("cuda"), our_kernel, ours, ours=True),
-        Method("JRT-Prompt", "linear", based("cuda"), our_kernel, ours, length_factor=2, ours=True),
-        Method("JRT-RNN (PyTorch)", "linear", jrt_rnn("chunked"), kernel="chunked, eager", prefix=True),
-        Method("Based (PyTorch)", "linear", based("chunked"), kernel="chunked, eager"),
-        Method("Based (PyTorch, compiled)", "linear", compiled_based(), kernel="chunked, torch.compile"),
-        Method("FlashAttention-2", "softmax", sdpa(flash), kernel="SDPA flash"),
-        Method("cuDNN", "softmax", sdpa(cudnn), kernel="SDPA cuDNN"),
-        Method("FlashAttention-3", "softmax", flash_attention_3, needs_module(fa3), fa3),
-        Method("FlashAttention-4", "softmax", flash_attention_4, needs_module(fa4), fa4),
-        Method("fla parallel_based", "linear", fla_based("parallel_based"), needs_module("fla"), "fla.ops.based"),
-        Method("fla fused_chunk_based", "linear", fla_based("fused_chunk_based"), needs_module("fla"), "fla.ops.based"),
-        Method("fast-transformers", "linear", fast_transformers_product, needs_module(products), "causal_dot_product"),
-        Method(
-            "ThunderKittens Based",
-            "linear",
-            thunderkittens_based(thunderkittens or Path()),
-            lambda _: None if thunderkittens else "no build given (--thunderkittens PATH)",
-            "thunderkittens.based",
-            normalized=False,
-        ),
-    ]
 
 
 # ---- what a right answer is ----------------------------------------------------------------------------------------
@@ -259,8 +102,8 @@ def relative_error(o: Tensor, exact: Tensor) -> float:
 # ---- timing --------------------------------------------------------------------------------------------------------
 
 
-def median_ms(call: Callable[[int], object], limit_seconds: float = 2.0) -> tuple[float, int]:
-    """Median and number of timed calls: 30 or more, fewer for calls that take long. `call` gets the repeat's number."""
+def median_ms(call: Callable[[int], object], limit_seconds: float = 1.0) -> tuple[float, int]:
+    """Median and number of timed calls: 50, fewer for calls over 20 ms. `call` gets the repeat's number."""
     for i in range(2):
         call(i)
     torch.cuda.synchronize()
@@ -317,7 +160,8 @@ def arithmetic(shape: Shape, method: Method) -> float:
     return shape.B * shape.H * (per_token * length + prefix)
 
 
-def measure(method: Method, shape: Shape, bandwidth: float) -> Row:
+def measure(method: Method, shape: Shape, bandwidth: float, truth: dict[tuple, Tensor]) -> Row:
+    """One row. `truth` keeps the right answers of this shape from method to method."""
     row = Row(method.name, shape, method.kernel)
     torch.manual_seed(shape.N + shape.B)
     torch.cuda.empty_cache()
@@ -333,7 +177,10 @@ def measure(method: Method, shape: Shape, bandwidth: float) -> Row:
 
         # 1. Right?
         heads = checked_heads(shape)
-        exact = torch.stack([exact_head(x, b, h, method.kind, method.normalized) for b, h in heads])
+        if method.function not in truth:
+            found = [exact_head(x, b, h, method.kind, method.normalized) for b, h in heads]
+            truth[method.function] = torch.stack(found)
+        exact = truth[method.function]
         row.error = relative_error(torch.stack([o[b, :, h] for b, h in heads]), exact)
         row.bound = TIGHT * eager_error(x, heads, exact) if method.ours else LOOSE
         if not (row.error <= row.bound and bool(o.isfinite().all())):
@@ -353,6 +200,55 @@ def measure(method: Method, shape: Shape, bandwidth: float) -> Row:
     except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
         row.reason = str(error).partition("\n")[0][:200]
     return row
+
+
+def measure_decode(batch: int, bandwidth: float) -> Row:
+    """One token on top of a state that is updated in place, one layer."""
+    shape = Shape(batch, HEADS, 1, DIM, VALUE_DIM)
+    row = Row("decode step", shape, "jrt_kernels decode")
+    torch.manual_seed(batch)
+    size = ops.feature_count(DIM)
+
+    def tokens(length: int, last: int) -> Tensor:
+        return torch.randn(batch, length, HEADS, last, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = tokens(1, DIM), tokens(1, DIM), tokens(1, VALUE_DIM)
+    state = ops.encode_prefix(tokens(64, DIM), tokens(64, VALUE_DIM), backend="chunked")
+    state = ops.State(*(x.contiguous() for x in state))
+    row.reason = cuda.unsupported(q, k, v, state, None, None, True) or ""
+    if row.reason:
+        return row
+    exact, _ = ops.linear_attention(
+        q.double(), k.double(), v.double(), initial_state=ops.State(*(x.double() for x in state)), backend="reference"
+    )
+    eager, _ = ops.linear_attention(q, k, v, initial_state=state, backend="chunked")
+    copies = min(4, max(1, 2**31 // state.S.nbytes))  # rotated, so that none sits in the cache
+    states = [ops.State(state.S.clone(), state.z.clone()) for _ in range(copies)]
+    row.error = relative_error(cuda.decode_step(q, k, v, states[0]), exact)
+    row.bound = TIGHT * relative_error(eager, exact)
+    if row.error > row.bound:
+        row.reason = f"wrong result: error {row.error:.2e}, at most {row.bound:.2e} counts as right"
+        return row
+    row.ms, row.repeats = median_ms(lambda i: cuda.decode_step(q, k, v, states[i % copies]))
+    traffic = 2 * 4 * batch * HEADS * size * (VALUE_DIM + 1) + q.nbytes + k.nbytes + 2 * v.nbytes
+    row.floor_ms = traffic / bandwidth * 1e3
+    row.gbps = traffic / row.ms / 1e6
+    row.tflops = batch * HEADS * 4.0 * size * VALUE_DIM / row.ms / 1e9
+    row.percent_of_floor = 100 * row.floor_ms / row.ms
+    return row
+
+
+def repeatable(shape: Shape) -> bool:
+    """Whether ten prefills of the same inputs give the same bits."""
+    x = draw(shape, next(method for method in methods(None) if method.name == "JRT-RNN"))
+
+    def once() -> list[Tensor]:
+        state = ops.encode_prefix(x.k_prefix, x.v_prefix, backend="cuda")
+        o, state = ops.linear_attention(x.q, x.k, x.v, initial_state=state, backend="cuda")
+        return [o, *state]
+
+    first = once()
+    return all(torch.equal(one, other) for _ in range(10) for one, other in zip(first, once(), strict=True))
 
 
 def eager_error(x: Inputs, heads: list[tuple[int, int]], exact: Tensor) -> float:
@@ -391,9 +287,10 @@ def print_table(rows: list[Row]) -> None:
         print(f"{head} {rates} {speed} {row.error:9.2e}")
 
 
-def write(rows: list[Row], folder: Path, bandwidth: float) -> None:
+def write(rows: list[Row], folder: Path, bandwidth: float, equal_bits: bool | None) -> None:
     path = folder / "lin_attn_profile.json"
-    record.write("lin_attn_profile", [asdict(row) for row in rows], path, copy_gbps=bandwidth / 1e9)
+    more = {"copy_gbps": bandwidth / 1e9, "equal_bits_in_ten_prefills": equal_bits}
+    record.write("lin_attn_profile", [asdict(row) for row in rows], path, **more)
     flat = [{**asdict(row), **asdict(row.shape)} for row in rows]
     for line in flat:
         del line["shape"]
@@ -447,17 +344,23 @@ def main() -> None:
     chosen = [m for m in methods(arguments.thunderkittens) if not arguments.methods or m.name in arguments.methods]
     if not chosen:
         parser.error(f"no such method; known: {[m.name for m in methods(None)]}")
-    sizes = [size for size in dict.fromkeys([*LENGTHS, *BATCHES, (1, 32768)]) if size[1] <= arguments.longest]
+    sizes = [size for size in dict.fromkeys([*FIRST, *LENGTHS, *BATCHES]) if size[1] <= arguments.longest]
     shapes = [Shape(batch, HEADS, length, DIM, VALUE_DIM) for batch, length in sizes]
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e9:.0f} GB/s")
-    rows = []
+    equal_bits, rows = None, []
     with torch.no_grad():
+        if any(method.ours for method in chosen):
+            rows += [measure_decode(batch, bandwidth) for batch in DECODE_BATCHES]
+            if not rows[0].reason:
+                equal_bits = repeatable(Shape(4, HEADS, 8192, DIM, VALUE_DIM))
         for shape in shapes:
-            rows += [measure(method, shape, bandwidth) for method in chosen]
+            truth: dict[tuple, Tensor] = {}
+            rows += [measure(method, shape, bandwidth, truth) for method in chosen]
             add_speedups(rows)
-            write(rows, arguments.output, bandwidth)
+            write(rows, arguments.output, bandwidth, equal_bits)
     print_table(rows)
+    print(f"equal bits in ten prefills: {equal_bits}")
     plot(rows, arguments.output / "lin_attn_profile.png")
 
 

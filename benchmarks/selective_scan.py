@@ -8,13 +8,10 @@ the chunked backend in the dtype of the call.
 """
 
 import argparse
-import datetime
 import functools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import record
 import torch
 from torch import Tensor
 
@@ -117,18 +114,6 @@ def sweep(inputs: list[Tensor], dy: Tensor, repeats: int) -> None:
         print(f"length {length:3d} width {width:3d}: {', '.join(times)}")
 
 
-def versions() -> dict[str, str]:
-    found = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    if "triton" in sys.modules:
-        found["triton"] = sys.modules["triton"].__version__
-    return found
-
-
-def commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("batch", 16), ("steps", 4608), ("channels", 384), ("states", 16)):
@@ -166,9 +151,7 @@ def main() -> None:
     if args.sweep:
         sweep(inputs, dy, args.repeats)
     if args.json:
-        report = {"benchmark": "selective_scan", "command": " ".join(sys.argv), "device": torch.cuda.get_device_name()}
-        report |= {"versions": versions(), "commit": commit(), "date": datetime.date.today().isoformat(), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        record.write("selective_scan", rows, args.json)
 
 
 if __name__ == "__main__":
