@@ -23,12 +23,12 @@ $(BIN)/python:
 		|| { echo "jrt needs Python 3.11 to 3.13; name one with make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-eval: $(BIN)/python pyproject.toml setup.py lm-eval-harness/pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval]'
+$(VENV)/.installed-eval: $(BIN)/python pyproject.toml setup.py constraints.txt lm-eval-harness/pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-eval
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,train,dev]'
 	touch $@
 
 clean:

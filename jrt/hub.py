@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of a call, V vocabulary rows.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import torch
@@ -24,11 +25,15 @@ from jrt.model import LanguageModel
 from jrt.objective import IGNORED, mean_loss
 from jrt.quirks import Quirks
 
+# transformers 5.24 gave this argument and output a new name; `forward` and `generate` here take both.
+CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+
 
 class RecurrentCache(Cache):
     """transformers' cache interface around one `ModelState`."""
 
     is_compileable = False
+    is_linear = (False,)  # to `generate`: continuing takes the new tokens only, as many as `get_seq_length` leaves
 
     def __init__(self, state: ModelState | None = None) -> None:
         super().__init__(layers=[])
@@ -111,6 +116,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         prefix_length: Tensor | None = None,
         blank_length: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: RecurrentCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Reads tokens on top of `past_key_values`.
@@ -126,16 +132,18 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 its own as enc_length allows.
             blank_length: (B,) short-prompt pads at each row's start (set by `generate`).
             logits_to_keep: compute logits of the last so many tokens only; 0: all.
+            cache: `past_key_values` under the name that transformers gives it from 5.24 on.
 
         Returns:
-            logits (B, T, V) with all padded vocabulary rows, loss, past_key_values.
+            logits (B, T, V) with all padded vocabulary rows, loss, and the cache.
 
         Raises:
             ValueError: the inputs do not fit; the message says what was expected.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds is not supported: pass input_ids")
-        state = self._past_state(past_key_values)
+        cache = _one_cache(past_key_values, cache)
+        state = self._past_state(cache)
         self._check_ids(input_ids, state)
         mask = _own_mask(attention_mask, input_ids, state)
         if state is None:
@@ -157,9 +165,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache:
-            past_key_values = RecurrentCache() if past_key_values is None else past_key_values
-            past_key_values.state = state
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+            cache = RecurrentCache() if cache is None else cache
+            cache.state = state
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, short_prompt: str | None = None, **kwargs):
@@ -177,7 +185,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate needs input_ids (B, T): an empty prompt has nothing to go on from")
-        past = kwargs.get("past_key_values")
+        past = _one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if past is not None:
+            kwargs[CACHE] = past
         self._check_ids(input_ids, self._past_state(past))
         mask = kwargs.pop("attention_mask", None)
         if mask is None or self.quirks.ignore_batch_padding:
@@ -258,6 +268,12 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                     "all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length"
                 )
         return mean_loss(logits[:, :-1], labels[:, 1:])
+
+
+def _one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | None) -> RecurrentCache | None:
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one")
+    return past_key_values if cache is None else cache
 
 
 def _own_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:

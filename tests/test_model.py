@@ -151,6 +151,16 @@ def test_generate_goes_on_from_a_returned_cache():
     assert torch.equal(rest[:, -4:], longer[:, -4:])
 
 
+def test_the_cache_goes_by_its_old_and_its_new_name():
+    """transformers 5.24 renamed past_key_values to cache; its own `generate` then passed a name that was ignored."""
+    model, ids = build("mini-jrt"), texts(2, 12)
+    first = [model(ids[:, :8], use_cache=True).past_key_values for _ in range(2)]
+    old = model(ids[:, 8:], past_key_values=first[0]).logits
+    assert torch.equal(old, model(ids[:, 8:], cache=first[1]).logits)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids[:, 8:], past_key_values=first[0], cache=first[0])
+
+
 def test_generate_streams_and_stops_at_a_string(shared):
     from transformers import AutoTokenizer, TextStreamer
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from jrt.evaluate.subjects import Subject
+from jrt.hub import CACHE
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
@@ -102,12 +103,12 @@ def decode(subject: Subject, start: Start, ends: Tensor, max_new_tokens: int) ->
         output = subject.model.generate(
             input_ids=start.ids,
             attention_mask=start.mask,
-            past_key_values=start.cache,
             max_new_tokens=max(map(sum, zip(forced, limits, strict=True))),
             pad_token_id=subject.pad_token_id,
             stopping_criteria=StoppingCriteriaList([pause]),
             logits_processor=LogitsProcessorList([watch, ForcedTokens(start.forced)]),
             return_dict_in_generate=True,
+            **{CACHE: start.cache},
             **GREEDY,
         )
         new = output.sequences[:, start.ids.shape[1] :].tolist()
@@ -130,7 +131,7 @@ def _continued(subject: Subject, start: Start, output, rows: list[int]) -> Start
     Short prompts may have been filled up inside `generate`, so that the cache has read more columns than we know of:
     what stands in them does not matter any more."""
     kept = torch.tensor(rows, device=start.ids.device)
-    cache = output.past_key_values
+    cache = output[CACHE]
     cache.batch_select_indices(kept)
     ids = output.sequences[kept]
     steps = ids.shape[1] - start.ids.shape[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jrt.evaluate.decoding import GREEDY, Start
 from jrt.evaluate.subjects import Subject
+from jrt.hub import CACHE
 from jrt.quirks import Quirks
 
 SHARE = 0.5  # of a prompt that it must have in common with the others of its group
@@ -88,7 +89,7 @@ def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Sta
         pad_token_id=subject.pad_token_id,
         return_dict_in_generate=True,
         **GREEDY,
-    ).past_key_values
+    )[CACHE]
     row_of = torch.tensor(owner, device=subject.device)
     cache.batch_select_indices(row_of)
     first = torch.tensor([tokens[:at_once] for tokens in rest], device=subject.device)  # (B, R)

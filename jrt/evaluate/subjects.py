@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import jrt
-from jrt.hub import JRTForCausalLM
+from jrt.hub import CACHE, JRTForCausalLM
 from jrt.loading import MINIS, RELEASED
 from jrt.released import is_released
 
@@ -82,7 +82,7 @@ class Subject:
         ids = torch.full((1, 2), self.pad_token_id, device=self.device)
         with torch.no_grad():
             output = self.model(input_ids=ids, use_cache=True)
-        cache = output.get("past_key_values")
+        cache = output.get(CACHE)
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
 
@@ -106,7 +106,7 @@ class Subject:
         bound = position_bound(self.model)
         ids = torch.full((1, length if bound is None else min(length, bound)), self.pad_token_id, device=self.device)
         output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-        cache = output.get("past_key_values", output.get("cache_params"))
+        cache = output.get(CACHE, output.get("cache_params"))
         return sum(tensor.nbytes for tensor in _tensors(cache, seen=set()))
 
 
