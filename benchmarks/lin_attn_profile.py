@@ -8,12 +8,15 @@ JRT-Prompt is Based on 2 N. Softmax rows have head size 64. Times are the median
 a pause so that the host is never what is measured.
 
     python benchmarks/lin_attn_profile.py --output benchmarks/results
+    python benchmarks/lin_attn_profile.py --plot benchmarks/results/lin_attn_profile.json
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -300,6 +303,12 @@ def write(rows: list[Row], folder: Path, bandwidth: float, equal_bits: bool | No
         table.writerows(flat)
 
 
+def read(path: Path) -> list[Row]:
+    """The rows of a written file."""
+    rows = json.loads(path.read_text())["rows"]
+    return [Row(**{**row, "shape": Shape(**row["shape"])}) for row in rows]
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Time over length and over batch, each where more than one shape was timed."""
     import matplotlib
@@ -337,7 +346,10 @@ def main() -> None:
     parser.add_argument("--thunderkittens", type=Path, help="folder of a build with a module `thunderkittens`")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, e.g. JRT-RNN FlashAttention-2")
     parser.add_argument("--longest", type=int, default=131072, help="skip longer texts")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of an earlier run")
     arguments = parser.parse_args()
+    if arguments.plot:
+        return plot(read(arguments.plot), arguments.plot.with_suffix(".png"))
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
 
@@ -356,12 +368,15 @@ def main() -> None:
                 equal_bits = repeatable(Shape(4, HEADS, 8192, DIM, VALUE_DIM))
         for shape in shapes:
             truth: dict[tuple, Tensor] = {}
-            rows += [measure(method, shape, bandwidth, truth) for method in chosen]
+            for method in chosen:
+                rows.append(measure(method, shape, bandwidth, truth))
+                print(f"  B {shape.B} N {shape.N} {method.name}: {rows[-1].ms or rows[-1].reason}", flush=True)
             add_speedups(rows)
-            write(rows, arguments.output, bandwidth, equal_bits)
+            write(rows, arguments.output, bandwidth, equal_bits)  # after each shape: a run may be cut short
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, arguments.output / "lin_attn_profile.png")
     print_table(rows)
     print(f"equal bits in ten prefills: {equal_bits}")
-    plot(rows, arguments.output / "lin_attn_profile.png")
 
 
 if __name__ == "__main__":

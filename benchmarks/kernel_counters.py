@@ -1,0 +1,115 @@
+"""What Nsight Compute counts while the Hopper kernels run: memory, tensor cores, occupancy, why warps wait.
+
+    python benchmarks/kernel_counters.py --output benchmarks/results/kernel_counters.json
+
+It starts itself under `ncu`, which runs each launch several times, once for each group of counters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import record
+import torch
+
+from jrt import ops
+from jrt.ops import cuda
+
+HEADS, DIM, VALUE_DIM = 16, 16, 64
+LAUNCHES = (("JRT-RNN", 16, 32768), ("JRT-RNN", 1, 32768), ("decode step", 128, 1))  # what, B, N
+KERNELS = "prefill_text|prefill_state|scan|decode_kernel"
+SINGLE = {  # our name: ncu's, the first of them that the version of ncu knows
+    "microseconds": ("gpu__time_duration.sum",),
+    "dram_percent": ("dram__throughput.avg.pct_of_peak_sustained_elapsed",),
+    "dram_bytes_read": ("dram__bytes_read.sum",),
+    "dram_bytes_written": ("dram__bytes_write.sum",),
+    "l2_hit_percent": ("lts__t_sector_hit_rate.pct",),
+    "tensor_pipe_percent": (
+        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    ),
+    "issue_slots_percent": ("sm__inst_issued.avg.pct_of_peak_sustained_active", "smsp__issue_active.avg.pct"),
+    "occupancy_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
+    "occupancy_possible_percent": ("sm__maximum_warps_per_active_cycle_pct",),
+    "registers": ("launch__registers_per_thread",),
+    "blocks": ("launch__grid_size",),
+    "shared_bytes": ("launch__shared_mem_per_block",),
+    "local_bytes_stored": ("smsp__inst_executed_op_local_st.sum", "sass__inst_executed_local_stores"),
+}
+STALL = re.compile(r"smsp__pcsamp_warps_issue_stalled_(\w+?)(_not_issued)?$")
+
+
+def launch() -> None:
+    """Each kernel once, on inputs as the model gives them."""
+    torch.manual_seed(0)
+
+    def tokens(batch: int, length: int, size: int) -> torch.Tensor:
+        return torch.randn(batch, length, HEADS, size, device="cuda", dtype=torch.bfloat16)
+
+    for what, batch, length in LAUNCHES:
+        q, k, v = (tokens(batch, length, size) for size in (DIM, DIM, VALUE_DIM))
+        if what == "decode step":
+            state = ops.encode_prefix(tokens(batch, 64, DIM), tokens(batch, 64, VALUE_DIM), backend="chunked")
+            cuda.decode_step(q, k, v, ops.State(*(x.contiguous() for x in state)))
+        else:
+            half = length // 2
+            state = ops.encode_prefix(tokens(batch, half, DIM), tokens(batch, half, VALUE_DIM), backend="cuda")
+            ops.linear_attention(q, k, v, initial_state=state, backend="cuda")
+    torch.cuda.synchronize()
+
+
+def counted(page: Path) -> list[dict]:
+    """Rows out of ncu's raw page: one a launch, in order."""
+    with open(page, newline="") as file:
+        lines = [line for line in file if line.startswith('"')]
+    rows = []
+    for line in csv.DictReader(lines):
+        if not line["ID"]:  # the row of units
+            continue
+        row: dict = {"method": line["Kernel Name"].partition("(")[0]}
+        for name, candidates in SINGLE.items():
+            found = next((line[candidate] for candidate in candidates if line.get(candidate)), None)
+            row[name] = None if found is None else float(found.replace(",", ""))
+        stalls = {}
+        for column, value in line.items():
+            match = STALL.match(column or "")
+            if match and value and not match[2]:
+                stalls[match[1]] = float(value.replace(",", ""))
+        total = sum(stalls.values()) or 1
+        ordered = sorted(stalls.items(), key=lambda item: -item[1])
+        row["stall_percent"] = {name: round(100 * value / total, 1) for name, value in ordered[:8]}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--launch", action="store_true", help="only run the kernels (what ncu starts)")
+    parser.add_argument("--page", type=Path, default=Path("kernel_counters.csv"), help="where ncu's raw page goes")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    if arguments.launch:
+        launch()
+        return
+    if shutil.which("ncu") is None:
+        parser.error("needs ncu, Nsight Compute, on PATH")
+    command = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{KERNELS}"]
+    command += ["--page", "raw", "--csv", sys.executable, __file__, "--launch"]
+    with open(arguments.page, "w") as page:
+        subprocess.run(command, stdout=page, check=True)
+    rows = counted(arguments.page)
+    for row in rows:
+        print(row)
+    print(record.write("kernel_counters", rows, arguments.output, launches=[list(each) for each in LAUNCHES]))
+
+
+if __name__ == "__main__":
+    main()
