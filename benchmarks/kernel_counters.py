@@ -23,24 +23,22 @@ from jrt.ops import cuda
 
 HEADS, DIM, VALUE_DIM = 16, 16, 64
 LAUNCHES = (("JRT-RNN", 16, 32768), ("JRT-RNN", 1, 32768), ("decode step", 128, 1))  # what, B, N
-KERNELS = "prefill_text|prefill_state|scan|decode_kernel"
-SINGLE = {  # our name: ncu's, the first of them that the version of ncu knows
-    "microseconds": ("gpu__time_duration.sum",),
-    "dram_percent": ("dram__throughput.avg.pct_of_peak_sustained_elapsed",),
-    "dram_bytes_read": ("dram__bytes_read.sum",),
-    "dram_bytes_written": ("dram__bytes_write.sum",),
-    "l2_hit_percent": ("lts__t_sector_hit_rate.pct",),
-    "tensor_pipe_percent": (
-        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
-        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
-    ),
-    "issue_slots_percent": ("sm__inst_issued.avg.pct_of_peak_sustained_active", "smsp__issue_active.avg.pct"),
-    "occupancy_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
-    "occupancy_possible_percent": ("sm__maximum_warps_per_active_cycle_pct",),
-    "registers": ("launch__registers_per_thread",),
-    "blocks": ("launch__grid_size",),
-    "shared_bytes": ("launch__shared_mem_per_block",),
-    "local_bytes_stored": ("smsp__inst_executed_op_local_st.sum", "sass__inst_executed_local_stores"),
+KERNEL = re.compile("prefill_text|prefill_state|scan_pieces|decode_kernel")
+SCALE = {"ns": 1e-3, "us": 1, "ms": 1e3, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # to microseconds and bytes
+COUNTERS = {  # our name: ncu's
+    "microseconds": "gpu__time_duration.sum",
+    "dram_percent": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram_bytes_read": "dram__bytes_read.sum",
+    "dram_bytes_written": "dram__bytes_write.sum",
+    "l2_hit_percent": "lts__t_sector_hit_rate.pct",
+    "tensor_pipe_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "issue_slots_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "occupancy_possible_percent": "sm__maximum_warps_per_active_cycle_pct",
+    "registers": "launch__registers_per_thread",
+    "blocks": "launch__grid_size",
+    "shared_bytes": "launch__shared_mem_per_block",
+    "spills_executed": "sass__inst_executed_local_stores",
 }
 STALL = re.compile(r"smsp__pcsamp_warps_issue_stalled_(\w+?)(_not_issued)?$")
 
@@ -64,23 +62,25 @@ def launch() -> None:
     torch.cuda.synchronize()
 
 
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
 def counted(page: Path) -> list[dict]:
     """Rows out of ncu's raw page: one a launch, in order."""
     with open(page, newline="") as file:
         lines = [line for line in file if line.startswith('"')]
+    units, *launches = csv.DictReader(lines)
     rows = []
-    for line in csv.DictReader(lines):
-        if not line["ID"]:  # the row of units
-            continue
-        row: dict = {"method": line["Kernel Name"].partition("(")[0]}
-        for name, candidates in SINGLE.items():
-            found = next((line[candidate] for candidate in candidates if line.get(candidate)), None)
-            row[name] = None if found is None else float(found.replace(",", ""))
+    for line in launches:
+        row: dict = {"method": KERNEL.search(line["Kernel Name"])[0]}
+        for name, counter in COUNTERS.items():
+            row[name] = number(line[counter]) * SCALE.get(units[counter], 1)
         stalls = {}
         for column, value in line.items():
             match = STALL.match(column or "")
             if match and value and not match[2]:
-                stalls[match[1]] = float(value.replace(",", ""))
+                stalls[match[1]] = number(value)
         total = sum(stalls.values()) or 1
         ordered = sorted(stalls.items(), key=lambda item: -item[1])
         row["stall_percent"] = {name: round(100 * value / total, 1) for name, value in ordered[:8]}
@@ -101,7 +101,7 @@ def main() -> None:
         return
     if shutil.which("ncu") is None:
         parser.error("needs ncu, Nsight Compute, on PATH")
-    command = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{KERNELS}"]
+    command = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{KERNEL.pattern}"]
     command += ["--page", "raw", "--csv", sys.executable, __file__, "--launch"]
     with open(arguments.page, "w") as page:
         subprocess.run(command, stdout=page, check=True)

@@ -52,30 +52,42 @@ def minis() -> str:
 
 def prefill() -> str:
     report = load("lin_attn_profile")
-    methods = ("Based", "JRT-RNN", "JRT-Prompt", "FlashAttention-2", "cuDNN")
-    wanted = [(16, 2048), (16, 8192), (16, 32768), (1, 32768)]
-    found = {}
-    for row in report["rows"]:
-        shape = row["shape"]
-        if (shape["H"], shape["d"], shape["D"]) == (16, 16, 64):
-            found[(row["method"], shape["B"], shape["N"])] = row
-    rows = []
-    for method in methods:
-        line = [method]
-        for batch, length in wanted:
-            row = found.get((method, batch, length))
-            if row is None or row["ms"] is None:
-                line.append("-")
-                continue
-            floor = (
-                f" ({row['percent_of_floor']:.0f}% of the floor)"
-                if row.get("percent_of_floor") and method in methods[:2]
-                else ""
-            )
-            line.append(f"{row['ms']:.3f}{floor}")
-        rows.append(line)
+    methods = ("Based", "JRT-RNN", "JRT-Prompt", "FlashAttention-2", "cuDNN", "fla fused_chunk_based")
+    wanted = [(16, 2048), (16, 8192), (16, 32768), (16, 131072), (1, 32768)]
+    found = {(row["method"], row["shape"]["B"], row["shape"]["N"]): row for row in report["rows"]}
+
+    def cell(method: str, batch: int, length: int) -> str:
+        row = found.get((method, batch, length))
+        if row is None or row["ms"] is None:
+            return "-"
+        floor = f" ({row['percent_of_floor']:.0f}% of the floor)" if method in methods[:2] else ""
+        return f"{row['ms']:.3g}{floor}" if row["ms"] < 100 else f"{row['ms']:,.0f}"
+
+    rows = [[method, *(cell(method, *shape) for shape in wanted)] for method in methods]
+    ratios = (found["JRT-RNN", *shape]["x_flash_attention_2"] for shape in wanted)
+    rows.append(["JRT-RNN, times FlashAttention-2", *(f"{ratio:.0f}" for ratio in ratios)])
     header = ["ms", *(f"B{batch} N{length:,}" for batch, length in wanted)]
-    return rows_as_markdown(header, rows) + origin(report)
+    steps = [found["decode step", batch, 1] for batch in (1, 16, 128, 1024)]
+    step_rows = [
+        ["decode step, one layer", *(f"{row['ms']:.3g} ({row['percent_of_floor']:.0f}% of the floor)" for row in steps)]
+    ]
+    step_header = ["ms", *(f"B{row['shape']['B']:,}" for row in steps)]
+    return rows_as_markdown(header, rows) + "\n" + rows_as_markdown(step_header, step_rows) + origin(report)
+
+
+def whole_models() -> str:
+    report = load("model_prefill")
+    found = {(r["method"], r["shape"]["B"], r["shape"]["N"], r["kernels"]): r["ms"] for r in report["rows"]}
+    shapes = list(dict.fromkeys(key[1:3] for key in found))
+    rows = [
+        [
+            f"{model}, {'kernels' if kernels else 'PyTorch'}",
+            *(f"{found[model, *shape, kernels]:.0f}" for shape in shapes),
+        ]
+        for model in dict.fromkeys(key[0] for key in found)
+        for kernels in (True, False)
+    ]
+    return rows_as_markdown(["ms", *(f"B{b} N{n:,}" for b, n in shapes)], rows) + origin(report)
 
 
 def cpu() -> str:
@@ -102,6 +114,7 @@ def cpu() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "minis": ("recall_minis", minis),
     "prefill": ("lin_attn_profile", prefill),
+    "whole models": ("model_prefill", whole_models),
     "cpu": ("cpu_decode", cpu),
 }
 
