@@ -29,10 +29,7 @@ metric_list:
   - metric: contains
     aggregation: mean
     higher_is_better: true
-  - metric: window
-    aggregation: !function jrt_recall.hooks.first
-    higher_is_better: true
-  - metric: answer_room
+  - metric: protocol
     aggregation: !function jrt_recall.hooks.first
     higher_is_better: true
   - metric: documents
@@ -47,6 +44,12 @@ metric_list:
   - metric: lost
     aggregation: !function jrt_recall.hooks.total
     higher_is_better: false
+  - metric: truncated
+    aggregation: !function jrt_recall.hooks.total
+    higher_is_better: false
+  - metric: prompt_tokens
+    aggregation: !function jrt_recall.hooks.average
+    higher_is_better: true
 """
 
 

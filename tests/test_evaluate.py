@@ -8,7 +8,7 @@ import torch
 from jrt_recall import PROTOCOLS, contains, fixtures
 from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, read_run, run
 from jrt.evaluate.engine import answer, batches, encode, prompt_limit
@@ -36,16 +36,21 @@ RECORD = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Folders of random models: JRT with every mixer, one that is causal, and a GPT-2 of transformers."""
+    """Folders of random models: JRT with every mixer, one that is causal, and two of transformers."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(
         GPT2Config(vocab_size=4096, n_positions=1024, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
     )
-    gpt2.save_pretrained(root / "gpt2")
-    shipped_tokenizer().save_pretrained(root / "gpt2")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=4096, max_position_embeddings=1024, eos_token_id=0, initializer_range=0.3, **sizes)
+    )
+    for name, model in (("gpt2", gpt2), ("neox", neox)):
+        model.save_pretrained(root / name)
+        shipped_tokenizer().save_pretrained(root / name)
     ours = {"jrt": save_random_model(root / "jrt", "CPSLAM"), "causal": save_random_model(root / "causal", "CLSM")}
-    return {**ours, "gpt2": str(root / "gpt2")}
+    return {**ours, "gpt2": str(root / "gpt2"), "neox": str(root / "neox")}
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +63,21 @@ def without_seconds(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["jrt", "causal", "gpt2"])
+@pytest.mark.parametrize("name", ["jrt", "causal", "gpt2", "neox"])
 def test_answers_do_not_depend_on_the_batch(models, pages, name):
+    """Batches of 1, 8 and 32 in fp32."""
     subject = open_subject(ModelSpec(models[name]))
     prompts = [item.prompt for item in pages.items(pages.cells()[0]).items] + ["open(", "a b c"]
-    rows = [found.ids for found in encode(subject.tokenizer, prompts, 900)]
-    alone = [answer(subject, [row], PAGES)[0] for row in rows]
-    together = answer(subject, rows, PAGES)
-    assert [g.text for g in together] == [g.text for g in alone]
-    assert [g.new_tokens for g in together] == [g.new_tokens for g in alone]
-    assert any(g.text for g in alone)
+    pieces = [found.ids for found in encode(subject.tokenizer, prompts, 900)]
+    rows = [ids[:length] for ids in pieces for length in (900, 260, 90, 31)]
+    found = {size: [None] * len(rows) for size in (1, 8, 32)}
+    for size, answers in found.items():
+        for batch in batches(rows, size):
+            answered = answer(subject, [rows[index] for index in batch], dataclasses.replace(PAGES, max_new_tokens=16))
+            for index, generation in zip(batch, answered, strict=True):
+                answers[index] = (generation.text, generation.new_tokens, generation.finite)
+    assert found[8] == found[1] and found[32] == found[1]
+    assert len(set(found[1])) > 8
 
 
 def test_an_early_end_gives_the_text_of_a_full_generation(models):

@@ -72,7 +72,7 @@ def test_every_task_loads_and_asks_what_items_asks(sources):
         run = items(config["recall_task"], strategy, task.config.metadata["protocol"], limit=3)
         rows = list(task.test_docs())
         assert [task.doc_to_text(row) for row in rows] == [item.prompt for item in run.items], name
-        assert {row["protocol"] for row in rows} == {run.protocol.name}
+        assert {row["protocol"] for row in rows} == {run.protocol.label()}
         assert task.process_results(rows[0], [f" {rows[0]['answers'][0].upper()} "])["contains"] == 1.0
         assert task.process_results(rows[0], ["#"])["contains"] == 0.0
         assert task.config.generation_kwargs["until"] == ["\n"]
@@ -82,9 +82,22 @@ def test_every_task_loads_and_asks_what_items_asks(sources):
 def test_metadata_choose_protocol_and_cutting_tokenizer(sources):
     task = manager(protocol="jrt-table2-512", cut_with="shipped", pretrained="ignored").load(["recall_fda"])["tasks"]
     row = task["recall_fda"].test_docs()[0]
-    assert (row["protocol"], row["window"], row["answer_room"]) == ("jrt-table2-512+cut-by-shipped", 512, 50)
+    assert row["protocol"] == "jrt-table2-512+cut-by-shipped v1 (512/50)"
     with pytest.raises(ValueError, match="unknown protocol"):
         hooks.documents("fda", "once", protocol="table1")
+    with pytest.raises(ValueError, match="leaves documents whole"):
+        hooks.documents("qa_fda", "once", protocol="full", cut_with="shipped")
+
+
+def test_a_score_states_its_protocol_and_counts(sources, tiny_gpt2):
+    """Also what the model's own tokens say, where its arguments name a tokenizer and a length."""
+    row = hooks.documents("drop", "twice", protocol="jrt-table1", pretrained=str(tiny_gpt2), max_length=100)["test"][0]
+    scored = hooks.score(row, [" nothing"])
+    assert scored["protocol"] == "jrt-table1 v1 (1000/50)" and scored["contains"] == 0.0
+    assert (scored["prompt_tokens"], scored["truncated"]) == (100 - 48, 1)
+    row = hooks.documents("drop", "twice", protocol="full", pretrained="no/model")["test"][0]
+    assert hooks.average([hooks.score(row, [""])["prompt_tokens"]]) == "unknown"
+    assert row["protocol"] == "full v1 (documents whole)"
 
 
 def test_batches_give_the_answers_of_single_prompts(sources, tiny_gpt2):
@@ -96,7 +109,7 @@ def test_batches_give_the_answers_of_single_prompts(sources, tiny_gpt2):
             model="hf",
             model_args={"pretrained": str(tiny_gpt2), "max_length": 2048, "dtype": "float32", "device": "cpu"},
             tasks=["recall_squad_twice", "recall_nq_512", "qa_nq"],
-            task_manager=manager(max_items=6),
+            task_manager=manager(max_items=6, pretrained=str(tiny_gpt2), max_length=2048),
             batch_size=size,
             bootstrap_iters=0,
         )
@@ -106,24 +119,41 @@ def test_batches_give_the_answers_of_single_prompts(sources, tiny_gpt2):
             for sample in result["samples"][name]
         }
         squad = result["results"]["recall_squad_twice"]
-        assert squad["documents,none"] == 6 and squad["window,none"] == 1000 and squad["dropped,none"] == 0
+        assert squad["documents,none"] == 6 and squad["dropped,none"] == squad["truncated,none"] == 0
+        assert squad["protocol,none"] == "jrt-table1 v1 (1000/50)" and squad["prompt_tokens,none"] > 400
     assert len(answers[1]) == 18
     assert answers[8] == answers[32] == answers[1]
     assert len({str(found) for found in answers[1].values()}) > 9, "a model that always says the same shows nothing"
 
 
-def test_stock_lm_eval_runs_the_tasks_by_one_option(tiny_gpt2, mirror, tmp_path):
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
-    command += ["--include_path", str(task_folder())]
-    command += ["--model_args", f"pretrained={tiny_gpt2},max_length=2048", "--tasks", "recall_squad_twice"]
-    command += ["--limit", "2", "--batch_size", "2", "--output_path", str(tmp_path), "--log_samples"]
+def samples_of(command: list[str], folder: Path, mirror: Path) -> tuple[dict[str, str], str]:
+    """Answers by item, and the screen, of a command line with lm-eval's options."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "JRT_DATA": str(mirror), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
+    command = [*command, "--output_path", str(folder), "--log_samples"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "recall_squad_twice" in done.stdout and "contains" in done.stdout
-    samples = next(tmp_path.rglob("samples_recall_squad_twice_*.jsonl")).read_text(encoding="utf-8").splitlines()
-    assert len(samples) == 2 and json.loads(samples[0])["doc"]["protocol"] == "jrt-table1"
+    lines = next(folder.rglob("samples_recall_squad_twice_*.jsonl")).read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    return {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in samples}, done.stdout
+
+
+def test_every_command_gives_the_same_answers(tiny_gpt2, mirror, tmp_path):
+    """Stock lm-eval with one option, jrt-recall, and jrt eval."""
+    from jrt.cli import main
+
+    options = ["--model", "hf", "--device", "cpu", "--tasks", "recall_squad_twice", "--limit", "3", "--batch_size", "2"]
+    options += ["--model_args", f"pretrained={tiny_gpt2},max_length=2048"]
+    stock = [sys.executable, "-m", "lm_eval", "--include_path", str(task_folder()), *options]
+    ours = [sys.executable, "-c", "from jrt_recall.harness import main; main()", *options]
+    answers, screen = samples_of(stock, tmp_path / "stock", mirror)
+    assert len(answers) == 3 and len(set(answers.values())) > 1
+    assert "contains" in screen and "jrt-table1 v1 (1000/50)" in screen
+    assert samples_of(ours, tmp_path / "ours", mirror)[0] == answers
+    run = ["eval", "--model", str(tiny_gpt2), "--tasks", "squad", "--strategy", "twice", "--limit", "3"]
+    assert main([*run, "--data", str(mirror), "--output", str(tmp_path / "run")]) == 0
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {row["id"]: row["prediction"] for row in map(json.loads, lines)} == answers
 
 
 def test_the_command_adds_the_include_path_and_nothing_else(capsys, monkeypatch):
@@ -139,6 +169,8 @@ def test_the_command_adds_the_include_path_and_nothing_else(capsys, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         harness.main()
     assert stopped.value.code == 2 and "--include_path" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="contradicts the protocol"):
+        harness.arguments(["--gen_kwargs=max_gen_toks=9", "--tasks", "a"])
 
 
 def test_super_glue_names_upstream_tasks():

@@ -20,9 +20,14 @@ _USAGE = """usage: jrt-recall [lm_eval's options]     runs lm_eval with the reca
 def arguments(given: list[str]) -> list[str]:
     """lm_eval's arguments: `run`, the include path, then the given ones.
 
-    Raises ValueError if an include path is given: lm-eval takes one only."""
-    if any(word == "--include_path" or word.startswith("--include_path=") for word in given):
+    Raises ValueError for an include path (lm-eval takes one only) and for settings of generation (the protocol's)."""
+    options = {word.split("=", maxsplit=1)[0] for word in given}
+    if "--include_path" in options:
         raise ValueError("jrt-recall sets --include_path itself; use lm_eval directly to name another folder")
+    if "--gen_kwargs" in options:
+        raise ValueError(
+            "--gen_kwargs contradicts the protocol, which fixes length, stop and greedy choice: leave it out"
+        )
     rest = given[1:] if given[:1] == ["run"] else given
     return ["run", "--include_path", str(task_folder()), *rest]
 

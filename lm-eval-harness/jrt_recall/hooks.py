@@ -9,17 +9,22 @@ Settings come from `--metadata`, which lm-eval hands to `documents` together wit
     data       mirror folder of the published datasets, or folder of the passages
     seed       selection of reference_pages (default 0)
     max_items  at most that many items are made (lm-eval's --limit only looks at fewer of those made)
+
+Of the model's arguments, `pretrained` or `tokenizer` lets prompt tokens be counted, and `max_length` those cut off.
 """
 
 import logging
 
 from .items import TaskItems, items
 from .metric import contains
+from .protocols import Protocol
 from .strategies import times
+from .tokenizers import model_tokenizer
 
 logger = logging.getLogger(__name__)
 
 N_TIMES = "n_times"
+UNKNOWN = "unknown"
 
 
 def task_items(
@@ -48,13 +53,11 @@ def documents(recall_task: str, reading: str, **metadata) -> dict:
 
     found = task_items(recall_task, reading, **{key: metadata[key] for key in _SETTINGS if key in metadata})
     logger.info("%s, %s; %s", recall_task, found.protocol.describe(), _counts(found))
+    counts, limit = _prompt_tokens([item.prompt for item in found.items], metadata), _limit(found.protocol, metadata)
     shared = {
         "task": found.task,
         "strategy": found.strategy,
-        "protocol": found.protocol.name,
-        "protocol_version": found.protocol.version,
-        "window": found.protocol.window or 0,
-        "answer_room": found.protocol.answer_room,
+        "protocol": found.protocol.label(),
         "source": found.source,
         "sha256": found.sha256,
         "python": found.python or "",
@@ -68,10 +71,12 @@ def documents(recall_task: str, reading: str, **metadata) -> dict:
             "prompt": item.prompt,
             "answers": list(item.answers),
             "position": -1.0 if item.position is None else item.position,
-            "lost": item.lost,
+            "lost": int(item.lost),
+            "prompt_tokens": count if limit is None or count is None else min(count, limit),
+            "truncated": None if limit is None or count is None else int(count > limit),
             **shared,
         }
-        for item in found.items
+        for item, count in zip(found.items, counts, strict=True)
     ]
     return {"test": Dataset.from_list(rows)}
 
@@ -81,23 +86,41 @@ def target(row: dict) -> str:
     return row["answers"][0]
 
 
+STATED = ("protocol", "documents", "dropped", "invalid", "lost", "truncated", "prompt_tokens")
+"""What stands beside a score in lm-eval's table, so that no number is without its protocol."""
+
+
 def score(row: dict, results: list[str]) -> dict:
-    """lm-eval's `process_results`: the published metric, and what a score must state beside it.
-
-    lm-eval prints numbers only, so its table shows the protocol's window (0: documents whole) and answer room; each
-    logged sample has the protocol's name."""
-    shared = {name: row[name] for name in ("window", "answer_room", "documents", "dropped", "invalid")}
-    return {"contains": float(contains(results[0], row["answers"])), "lost": int(row["lost"]), **shared}
+    """lm-eval's `process_results`: the published metric, and STATED."""
+    return {"contains": float(contains(results[0], row["answers"])), **{name: row[name] for name in STATED}}
 
 
-def first(values: list) -> float:
-    """Aggregation of a count that is the same in every row."""
+def first(values: list) -> float | str:
+    """Aggregation of what is the same in every row."""
     return values[0]
 
 
-def total(values: list) -> float:
+def total(values: list) -> float | str:
     """Aggregation of a count over rows."""
-    return sum(values)
+    return UNKNOWN if None in values else sum(values)
+
+
+def average(values: list) -> float | str:
+    """Aggregation of a length over rows."""
+    return UNKNOWN if None in values else sum(values) / len(values)
+
+
+def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int | None]:
+    """Lengths in the model's own tokens, where the model's arguments name a tokenizer that is here."""
+    name = arguments.get("tokenizer") or arguments.get("pretrained")
+    tokenizer = model_tokenizer(name) if isinstance(name, str) else None
+    return [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+
+
+def _limit(protocol: Protocol, arguments: dict) -> int | None:
+    """Prompt tokens that lm-eval keeps, where the model's arguments say how many tokens it reads."""
+    length = arguments.get("max_length")
+    return None if length is None else int(length) - protocol.max_new_tokens
 
 
 def _counts(found: TaskItems) -> str:

@@ -101,7 +101,7 @@ def items(
     if limit is not None and limit < 1:
         raise ValueError(f"a limit is at least 1, got {limit}")
     chosen = strategy_named(strategy)
-    actual, cutter = protocol_and_tokenizer(protocol_named(protocol, task), tokenizer)
+    actual, cutter = protocol_and_tokenizer(protocol_named(protocol, task), tokenizer, data)
     asked = ONCE if chosen.shots else chosen
     if task == "reference_pages":
         result = _page_items(asked, actual, cutter, limit, seed)

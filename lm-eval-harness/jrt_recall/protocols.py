@@ -50,6 +50,11 @@ class Protocol:
             f"{limit}; at most {self.max_new_tokens} new tokens, stop at {stop}; metric {self.metric}"
         )
 
+    def label(self) -> str:
+        """Name, version and numbers, short enough for a cell of a table."""
+        cut = "documents whole" if self.window is None else f"{self.window}/{self.answer_room}"
+        return f"{self.name} v{self.version} ({cut})"
+
     def cut_with(self, tokenizer_name: str) -> "Protocol":
         """This protocol with another cutting tokenizer, under a name that says so: its scores are not the same."""
         if self.window is None or tokenizer_name == self.cutting_tokenizer:

@@ -15,16 +15,18 @@ _GPT2_ENTRIES = 50257
 _GPT2_SAMPLE = ("Just read twice: closing the recall gap", [5703, 1100, 5403, 25, 9605, 262, 10014, 7625])
 
 
-def cutting_tokenizer(name: str):
+def cutting_tokenizer(name: str, data: str | Path | None = None):
     """A tokenizer by name: `gpt2`, `shipped`, or a folder or hub name that transformers' AutoTokenizer reads.
 
-    gpt2 comes from the folder `gpt2` of the data mirror where there is one, else from the hub or its cache.
-    Raises ValueError that says how to get it."""
+    gpt2 comes from the folder `gpt2` of the data mirror (`data`, else the one JRT_DATA names) where there is one, else
+    from the hub or its cache. Raises ValueError that says how to get it."""
     if name == SHIPPED:
         return shipped_tokenizer()
-    mirror = mirror_folder()
-    local = mirror / GPT2 if name == GPT2 and mirror is not None else None
-    return _from_pretrained(str(local) if local is not None and local.is_dir() else name)
+    if name == GPT2:
+        for mirror in (mirror_folder(data), mirror_folder()):
+            if mirror is not None and (mirror / GPT2).is_dir():
+                return _from_pretrained(str(mirror / GPT2))
+    return _from_pretrained(name)
 
 
 @cache
@@ -33,6 +35,16 @@ def shipped_tokenizer():
     if not (ASSETS / "tokenizer.json").is_file():
         raise ValueError(f"the shipped tokenizer is absent ({ASSETS.name}/tokenizer.json): install jrt_recall again")
     return _from_pretrained(str(ASSETS))
+
+
+def model_tokenizer(name: str):
+    """The tokenizer of a model folder or hub name; None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
 
 
 def mirror_gpt2(folder: str | Path | None = None) -> Path:
@@ -44,16 +56,18 @@ def mirror_gpt2(folder: str | Path | None = None) -> Path:
     return mirror / GPT2
 
 
-def protocol_and_tokenizer(protocol: Protocol, tokenizer):
+def protocol_and_tokenizer(protocol: Protocol, tokenizer, data: str | Path | None = None):
     """The protocol as it will really be run and the tokenizer that cuts for it (None where nothing is cut).
 
-    tokenizer: None for the protocol's own; a name for `cutting_tokenizer`, or a tokenizer. One that is not the
-    protocol's gives a protocol of another name."""
+    tokenizer: None for the protocol's own; a name for `cutting_tokenizer`, or a tokenizer; data: mirror folder. One that
+    is not the protocol's gives a protocol of another name. Raises ValueError where one is named and nothing is cut."""
     if protocol.window is None:
+        if isinstance(tokenizer, str):
+            raise ValueError(f"{protocol.name} leaves documents whole: there is nothing that {tokenizer!r} could cut")
         return protocol, None
     if tokenizer is None:
-        return protocol, cutting_tokenizer(protocol.cutting_tokenizer)
-    chosen = cutting_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        return protocol, cutting_tokenizer(protocol.cutting_tokenizer, data)
+    chosen = cutting_tokenizer(tokenizer, data) if isinstance(tokenizer, str) else tokenizer
     return protocol.cut_with(_label(chosen)), chosen
 
 
