@@ -165,6 +165,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
     if "recall_perplexity" in arguments.tasks:
         return _perplexity(arguments, specs)
+    if arguments.text is not None:
+        raise ValueError("--text is what recall_perplexity reads: it goes with no other task")
     request = Request(
         models=specs,
         tasks=arguments.tasks,
@@ -208,8 +210,12 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple) -> None:
         raise ValueError("recall_perplexity measures perplexity, not answers: ask for it alone")
     if arguments.strategy != ("once",) or arguments.protocol is not None:
         raise ValueError("recall_perplexity reads a text as it stands: it takes no strategy and no protocol")
+    for option in ("workers", "ray_address", "data", "passages", "cut_with"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"recall_perplexity takes no --{option.replace('_', '-')}: leave it out")
     documents = perplexity.texts(arguments.text)
-    records = perplexity.run(specs, documents, arguments.output, arguments.limit, arguments.batch_size or 16)
+    size = arguments.batch_size or 16
+    records = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
     print(perplexity.table(records))
 
 

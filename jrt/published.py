@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Column(NamedTuple):
-    """Where a column's number comes from. measure: "score", or an error mode of `jrt.evaluate.errors`."""
+    """Where a column's number comes from. measure: "score", or an error kind of `jrt_recall.errors`."""
 
     label: str
     task: str
@@ -132,10 +132,10 @@ jrt-1b-50b[iterate]    80.2 43.3 34.2
 TABLE13 = Table(
     "Table 13: error modes, percent of all items",
     tuple(
-        Column(f"{label} {strategy} {mode.replace('_', ' ')}", task, strategy, "jrt-table1", mode)
+        Column(f"{label} {strategy} {kind}", task, strategy, "jrt-table1", kind)
         for label, task in _ERROR_TASKS
         for strategy in ("once", "twice")
-        for mode in ("no_answer", "repetition", "irrelevant")
+        for kind in ("no answer", "repetition", "irrelevant")
     ),
     _rows("""
 mamba-370m 0.2 35.4 22.7 0.0 29.4 12.3 39.1 20.2 13.1 23.6 17.0 17.2 0.0 6.6 58.6 0.0 12.2 37.0
@@ -149,7 +149,7 @@ TABLE14 = Table(
     tuple(
         Column(f"{label} {s}", task, s, "jrt-table1")
         for label, task in _ERROR_TASKS
-        for s in ("once", "2-shot", "twice")
+        for s in ("once", "2shot", "twice")
     ),
     _rows("""
 mamba-130m 25.7 22.0 32.8 17.5 19.7 31.5 27.1 25.2 51.9

@@ -68,6 +68,9 @@ def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
         (["--dtype", "complex64"], "dtype"),
         (["--batch-size", "-3"], "at least 1"),
         (["--tasks", "recall_perplexity,squad"], "alone"),
+        (["--tasks", "recall_perplexity", "--workers", "2"], "no --workers"),
+        (["--text", "notes.txt"], "recall_perplexity"),
+        (["--tasks", "qa_squad", "--passages", "/nowhere", "--cut-with", "shipped"], "leaves documents whole"),
         (["--unknown-option"], "unrecognized"),
     ],
 )
@@ -132,6 +135,12 @@ def test_recall_perplexity(model, tmp_path, capsys):
     counted = sum(record["tokens"] for record in found if record["by"] == "all")
     assert counted == 2 * 1024
     assert "already holds" in refusal(capsys, [*command, "--output", str(tmp_path / "run")])
+    before = (tmp_path / "run" / "perplexity.json").read_bytes()
+    assert main([*command, "--output", str(tmp_path / "run"), "--resume"]) == 0
+    assert (tmp_path / "run" / "perplexity.json").read_bytes() == before
+    capsys.readouterr()
+    other = [*command[:-1], "1", "--output", str(tmp_path / "run"), "--resume"]
+    assert "another measurement" in refusal(capsys, other)
 
 
 def test_demo_writes_table_figures_and_page(model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, read_run, run
 from jrt.evaluate.engine import answer, batches, encode, prompt_limit
-from jrt.evaluate.errors import MODES, error_mode, share
 from jrt.evaluate.results import comparisons
 
 PAGES = PROTOCOLS["pages-512"]
@@ -214,7 +214,10 @@ def test_two_runs_into_one_folder_at_once_are_refused(pages, tmp_path):
         ({"tasks": ("squat",)}, "unknown task 'squat'"),
         ({"strategies": ("thrice",)}, "unknown strategy"),
         ({"strategies": ("once", "once")}, "named twice"),
-        ({"strategies": ("0-shot",)}, "once"),
+        ({"strategies": ("0-shot",)}, "1 to 16 examples"),
+        ({"passages": Path("/nowhere")}, "no task reads it"),
+        ({"data": Path("/nowhere")}, "no task reads it"),
+        ({"cut_with": "shipped", "tasks": ("qa_squad",), "protocol": "full"}, "leaves documents whole"),
         ({"protocol": "w1-a1"}, "unknown protocol"),
         ({"protocol": "jrt-table1"}, "is not for reference_pages"),
         ({"limit": 0}, "limit"),
@@ -239,17 +242,6 @@ def test_models_and_devices_that_cannot_be_had_are_refused(models, tmp_path):
         open_subject(ModelSpec(str(tmp_path / "empty")))
 
 
-def test_few_shot_prompts_show_other_items_with_their_answers(tmp_path, models):
-    mirror = fixtures.write(tmp_path / "mirror", count=5)
-    request = Request((ModelSpec(models["causal"]),), ("squad",), ("once", "2-shot"), "full", data=mirror)
-    chosen = plan(request)
-    once, shots = (chosen.items(cell).items for cell in chosen.cells())
-    assert shots[4].prompt.endswith(once[4].prompt) and shots[4].answers == once[4].answers
-    assert shots[4].prompt.startswith(
-        f"{once[0].prompt} {once[0].answers[0]}\n\n{once[1].prompt} {once[1].answers[0]}\n\n"
-    )
-
-
 def test_prompts_that_a_limit_cut_are_counted(tmp_path, models):
     mirror = fixtures.write(tmp_path / "mirror", count=3, sentences=60)
     request = Request((ModelSpec(models["gpt2"]),), ("squad",), ("twice",), "full", limit=2, data=mirror)
@@ -257,27 +249,6 @@ def test_prompts_that_a_limit_cut_are_counted(tmp_path, models):
     assert record["truncated"] == 2 and record["prompt_tokens"] == 1024 - 48
     layers, width, floats = 2, 32, 4
     assert record["state_bytes"] == 2 * layers * width * floats * (1024 - 48)
-
-
-def test_error_modes_cover_all_wrong_answers():
-    texts = [
-        ("", 0),
-        ("the the the", 0),
-        ("of oil and gas of oil and gas", 0),
-        ("Paris", 0),
-        ("London", 1),
-        ("a b a c", 0),
-    ]
-    rows = [{"prediction": text, "score": score} for text, score in texts]
-    assert [error_mode(row) for row in rows] == [
-        "no_answer",
-        "repetition",
-        "repetition",
-        "irrelevant",
-        None,
-        "irrelevant",
-    ]
-    assert sum(share(rows, mode) for mode in MODES) == pytest.approx(5 / 6)
 
 
 def test_comparisons_pair_the_same_items():

@@ -136,6 +136,8 @@ def test_collect_writes_every_file(tmp_path):
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no finished run"):
         collect([tmp_path / "out"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no run holds a cell of Table 2: .*fda under jrt-table2-512"):
+        collect([tmp_path / "runs"], tmp_path / "out", "table2")
     with pytest.raises(ValueError, match="unknown layout"):
         collect([tmp_path / "runs"], tmp_path / "out", "table99")
 

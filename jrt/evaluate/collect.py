@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
+from jrt_recall.errors import error_kind
 from jrt_recall.fixtures import SOURCE as GENERATED
 
 from jrt.evaluate import plots
-from jrt.evaluate.errors import share
 from jrt.evaluate.files import write_text
 from jrt.evaluate.folder import RESULTS, cell_of, read_run
 from jrt.evaluate.plan import Cell
@@ -114,7 +114,7 @@ def layout_rows(layout: Table, found: Collected) -> tuple[tuple[str, ...], list[
             value = None
             if cell in cells:
                 score = column.measure == "score"
-                value = 100 * (cells[cell]["score"] if score else share(predictions[cell], column.measure))
+                value = 100 * (cells[cell]["score"] if score else _share(predictions[cell], column.measure))
                 comparable = comparable and not cells[cell]["source"].startswith(GENERATED)
             measured.append(value)
             shown.append(_beside(value, None if paper is None else paper[index]))
@@ -126,6 +126,9 @@ def layout_rows(layout: Table, found: Collected) -> tuple[tuple[str, ...], list[
             whole = None not in measured
             shown.append(_beside(_mean(measured) if whole else None, None if paper is None else _mean(paper)))
         lines.append([model, *shown])
+    if not lines:
+        wanted = ", ".join(sorted({f"{column.task} under {column.protocol}" for column in layout.columns}))
+        raise ValueError(f"no run holds a cell of {layout.title.split(':')[0]}: it is made of {wanted}")
     labels = [column.label for column in layout.columns]
     if layout.columns[0].measure == "score":
         labels.append("average")
@@ -178,6 +181,11 @@ def _plain_rows(records: Sequence[dict]) -> list[list[str]]:
 def _beside(measured: float | None, published: float | None) -> str:
     text = "-" if measured is None else f"{measured:.1f}"
     return text if published is None else f"{text} ({published:.1f})"
+
+
+def _share(rows: Sequence[dict], kind: str) -> float:
+    """Of all rows, right ones included, those that are wrong in that way."""
+    return _mean([error_kind(row["prediction"], row["answers"]) == kind for row in rows])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,9 +7,11 @@ a pair's count in all other sequences of the text, so the bins are not the paper
 Shapes: B sequences, T their tokens.
 """
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,21 +44,44 @@ def texts(path: Path | None) -> list[str]:
 
 
 def run(
-    specs: Sequence[ModelSpec], documents: Sequence[str], output: Path, limit: int | None = None, batch_size: int = 16
+    specs: Sequence[ModelSpec],
+    documents: Sequence[str],
+    output: Path,
+    limit: int | None = None,
+    batch_size: int = 16,
+    resume: bool = False,
 ) -> list[dict]:
-    """Measures all models on the same text and writes RESULT and a manifest to `output`, an empty or new folder.
+    """Measures all models on the same text into the folder `output`: RESULT, written after each model, and a manifest.
 
-    limit: at most that many sequences. Raises ValueError for a text shorter than one sequence."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} already holds something: choose another folder")
-    records = []
+    limit: at most that many sequences; resume: go on after the models that the folder holds. Raises ValueError for a text
+    shorter than one sequence, and for a folder that holds something else."""
+    identity = {
+        "models": [asdict(spec) for spec in specs],
+        "text": digest({"text": document} for document in documents),
+        "limit": limit,
+    }
+    records = _held(output, identity, resume)
     for spec in specs:
+        if any(record["model"] == spec.name for record in records):
+            continue
         subject = open_subject(spec)
         records += [{"model": spec.name, **found} for found in measure(subject, documents, limit, batch_size)]
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / RESULT, records)
-    sha256 = digest({"text": document} for document in documents)
-    write_json(output / MANIFEST, {"models": [spec.name for spec in specs], "text": sha256, "versions": versions()})
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / MANIFEST, {"identity": identity, "versions": versions()})
+        write_json(output / RESULT, records)
+    return records
+
+
+def _held(output: Path, identity: dict, resume: bool) -> list[dict]:
+    """The records of the same measurement that a folder holds."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return []
+    files = [output / RESULT, output / MANIFEST]
+    if not resume or not all(file.is_file() for file in files):
+        raise ValueError(f"{output} already holds something: add --resume to go on with it, or choose another folder")
+    records, manifest = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    if manifest.get("identity") != identity:
+        raise ValueError(f"{output} holds another measurement: choose another folder")
     return records
 
 

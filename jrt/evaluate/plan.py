@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from jrt_recall import TASKS, Protocol, TaskItems, items, strategy_named
+from jrt_recall import PUBLISHED, TASKS, Protocol, TaskItems, items, strategy_named
 from jrt_recall.protocols import cells as protocols_of
-from jrt_recall.strategies import ONCE, Strategy
 
-from jrt.evaluate.shots import few_shot, shots_named
 from jrt.evaluate.subjects import ModelSpec, open_tokenizer
 
-RECALL_PREFIX = "recall_"
+RECALL_PREFIX, PASSAGES_PREFIX = "recall_", "qa_"
 
 
 class Cell(NamedTuple):
@@ -91,27 +89,31 @@ def plan(request: Request) -> Plan:
             raise ValueError(f"name at least one {kind}")
         if len(set(names)) < len(names):
             raise ValueError(f"the same {kind} is named twice: {', '.join(names)}")
-    wanted = []
-    for name in request.tasks:
-        task = task_named(name)
-        for protocol in protocols_of(request.protocol, task):
-            wanted.extend((task, protocol, _strategy(strategy)) for strategy in request.strategies)
+    tasks = [task_named(name) for name in request.tasks]
+    _check_folders(request, tasks)
+    strategies = [strategy_named(name) for name in request.strategies]
+    wanted = [
+        (task, protocol, strategy)
+        for task in tasks
+        for protocol in protocols_of(request.protocol, task)
+        for strategy in strategies
+    ]
     for spec in request.models:
         open_tokenizer(spec.name)
     questions = {}
-    for task, protocol, (strategy, shots) in wanted:
-        folder = request.passages if task.startswith("qa_") else request.data
+    for task, protocol, strategy in wanted:
+        folder = request.passages if task.startswith(PASSAGES_PREFIX) else request.data
         found = items(task, strategy, protocol, request.cut_with, request.limit, request.seed, folder)
-        if shots:
-            found = few_shot(found, shots)
         questions[task, found.strategy, found.protocol.name] = found
     return Plan(request, questions)
 
 
-def _strategy(name: str) -> tuple[Strategy, int]:
-    """A reading strategy, and how many examples come first."""
-    shots = shots_named(name)
-    return (strategy_named(name), 0) if shots is None else (ONCE, shots)
+def _check_folders(request: Request, tasks: list[str]) -> None:
+    """A folder that no task reads is a mistake in the request."""
+    if request.passages is not None and not any(task.startswith(PASSAGES_PREFIX) for task in tasks):
+        raise ValueError("a folder of passages is named, but no task reads it: qa_squad, qa_nq ... do")
+    if request.data is not None and not any(task in PUBLISHED for task in tasks):
+        raise ValueError(f"a mirror folder is named, but no task reads it: {', '.join(PUBLISHED)} do")
 
 
 def task_named(name: str) -> str:
