@@ -247,9 +247,12 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     def _checked_prefix(self, prefix_length, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
         if prefix_length is None:
             return None
-        if prefix_length.shape != input_ids.shape[:1]:
-            expected = (input_ids.shape[0],)
-            raise ValueError(f"prefix_length has shape {tuple(prefix_length.shape)}; expected (B,) = {expected}")
+        expected = f"expected a tensor of integers of shape (B,) = ({input_ids.shape[0]},)"
+        if not isinstance(prefix_length, Tensor):
+            raise ValueError(f"prefix_length is a {type(prefix_length).__name__}; {expected}")
+        if prefix_length.shape != input_ids.shape[:1] or prefix_length.is_floating_point():
+            shape = tuple(prefix_length.shape)
+            raise ValueError(f"prefix_length has shape {shape} and dtype {prefix_length.dtype}; {expected}")
         own = input_ids.shape[1] if mask is None else mask.sum(1)
         if bool(((prefix_length < 0) | (prefix_length > own)).any()):
             raise ValueError("prefix_length counts each row's own tokens: expected between 0 and the row's length")

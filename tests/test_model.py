@@ -257,6 +257,8 @@ BAD = [
     (lambda ids: dict(input_ids=ids, attention_mask=(torch.arange(LENGTH) < 30).expand(3, -1)), "left padding"),
     (lambda ids: dict(input_ids=ids, attention_mask=torch.zeros(3, LENGTH)), "all padding"),
     (lambda ids: dict(input_ids=ids, prefix_length=torch.tensor([5])), "prefix_length has shape"),
+    (lambda ids: dict(input_ids=ids, prefix_length=torch.full((len(ids),), 5.0)), "expected a tensor of integers"),
+    (lambda ids: dict(input_ids=ids, prefix_length=5), "prefix_length is a int"),
     (lambda ids: dict(input_ids=ids, prefix_length=torch.tensor([5, 5, 41])), "own tokens"),
     (lambda ids: dict(input_ids=ids, labels=ids[:, 1:]), "labels have shape"),
     (lambda ids: dict(input_ids=ids, inputs_embeds=torch.zeros(1)), "inputs_embeds"),

@@ -179,6 +179,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         (dict(mask=torch.ones(2, 5)), "torch.bool"),
         (dict(log_decay=torch.zeros(2)), "expected \\(H,\\)"),
         (dict(initial_state=State(torch.zeros(2, 3, 44, 12), torch.zeros(2, 3, 44))), "another model"),
+        (dict(initial_state=(torch.zeros(2, 3, 45, 12), torch.zeros(2, 3, 45))), "expected a jrt.ops.State"),
         (dict(backend="magic"), "expected one of"),
         (dict(backend="cuda"), "cannot serve"),
         (dict(k=torch.zeros(2, 0, 3, 8), v=torch.zeros(2, 0, 3, 12), q=torch.zeros(2, 0, 3, 8)), "at least one token"),

@@ -137,6 +137,8 @@ def _check_keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None) -> None:
 
 
 def _check_state(state: State, k: Tensor, v: Tensor) -> None:
+    if not isinstance(state, State):
+        raise ValueError(f"initial_state is a {type(state).__name__}; expected a jrt.ops.State(S, z), or None")
     batch, _, heads, d = k.shape
     expected = (batch, heads, feature_count(d), v.shape[-1])
     if tuple(state.S.shape) != expected or tuple(state.z.shape) != expected[:3]:
