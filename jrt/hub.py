@@ -32,7 +32,7 @@ CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutput
 class RecurrentCache(Cache):
     """transformers' cache interface around one `ModelState`."""
 
-    is_compileable = False
+    is_compileable = is_croppable = False
     is_linear = (False,)  # to `generate`: continuing takes the new tokens only, as many as `get_seq_length` leaves
 
     def __init__(self, state: ModelState | None = None) -> None:
