@@ -191,6 +191,24 @@ def test_a_folder_belongs_to_one_run(models, pages, tmp_path):
         run(renamed, LocalPool(), tmp_path / "weights", resume=True)
 
 
+def test_damaged_folders_are_named(models, pages, tmp_path):
+    folder = tmp_path / "run"
+    run(pages, LocalPool(), folder)
+    assert len(read_run(folder)[2]["versions"]["code"]) == 64
+    whole = (folder / "predictions.jsonl").read_text()
+    (folder / "predictions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:7]))
+    with pytest.raises(ValueError, match=r"rests on 6 answers.*holds 1"):
+        read_run(folder)
+    (folder / "predictions.jsonl").write_text(whole)
+    (folder / "results.json").write_text("[")
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        read_run(folder)
+    (tmp_path / "file").touch()
+    for path, said in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "cannot be made")):
+        with pytest.raises(ValueError, match=said):
+            run(pages, LocalPool(), path)
+
+
 def test_two_runs_into_one_folder_at_once_are_refused(pages, tmp_path):
     refused = []
 

@@ -12,6 +12,7 @@ A folder belongs to one run: another run is refused, the same one goes on where 
 import fcntl
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import IO
 
@@ -37,7 +38,10 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict, resume: bool) -> None:
         self.path = path
         former = _checked(path, manifest["identity"], resume)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be made ({error.strerror}): choose another folder") from error
         self._lock = _locked(path)
         self.rows = _read_predictions(path / PREDICTIONS) if former else []
         self.manifest = {**manifest, "models": (former or {}).get("models", {}), "complete": False}
@@ -90,14 +94,24 @@ def cell_of(row: dict) -> Cell:
 
 
 def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
-    """Records, predictions and manifest of a finished run. Raises ValueError where the folder holds none."""
+    """Records, predictions and manifest of a finished run.
+
+    Raises ValueError where the folder holds none, or files that do not belong together."""
     files = [path / name for name in (RESULTS, PREDICTIONS, MANIFEST)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(
             f"{path} holds no finished run ({', '.join(missing)} absent): go on with `jrt eval ... --resume`"
         )
-    records, manifest = (json.loads(file.read_text(encoding="utf-8")) for file in (files[0], files[2]))
-    return records, _read_predictions(files[1]), manifest
+    records, manifest = _read_json(files[0]), _read_json(files[2])
+    predictions = _read_predictions(files[1])
+    counted = Counter(map(cell_of, predictions))
+    for record in records:
+        if (found := counted[cell_of(record)]) != record["n"]:
+            raise ValueError(
+                f"{path} is damaged: {RESULTS} rests on {record['n']} answers of {record['model']} {record['task']} "
+                f"{record['strategy']}, {PREDICTIONS} holds {found}: go on with `jrt eval ... --resume`"
+            )
+    return records, predictions, manifest
 
 
 def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
@@ -111,10 +125,7 @@ def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
         raise ValueError(
             f"{path} is not empty and holds no run of `jrt eval` ({MANIFEST} absent): choose another folder"
         )
-    try:
-        former = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error.msg}): choose another folder") from error
+    former = _read_json(file)
     identity = json.loads(json.dumps(identity))
     if different := [key for key in identity if former.get("identity", {}).get(key) != identity[key]]:
         raise ValueError(f"{path} holds another run (it differs in {', '.join(different)}): choose another folder")
@@ -122,6 +133,13 @@ def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
         state = "finished" if former.get("complete") else "unfinished"
         raise ValueError(f"{path} holds the same run, {state}: add --resume to go on with it, or choose another folder")
     return former
+
+
+def _read_json(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error.msg}): choose another folder") from error
 
 
 def _locked(path: Path) -> IO[str]:

@@ -4,6 +4,7 @@ Batches are written as they come; everything else is computed from what was writ
 went on elsewhere or was spread over workers ends with the same files.
 """
 
+import hashlib
 import logging
 import platform
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import jrt_recall
 from jrt_recall import contains
 from tqdm import tqdm
 
+import jrt
 from jrt.evaluate.engine import Encoded, Generation, batches, encode, prompt_limit
 from jrt.evaluate.folder import RunFolder
 from jrt.evaluate.plan import Cell, Plan
@@ -136,11 +139,22 @@ def _ordered(plan: Plan, cells: list[Cell], rows: list[dict]) -> dict[Cell, list
 
 
 def versions() -> dict[str, str]:
-    """Versions that a number depends on."""
+    """Versions that a number depends on; `code` names the very sources that ran."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _RECORDED:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
-    return found
+    return {**found, "code": _code_sha256()}
+
+
+def _code_sha256() -> str:
+    """sha256 over the Python and task files of jrt and jrt_recall, by their paths within the packages."""
+    digest = hashlib.sha256()
+    for package in (jrt, jrt_recall):
+        root = Path(package.__file__).parent
+        for file in sorted(file for kind in ("*.py", "*.yaml") for file in root.rglob(kind)):
+            digest.update(f"{package.__name__}/{file.relative_to(root).as_posix()}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
