@@ -126,6 +126,9 @@ def test_batches_hold_each_index_once_and_start_with_the_longest():
     assert batches(rows, 2) == [[1, 3], [4, 0], [2]]
     assert batches(rows, 8, tokens=12) == [[1], [3, 4], [0, 2]]
     assert batches(rows, 8, tokens=5) == [[1], [3], [4], [0, 2]]
+    assert batches(rows, 8, alone=6) == [[1], [3], [4, 0, 2]]
+    alike = [[7, 7, 7, 7, 7, 1], [7, 7, 7, 7, 7, 2], [8] * 6]
+    assert batches(alike, 8, alone=5) == [[0, 1], [2]]
 
 
 def test_a_run_leaves_the_promised_files(models, pages, tmp_path):

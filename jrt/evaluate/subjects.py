@@ -41,13 +41,15 @@ class ModelSpec:
 class Facts:
     """What a result has to say about its model. Lengths in tokens; None: no such bound.
 
-    sha256: over the names, shapes and bytes of all weights, so it does not depend on the file format."""
+    sha256: over the names, shapes and bytes of all weights, so it does not depend on the file format; attends_to_all: some
+    layer looks at all earlier tokens (taken for granted of models that are not ours)."""
 
     name: str
     parameters: int
     sha256: str
     train_length: int | None
     max_length: int | None
+    attends_to_all: bool
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Subject:
             sha256=weights_sha256(self.model),
             train_length=self.model.core.train_length if self.is_ours else bound,
             max_length=None if self.is_ours else bound,
+            attends_to_all=not self.is_ours or self.model.core.has("A"),
         )
 
     @torch.no_grad()
