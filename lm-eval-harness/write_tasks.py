@@ -8,10 +8,10 @@ from pathlib import Path
 from jrt_recall.catalogue import PUBLISHED
 from jrt_recall.passages import TASKS as PASSAGES
 from jrt_recall.protocols import default
+from jrt_recall.super_glue import TASKS as SUPER_GLUE
 
 FOLDER = Path(__file__).parent / "jrt_recall" / "tasks"
 READINGS = {"": "once", "_twice": "twice", "_n_times": "n_times", "_question_first": "question_first"}
-SUPER_GLUE = ("boolq", "cb", "copa", "multirc", "record", "sglue_rte", "wic", "wsc")
 
 BASE = """\
 # What all recall tasks share. Each row of the data is a finished prompt with its answers (jrt_recall/hooks.py).
@@ -52,6 +52,29 @@ metric_list:
     higher_is_better: true
 """
 
+RECORD = """\
+# SuperGLUE's record as upstream has it, without its import of a module that transformers 5 dropped.
+task: recall_record
+custom_dataset: !function jrt_recall.super_glue.documents
+dataset_kwargs: {configuration: record}
+output_type: multiple_choice
+training_split: train
+validation_split: validation
+process_docs: !function jrt_recall.super_glue.record_documents
+doc_to_text: !function jrt_recall.super_glue.record_text
+doc_to_target: !function jrt_recall.super_glue.record_target
+doc_to_choice: !function jrt_recall.super_glue.record_choices
+process_results: !function jrt_recall.super_glue.record_score
+metric_list:
+  - metric: f1
+    aggregation: mean
+    higher_is_better: true
+  - metric: em
+    aggregation: mean
+    higher_is_better: true
+metadata: {version: 2.0}
+"""
+
 
 def task_file(name: str, recall_task: str, reading: str, protocol: str, tag: str) -> str:
     """The text of one task file."""
@@ -72,11 +95,17 @@ def task_files() -> dict[str, str]:
         family = "recall" if task in PUBLISHED else ("recall_pages" if task == "reference_pages" else "recall_passages")
         for suffix, reading in READINGS.items():
             files[f"{name}{suffix}.yaml"] = task_file(f"{name}{suffix}", task, reading, protocol, f"{family}{suffix}")
-    members = "".join(f"  - {task}\n" for task in SUPER_GLUE)
+    members = "".join(
+        f"  - task: {task}\n    custom_dataset: !function jrt_recall.super_glue.documents\n"
+        f"    dataset_kwargs: {{configuration: {configuration}}}\n"
+        for configuration, task in SUPER_GLUE.items()
+    )
     files["recall_super_glue.yaml"] = (
-        "# SuperGLUE with upstream's tasks and prompts; the paper's tables use 0, 1 and 5 shots (--num_fewshot).\n"
+        "# SuperGLUE with upstream's tasks, prompts and metrics, from the mirror or the hub (jrt_recall/super_glue.py);\n"
+        "# the paper's tables use 0, 1 and 5 shots (--num_fewshot).\n"
         f"group: recall_super_glue\ntask:\n{members}metadata: {{version: 1.0}}\n"
     )
+    files["recall_record.yaml"] = RECORD
     return files
 
 

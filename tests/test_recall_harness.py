@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, passages, task_folder
+from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, passages, super_glue, task_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lm-eval-harness"
@@ -63,6 +62,7 @@ def test_task_files_are_those_the_tables_make():
 def test_every_task_loads_and_asks_what_items_asks(sources):
     names = [name for name in manager().all_subtasks if "pages_1024" not in name and "pages_2048" not in name]
     expected = {f"recall_{task}" for task in PUBLISHED} | {"recall_reference_pages_512", *passages.TASKS}
+    names.remove("recall_record")
     assert {name for name in names if not name.endswith(("_twice", "_n_times", "_question_first"))} == expected
     loaded = manager(n=4, max_items=3).load(names)["tasks"]
     assert len(loaded) == 4 * len(expected)
@@ -173,13 +173,38 @@ def test_the_command_adds_the_include_path_and_nothing_else(capsys, monkeypatch)
         harness.arguments(["--gen_kwargs=max_gen_toks=9", "--tasks", "a"])
 
 
-def test_super_glue_names_upstream_tasks():
-    import lm_eval
+def test_super_glue_is_upstream_with_documents_from_the_mirror(tmp_path, monkeypatch):
+    """All eight tasks, few-shot and offline: prompts and choices are those of upstream's own files."""
+    from lm_eval.tasks import TaskManager
 
-    group = yaml.safe_load((task_folder() / "recall_super_glue.yaml").read_text(encoding="utf-8"))
-    files = (Path(lm_eval.__file__).parent / "tasks" / "super_glue").rglob("default.yaml")
-    upstream = {line.split(":")[1].strip(' "\n') for file in files for line in file.open() if line.startswith("task:")}
-    assert len(group["task"]) == 8 and set(group["task"]) <= upstream
+    monkeypatch.setenv("JRT_DATA", str(fixtures.write_super_glue(tmp_path)))
+    found = TaskManager(include_path=str(task_folder())).load(["recall_super_glue"])["tasks"]
+    assert set(found) == set(super_glue.TASKS.values()) and len(found) == 8
+    for task in found.values():
+        task.set_config("num_fewshot", 2)
+        task.build_all_requests(limit=2, rank=0, world_size=1)
+        contexts = [request.args[0] for request in task.instances if request.doc_id == 1]
+        choices = task.doc_to_choice(task.eval_docs[1])
+        assert len(contexts) == len(choices) >= 2
+        assert contexts[0].count("\n\n") >= 2 and task.doc_to_text(task.eval_docs[1]) in contexts[0]
+    (tmp_path / "super_glue" / "cb" / "train.jsonl").write_text('{"premise": "a"}\n')
+    with pytest.raises(ValueError, match="cb: the train split lacks hypothesis, label"):
+        super_glue.documents("cb")
+
+
+def test_record_is_upstreams_task():
+    """Its prompts, and its scores against SQuAD's metric, worked out by hand."""
+    doc = {"passage": "Ann met Bob.\n@highlight\nIt rained\n@highlight\nIt was May ", "query": "Then @placeholder left"}
+    doc |= {"entities": ["Ann Lee", "Bob", "The Bob!"], "answers": ["Ann B. Lee", "bob"]}
+    assert super_glue.record_text(doc) == "Ann met Bob.\n\n  - It rained.\n  - It was May.\n"
+    assert super_glue.record_choices(doc)[1] == "  - Then Bob left"
+    assert super_glue.record_target(doc) == "  - Then Ann B. Lee left"
+
+    def scored(*likelihoods: float) -> dict:
+        return super_glue.record_score(doc, [(likelihood, False) for likelihood in likelihoods])
+
+    assert scored(-1, -2, -3) == {"f1": 2 * 2 / 5, "em": 0.0}
+    assert scored(-3, -1, -2) == scored(-3, -2, -1) == {"f1": 1.0, "em": 1.0}
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -8,7 +8,8 @@ import random
 from pathlib import Path
 
 from .catalogue import PUBLISHED, published_task
-from .data import store
+from .data import canonical_lines, store
+from .super_glue import COLUMNS, SPLITS
 
 SOURCE = "generated fixtures"
 _SYLLABLES = ("ba", "del", "ki", "lor", "men", "na", "os", "per", "qui", "ros", "sta", "tul", "ver", "wen", "zo")
@@ -40,6 +41,45 @@ def write(folder: str | Path, count: int = 24, seed: int = 0, sentences: int = 4
     for task in PUBLISHED:
         store(task, documents(task, count, seed, sentences), f"{SOURCE} (seed {seed})", folder)
     return Path(folder)
+
+
+def write_super_glue(folder: str | Path, count: int = 6, seed: int = 0) -> Path:
+    """A mirror folder with generated documents for SuperGLUE's eight tasks, `count` in each split (see `super_glue`)."""
+    for configuration in COLUMNS:
+        place = Path(folder) / "super_glue" / configuration
+        place.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            generator = random.Random(f"{configuration}/{split}/{seed}")
+            rows = [_super_glue_row(configuration, number, generator) for number in range(count)]
+            (place / f"{split}.jsonl").write_text(canonical_lines(rows), encoding="utf-8", newline="\n")
+    return Path(folder)
+
+
+def _super_glue_row(configuration: str, number: int, generator: random.Random) -> dict:
+    first, second, third = (_sentence(generator) for _ in range(3))
+    label = {"idx": number, "label": number % (3 if configuration == "cb" else 2)}
+    names = [_name(generator) for _ in range(3)]
+    match configuration:
+        case "boolq":
+            return {"question": second[:-1].lower(), "passage": first, **label}
+        case "cb" | "rte":
+            return {"premise": first, "hypothesis": second[:-1], **label}
+        case "copa":
+            asked = ("cause", "effect")[number % 2]
+            return {"premise": first, "choice1": second, "choice2": third, "question": asked, **label}
+        case "multirc":
+            return {"paragraph": f"{first} {second}", "question": "Who came?", "answer": names[0], **label}
+        case "record":
+            passage = f"{names[0]} met {names[1]}. {first}\n@highlight\n{second}\n@highlight\n{third}"
+            return {"passage": passage, "query": "Later @placeholder left.", "entities": names, "answers": names[:1]}
+        case "wic":
+            sentences = {"sentence1": f"The clock {first}", "sentence2": f"A clock {second}"}
+            places = {"start1": 4, "end1": 9, "start2": 2, "end2": 7}
+            return {"word": "clock", **sentences, **places, **label}
+        case "wsc.fixed":
+            spans = {"span1_index": 0, "span1_text": names[0].split()[0], "span2_index": 3, "span2_text": "she"}
+            return {"text": f"{names[0]} said she {first.lower()}", **spans, **label}
+    raise AssertionError(configuration)
 
 
 def _name(generator: random.Random) -> str:

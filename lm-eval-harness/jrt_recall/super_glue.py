@@ -1,0 +1,118 @@
+"""SuperGLUE's documents for upstream's tasks: from the mirror folder where it holds them, else from the hub.
+
+Upstream's task files name a dataset of the hub and nothing else; `recall_super_glue` gives each of its members this
+module as `custom_dataset`, lm-eval's own hook, so that prompts, choices and metrics stay upstream's. In the mirror,
+`super_glue/CONFIGURATION/SPLIT.jsonl` holds a split.
+
+One task has its own file: upstream's `record` imports squad metrics that transformers 5 no longer has, so it cannot be
+loaded. `recall_record` is the same task with the functions below.
+"""
+
+import re
+import string
+from collections import Counter
+from pathlib import Path
+
+from .data import MissingDataset, mirror_folder, read_lines
+
+DATASET = "aps/super_glue"
+COLUMNS = {
+    "boolq": ("question", "passage", "label"),
+    "cb": ("premise", "hypothesis", "label"),
+    "copa": ("premise", "choice1", "choice2", "question", "label"),
+    "multirc": ("paragraph", "question", "answer", "label"),
+    "record": ("passage", "query", "entities", "answers"),
+    "rte": ("premise", "hypothesis", "label"),
+    "wic": ("sentence1", "sentence2", "start1", "end1", "label"),
+    "wsc.fixed": ("text", "span1_text", "span2_index", "span2_text", "label"),
+}
+"""The configurations that the eight tasks read, and the columns that upstream's prompts read of them."""
+SPLITS = ("train", "validation")
+TASKS = {name: {"record": "recall_record", "rte": "sglue_rte", "wsc.fixed": "wsc"}.get(name, name) for name in COLUMNS}
+"""Configurations and the names of their tasks, upstream's but for `recall_record`."""
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def documents(configuration: str, data: str | Path | None = None, **metadata):
+    """lm-eval's `custom_dataset`: both splits of a configuration. data: mirror folder, else the one JRT_DATA names.
+
+    Raises MissingDataset where they are neither there nor on the hub, ValueError for a missing column."""
+    from datasets import Dataset
+
+    if configuration not in COLUMNS:
+        raise ValueError(f"unknown configuration {configuration!r}: choose one of {', '.join(COLUMNS)}")
+    mirror = mirror_folder(data)
+    folder = None if mirror is None else mirror / "super_glue" / configuration
+    if folder is None or not folder.is_dir():
+        found = _from_hub(configuration)
+    else:
+        found = {split: Dataset.from_list(read_lines(folder / f"{split}.jsonl")) for split in SPLITS}
+    for split in SPLITS:
+        if missing := [column for column in COLUMNS[configuration] if column not in found[split].column_names]:
+            raise ValueError(f"{configuration}: the {split} split lacks {', '.join(missing)}")
+    return found
+
+
+def _from_hub(configuration: str):
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return datasets.load_dataset(DATASET, configuration)
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise MissingDataset(
+            f"{configuration}: {DATASET} could not be read from the hub ({reason}). Without network, put its splits at "
+            f"$JRT_DATA/super_glue/{configuration}/train.jsonl and validation.jsonl"
+        ) from error
+
+
+# recall_record: a passage with its highlights, and a query whose placeholder takes the entity
+
+
+def record_documents(dataset):
+    """lm-eval's `process_docs`: entities and answers once each, sorted."""
+    return dataset.map(
+        lambda doc: {"entities": sorted(set(doc["entities"])), "answers": sorted(set(doc["answers"]))},
+    )
+
+
+def record_text(doc: dict) -> str:
+    """The passage, an empty line, and each highlight as a bullet."""
+    passage, *highlights = doc["passage"].strip().split("\n@highlight\n")
+    return f"{passage}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
+
+
+def record_choices(doc: dict) -> list[str]:
+    """The query as a bullet, with each entity in turn."""
+    return [_record_answer(doc, entity) for entity in doc["entities"]]
+
+
+def record_target(doc: dict) -> str:
+    """The bullet of the first answer."""
+    return _record_answer(doc, doc["answers"][0])
+
+
+def record_score(doc: dict, results: list[tuple[float, bool]]) -> dict:
+    """lm-eval's `process_results`: token F1 and exact match of the likeliest entity with the nearest answer."""
+    likelihoods = [likelihood for likelihood, _ in results]
+    chosen = _words(doc["entities"][likelihoods.index(max(likelihoods))])
+    answers = [_words(answer) for answer in doc["answers"]]
+    return {"f1": max(_f1(chosen, answer) for answer in answers), "em": float(chosen in answers)}
+
+
+def _record_answer(doc: dict, entity: str) -> str:
+    return f"  - {doc['query']}".replace("@placeholder", entity)
+
+
+def _words(text: str) -> list[str]:
+    """Words in lower case, without punctuation and articles, as SQuAD compares them."""
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _f1(first: list[str], second: list[str]) -> float:
+    if not first or not second:
+        return float(first == second)
+    common = sum((Counter(first) & Counter(second)).values())
+    return 2 * common / (len(first) + len(second))
