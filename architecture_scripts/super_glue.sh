@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# SuperGLUE, 5-shot, through upstream's tasks; continuations never reach the prefix encoder.
-# The published numbers were measured with it reading them: `-- --model_args-extra compat=released` is that way.
+# Table 8: SuperGLUE, 5-shot (`-- --num_fewshot 0` for other numbers of examples), through upstream's tasks.
+# Continuations never reach the prefix encoder. The published numbers were measured with it reading them:
+# `-- --model_args-extra compat=released` is that way. Table 9: the 1.3B models, and `jrt report --layout table9`.
 set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 
@@ -15,3 +16,4 @@ for model in ${models//,/ }; do
     --batch_size "$batch_size" --device "$device" --output_path "$output/super_glue/$(basename "$model")" \
     ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
 done
+step jrt report "$output/super_glue" --layout table8

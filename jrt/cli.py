@@ -228,15 +228,20 @@ def _add_report(commands) -> None:
     parser.add_argument("--output", type=Path, help="folder (default: the first run's)")
     parser.add_argument(
         "--layout",
-        help="table1, 2, 3, 4, 13 or 14 of the paper, published values beside measured ones",
+        help="table1, 2, 3, 4, 8, 9, 13 or 14 of the paper, published values beside measured ones",
     )
     parser.set_defaults(command=_report)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from jrt.evaluate import collect
+    from jrt.evaluate import collect, super_glue
+    from jrt.published import SUPER_GLUE_TABLES
 
     output = arguments.output or arguments.runs[0]
+    if arguments.layout in SUPER_GLUE_TABLES:
+        print(super_glue.collect(arguments.runs, output, arguments.layout))
+        print(f"written to {output}: {', '.join(super_glue.FILES)}")
+        return
     print(collect.collect(arguments.runs, output, arguments.layout))
     print(f"\nwritten to {output}: {', '.join(collect.FILES)}")
 

@@ -1,4 +1,4 @@
-"""The paper's tables of recall (arXiv 2407.05483, version of July 9, 2024), as printed, in percent.
+"""The paper's tables of recall and of SuperGLUE (arXiv 2407.05483, version of July 9, 2024), as printed, in percent.
 
 A row is named by the last part of the model's hub id where the authors released one (`hazyresearch/JRT-360M-30B`,
 `fla-hub/gla-1.3B-100B`, `state-spaces/mamba-1.4b`), in lower case. Only the paper's own tasks, windows and metric may stand
@@ -170,13 +170,82 @@ TABLES = {
 """All tables by the names that `jrt report --layout` takes."""
 
 
+class Choices(NamedTuple):
+    """A table of SuperGLUE: columns as (label, task, metric) of lm-eval; rows by model and number of examples."""
+
+    title: str
+    columns: tuple[tuple[str, str, str], ...]
+    rows: dict[tuple[str, int], tuple[float, ...]]
+
+
+def _choices(text: str) -> dict[tuple[str, int], tuple[float, ...]]:
+    lines = (line.split() for line in text.strip().splitlines())
+    return {(model, int(shots)): tuple(map(float, values)) for model, shots, *values in lines}
+
+
+_RECORD = (("ReCoRD F1", "recall_record", "f1"), ("ReCoRD EM", "recall_record", "em"))
+_SUPER_GLUE = (
+    ("BoolQ", "boolq", "acc"),
+    ("CB acc", "cb", "acc"),
+    ("CB F1", "cb", "f1"),
+    ("COPA", "copa", "acc"),
+    ("MultiRC", "multirc", "acc"),
+    *_RECORD,
+    ("RTE", "sglue_rte", "acc"),
+    ("WiC", "wic", "acc"),
+    ("WSC", "wsc", "acc"),
+)
+
+TABLE8 = Choices(
+    "Table 8: SuperGLUE, 360M models",
+    _SUPER_GLUE,
+    _choices("""
+jrt-360m-30b   0 49.2 33.9 17.4 65.0 57.2 16.5 15.8 53.1 50.0 37.5
+jrt-360m-30b   1 46.5 37.5 26.9 65.0 51.9 18.9 18.1 46.2 46.6 55.8
+jrt-360m-30b   5 49.1 44.6 30.5 71.0 56.3 26.7 25.8 48.0 50.5 50.0
+based-360m-30b 0 57.6 32.1 21.7 65.0 57.2 17.4 17.0 54.5 50.0 36.5
+based-360m-30b 1 54.9 35.7 25.7 70.0 55.3 21.8 21.1 48.0 48.1 55.8
+based-360m-30b 5 53.5 53.6 36.7 76.0 56.4 25.3 24.4 50.5 53.6 51.0
+attn-360m-30b  0 59.3 41.1 24.1 68.0 57.2 14.6 14.2 54.9 50.0 36.5
+attn-360m-30b  1 54.9 37.5 26.9 70.0 54.2 21.1 20.4 43.7 46.4 53.8
+attn-360m-30b  5 49.1 46.4 30.9 68.0 55.2 23.7 23.0 52.7 51.1 52.9
+mamba-360m-30b 0 56.4 35.7 25.8 68.0 57.2 27.2 26.6 53.4 50.0 36.5
+mamba-360m-30b 1 51.1 41.1 28.5 70.0 52.3 25.8 25.1 50.2 46.4 55.8
+mamba-360m-30b 5 50.0 51.8 34.8 70.0 54.5 23.2 22.5 46.9 50.3 51.0
+"""),
+)
+
+TABLE9 = Choices(
+    "Table 9: SuperGLUE, 1.3B models",
+    tuple(column for column in _SUPER_GLUE if column not in _RECORD),
+    _choices("""
+jrt-1b-50b   0 57.4 33.9 22.4 74.0 57.2 52.7 50.0 36.5
+jrt-1b-50b   5 52.1 50.0 34.5 75.0 53.9 49.8 50.0 55.8
+based-1b-50b 0 55.1 41.1 19.4 71.0 56.8 53.1 50.0 53.8
+based-1b-50b 5 52.5 50.0 33.7 75.0 51.4 49.1 53.1 53.8
+attn-1b-50bn 0 57.6 41.1 28.8 72.0 56.0 54.2 50.0 53.8
+attn-1b-50bn 5 54.8 41.1 26.2 73.0 51.7 57.4 50.3 47.1
+mamba-1b-50b 0 54.8 25.0 25.2 73.0 56.4 51.3 50.0 40.4
+mamba-1b-50b 5 55.6 53.6 45.5 75.0 53.7 53.8 51.7 56.7
+"""),
+)
+
+SUPER_GLUE_TABLES = {"table8": TABLE8, "table9": TABLE9}
+"""Tables whose measured values come from lm-eval's own results (`jrt report --layout table8`)."""
+
+
 def published_row(table: Table, model: str) -> tuple[float, ...] | None:
     """The paper's numbers for a model by hub id or folder, None where the paper has none.
 
     A label in brackets says how it was computed; the rule for short prompts in it chooses the row where a table has several."""
-    name, _, label = model.rstrip("/").rsplit("/", 1)[-1].lower().partition(" [")
-    name = name.removesuffix("-hf")
+    name, _, label = model.partition(" [")
+    name = row_name(name)
     for word in label.rstrip("]").split(", "):
         if f"{name}[{word}]" in table.rows:
             return table.rows[f"{name}[{word}]"]
     return table.rows.get(name)
+
+
+def row_name(model: str) -> str:
+    """How the tables here name a model that is given by hub id or folder."""
+    return model.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-hf")

@@ -8,13 +8,13 @@ from html.parser import HTMLParser
 import pytest
 from jrt_recall import PROTOCOLS
 
-from jrt.evaluate import plots
+from jrt.evaluate import plots, super_glue
 from jrt.evaluate.collect import FILES, Collected, collect, frame, latex, layout_rows
 from jrt.evaluate.files import json_lines, write_json, write_text
 from jrt.evaluate.perplexity import slices
 from jrt.evaluate.report import marked, page, split_question
 from jrt.evaluate.tables import aligned, size
-from jrt.published import TABLE1, TABLE2, TABLE4, TABLE13, TABLES, published_row
+from jrt.published import TABLE1, TABLE2, TABLE4, TABLE8, TABLE9, TABLE13, TABLES, published_row
 
 NASTY = "<script>alert('x')</script> & <b>"
 
@@ -104,6 +104,24 @@ def test_published_values_stand_beside_measured_ones_of_the_same_model(tmp_path)
 def test_published_values_never_stand_beside_generated_documents(tmp_path):
     write_run(tmp_path / "a", {"hazyresearch/based-1b-50b": {}}, source="generated fixtures (seed 0)")
     assert "(" not in str(layout_rows(TABLE1, Collected([tmp_path / "a"]))[1])
+
+
+def test_super_glue_has_published_values_beside_whole_splits_alone():
+    for table, row in ((TABLE8, ("mamba-360m-30b", 5)), (TABLE8, ("jrt-360m-30b", 1))):
+        mean = sum(table.rows[row]) / len(table.columns)
+        assert mean == pytest.approx({5: 45.5, 1: 41.3}[row[1]], abs=0.05)  # the printed averages
+    assert all(len(row) == len(table.columns) for table in (TABLE8, TABLE9) for row in table.rows.values())
+    results = {task: {"acc,none": 0.5, "f1,none": 0.25, "em,none": 0.125} for task in super_glue.SIZES}
+    found = {
+        "model_name": "hazyresearch/JRT-360M-30B",
+        "config": {"model_args": {"compat": "released"}, "limit": None},
+        "n-shot": dict.fromkeys(super_glue.SIZES, 5) | {"recall_super_glue": 0},
+        "n-samples": {task: {"effective": size} for task, size in super_glue.SIZES.items()} | {"wic": {"effective": 6}},
+        "results": results,
+    }
+    header, rows = super_glue.table_rows(TABLE8, [found])
+    assert rows[0][:4] == ["hazyresearch/JRT-360M-30B [released]", "5", "50.0 (49.1)", "50.0 (44.6)"]
+    assert dict(zip(header, rows[0], strict=True))["WiC"] == "50.0"
 
 
 def test_error_modes_come_from_predictions(tmp_path):

@@ -47,6 +47,19 @@ def test_wrong_arguments_are_one_line(script, tmp_path):
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done
 
 
+def test_super_glue_end_to_end(model, tmp_path):
+    mirror = fixtures.write_super_glue(tmp_path / "mirror", count=3)
+    script = str(ROOT / "architecture_scripts" / "super_glue.sh")
+    options = ["--models", model, "--limit", "2", "--device", "cpu", "--", "--num_fewshot", "1"]
+    done = typed("bash", script, str(tmp_path / "runs"), *options, JRT_DATA=str(mirror))
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("Table 8") :].splitlines()
+    assert table[3].split()[:2] == ["model", "shots"] and "random-jrt, first 2" in table[5]
+    cells = table[5].split("first 2")[1].split()
+    assert cells[0] == "1" and len(cells) == 11 and not set(cells) & {"-"}
+    assert all(float(cell) in (0.0, 50.0, 100.0) for cell in cells[1:3])
+
+
 def test_table_1_end_to_end_and_the_notebook_of_its_runs(model, shared, tmp_path):
     import nbformat
     from nbclient import NotebookClient

@@ -18,7 +18,7 @@ from jrt.evaluate.plan import Cell
 from jrt.evaluate.report import page, table
 from jrt.evaluate.results import comparisons
 from jrt.evaluate.tables import aligned, protocols_of, results_text
-from jrt.published import TABLES, Table, published_row
+from jrt.published import SUPER_GLUE_TABLES, TABLES, Table, published_row
 
 FILES = (
     "results.csv",
@@ -61,14 +61,8 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     folders: runs, or folders that hold runs. layout: one of the paper's tables; None: tables of what was measured.
     Raises ValueError where a folder holds no finished run, or two runs the same cell."""
     if layout is not None and layout not in TABLES:
-        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TABLES)}")
+        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join((*TABLES, *SUPER_GLUE_TABLES))}")
     found = Collected(runs_in(folders))
-    output.mkdir(parents=True, exist_ok=True)
-    compared = comparisons(found.predictions)
-    write_text(output / "results.csv", _csv(found.records))
-    _write_frame(found.predictions, output / "predictions.parquet")
-    figures = plots.draw(found.records, found.predictions)
-    plots.save(figures, output)
     text = results_text(found.records, protocols_of(found.manifest))
     extra = ""
     if layout is None:
@@ -76,9 +70,17 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     else:
         chosen = TABLES[layout]
         header, rows = layout_rows(chosen, found)
+        if not rows:
+            raise ValueError(f"no run holds a cell of {chosen.title}; it is made of {_made_of(chosen)}")
         text = f"{chosen.title}\nmeasured (published), percent\n\n{aligned(header, rows)}\n\n{text}"
         extra = f"<h2>{chosen.title}</h2><p class=note>measured (published), percent</p>" + table(header, rows)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "results.csv", _csv(found.records))
     write_text(output / "table.tex", latex(header, rows))
+    _write_frame(found.predictions, output / "predictions.parquet")
+    figures = plots.draw(found.records, found.predictions)
+    plots.save(figures, output)
+    compared = comparisons(found.predictions)
     html = page("Recall report", found.records, compared, found.predictions, found.manifest, figures.values(), extra)
     write_text(output / "report.html", html)
     return text
@@ -126,13 +128,10 @@ def layout_rows(layout: Table, found: Collected) -> tuple[tuple[str, ...], list[
             whole = None not in measured
             shown.append(_beside(_mean(measured) if whole else None, None if paper is None else _mean(paper)))
         lines.append([model, *shown])
-    if not lines:
-        wanted = ", ".join(sorted({f"{column.task} under {column.protocol}" for column in layout.columns}))
-        raise ValueError(f"no run holds a cell of {layout.title.split(':')[0]}: it is made of {wanted}")
     labels = [column.label for column in layout.columns]
     if layout.columns[0].measure == "score":
         labels.append("average")
-    if len(labels) > _WIDE + 1:
+    if lines and len(labels) > _WIDE + 1:
         turned = [[label, *(line[place + 1] for line in lines)] for place, label in enumerate(labels)]
         return ("", *(line[0] for line in lines)), turned
     return ("model", *labels), lines
@@ -186,6 +185,10 @@ def _beside(measured: float | None, published: float | None) -> str:
 def _share(rows: Sequence[dict], kind: str) -> float:
     """Of all rows, right ones included, those that are wrong in that way."""
     return _mean([error_kind(row["prediction"], row["answers"]) == kind for row in rows])
+
+
+def _made_of(layout: Table) -> str:
+    return ", ".join(dict.fromkeys(f"{column.task} under {column.protocol}" for column in layout.columns))
 
 
 def _mean(values: Sequence[float]) -> float:
