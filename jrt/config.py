@@ -6,6 +6,7 @@ Only the standard library is imported, so that a configuration can be read, chec
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass
 
 LETTERS = {
@@ -16,6 +17,7 @@ LETTERS = {
     "A": "full attention",
     "M": "Mamba",
 }
+LARGEST = 1 << 31  # no size of a model comes near it
 OPTIONAL_BIASES = ("conv.projections", "conv.filter", "attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
 
 
@@ -40,7 +42,7 @@ class Config:
     encoder_mask: bool = True  # P: False only in released configurations whose encoder ignored masks
     decay_const: float | None = None  # L: gamma_h = 1 - 2^(decay_const - h); None: no decay
     decay_projection: bool = False  # L: an output gain per head and token
-    conv_expand: int = 2  # C: channels / width
+    conv_expand: float = 2  # C: channels / width, in halves
     conv_kernel: int = 3  # C: taps
     state_dim: int = 16  # M: states per channel
     mamba_expand: int = 2  # M: channels / width
@@ -55,6 +57,7 @@ class Config:
         for name in ("biases", "window"):  # JSON has lists only
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_kinds()
         unknown = sorted(set(self.pattern) - set(LETTERS))
         if not self.pattern or unknown:
             expected = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
@@ -66,12 +69,29 @@ class Config:
             raise ValueError(f"biases {self.biases}: expected names out of {OPTIONAL_BIASES}")
         if self.has("AS") and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.has("AS") and self.rotary_dim + self.rotary_dim % 2 > self.width // self.heads:
+            raise ValueError(f"rotary_dim {self.rotary_dim}: a head has {self.width // self.heads} dimensions only")
         if self.has("PL") and self.width % self.linear_heads:
             raise ValueError(f"width {self.width} is not a multiple of linear_heads {self.linear_heads}")
         if self.has("P") and self.enc_length < 1:
             raise ValueError("a pattern with P needs enc_length, the most tokens that the prefix encoder reads")
         if isinstance(self.window, tuple) and len(self.window) != self.pattern.count("S"):
             raise ValueError(f"window has {len(self.window)} entries for {self.pattern.count('S')} S layers")
+
+    def _check_kinds(self) -> None:
+        """Raises ValueError for a field that is not of the kind that its annotation says, or of no sensible size."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if value is None and kind.endswith("None"):
+                continue
+            for part in value if isinstance(value, tuple) else (value,):
+                number = type(part) is int or (type(part) is float and kind.startswith("float"))
+                if kind.startswith(("int", "float")) and not (number and abs(part) < LARGEST):
+                    raise ValueError(f"{field.name} is {reprlib.repr(value)}; expected {kind} below {LARGEST}")
+                if kind.startswith("int") and part < 0:
+                    raise ValueError(f"{field.name} is {reprlib.repr(value)}; expected at least 0")
+            if not kind.startswith(("int", "float")) and type(value).__name__ != kind.split("[")[0]:
+                raise ValueError(f"{field.name} is {reprlib.repr(value)}; expected {kind}")
 
     def has(self, letters: str) -> bool:
         """Whether any layer is one of these letters."""
@@ -82,6 +102,10 @@ class Config:
         if isinstance(self.window, int):
             return self.window
         return self.window[self.pattern[:layer].count("S")]
+
+    @property
+    def conv_channels(self) -> int:
+        return int(self.conv_expand * self.width)
 
     @property
     def mamba_rank(self) -> int:
@@ -99,7 +123,7 @@ class Config:
     def _state_floats(self, layer: int, length: int) -> int:
         match self.pattern[layer]:
             case "C":
-                return (self.conv_kernel - 1) * self.conv_expand * self.width
+                return (self.conv_kernel - 1) * self.conv_channels
             case "P" | "L":
                 return self.features * (self.width + self.linear_heads)
             case "S":

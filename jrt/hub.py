@@ -123,7 +123,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, to the left of a row's tokens.
+            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, to the left of a row's tokens. Under the quirk
+                `blank_padding` it is the release's `attn_mask`: any (B, T), or (B, 1, T, T) to add to scores.
             past_key_values: the cache that an earlier call returned; it is moved on in place.
             use_cache: return a cache; by default outside training.
             labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Those inside a prefix are
@@ -145,7 +146,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         cache = _one_cache(past_key_values, cache)
         state = self._past_state(cache)
         self._check_ids(input_ids, state)
-        mask = _own_mask(attention_mask, input_ids, state)
+        as_released = self.quirks.blank_padding
+        mask = (_released_mask if as_released else _own_mask)(attention_mask, input_ids, state)
         if state is None:
             prefix_length = self._checked_prefix(prefix_length, input_ids, mask)
         hidden, state = self.model.read(
@@ -170,14 +172,21 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, short_prompt: str | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        short_prompt: str | None = None,
+        **kwargs,
+    ):
         """transformers' `generate`, after prompts shorter than the prefix encoder were filled up.
 
         Args:
             inputs: (B, T) prompt ids, padded on the left; `input_ids` is the same.
+            attention_mask: (B, T); 0 is padding; None: every token counts.
             short_prompt: a key of `jrt.generate.SHORT_PROMPTS`; None takes the model's own rule. Other models have no
                 encoder to fill and accept "none" only.
-            **kwargs: as in transformers; without `attention_mask` every token counts.
+            **kwargs: as in transformers.
 
         Returns:
             What transformers returns; sequences start with the prompts as they were given.
@@ -189,9 +198,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if past is not None:
             kwargs[CACHE] = past
         self._check_ids(input_ids, self._past_state(past))
-        mask = kwargs.pop("attention_mask", None)
-        if mask is None or self.quirks.ignore_batch_padding:
-            mask = torch.ones_like(input_ids) if mask is None else torch.ones_like(mask)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.quirks.ignore_batch_padding:
+            mask = torch.ones_like(mask)
         if self.quirks.padded_rows is False and self.config.vocab_tokens < self.core.vocab_rows:
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
             kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.config.vocab_tokens)])
@@ -302,6 +311,22 @@ def _own_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelStat
             "attention_mask has padding to the right of tokens: expected left padding (padding_side='left')"
         )
     return mask
+
+
+def _released_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:
+    """(B, T) bool, False where the release zeroes keys; None where it looks at no mask (original_spec 4.2)."""
+    batch, length = input_ids.shape
+    if attention_mask is None or state is not None or length == 1:
+        return None
+    if attention_mask.ndim == 4:
+        attention_mask = attention_mask[:, 0, -1] == 0
+    if attention_mask.ndim == 2 and attention_mask.shape[1] > length:
+        return None  # longer than any encoder of this text
+    if attention_mask.shape not in ((batch, length), (1, length)):
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {shape}; expected (B, T) or (B, 1, T, T) with T = {length}")
+    mask = attention_mask.bool()
+    return None if bool(mask.all()) else mask.expand(batch, length)
 
 
 def _with_given_prompts(output, input_ids: Tensor, filled: int):

@@ -36,6 +36,8 @@ class JRTConfig(PreTrainedConfig):
         check_short_prompt(short_prompt)
         self.architecture = core.to_dict()
         self.vocab_tokens = core.vocab_rows if vocab_tokens is None else vocab_tokens
+        if type(self.vocab_tokens) is not int or not 0 < self.vocab_tokens <= core.vocab_rows:
+            raise ValueError(f"vocab_tokens is {vocab_tokens!r}; expected 1 to {core.vocab_rows}, the embedding's rows")
         self.short_prompt = short_prompt
         self.short_prompt_token = short_prompt_token
         self.quirks = quirks or {}

@@ -142,7 +142,7 @@ def _mixing_flops(config: Config, layer: int, length: int) -> int:
     width = config.width
     match config.pattern[layer]:
         case "C":
-            return 2 * config.conv_kernel * config.conv_expand * width
+            return 2 * config.conv_kernel * config.conv_channels
         case "P" | "L":
             return 4 * config.features * (width + config.linear_heads)  # one outer product, one product with the state
         case "S":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
 
 import torch
@@ -69,10 +70,12 @@ def load(
         table = names.MAMBA if released.is_mamba(raw) else names.GPT
         sources = _matched(_modern(described, raw), table)
         shapes = {name: _shape(source) for name, source in sources.items()}
-        config = released.translate(raw, shapes, quirks, str(name_or_path))
+        config = _translated(raw, shapes, quirks, str(name_or_path))
+        if config.core.decay_const is None:
+            sources.pop("log_decay", None)  # the release writes it beside mixers that do not use it, too
     else:
         kind = raw.get("model_type", "unknown")
-        raise ValueError(
+        raise CheckpointError(
             f"{name_or_path} is a {kind} model; expected JRT, Based, attention or Mamba: use transformers for others"
         )
     if short_prompt is not None:
@@ -144,12 +147,20 @@ def _read_config(folder: Path) -> dict:
 
 
 def _own_config(raw: dict) -> JRTConfig:
+    known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}  # transformers' own fields can ask for memory
     try:
-        config = JRTConfig.from_dict(raw)
+        config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
         Quirks(**config.quirks)
-    except (TypeError, AttributeError, StrictDataclassError) as error:
+    except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json is no jrt configuration ({str(error).splitlines()[0]})") from error
     return config
+
+
+def _translated(raw: dict, shapes: released.Shapes, quirks: Quirks, source: str) -> JRTConfig:
+    try:
+        return released.translate(raw, shapes, quirks, source)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 Source = Entry | tuple[Entry, ...]  # a tuple: stacked along the first dimension
@@ -157,9 +168,12 @@ Source = Entry | tuple[Entry, ...]  # a tuple: stacked along the first dimension
 
 def _modern(described: dict[str, Entry], raw: dict) -> dict[str, Source]:
     """Entries under the names of the released layout, from the older layouts."""
-    layers = raw.get("n_layer") or raw.get("num_hidden_layers") or 0
-    renames = names.modern_norms(list(described), layers)
-    found: dict[str, Source] = {renames[name]: entry for name, entry in described.items()}
+    renames = names.modern_norms(list(described))
+    found: dict[str, Source] = {}
+    for name, entry in described.items():
+        if renames[name] in found:
+            raise CheckpointError(f"the tensors {found[renames[name]].name} and {name} are both {renames[name]}")
+        found[renames[name]] = entry
     if raw.get("mlp_type") == "alt":
         for name in [name for name in found if ".mlp.fc3." in name]:
             gate = name.replace(".fc3.", ".fc1.")

@@ -138,6 +138,9 @@ class LanguageModel(nn.Module):
             positions = past[:, None] + columns  # (B, T)
         else:
             positions = past[:, None] + mask.long().cumsum(1) - 1
+        own = positions  # counts from a row's first token that is no padding, whether padding is read or not
+        if released_mask is not None:
+            own = positions - released_mask.long().argmax(1, keepdim=True)
         rotates = self.config.rotary_dim > 0 and self.config.has("AS")
         encodes = starts and self.config.has("P")
         prefix_end, prefix_mask, blank = 0, None, None
@@ -146,10 +149,12 @@ class LanguageModel(nn.Module):
                 prefix_end = min(self.config.enc_length, length) if mask is None else length
                 prefix_mask = None if mask is None else mask & (positions < self.config.enc_length)
             else:
-                prefix_end, prefix_mask = length, positions < prefix_length[:, None]
+                prefix_end, prefix_mask = length, own < prefix_length[:, None]
                 prefix_mask = prefix_mask if mask is None else prefix_mask & mask
+                if released_mask is not None:
+                    prefix_mask &= positions < self.config.enc_length
             if blank_length is not None and self.config.encoder_mask:
-                blank = positions < blank_length[:, None]
+                blank = (own >= 0) & (own < blank_length[:, None])
                 blank = blank if mask is None else blank & mask
             elif released_mask is not None and self.config.encoder_mask and length <= self.config.enc_length:
                 blank = ~released_mask

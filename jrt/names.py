@@ -35,7 +35,7 @@ MAMBA = (
 OWN = ((r"model\.(.+)", r"\1"),)
 
 # Counters of the trainer and tables that follow from the configuration: no weights.
-NOT_WEIGHTS = (r"(train|val|test)_metrics\..+", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.feature_map\..+")
+NOT_WEIGHTS = (r".*metrics.*", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.feature_map\..+")
 
 
 def renamed(names: list[str], table: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], list[str]]:
@@ -65,17 +65,21 @@ def renamed(names: list[str], table: tuple[tuple[str, str], ...]) -> tuple[dict[
     return found, unknown
 
 
-def modern_norms(names: list[str], layers: int) -> dict[str, str]:
+def modern_norms(names: list[str]) -> dict[str, str]:
     """{name in the file: name of the released layout}, for files from before the norms moved in front of the mixers.
 
     There `ln_0` stood before the first layer and each layer's two norms stood after its mixer and its MLP.
     """
-    plain = {name.removeprefix("model."): name for name in names}
-    if "transformer.ln_0.weight" not in plain:
+    plain = {name: name.removeprefix("model.") for name in names}
+    present = set(plain.values())
+    if "transformer.ln_0.weight" not in present:
         return {name: name for name in names}
     moved = {"transformer.ln_0.weight": "transformer.layers.0.norm1.weight"}
-    for layer in range(layers):
-        after = f"transformer.layers.{layer + 1}.norm1.weight" if layer + 1 < layers else "transformer.ln_f.weight"
-        moved[f"transformer.layers.{layer}.norm1.weight"] = f"transformer.layers.{layer}.norm2.weight"
-        moved[f"transformer.layers.{layer}.norm2.weight"] = after
-    return {name: moved.get(cut, cut) for cut, name in plain.items()}
+    for cut in present:
+        match = re.fullmatch(r"transformer\.layers\.(\d{1,9})\.norm([12])\.weight", cut)
+        if match is None:
+            continue
+        layer, number = int(match[1]), int(match[2])
+        after = f"transformer.layers.{layer + number - 1}.norm{3 - number}.weight"
+        moved[cut] = after if after in present else "transformer.ln_f.weight"
+    return {name: moved.get(cut, cut) for name, cut in plain.items()}

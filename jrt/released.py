@@ -27,6 +27,26 @@ CLASSES = (
 NUMBERS = ("layer_norm_epsilon", "rotary_emb_fraction", "decay_const")
 COUNTS = ("vocab_size", "n_inner", "enc_length", "ff_mult", "state_size", "expand", "conv_kernel", "d_state", "d_conv")
 MIXER_COUNTS = ("num_heads", "feature_dim", "scale_dim", "enc_length", "window_size", "expand_proj", "kernel_size")
+# GPT2Config's other names of the same fields.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+# Fields that would change the computation; null counts as not given.
+ALWAYS = {
+    "rms_norm": True,
+    "activation_function": "swiglu",
+    "scale_attn_weights": True,
+    "n_positions": 0,
+    "prenorm": True,
+    "parallel_block": False,
+    "attn_dwconv": False,
+    "rotary_emb_base": 10000,
+    "rotary_emb_scale_base": False,
+    "rotary_emb_interleaved": False,
+}
 LARGEST = 1 << 31  # no size of a model comes near it
 MLP_ROUNDING = 256  # flash-attn rounded hidden sizes up to 256, later to 128
 VOCABULARY_ROUNDING = 128
@@ -34,14 +54,16 @@ VOCABULARY_ROUNDING = 128
 
 def is_mamba(raw: dict) -> bool:
     """Whether a configuration describes Mamba, as transformers (`model_type`) or its authors (`d_model`) write it."""
-    return raw.get("model_type") == "mamba" or ("d_model" in raw and "n_embd" not in raw)
+    return raw.get("model_type") == "mamba" or (("d_model" in raw or "ssm_cfg" in raw) and "n_embd" not in raw)
 
 
 def is_released(raw: dict) -> bool:
     """Whether a configuration is one that `translate` knows."""
     if is_mamba(raw):
         return True
-    return raw.get("model_type") == "gpt2" and any(key in raw for key in ("alt_mixer", "mixer", "rotary_emb_fraction"))
+    return raw.get("model_type", "gpt2") == "gpt2" and any(
+        key in raw for key in ("alt_mixer", "alt_mixer_2", "mixer", "rotary_emb_fraction")
+    )
 
 
 def translate(raw: dict, shapes: Shapes, compat: str | Quirks | None, source: str) -> JRTConfig:
@@ -77,20 +99,19 @@ def _token(raw: dict, name: str, core: Config) -> int | None:
 
 
 def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
-    layers, width = _of(raw, "n_layer", "num_hidden_layers"), _of(raw, "n_embd", "hidden_size")
-    heads = _of(raw, "n_head", "num_attention_heads")
+    raw = _without_aliases(raw)
+    layers, width, heads = _of(raw, "n_layer"), _of(raw, "n_embd"), _of(raw, "n_head")
     _refuse(raw)
     _check_layers(layers, shapes)
     mixers = [_mixer_of(raw, layer) for layer in range(layers)]
     pattern = "".join(_letter(mixer) for mixer in mixers)
-    linear = next((mixer for mixer, letter in zip(mixers, pattern, strict=True) if letter in "PL"), {})
-    conv = next((mixer for mixer, letter in zip(mixers, pattern, strict=True) if letter == "C"), {})
+    linear, conv = _only(mixers, pattern, "PL"), _only(mixers, pattern, "C")
     windows = tuple(_window(mixer, layer) for layer, mixer in enumerate(mixers) if pattern[layer] == "S")
     linear_heads, feature_dim = _linear_sizes(linear, shapes)
-    scale = linear.get("scale_dim") or (linear.get("feature_map") or {}).get("input_dim") or feature_dim
+    scale = linear.get("scale_dim") if "P" in pattern else (linear.get("feature_map") or {}).get("input_dim")
     tokens = raw.get("vocab_size") or 50257
     has_gain = any(name.endswith("decay_proj.weight") for name in shapes)
-    has_decay = bool(raw.get("fixed_decay")) and "L" in pattern
+    has_decay = "L" in pattern and (bool(raw.get("fixed_decay")) or "log_decay" in shapes)
     core = Config(
         pattern=pattern,
         width=width,
@@ -107,7 +128,7 @@ def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
         encoder_mask=bool(linear.get("use_mask", True)),
         decay_const=raw.get("decay_const", -3) if has_decay else None,
         decay_projection=("L" in pattern and bool(linear.get("use_decay_proj"))) or has_gain,
-        conv_expand=(conv.get("expand_proj") or 4) // 2,
+        conv_expand=_expand(conv, width, shapes) / 2,
         conv_kernel=conv.get("kernel_size") or 3,
         biases=_biases(shapes, pattern),
         norm_eps=raw.get("layer_norm_epsilon") or 1e-5,
@@ -159,6 +180,8 @@ def _check_types(raw: dict) -> None:
             if not isinstance(feature_map, dict):
                 raise ValueError(f"config.json has {name}.feature_map: {feature_map!r}; expected an object")
             _check_count(feature_map, "input_dim", f"{name}.feature_map")
+            if not str(feature_map.get("_target_", "TaylorExp")).endswith("TaylorExp"):
+                raise ValueError(f"config.json has {name}.feature_map {feature_map['_target_']!r}; expected TaylorExp")
     for name in ("alt_mixer_layers", "alt_mixer_2_layers"):
         layers = raw.get(name)
         if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
@@ -180,12 +203,15 @@ def _check_count(fields: dict, name: str, where: str) -> None:
         raise ValueError(f"config.json has {path}: {value!r}; expected an integer from 1 to {LARGEST - 1}")
 
 
+def _without_aliases(raw: dict) -> dict:
+    """GPT-2's own names; where a configuration has both, its alias counts, because transformers sets it last."""
+    return raw | {name: raw[alias] for alias, name in ALIASES.items() if raw.get(alias) is not None}
+
+
 def _of(raw: dict, *names: str, default: int | None = None) -> int:
     value = next((raw[name] for name in names if raw.get(name) is not None), default)
     if type(value) is not int or not 0 < value < LARGEST:
-        raise ValueError(
-            f"config.json has no valid {names[0]} (or {names[1]}): found {value!r}, expected a positive integer"
-        )
+        raise ValueError(f"config.json has no valid {' or '.join(names)}: found {value!r}, expected a positive integer")
     return value
 
 
@@ -195,15 +221,9 @@ def _check_layers(layers: int, shapes: Shapes) -> None:
 
 
 def _refuse(raw: dict) -> None:
-    expected = {
-        "rms_norm": (True,),
-        "activation_function": ("swiglu",),
-        "scale_attn_weights": (True,),
-        "n_positions": (0,),
-    }
-    for name, values in expected.items():
-        if name in raw and raw[name] not in values:
-            raise ValueError(f"config.json has {name}: {raw[name]!r}; the released models have {values[0]!r} only")
+    for name, value in ALWAYS.items():
+        if raw.get(name) not in (None, value):
+            raise ValueError(f"config.json has {name}: {raw[name]!r}; the released models have {value!r} only")
 
 
 def _mixer_of(raw: dict, layer: int) -> dict:
@@ -227,6 +247,20 @@ def _letter(mixer: dict) -> str:
     )
 
 
+def _only(mixers: list[dict], pattern: str, letters: str) -> dict:
+    """The one mixer of these letters, {} where there is none; what tells layers apart does not count."""
+    found = [mixer for mixer, letter in zip(mixers, pattern, strict=True) if letter in letters]
+    if any(mixer != found[0] for mixer in found):
+        raise ValueError(f"config.json has two different mixers of the kinds {letters}; the released models have one")
+    return found[0] if found else {}
+
+
+def _expand(conv: dict, width: int, shapes: Shapes) -> int:
+    """`expand_proj`; where it is not given, the file's own rows tell."""
+    rows = next((shape[0] for name, shape in shapes.items() if name.endswith("mixer.in_proj.weight") and shape), 0)
+    return conv.get("expand_proj") or max(1, rows // width)
+
+
 def _linear_sizes(linear: dict, shapes: Shapes) -> tuple[int, int]:
     """Heads and feature dimension of linear attention; where one is not given, the file's queries tell."""
     heads, feature_dim = linear.get("num_heads"), linear.get("feature_dim")
@@ -239,7 +273,7 @@ def _linear_sizes(linear: dict, shapes: Shapes) -> tuple[int, int]:
 
 
 def _window(mixer: dict, layer: int) -> int:
-    size = mixer.get("window_size") or 256
+    size = mixer.get("window_size") or 128  # the release's own default
     if size == 4096 and layer in (7, 17):
         size = 256  # the release replaces this one size on these two layers (original_spec 4.4)
     return size // 2

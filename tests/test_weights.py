@@ -128,6 +128,58 @@ def test_no_code_runs(folder, zipped):
     assert not mark.exists()
 
 
+class Asking:
+    """Asks for a bytearray of any length, one of the few calls that `weights_only` grants a pickle."""
+
+    def __reduce__(self):
+        return bytearray, (4 << 30,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_memory_is_granted_to_a_pickle(folder, zipped):
+    torch.save(weights() | {"x": Asking()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    refused(folder, "holds a bytearray")
+    assert peak_bytes(folder) < 100 << 20
+
+
+def test_whatever_the_unpickler_stumbles_over(folder):
+    """Every byte of the pickle, turned into the operation that takes most off its stack, and a few others."""
+    file = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    name = next(name for name in members if name.endswith("data.pkl"))
+    for operation in b"t\x85uRbe.Q":
+        for position in range(2, 150, 7):
+            content = bytearray(members[name])
+            content[position] = operation
+            with zipfile.ZipFile(file, "w") as archive:
+                for member, other in members.items():
+                    archive.writestr(member, bytes(content) if member == name else other)
+            try:
+                jrt.load(folder)
+            except ValueError as error:
+                assert len(str(error).splitlines()) == 1
+
+
+def test_messages_are_one_printable_line(folder):
+    spoilt(folder, **{"model.a\nb\x1b[31m": torch.ones(2), "model." + "x" * 100_000: torch.ones(2)})
+    with pytest.raises(CheckpointError) as caught:
+        jrt.load(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+
+
+def test_old_norms_of_layers_that_are_not_there(folder):
+    first = {"model.transformer.ln_0.weight": torch.ones(WIDTH)}
+    for layers in (10**9, "2", 2.5, [1]):
+        (folder / "config.json").write_text(json.dumps(GPT | {"n_layer": layers}))
+        spoilt(folder, **first)
+        assert peak_bytes(folder) < 100 << 20
+        with pytest.raises(ValueError):
+            jrt.load(folder)
+    (folder / "config.json").write_text(json.dumps(GPT))
+    refused(folder, "are both transformer.ln_f.weight")
+
+
 @pytest.mark.parametrize(
     ("value", "match"),
     [
@@ -309,13 +361,23 @@ def test_configurations_that_do_not_fit(folder, change):
         "text",
         {"quirks": {"no_such_quirk": True}},
         {"short_prompt": "sometimes"},
+        {"vocab_tokens": "x"},
+        {"vocab_tokens": ROWS + 1},
+        {"heads": 16, "rotary_dim": 4},
+        {"rotary_dim": None},
+        {"rotary_dim": 2**63},
+        {"norm_eps": "x"},
+        {"norm_eps": float("nan")},
+        {"window": "64", "pattern": "S"},
+        {"window": -1, "pattern": "S"},
+        {"tied": "yes"},
     ],
 )
 def test_own_configurations_that_do_not_fit(tmp_path, change):
     config = Config(pattern="AA", width=WIDTH, vocab_rows=ROWS, heads=2)
     JRTForCausalLM(JRTConfig(architecture=config.to_dict())).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    if isinstance(change, dict) and set(change) <= {"quirks", "short_prompt"}:
+    if isinstance(change, dict) and set(change) <= {"quirks", "short_prompt", "vocab_tokens"}:
         raw |= change
     else:
         raw["architecture"] = raw["architecture"] | change if isinstance(change, dict) else change
@@ -323,6 +385,16 @@ def test_own_configurations_that_do_not_fit(tmp_path, change):
     with pytest.raises(ValueError) as caught:
         jrt.load(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_transformers_own_fields_are_not_read(tmp_path):
+    """`num_labels` alone would make a table of as many names."""
+    config = Config(pattern="AA", width=WIDTH, vocab_rows=ROWS, heads=2)
+    JRTForCausalLM(JRTConfig(architecture=config.to_dict())).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_labels": 10**8, "dtype": [1]}))
+    assert jrt.load(tmp_path).num_parameters() > 0
+    assert peak_bytes(tmp_path) < 100 << 20
 
 
 PEAK = """

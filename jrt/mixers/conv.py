@@ -19,7 +19,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        channels, bias = config.conv_expand * config.width, "conv.projections" in config.biases
+        channels, bias = config.conv_channels, "conv.projections" in config.biases
         self.in_proj = nn.Linear(config.width, 2 * channels, bias=bias)
         self.conv = nn.Conv1d(
             channels, channels, config.conv_kernel, groups=channels, bias="conv.filter" in config.biases
