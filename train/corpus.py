@@ -5,7 +5,8 @@
 
 Nothing that the evaluation reads may be learnt. Evaluation text is the standard library of every Python named by
 ``--held-out``; out of the training text go documents that share much with it (copies, backports), and every line of
-30 characters or more that stands in it. Repeated documents and near-copies among the packages go too. Written:
+30 characters or more that stands in it. Repeated documents and near-copies among the packages go too, and documents
+that name no function with arguments, because windows are drawn around those. Written:
 ``train.bin`` and ``validation.bin`` (uint16 tokens, each document ended by id 0; validation is packages that training
 never sees) and ``manifest.json`` (packages, versions, licences, counts, hashes)."""
 
@@ -90,6 +91,8 @@ class Filter:
     counts: Counter = field(default_factory=Counter)
 
     def __call__(self, document: Document) -> Document | None:
+        if not any(fact.arguments for fact in api_text.facts(document.text)):
+            return self._drop("documents without a function's arguments")
         lines = document.text.split("\n")
         long = [line for line in lines if len(line) >= LONG_LINE]
         shared = sum(line in self.held_out for line in long)

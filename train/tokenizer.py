@@ -49,7 +49,8 @@ def train_tokenizer(
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, budget: int | None = None) -> np.ndarray:
     """(tokens,) uint16: texts one after the other, each closed by a line end and the end-of-text id; `budget` tokens
-    or a few more."""
+    or a few more. A special entry's name in a text is read as plain text."""
+    tokenizer.backend_tokenizer.encode_special_tokens = True
     arrays: list[np.ndarray] = []
     total = 0
     for start in tqdm(range(0, len(texts), 512), desc="encoding", unit="x512 documents"):
