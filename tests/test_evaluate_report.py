@@ -13,6 +13,7 @@ from jrt.evaluate.collect import FILES, Collected, collect, frame, latex, layout
 from jrt.evaluate.files import json_lines, write_json, write_text
 from jrt.evaluate.perplexity import slices
 from jrt.evaluate.report import marked, page, split_question
+from jrt.evaluate.results import comparisons
 from jrt.evaluate.tables import aligned, size
 from jrt.published import TABLE1, TABLE2, TABLE4, TABLE8, TABLE9, TABLE13, TABLES, published_row
 
@@ -163,8 +164,11 @@ def test_collect_writes_every_file(tmp_path):
 def test_a_page_is_self_contained_and_escapes_what_models_wrote(tmp_path):
     write_run(tmp_path / "a", {NASTY: {}})
     found = Collected([tmp_path / "a"])
+    found.records[0] |= {"truncated": 3, "nan": 2}
     figures = plots.draw(found.records, found.predictions).values()
-    text = page("A title & more", found.records, [], found.predictions, found.manifest, figures)
+    text = page(
+        "A title & more", found.records, comparisons(found.predictions), found.predictions, found.manifest, figures
+    )
     scripts = []
 
     class Tags(HTMLParser):
@@ -177,7 +181,8 @@ def test_a_page_is_self_contained_and_escapes_what_models_wrote(tmp_path):
 
     Tags().feed(text)
     assert len(scripts) == 1  # the page's own
-    assert "<script>alert" not in text and "<mark>Acme</mark>" in text
+    assert "<script>alert" not in text and "<mark>Acme</mark>" in text and "width:50.0%" in text
+    assert "<th>truncated" in text and "<td>3<td>" in text and "once: 2" in text
     assert "http" not in re.sub(
         r'xmlns[^"]*"[^"]*"|"http://www.w3.org[^"]*"|https?://(purl|creativecommons|matplotlib)[^"< ]*', "", text
     )
@@ -193,6 +198,7 @@ def test_answers_are_marked_where_they_stand():
     [
         ("page\nline\nopen(", ("page\nline", "open(")),
         ("A text. Another. Key:", ("A text. Another. ", "Key:")),
+        ("A text.\nQuestion: Who?\nAnswer:", ("A text.", "Question: Who? Answer:")),
         ("x" * 400, ("", "x" * 400)),
     ],
 )

@@ -9,86 +9,90 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from jrt.evaluate.files import write_bytes, write_text
+from jrt.evaluate.tables import size
 
 POSITION_BINS = 5
 _MARKERS = "osD^vPX"
+_DASHES = ("-", "--", ":", "-.")
+_LINE = "#333333"
 
 
 def by_strategy(records: Sequence[dict]) -> Figure:
     """Bars: one group a model, one bar a strategy, with 95% intervals; one panel for each task and protocol."""
-    panels = _panels(records)
+    panels, strategies = _panels(records), _unique(records, "strategy")
     figure, axes = _figure(len(panels))
     for axis, ((task, protocol), found) in zip(axes, panels.items(), strict=True):
-        models, strategies = _unique(found, "model"), _unique(found, "strategy")
+        models = _unique(found, "model")
         width = 0.8 / len(strategies)
         for number, strategy in enumerate(strategies):
             members = [r for r in found if r["strategy"] == strategy]
             places = [models.index(r["model"]) + (number - (len(strategies) - 1) / 2) * width for r in members]
-            axis.bar(
-                places,
-                [r["score"] for r in members],
-                width,
-                yerr=_errors(members),
-                capsize=2,
-                label=strategy,
-                color=colormaps["viridis"](0.85 - 0.7 * number / max(1, len(strategies) - 1)),
+            color = _strategy_color(number, len(strategies))
+            axis.bar(places, [r["score"] for r in members], width, color=color)
+            axis.errorbar(
+                places, [r["score"] for r in members], yerr=_errors(members), fmt="none", ecolor=_LINE, capsize=2
             )
         axis.set_xticks(range(len(models)), [_short(model) for model in models], rotation=20, ha="right")
         _finish(axis, f"{task}, {protocol}")
-        axis.legend(frameon=False, fontsize="small")
+    _legend(figure, [Patch(color=_strategy_color(n, len(strategies)), label=s) for n, s in enumerate(strategies)])
     return figure
 
 
 def by_state(records: Sequence[dict]) -> Figure:
     """Points: accuracy against the bytes that a sequence leaves behind, a line through a model's strategies."""
     panels = _panels(records)
+    models, strategies = _unique(records, "model"), _unique(records, "strategy")
     figure, axes = _figure(len(panels))
     for axis, ((task, protocol), found) in zip(axes, panels.items(), strict=True):
-        strategies = _unique(found, "strategy")
-        for number, model in enumerate(_unique(found, "model")):
+        for model in _unique(found, "model"):
             members = [r for r in found if r["model"] == model]
-            color = colormaps["tab10"](number % 10)
+            color = _model_color(models.index(model))
             axis.plot([r["state_bytes"] for r in members], [r["score"] for r in members], color=color, alpha=0.5)
             for record in members:
-                marker = _MARKERS[strategies.index(record["strategy"]) % len(_MARKERS)]
-                label = f"{_short(model)}, {record['strategy']}"
                 place = ([record["state_bytes"]], [record["score"]])
-                axis.errorbar(*place, yerr=_errors([record]), fmt=marker, color=color, capsize=2, label=label)
-        axis.set_xscale("log")
-        axis.set_xlabel("state after the prompt (bytes a sequence)")
+                style = {"fmt": _marker(strategies.index(record["strategy"])), "color": color, "capsize": 2}
+                axis.errorbar(*place, yerr=_errors([record]), clip_on=False, **style)
+        axis.set_xscale("log", base=2)
+        axis.margins(x=0.15)
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value).replace(".0", "")))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("state after the prompt, a sequence")
         _finish(axis, f"{task}, {protocol}")
-        axis.legend(frameon=False, fontsize="x-small")
+    marks = [Line2D([], [], color=_LINE, ls="", marker=_marker(n), label=s) for n, s in enumerate(strategies)]
+    _legend(figure, [*_model_patches(models), *marks])
     return figure
 
 
 def by_position(predictions: Sequence[dict]) -> Figure:
     """Lines: accuracy against the answer's place in the context read (0: start, 1: end), in five equal bins."""
-    panels = _panels([row for row in predictions if row["position"] is not None])
+    rows = [row for row in predictions if row["position"] is not None]
+    panels, models, strategies = _panels(rows), _unique(rows, "model"), _unique(rows, "strategy")
     figure, axes = _figure(max(1, len(panels)))
     for axis, ((task, protocol), found) in zip(axes, panels.items(), strict=False):
-        for number, model in enumerate(_unique(found, "model")):
-            for strategy, style in zip(_unique(found, "strategy"), ("-", "--", ":", "-.") * 8, strict=False):
-                members = [r for r in found if (r["model"], r["strategy"]) == (model, strategy)]
-                binned: dict[int, list[int]] = {}
-                for row in members:
-                    binned.setdefault(min(POSITION_BINS - 1, int(row["position"] * POSITION_BINS)), []).append(
-                        row["score"]
-                    )
-                places = [(place + 0.5) / POSITION_BINS for place in sorted(binned)]
-                means = [sum(binned[place]) / len(binned[place]) for place in sorted(binned)]
-                color = colormaps["tab10"](number % 10)
-                axis.plot(
-                    places, means, style, marker="o", markersize=3, color=color, label=f"{_short(model)}, {strategy}"
-                )
+        for model, strategy in dict.fromkeys((row["model"], row["strategy"]) for row in found):
+            binned: dict[int, list[int]] = {}
+            for row in found:
+                if (row["model"], row["strategy"]) == (model, strategy):
+                    place = min(POSITION_BINS - 1, int(row["position"] * POSITION_BINS))
+                    binned.setdefault(place, []).append(row["score"])
+            places = [(place + 0.5) / POSITION_BINS for place in sorted(binned)]
+            means = [sum(binned[place]) / len(binned[place]) for place in sorted(binned)]
+            style = {"color": _model_color(models.index(model)), "ls": _dashes(strategies.index(strategy))}
+            axis.plot(places, means, marker="o", markersize=3, clip_on=False, **style)
         axis.set_xlim(0, 1)
-        axis.set_xlabel("place of the answer in the context")
+        axis.set_xlabel("place of the answer in the context (0 start, 1 end)")
         _finish(axis, f"{task}, {protocol}")
-        axis.legend(frameon=False, fontsize="x-small")
+    lines = [Line2D([], [], color=_LINE, ls=_dashes(n), label=s) for n, s in enumerate(strategies)]
+    _legend(figure, [*_model_patches(models), *lines])
     return figure
 
 
@@ -133,7 +137,7 @@ def _panels(rows: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    columns = min(3, panels)
+    columns = min(2, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -149,6 +153,34 @@ def _finish(axis: Axes, title: str) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """One for all panels, below them: what a model or a strategy looks like is the same in each."""
+    if handles:
+        inches = 0.55 + 0.07 * max(len(handle.get_label()) for handle in handles)
+        columns = max(1, min(4, len(handles), int(figure.get_figwidth() / inches)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
+def _model_patches(models: Sequence[str]) -> list[Patch]:
+    return [Patch(color=_model_color(number), label=_short(model)) for number, model in enumerate(models)]
+
+
+def _model_color(number: int) -> tuple[float, ...]:
+    return colormaps["tab10"](number % 10)
+
+
+def _strategy_color(number: int, count: int) -> tuple[float, ...]:
+    return colormaps["viridis"](0.85 - 0.7 * number / max(1, count - 1))
+
+
+def _marker(number: int) -> str:
+    return _MARKERS[number % len(_MARKERS)]
+
+
+def _dashes(number: int) -> str:
+    return _DASHES[number % len(_DASHES)]
 
 
 def _errors(records: Sequence[dict]) -> list[list[float]]:

@@ -39,7 +39,7 @@ def model_label(record: dict) -> str:
     return record["model"] + (" *" if record["beyond_training"] else "")
 
 
-HEADER = ("model", "strategy", "accuracy", "95% interval", "items", "prompt tokens", "seconds", "state")
+HEADER = ("model", "strategy", "accuracy", "95% interval", "items", "prompt tokens", "truncated", "seconds", "state")
 
 
 def result_row(record: dict) -> list[str]:
@@ -51,6 +51,7 @@ def result_row(record: dict) -> list[str]:
         f"{percent(record['low'])} to {percent(record['high'])}",
         str(record["n"]),
         f"{record['prompt_tokens']:.0f}",
+        str(record["truncated"]),
         f"{record['seconds']:.1f}",
         size(record["state_bytes"]),
     ]
@@ -76,17 +77,20 @@ def results_text(records: Sequence[dict], protocols: Sequence[Protocol]) -> str:
             counts_line(found[0]),
             aligned(HEADER, [result_row(r) for r in found]),
         ]
-        if any(record["truncated"] for record in found):
-            lost = ", ".join(f"{r['model']} {r['strategy']}: {r['truncated']}" for r in found if r["truncated"])
-            parts.append(f"truncated by a length limit: {lost}")
-        if any(record["nan"] for record in found):
-            parts.append(
-                "NaN logits, counted as wrong: " + ", ".join(f"{r['model']}: {r['nan']}" for r in found if r["nan"])
-            )
-        if any(record["beyond_training"] for record in found):
-            parts.append("* prompts longer than the model's training sequences")
+        parts += notes(found)
         parts.append("")
     return "\n".join(parts)
+
+
+def notes(records: Sequence[dict]) -> list[str]:
+    """What has to be said below a table of one task and protocol: NaN logits, long prompts."""
+    found = []
+    if any(record["nan"] for record in records):
+        counted = ", ".join(f"{r['model']} {r['strategy']}: {r['nan']}" for r in records if r["nan"])
+        found.append(f"NaN logits, counted as wrong: {counted}")
+    if any(record["beyond_training"] for record in records):
+        found.append("* prompts longer than the model's training sequences")
+    return found
 
 
 def counts_line(record: dict) -> str:
@@ -97,17 +101,18 @@ def counts_line(record: dict) -> str:
     )
 
 
+def comparison_row(found: dict) -> list[str]:
+    """A paired difference: task and protocol, what is compared, points, their interval, items."""
+    first, second = found["first"], found["second"]
+    if found["between"] == "strategy":
+        what = f"{first['model']}: {second['strategy']} - {first['strategy']}"
+    else:
+        what = f"{first['strategy']}: {second['model']} - {first['model']}"
+    points, low, high = (f"{100 * found[key]:+.1f}" for key in ("difference", "low", "high"))
+    return [f"{first['task']} {first['protocol']}", what, points, f"{low} to {high}", str(found["n"])]
+
+
 def comparisons_text(comparisons: Sequence[dict]) -> str:
     """Paired differences in points, one a line."""
-    rows = []
-    for found in comparisons:
-        first, second = found["first"], found["second"]
-        if found["between"] == "strategy":
-            what = f"{first['model']}: {second['strategy']} - {first['strategy']}"
-        else:
-            what = f"{first['strategy']}: {second['model']} - {first['model']}"
-        points = [f"{100 * found[key]:+.1f}" for key in ("difference", "low", "high")]
-        rows.append(
-            [f"{first['task']} {first['protocol']} | {what}", points[0], f"{points[1]} to {points[2]}", str(found["n"])]
-        )
+    rows = [[f"{place} | {what}", *rest] for place, what, *rest in map(comparison_row, comparisons)]
     return aligned(("paired difference (points)", "mean", "95% interval", "items"), rows) if rows else ""
