@@ -290,13 +290,14 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _add_info(commands) -> None:
     parser = commands.add_parser("info", help="what a model is and costs")
     parser.add_argument("name", help="a preset, a mini, a folder or a hub id")
+    parser.add_argument("--length", type=_positive, nargs="+", help="tokens read, where a figure depends on them")
     parser.set_defaults(command=_info)
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from jrt.info import describe
+    from jrt.info import LENGTHS, describe
 
-    _print_pairs(describe(arguments.name))
+    _print_pairs(describe(arguments.name, arguments.length or LENGTHS))
 
 
 def _add_doctor(commands) -> None:

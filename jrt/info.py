@@ -1,15 +1,17 @@
 """`jrt info NAME`: what a model is and costs, from its configuration; weights are counted on the meta device."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from jrt.config import LETTERS, Config, presets
 from jrt.hub_config import JRTConfig
-from jrt.loading import MINIS, RELEASED, load, resolve
+from jrt.loading import MINIS, RELEASED, has_tokenizer, load, resolve
 from jrt.model import LanguageModel
 from jrt.quirks import Quirks
+from jrt.released import is_released
+from jrt.weights import read_json
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_PRESETS = dict(
@@ -30,6 +32,9 @@ _RELEASED_PRESETS = dict(
 )
 
 
+_RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
+
+
 def parameters(config: Config) -> int:
     """Weights of a model, tied ones once."""
     with torch.device("meta"):
@@ -40,13 +45,14 @@ def parameters(config: Config) -> int:
 def decode_flops(config: Config, length: int) -> int:
     """Floating-point operations (a multiply and an add are two) to read one more token after `length` tokens.
 
-    Weight products, the head included, and what each mixer does with its state; norms and activations are left out."""
+    Weight products, the head included, and what each mixer does with its state; norms and activations are left out, and
+    so is the prefix encoder, which reads no token that is generated."""
     with torch.device("meta"):
         model = LanguageModel(config)
     weights = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if p.ndim == 2 and name.endswith("weight") and name != "embedding.weight"
+        if p.ndim == 2 and name.endswith("weight") and "_enc." not in name and name != "embedding.weight"
     )
     if config.tied:
         weights += model.head.weight.numel()
@@ -58,31 +64,34 @@ def attention_twin_bytes(config: Config, length: int) -> int:
     return 4 * 2 * config.width * length * len(config.pattern)
 
 
-def describe(name: str) -> list[tuple[str, str]]:
+def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str]]:
     """Labels and values, for a preset, a model of this project, or any other causal language model.
 
-    Raises ValueError for a name that leads to nothing."""
+    `lengths` are the tokens read for which states and operations are counted, where they depend on it. Raises
+    ValueError for a name that leads to nothing."""
     if name in _RELEASED_PRESETS and not _is_at_hand(name):
-        return [
-            ("model", f"{name} (weights are not here: from the preset)"),
-            *_ours(presets()[_RELEASED_PRESETS[name]], None),
-        ]
+        core, note = presets()[_RELEASED_PRESETS[name]], "weights are not here: from the preset"
+        return [("model", f"{name} ({note})"), *_ours(core, lengths), *_RELEASED_DEFAULTS, *_measured(core)]
     if name in presets() and not (MINIS / name).is_dir():
-        return [("model", f"{name} (a preset: an architecture without weights)"), *_ours(presets()[name], None)]
+        core, note = presets()[name], "a preset: an architecture without weights"
+        measured = [*_RELEASED_DEFAULTS, *_measured(core)] if name in _RELEASED_PRESETS.values() else []
+        return [("model", f"{name} ({note})"), *_ours(core, lengths), *measured]
     folder = resolve(name)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
-    if raw.get("model_type") == "jrt":
-        config = JRTConfig.from_pretrained(folder)
-        return [("model", name), *_ours(config.core, config)]
-    from jrt.released import is_released
+    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    ours = raw.get("model_type") == "jrt"
+    if not ours and not is_released(raw):
+        return [("model", name), *_others(folder, lengths)]
+    config = JRTConfig.from_pretrained(folder) if ours else load(folder).config  # sizes from the shapes of the file
+    tokenizer = "in the folder" if has_tokenizer(folder) else "not in the folder: GPT-2's"
+    measured = _measured(config.core) if folder.parent != MINIS and config.source is not None else []
+    found = [*_ours(config.core, lengths), ("tokenizer", tokenizer)]
+    found.append(("quirks switched on", ", ".join(Quirks(**config.quirks).active()) or "none"))
+    if config.core.has("P"):
+        found.append(("short prompts", config.short_prompt))
+    return [("model", name), *found, *measured]
 
-    if is_released(raw):
-        config = load(folder).config  # its sizes come from the shapes of the file
-        return [("model", name), *_ours(config.core, config)]
-    return [("model", name), *_others(folder)]
 
-
-def _ours(core: Config, config: JRTConfig | None) -> list[tuple[str, str]]:
+def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
     letters = ", ".join(
         f"{letter} {LETTERS[letter]} x {core.pattern.count(letter)}" for letter in dict.fromkeys(core.pattern)
     )
@@ -96,29 +105,21 @@ def _ours(core: Config, config: JRTConfig | None) -> list[tuple[str, str]]:
     ]
     if core.has("P"):
         found.append(("prefix encoder", f"reads up to {core.enc_length:,} tokens"))
-    found.append(("state a sequence", _by_length(core.state_bytes)))
-    found.append(("attention baseline", _by_length(lambda length: attention_twin_bytes(core, length))))
-    found.append(
-        (
-            "FLOPs a token",
-            ", ".join(f"{decode_flops(core, length) / 1e6:,.1f} M at {length:,}" for length in LENGTHS[::2]),
-        )
-    )
-    tokenizer = "of the folder, else GPT-2's" if core.vocab_rows > 50_000 else f"own, {core.vocab_rows:,} entries"
-    found.append(("tokenizer", tokenizer))
-    quirks = Quirks(**config.quirks).active() if config is not None else ()
-    found.append(("quirks switched on", ", ".join(quirks) or "none"))
-    if config is not None and core.has("P"):
-        found.append(("short prompts", config.short_prompt))
-    if config is None or config.source is not None:
-        rule = ", short_prompt='pad'" if core.has("P") else ""
-        found.append(
-            ("released checkpoint, as measured", f"compat='released'{rule}: {', '.join(Quirks.released().active())}")
-        )
+    found.append(("state a sequence", _by_length(core.state_bytes, lengths)))
+    found.append(("attention baseline", _by_length(lambda length: attention_twin_bytes(core, length), lengths)))
+    found.append(("FLOPs a token", _flops(lambda length: decode_flops(core, length), lengths)))
     return found
 
 
-def _others(folder: Path) -> list[tuple[str, str]]:
+def _measured(core: Config) -> list[tuple[str, str]]:
+    """How the published numbers of a released model were measured: those of the quirks that its layers can show."""
+    concerned = {"double_add": "L", "decay_in_steps": "L", "half_states": "LP", "leak_continuation": "P"}
+    quirks = [name for name in Quirks.released().active() if core.has(concerned.get(name, core.pattern))]
+    rule = ", short_prompt='pad'" if core.has("P") else ""
+    return [("released checkpoint, as measured", f"compat='released'{rule}: {', '.join(quirks)}")]
+
+
+def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -132,9 +133,18 @@ def _others(folder: Path) -> list[tuple[str, str]]:
         ("class", f"{type(model).__name__}, used as it is"),
     ]
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    if heads and getattr(config, "num_hidden_layers", None):
+    layers = getattr(config, "num_hidden_layers", None)
+    products = [module for module in model.modules() if not isinstance(module, torch.nn.Embedding)]
+    flops = 2 * sum(p.numel() for module in products for p in module.parameters(recurse=False) if p.ndim == 2)
+    attention = 0
+    if layers:
+        found.append(("layers", f"{layers}"))
+    if heads and layers:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found.append(("keys and values", _by_length(lambda n: 4 * 2 * heads * size * config.num_hidden_layers * n)))
+        attention = 4 * config.num_attention_heads * size * layers
+        found.append(("keys and values", _by_length(lambda n: 4 * 2 * heads * size * layers * n, lengths)))
+    found.append(("FLOPs a token", _flops(lambda length: flops + attention * (length + 1), lengths)))
+    found.append(("tokenizer", "in the folder" if has_tokenizer(folder) else "not in the folder"))
     return found
 
 
@@ -153,14 +163,16 @@ def _mixing_flops(config: Config, layer: int, length: int) -> int:
             return config.mamba_expand * width * (2 * config.mamba_kernel + 7 * config.state_dim)
 
 
-def _by_length(count) -> str:
-    values = [count(length) for length in LENGTHS]
-    if len(set(values)) == 1:
-        return f"{values[0]:,} bytes (fp32) at any length"
-    return (
-        ", ".join(f"{value:,} at {length:,}" for length, value in zip(LENGTHS, values, strict=True))
-        + " tokens (bytes, fp32)"
-    )
+def _by_length(count, lengths: Sequence[int]) -> str:
+    if len({count(length) for length in (*LENGTHS, *lengths)}) == 1:
+        return f"{count(lengths[0]):,} bytes (fp32) at any length"
+    return ", ".join(f"{count(length):,} at {length:,}" for length in lengths) + " tokens (bytes, fp32)"
+
+
+def _flops(count, lengths: Sequence[int]) -> str:
+    if len({count(length) for length in (*LENGTHS, *lengths)}) == 1:
+        return f"{count(lengths[0]) / 1e6:,.1f} M at any length"
+    return ", ".join(f"{count(length) / 1e6:,.1f} M at {length:,}" for length in lengths)
 
 
 def _is_at_hand(name: str) -> bool:

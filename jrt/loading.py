@@ -94,10 +94,9 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         ValueError: neither the folder nor the hub nor its cache has it.
     """
     folder = resolve(name_or_path)
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder if own else "gpt2", padding_side="left", trust_remote_code=False
+            folder if has_tokenizer(folder) else "gpt2", padding_side="left", trust_remote_code=False
         )
     except OSError as error:
         raise ValueError(
@@ -106,6 +105,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # as the release pads
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
 def resolve(name_or_path: str | Path) -> Path:

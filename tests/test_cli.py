@@ -7,6 +7,7 @@ import pytest
 import torch
 from jrt_recall import fixtures
 from random_models import save_random_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from jrt.cli import main
 
@@ -178,6 +179,36 @@ def test_info_on_presets(capsys, monkeypatch, tmp_path, name, said):
     text = capsys.readouterr().out
     for words in said:
         assert words in text
+
+
+def information(capsys, *arguments: str) -> dict[str, str]:
+    assert main(["info", *arguments]) == 0
+    return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_info_says_how_released_models_were_measured_and_only_those(capsys, shared):
+    measured = "released checkpoint, as measured"
+    line = information(capsys, "jrt-360m")[measured]
+    assert "short_prompt='pad'" in line and "leak_continuation" in line and "double_add" not in line
+    line = information(capsys, "hazyresearch/based-1b-50b")[measured]
+    assert "short_prompt" not in line and "double_add" in line and "leak_continuation" not in line
+    assert "double_add" in information(capsys, str(shared / "golden" / "based_fla"))[measured]
+    assert measured not in information(capsys, "mini-jrt") and measured not in information(capsys, "debug")
+
+
+def test_info_counts_one_more_token(capsys, tmp_path):
+    """A generated token goes through no prefix encoder, so that JRT-RNN costs what Based costs."""
+    jrt, based = (information(capsys, name) for name in ("jrt-1.3b", "based-1.3b"))
+    assert jrt["FLOPs a token"] == based["FLOPs a token"] and "at any length" in jrt["FLOPs a token"]
+    attention = information(capsys, "attention-360m", "--length", "3000")
+    assert f"{24 * 2 * 1024 * 4 * 3000:,} at 3,000 tokens" in attention["state a sequence"]
+    sizes = dict(n_embd=32, n_layer=3, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    other = information(capsys, str(tmp_path), "--length", "100")
+    assert other["layers"].strip() == "3" and other["tokenizer"].strip() == "not in the folder"
+    assert f"{3 * 2 * 32 * 4 * 100:,} at 100 tokens" in other["keys and values"]
+    millions = (2 * (3 * 12 * 32**2 + 100 * 32) + 3 * 4 * 32 * 101) / 1e6
+    assert f"{millions:,.1f} M at 100" in other["FLOPs a token"]
 
 
 def test_info_on_models(model, capsys):

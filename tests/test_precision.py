@@ -13,7 +13,7 @@ from jrt.ops import State
 
 GOLDENS = ("attn", "attn_oddrotary_m128", "based_decay_legacy", "based_fla", "jrt_f16", "jrt_main", "mamba")
 NORM_BOUND = 0.02  # |logits - fp32| / |fp32|; rounding the weights alone makes 0.004 to 0.010 of it
-LARGEST_BOUND = 0.03  # the largest single difference / max |logit|
+LARGEST_BOUND = 0.04  # the largest single difference / max |logit|
 
 
 def assert_within(found: Tensor, exact: Tensor, scale: float = 1.0) -> None:
@@ -25,7 +25,8 @@ def assert_within(found: Tensor, exact: Tensor, scale: float = 1.0) -> None:
 @pytest.fixture(params=GOLDENS)
 def golden(request, shared):
     tensors = load_file(shared / "golden" / request.param / "golden.safetensors")
-    ids = [tensor for name, tensor in tensors.items() if name.startswith("full") and name.endswith("input_ids")]
+    ids = [tensor for name, tensor in tensors.items() if name.endswith("input_ids")]
+    ids += [torch.randint(0, 229, (2, 64), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
     return shared / "golden" / request.param, ids
 
 
