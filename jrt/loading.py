@@ -69,6 +69,8 @@ def load(
     elif released.is_released(raw):
         table = names.MAMBA if released.is_mamba(raw) else names.GPT
         sources = _matched(_modern(described, raw), table)
+        if "embedding.weight" not in sources and "head.weight" in sources:
+            sources["embedding.weight"] = sources.pop("head.weight")  # the other name of a tied tensor
         shapes = {name: _shape(source) for name, source in sources.items()}
         config = _translated(raw, shapes, quirks, str(name_or_path))
         if config.core.decay_const is None:

@@ -54,7 +54,9 @@ VOCABULARY_ROUNDING = 128
 
 def is_mamba(raw: dict) -> bool:
     """Whether a configuration describes Mamba, as transformers (`model_type`) or its authors (`d_model`) write it."""
-    return raw.get("model_type") == "mamba" or (("d_model" in raw or "ssm_cfg" in raw) and "n_embd" not in raw)
+    if "model_type" in raw:
+        return raw["model_type"] == "mamba"
+    return ("d_model" in raw or "ssm_cfg" in raw) and "n_embd" not in raw
 
 
 def is_released(raw: dict) -> bool:

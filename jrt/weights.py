@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 FLOATING = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
-LARGEST_JSON = 64 << 20
+LARGEST_JSON = 16 << 20  # Python objects take up to twenty times the text
 LEGACY_PICKLES = 5  # magic number, version, system, the object, keys of its storages
 
 

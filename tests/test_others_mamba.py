@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MptConfig, T5Config
 
 import jrt
+from jrt.released import is_released
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
@@ -116,3 +117,9 @@ def test_mamba_2_is_refused(theirs, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"ssm_cfg": {"layer": "Mamba2"}}))
     with pytest.raises(ValueError, match="Mamba-2"):
         jrt.load(folder)
+
+
+@pytest.mark.parametrize("config", [MptConfig, T5Config])
+def test_a_model_with_a_d_model_is_not_mamba_for_that(config):
+    raw = config().to_dict()
+    assert "d_model" in raw and not is_released(raw)

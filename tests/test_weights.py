@@ -287,6 +287,7 @@ def test_shards(folder):
         ("[1]", "holds a list"),
         ("\xff\xfe", "not JSON|no "),
         ("{}", "unknown model"),
+        ('{"a": [' + "[]," * (6 << 20) + "[]]}", "too large"),
         ('{"model_type": "llama"}', "llama"),
     ],
 )
