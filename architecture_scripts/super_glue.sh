@@ -12,7 +12,7 @@ read_arguments "$@"
 extra=
 if [ "${more[0]:-}" = "--model_args-extra" ]; then extra=,${more[1]}; more=("${more[@]:2}"); fi
 for model in ${models//,/ }; do
-  step jrt lm-eval --model jrt --model_args "pretrained=$model$extra" --tasks recall_super_glue --num_fewshot 5 \
+  step jrt lm-eval --model jrt --model_args "pretrained=$model$extra" --tasks "${tasks:-recall_super_glue}" --num_fewshot 5 \
     --batch_size "$batch_size" --device "$device" --output_path "$output/super_glue/$(basename "$model")" \
     ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
 done

@@ -1,21 +1,22 @@
 # What the scripts here and in architecture_scripts share: arguments, and one `jrt eval` run with its table.
-# Options after OUTPUT_DIR: --models A,B  --limit N  --batch-size B  --device D  --dry-run  -- MORE OPTIONS OF jrt eval
+# Options after OUTPUT_DIR: --models A,B  --tasks A,B  --limit N  --batch-size B  --device D  --dry-run  -- MORE OPTIONS OF jrt eval
 
 read_arguments() {
-  usage="usage: $(basename "$0") OUTPUT_DIR [--models A,B] [--limit N] [--batch-size B] [--device D] [--dry-run] [-- OPTIONS]"
+  usage="usage: $(basename "$0") OUTPUT_DIR [--models A,B] [--tasks A,B] [--limit N] [--batch-size B] [--device D] [--dry-run] [-- OPTIONS]"
   case ${1:-} in
     --help) echo "$usage"; exit 0 ;;
     ""|-*) echo "$usage" >&2; exit 2 ;;
   esac
   output=$1; shift
-  options=(); more=(); dry_run=
+  options=(); more=(); dry_run=; tasks=
   device=cuda
   while [ $# -gt 0 ]; do
     case $1 in
-      --models|--limit|--batch-size|--device)
+      --models|--tasks|--limit|--batch-size|--device)
         if [ $# -lt 2 ]; then echo "$(basename "$0"): $1 needs a value" >&2; exit 2; fi
         case $1 in
           --models) models=$2 ;;
+          --tasks) tasks=$2 ;;
           --device) device=$2 ;;
           --batch-size) batch_size=$2 ;;
           --limit) options+=(--limit "$2") ;;
@@ -36,6 +37,11 @@ step() {
 
 # One run into $output/NAME, gone on with if it is there: evaluate NAME TASKS STRATEGIES PROTOCOL
 evaluate() {
-  step jrt eval --model "$models" --tasks "$2" --strategy "$3" --protocol "$4" --batch-size "$batch_size" \
+  step jrt eval --model "$models" --tasks "${tasks:-$2}" --strategy "$3" --protocol "$4" --batch-size "$batch_size" \
     --device "$device" --output "$output/$1" --resume ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
+}
+
+# The paper's table of the runs in $output; a report of what was measured where --tasks chose other tasks.
+collect() {
+  if [ -z "$tasks" ]; then step python "$(dirname "$0")/collect_results.py" "$output"; else step jrt report "$output"; fi
 }

@@ -8,4 +8,4 @@ batch_size=32
 read_arguments "$@"
 
 evaluate table1 swde,fda,squad,drop,nq_1024,triviaqa once,twice jrt-table1
-step python "$(dirname "$0")/collect_results.py" "$output"
+collect

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Table 1 for models of the Hugging Face hub (GLA, Mamba, Mamba-2): six tasks, read once and twice, window 1000 / 50.
+# Table 13 (error modes): `jrt report OUTPUT_DIR --layout table13`. Table 14 (2-shot against twice): add a run of
+# `jrt eval --strategy 2shot` on fda, swde and squad, and `jrt report FOLDERS --layout table14`.
 # Models outside transformers itself (GLA) need the package flash-linear-attention.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
@@ -11,4 +13,4 @@ batch_size=32
 read_arguments "$@"
 
 evaluate table1 swde,fda,squad,drop,nq_1024,triviaqa once,twice jrt-table1
-step python "$(dirname "$0")/collect_results.py" "$output"
+collect

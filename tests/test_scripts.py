@@ -47,6 +47,41 @@ def test_wrong_arguments_are_one_line(script, tmp_path):
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done
 
 
+def test_table_2_end_to_end(model, shared, tmp_path):
+    mirror = fixtures.write(tmp_path / "mirror", count=1)
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    script = str(ROOT / "architecture_scripts" / "run_jrt_rnn.sh")
+    options = ["--models", model, "--limit", "1", "--device", "cpu"]
+    done = typed("bash", script, str(tmp_path / "runs"), *options, JRT_DATA=str(mirror))
+    assert done.returncode == 0, done.stderr
+    header = done.stdout[done.stdout.index("Table 2:") :].splitlines()[3]
+    assert header.split()[:3] == ["model", "FDA", "512"] and header.endswith("DROP full  average")
+
+
+@pytest.mark.slow
+def test_table_scripts_read_real_passages(model, shared, tmp_path):
+    mirror = tmp_path / "mirror"
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    options = [
+        "--models",
+        model,
+        "--limit",
+        "2",
+        "--device",
+        "cpu",
+        "--tasks",
+        "qa_squad,qa_nq,qa_triviaqa,qa_drop,qa_fda",
+    ]
+    for script, protocol in (
+        ("prompt_scripts/run_jrt_prompt_hf.sh", "table1"),
+        ("architecture_scripts/run_jrt_rnn.sh", "table2-nq"),
+    ):
+        environment = {"JRT_PASSAGES": str(shared / "qa"), "JRT_DATA": str(mirror)}
+        done = typed("bash", str(ROOT / script), str(tmp_path / protocol), *options, **environment)
+        assert done.returncode == 0, done.stderr
+        assert f"qa_nq | jrt-{protocol} v1" in done.stdout and "(published)" not in done.stdout
+
+
 def test_super_glue_end_to_end(model, tmp_path):
     mirror = fixtures.write_super_glue(tmp_path / "mirror", count=3)
     script = str(ROOT / "architecture_scripts" / "super_glue.sh")
