@@ -30,13 +30,14 @@ RELEASED = (
     "hazyresearch/mamba-1b-50b",
     "hazyresearch/attn-1b-50bn",
 )
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model")
 
 
 def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     compat: str | Quirks | None = None,
     short_prompt: str | None = None,
 ) -> JRTForCausalLM:
@@ -45,7 +46,7 @@ def load(
     Args:
         name_or_path: a mini model ("mini-jrt"), a folder (ours, a released one, shards, or Mamba's), or a hub id.
         device: where the weights go; they are never held twice.
-        dtype: of the weights; None keeps the file's on a released folder, fp32 for the minis (stored in bf16).
+        dtype: of the weights (`torch.bfloat16` or "bfloat16"); None keeps the file's on a released folder, fp32 for the minis (stored in bf16).
         compat: None computes correctly; "released" as the published numbers were measured; a `jrt.Quirks` picks quirks.
         short_prompt: rule for prompts shorter than the encoder (`jrt.generate.SHORT_PROMPTS`); None: the
             checkpoint's own, "pad" for released JRT models.
@@ -54,9 +55,12 @@ def load(
         The model; `model.config.source` says where it came from.
 
     Raises:
-        ValueError: an unknown name, a checkpoint that cannot be read or does not fit, an unknown option.
+        ValueError: an unknown name, a checkpoint that cannot be read or does not fit, an unknown option, a device
+            that this machine has not.
     """
     check_short_prompt(short_prompt)
+    device = checked_device(device)
+    dtype = None if dtype is None else checked_dtype(dtype)
     quirks = Quirks.of(compat)
     folder = resolve(name_or_path)
     raw = _read_config(folder)
@@ -107,6 +111,27 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # as the release pads
     return tokenizer
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device of a name. Raises ValueError for no such name, or one that torch cannot use here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used here: expected cpu, cuda or cuda:N; "
+            f"torch has {torch.cuda.device_count()} GPUs on this machine"
+        ) from error
+    return found
+
+
+def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of a name, one that models compute in. Raises ValueError for another."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r}: expected {', '.join(DTYPES)} (or torch.float32, ...)")
+    return found
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -206,7 +231,9 @@ def _shape(source: Source) -> tuple[int, ...]:
     return (sum(part.shape[0] for part in source), *source[0].shape[1:])
 
 
-def _build(config: JRTConfig, sources: dict[str, Source], device, dtype: torch.dtype | None) -> JRTForCausalLM:
+def _build(
+    config: JRTConfig, sources: dict[str, Source], device: torch.device, dtype: torch.dtype | None
+) -> JRTForCausalLM:
     """Checks names and shapes on the meta device, then fills the model tensor by tensor."""
     core = config.core
     if len(core.pattern) > len(sources):

@@ -244,6 +244,28 @@ def test_unknown_names_are_refused(shared):
         jrt.load("mini-gpt")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "potato"},
+        {"device": "cuda:63"},
+        {"device": None},
+        {"dtype": "int8"},
+        {"dtype": torch.int8},
+        {"dtype": "potato"},
+        {"dtype": 16},
+    ],
+    ids=str,
+)
+def test_devices_and_dtypes_that_cannot_be_had_are_refused(change):
+    with pytest.raises(ValueError, match=r"expected (cpu|float32)"):
+        jrt.load("mini-jrt", **change)
+
+
+def test_a_dtype_may_be_a_name():
+    assert jrt.load("mini-jrt", dtype="bfloat16").dtype == jrt.load("mini-jrt", dtype=torch.bfloat16).dtype
+
+
 def test_released_jrt_models_fill_short_prompts_with_pads(shared):
     model = jrt.load(shared / "golden" / "jrt_main")
     assert model.config.short_prompt == "pad"

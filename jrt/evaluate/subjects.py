@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 import jrt
 from jrt.hub import CACHE, JRTForCausalLM
-from jrt.loading import MINIS, RELEASED
+from jrt.loading import MINIS, RELEASED, checked_device, checked_dtype
 from jrt.released import is_released
 
 SMOLLM2 = "smollm2"
@@ -116,14 +116,14 @@ class Subject:
 def open_subject(spec: ModelSpec) -> Subject:
     """The model and its tokenizer, ready to compute. Raises ValueError for a name that leads to neither."""
     tokenizer = open_tokenizer(spec.name)
-    _check_device(spec.device)
+    device, dtype = checked_device(spec.device), checked_dtype(spec.dtype or "float32")
     try:
         if is_ours(spec.name):
-            model = jrt.load(spec.name, spec.device, _dtype(spec.dtype), spec.compat, spec.short_prompt)
+            model = jrt.load(spec.name, device, dtype, spec.compat, spec.short_prompt)
         else:
             _check_unquirky(spec)
             folder, options = _location(spec.name)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(spec.dtype), **options).to(spec.device)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device)
     except (OSError, ImportError) as error:
         raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
     return Subject(spec, model.eval(), tokenizer)
@@ -200,28 +200,12 @@ def _smollm2_folder() -> Path:
     return files[0].parent
 
 
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r}: expected cpu, cuda, or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
-
-
 def _check_unquirky(spec: ModelSpec) -> None:
     for option in ("compat", "short_prompt"):
         if getattr(spec, option) not in (None, "none"):
             raise ValueError(
                 f"{option}={getattr(spec, option)!r} is for models of this project; {spec.name} is not one"
             )
-
-
-def _dtype(name: str | None) -> torch.dtype:
-    dtype = getattr(torch, name or "float32", None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r}: expected float32, bfloat16, float16 or float64")
-    return dtype
 
 
 def _tensors(value, seen: set[int]) -> Iterator[Tensor]:
