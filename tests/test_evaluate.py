@@ -1,7 +1,10 @@
 """The evaluation from prompts to results: rows are independent, runs resume, and every number says what it rests on."""
 
 import dataclasses
+import itertools
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from random_models import save_random_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, read_run, run
-from jrt.evaluate.engine import answer, batches, encode, prompt_limit
+from jrt.evaluate.batching import Limits, batches
+from jrt.evaluate.engine import answer, encode, prompt_limit
 from jrt.evaluate.results import comparisons
 
 PAGES = PROTOCOLS["pages-512"]
@@ -72,7 +76,7 @@ def test_answers_do_not_depend_on_the_batch(models, pages, name):
     rows = [ids[:length] for ids in pieces for length in (900, 260, 90, 31)]
     found = {size: [None] * len(rows) for size in (1, 8, 32)}
     for size, answers in found.items():
-        for batch in batches(rows, size):
+        for batch in batches(rows, Limits(size)):
             answered = answer(subject, [rows[index] for index in batch], dataclasses.replace(PAGES, max_new_tokens=16))
             for index, generation in zip(batch, answered, strict=True):
                 answers[index] = (generation.text, generation.new_tokens, generation.finite)
@@ -123,12 +127,40 @@ def test_prompts_are_cut_on_the_left():
 
 def test_batches_hold_each_index_once_and_start_with_the_longest():
     rows = [[number] * length for number, length in enumerate([3, 9, 1, 7, 5])]
-    assert batches(rows, 2) == [[1, 3], [4, 0], [2]]
-    assert batches(rows, 8, tokens=12) == [[1], [3, 4], [0, 2]]
-    assert batches(rows, 8, tokens=5) == [[1], [3], [4], [0, 2]]
-    assert batches(rows, 8, alone=6) == [[1], [3], [4, 0, 2]]
+    assert batches(rows, Limits(8)) == [[1, 3, 4, 0, 2]]
+    assert batches(rows, Limits(2)) == [[1], [3, 4], [0, 2]]
+    assert batches(rows, Limits(8, tokens=14)) == [[1], [3, 4], [0, 2]]
+    assert batches(rows, Limits(8, tokens=6)) == [[1], [3], [4], [0, 2]]
+    assert batches(rows, Limits(8, alone=6)) == [[1], [3], [4, 0, 2]]
     alike = [[7, 7, 7, 7, 7, 1], [7, 7, 7, 7, 7, 2], [8] * 6]
-    assert batches(alike, 8, alone=5) == [[0, 1], [2]]
+    assert batches(alike, Limits(8, alone=5)) == [[0, 1], [2]]
+    assert batches([], Limits(8)) == []
+
+
+@pytest.mark.parametrize("limits", [Limits(4), Limits(3, 40), Limits(5, overhead=7), Limits(4, 30, 12, 3)], ids=str)
+def test_no_other_cut_reads_less(limits):
+    """Against all ways to cut the same order."""
+    draw = random.Random(0)
+    for _ in range(30):
+        rows = [[number] * draw.randint(1, 15) for number in range(8)]
+        lengths = sorted(map(len, rows), reverse=True)
+
+        def cost(sizes: list[int], lengths=lengths) -> float:
+            start, read = 0, 0
+            for size in sizes:
+                longest = lengths[start]
+                too_much = limits.tokens is not None and longest * size > limits.tokens
+                if size > limits.size or (size > 1 and (too_much or longest > (limits.alone or 15))):
+                    return math.inf
+                read, start = read + longest * size, start + size
+            return read + (1000 if limits.overhead is None else limits.overhead) * len(sizes)
+
+        ways = [
+            [len(part) + 1 for part in "".join(cut).split("|")] for cut in itertools.product("x|", repeat=len(rows) - 1)
+        ]
+        found = batches(rows, limits)
+        assert sorted(index for batch in found for index in batch) == list(range(len(rows)))
+        assert cost([len(batch) for batch in found]) == min(map(cost, ways))
 
 
 def test_a_run_leaves_the_promised_files(models, pages, tmp_path):

@@ -11,7 +11,8 @@ from random_models import save_random_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from jrt.evaluate import ModelSpec, open_subject, shared_prefix
-from jrt.evaluate.engine import answer, batches
+from jrt.evaluate.batching import Limits, batches
+from jrt.evaluate.engine import answer
 
 PAGES = PROTOCOLS["pages-512"]
 
@@ -109,9 +110,19 @@ def test_groups_have_each_row_once_and_a_token_of_its_own():
     assert shared_prefix.groups(longer)[0].common == 3
 
 
+def test_what_sharing_is_worth():
+    assert not shared_prefix.is_worth_it(saved=20, total=100, steps=0, parameters=10**6, on_gpu=False)
+    assert shared_prefix.is_worth_it(saved=50, total=100, steps=30, parameters=10**6, on_gpu=False)
+    small, large = (
+        {"saved": 10_000, "total": 15_000, "steps": 4, "parameters": n, "on_gpu": True} for n in (10**6, 10**9)
+    )
+    assert not shared_prefix.is_worth_it(**small)
+    assert shared_prefix.is_worth_it(**large)
+
+
 def test_batches_keep_questions_on_one_page_together():
     rows = questions_on_two_pages()
-    assert [set(batch) for batch in batches(rows, 4)] == [{0, 1, 2, 3}, {6, 4, 5}]
+    assert [set(batch) for batch in batches(rows, Limits(4))] == [{0, 1, 2, 3}, {6, 4, 5}]
 
 
 def stops_in(texts: list[str], tokenizer) -> tuple[str, ...]:

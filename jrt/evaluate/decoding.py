@@ -1,7 +1,7 @@
 """Greedy decoding of a batch whose rows end at different times, by transformers' `generate`.
 
-Half a batch often has its answer after a few tokens while one row goes on to the limit. So `generate` pauses whenever half of
-its rows have ended, and goes on with the states of the others.
+Half a batch often has its answer after a few tokens while one row goes on to the limit. So on a CPU `generate` pauses whenever
+half of its rows have ended, and goes on with the states of the others. On a GPU a step of fewer rows is no faster.
 
 Shapes: B rows, K rows that go on, T tokens of a prompt.
 """
@@ -90,6 +90,7 @@ def decode(subject: Subject, start: Start, ends: Tensor, max_new_tokens: int) ->
     tokens: list[list[int]] = [[] for _ in range(len(start.ids))]
     finite = [True] * len(tokens)
     rows = list(range(len(tokens)))  # those that go on
+    early = subject.copies_states and subject.device.type == "cpu"
     while rows:
         forced = [len(prompt) for prompt in start.forced]
         limits = [max_new_tokens - len(tokens[row]) for row in rows]
@@ -98,7 +99,7 @@ def decode(subject: Subject, start: Start, ends: Tensor, max_new_tokens: int) ->
             ends,
             torch.tensor(forced, device=ends.device),
             torch.tensor(limits, device=ends.device),
-            subject.copies_states,
+            early,
         )
         output = subject.model.generate(
             input_ids=start.ids,

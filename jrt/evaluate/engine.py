@@ -1,5 +1,5 @@
-"""Greedy answers to many prompts: sorted batches, common beginnings read once, left padding with a mask, an end where
-every row has ended.
+"""Greedy answers to a batch of prompts: common beginnings read once, left padding with a mask, an end where every row has
+ended.
 
 Rows are independent: a row's answer does not depend on its batch, so batches may be formed, cut and repeated at will.
 
@@ -67,30 +67,6 @@ def prompt_limit(protocol: Protocol, max_length: int | None) -> int | None:
             )
         bounds.append(max_length - protocol.max_new_tokens)
     return min(bounds, default=None)
-
-
-def batches(
-    rows: Sequence[Sequence[int]], size: int, tokens: int | None = None, alone: int | None = None
-) -> list[list[int]]:
-    """Indices in batches of at most `size`: prompts that begin alike together, so that they can be read together; longest
-    first, for little padding, and a batch that does not fit shows at once.
-
-    tokens: at most so many tokens to read in a batch of more than one prompt, common beginnings counted once; alone: a
-    longer prompt only shares a batch with those that begin like it."""
-    found: list[list[int]] = []
-    room = 0
-    for group in shared_prefix.groups(rows):
-        begun = False
-        for index in group.rows:
-            cost = len(rows[index]) - (group.common if begun else 0)
-            apart = alone is not None and not begun and found and len(rows[found[-1][0]]) > alone
-            if not found or apart or len(found[-1]) == size or (tokens is not None and cost > room):
-                found.append([])
-                room, cost = tokens or 0, len(rows[index])
-            found[-1].append(index)
-            room -= cost
-            begun = True
-    return found
 
 
 def answer(subject: Subject, rows: Sequence[Sequence[int]], protocol: Protocol) -> list[Generation]:

@@ -18,7 +18,8 @@ from jrt_recall import contains
 from tqdm import tqdm
 
 import jrt
-from jrt.evaluate.engine import Encoded, Generation, batches, encode, prompt_limit
+from jrt.evaluate.batching import Limits, batches
+from jrt.evaluate.engine import Encoded, Generation, encode, prompt_limit
 from jrt.evaluate.folder import RunFolder
 from jrt.evaluate.plan import Cell, Plan
 from jrt.evaluate.pools import Job, Pool
@@ -27,10 +28,13 @@ from jrt.evaluate.subjects import ModelSpec, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
-CPU_BATCH = 16
-CPU_TOKENS = 4096  # of a batch: what more of them need falls out of a processor's caches, and small models read slower
+ON_CPU = Limits(
+    size=16,
+    tokens=8192,  # what more of them need falls out of a processor's caches, and small models read slower
+    overhead=1024,
+)
 CPU_ALONE = 1024  # tokens: masked attention over padded rows costs more than decoding them together saves
-GPU_BATCH = 128  # halved wherever it does not fit
+ON_GPU = Limits(size=128)  # halved wherever it does not fit
 _RECORDED = ("jrt", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy")
 
 
@@ -76,7 +80,7 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
                 limit = prompt_limit(found.protocol, facts["max_length"])
                 encoded = prompts[cell] = encode(tokenizer, [item.prompt for item in found.items], limit)
                 state_bytes[cell] = pool.state_bytes(spec, round(sum(len(e.ids) for e in encoded) / len(encoded)))
-                for batch in batches([encoded[index].ids for index in missing[cell]], *_sizes(spec, facts, batch_size)):
+                for batch in batches([encoded[index].ids for index in missing[cell]], _limits(spec, facts, batch_size)):
                     chosen = [missing[cell][index] for index in batch]
                     yield Job(spec, cell, found.protocol, [encoded[index].ids for index in chosen], chosen)
 
@@ -95,13 +99,12 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
     return Outcome(records, compared, every)
 
 
-def _sizes(spec: ModelSpec, facts: dict, batch_size: int | None) -> tuple[int, int | None, int | None]:
-    """Prompts and tokens that a batch may hold, and the length from which on prompts that differ are not mixed."""
+def _limits(spec: ModelSpec, facts: dict, batch_size: int | None) -> Limits:
     if batch_size is not None:
-        return batch_size, None, None
+        return Limits(batch_size)
     if spec.device.startswith("cuda"):
-        return GPU_BATCH, None, None
-    return CPU_BATCH, CPU_TOKENS, CPU_ALONE if facts["attends_to_all"] else None
+        return ON_GPU
+    return ON_CPU._replace(alone=CPU_ALONE if facts["attends_to_all"] else None)
 
 
 def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:

@@ -21,6 +21,7 @@ from jrt.quirks import Quirks
 
 SHARE = 0.5  # of a prompt that it must have in common with the others of its group
 SAVED = 0.25  # of a batch's tokens: a second call is not worth less
+GPU_STEP = 2e12  # multiply-adds that a GPU does in the time of one decoding step, which launches decide
 
 
 class Group(NamedTuple):
@@ -55,6 +56,11 @@ def can_share(subject: Subject) -> bool:
     return subject.copies_states and not ours
 
 
+def is_worth_it(saved: int, total: int, steps: int, parameters: int, on_gpu: bool) -> bool:
+    """Whether reading `saved` of `total` tokens fewer outweighs a second call and `steps` more decoding steps."""
+    return saved >= SAVED * total and (not on_gpu or saved * parameters > steps * GPU_STEP)
+
+
 def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Start | None:
     """Reads the common beginnings of `rows`.
 
@@ -67,7 +73,7 @@ def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Sta
     found = groups(rows)
     total = sum(map(len, rows))
     saved = sum(group.common * (len(group.rows) - 1) for group in found)
-    if not can_share(subject) or saved < SAVED * total or min(group.common for group in found) < 1:
+    if not saved or not can_share(subject) or min(group.common for group in found) < 1:
         return None
     rest: list[list[int]] = [[]] * len(rows)
     owner = [0] * len(rows)
@@ -76,6 +82,9 @@ def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Sta
             rest[index], owner[index] = list(rows[index][group.common :]), number
     at_once = min(map(len, rest))
     forced = [tokens[at_once:] for tokens in rest]
+    steps, on_gpu = max(map(len, forced)), subject.device.type == "cuda"
+    if not is_worth_it(saved, total, steps, subject.parameters, on_gpu):
+        return None
     if any(token in ends for tokens in forced for token in tokens):
         return None
     ids, mask = left_padded(

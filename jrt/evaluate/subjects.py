@@ -88,11 +88,16 @@ class Subject:
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
 
+    @cached_property
+    def parameters(self) -> int:
+        """How many the model has."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def facts(self) -> Facts:
         bound = position_bound(self.model)
         return Facts(
             name=self.spec.name,
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            parameters=self.parameters,
             sha256=weights_sha256(self.model),
             train_length=self.model.core.train_length if self.is_ours else bound,
             max_length=None if self.is_ours else bound,
