@@ -275,6 +275,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
                 copy_tile_out(&maps.o, out_tile, piece.column_tile * kColumns, piece.head, token, piece.batch);
                 copy_out_commit();
             }
+            __syncwarp();
         }
         wgmma_wait<0>();
         if (lane == 0) copy_out_wait();

@@ -16,7 +16,6 @@ small="$small or (test_encode_prefix and 333-3) or (test_decode_step and -5) or 
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else an access past one tensor lands in its neighbour, unseen
 for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        --kernel-name kns=prefill --kernel-name kns=scan_pieces --kernel-name kns=decode_kernel \
         python3 -m pytest -q -p no:cacheprovider -m "gpu or hopper" -k "$small" tests/test_cuda_kernels.py 2>&1 \
         | tee "$logs/$tool.log"
 done

@@ -172,6 +172,7 @@ __device__ __forceinline__ void publish_moments(const float (&moments)[8], float
                         __float_as_uint(moments[4]), __float_as_uint(moments[5]));
         if (lane == 0) store_shared_float(copy + 1536, count);
     }
+    __syncwarp();  // the barrier that follows counts a warp at once
 }
 
 // ---- the state in device memory: S (153, value_dim) and z (153), documented order, fp32 --------------------------------
