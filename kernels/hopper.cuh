@@ -34,6 +34,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// By one thread, or by a whole warp: `mbarrier_wait_warp`.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -46,12 +47,18 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         : "memory");
 }
 
+// Lanes may leave the loop at different tries, and what follows (wgmma, named barriers) takes a warp as one.
+__device__ __forceinline__ void mbarrier_wait_warp(uint32_t barrier, uint32_t parity) {
+    mbarrier_wait(barrier, parity);
+    __syncwarp();
+}
+
 // ---- ordering --------------------------------------------------------------------------------------------------------
 
 // Makes this thread's ordinary shared-memory writes visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Named barrier of kThreads threads: those who wait and those who only arrive.
+// Named barrier of kThreads threads.
 template <int kThreads>
 __device__ __forceinline__ void barrier_wait(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
@@ -60,6 +67,24 @@ __device__ __forceinline__ void barrier_wait(int id) {
 template <int kThreads>
 __device__ __forceinline__ void barrier_arrive(int id) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+// Named barriers kId and kId + 1 of a double buffer, one side arrives and the other waits. Numbers that are known when
+// compiling, picked by a predicate: the race checker does not follow numbers in registers.
+template <int kThreads, int kId>
+__device__ __forceinline__ void barrier_pair_wait(int second) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p bar.sync %1, %3;\n@!p bar.sync %2, %3;\n}\n" ::"r"(second),
+        "n"(kId + 1), "n"(kId), "n"(kThreads)
+        : "memory");
+}
+
+template <int kThreads, int kId>
+__device__ __forceinline__ void barrier_pair_arrive(int second) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p bar.arrive %1, %3;\n@!p bar.arrive %2, %3;\n}\n" ::"r"(second),
+        "n"(kId + 1), "n"(kId), "n"(kThreads)
+        : "memory");
 }
 
 // ---- registers: one warpgroup gives some up, another takes them; the numbers are per thread afterwards ------------------

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         const auto start_scores = [&](float(&scores)[32], int chunk) {
             const int stage = chunk % kTextStages;
             const uint32_t k_tile = memory + stage * kTextStageBytes + kValueTileBytes, q_tile = k_tile + kKeyTileBytes;
-            if (chunk < piece.chunks) mbarrier_wait(full + 8 * stage, (chunk / kTextStages) & 1);
+            if (chunk < piece.chunks) mbarrier_wait_warp(full + 8 * stage, (chunk / kTextStages) & 1);
             wgmma_fence();
             wgmma_scores<Elem>(scores, matrix_descriptor(q_tile, 0, 16, 256, Swizzle::k32),
                                matrix_descriptor(k_tile, 0, 16, 256, Swizzle::k32), 0);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
 
             // phi(q) S on top, in two halves: all of phi(q) beside the weights would not fit the registers (and with a mask,
             // half of it beside the scores would not either).
-            barrier_wait<2 * kWarpgroup>(kPublished + (chunk & 1));
+            barrier_pair_wait<2 * kWarpgroup, kPublished>(chunk & 1);
             denominators<Elem>(denominator, row_sum, q_tile, moments, warp, lane);
             if (kMask) build_query_features<Elem, 0>(features, q_tile, warp, lane);
             wgmma_fence();
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             publish_state<Elem>(keys.sums, memory + kTextState + (chunk & 1) * kStateCopyBytes, warp, lane);
             publish_moments<Elem>(keys.moments, keys.count, memory + kTextMoments + (chunk & 1) * kMomentBytes, warp, lane);
             fence_async_proxy();
-            barrier_arrive<2 * kWarpgroup>(kPublished + (chunk & 1));
+            barrier_pair_arrive<2 * kWarpgroup, kPublished>(chunk & 1);
         };
         publish(0);
         const int chunks = piece.writes_state(p) ? piece.chunks : piece.chunks - 1;
@@ -302,14 +302,14 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
             const int stage = chunk % kTextStages;
             const uint32_t v_tile = memory + stage * kTextStageBytes;
-            mbarrier_wait(full + 8 * stage, (chunk / kTextStages) & 1);
+            mbarrier_wait_warp(full + 8 * stage, (chunk / kTextStages) & 1);
             keys.write_features(v_tile + kValueTileBytes, phi, counts);
             barrier_wait<kWarpgroup>(kKeySide);
             keys.start(v_tile + kValueTileBytes, v_tile, phi, counts, piece.tokens_of(chunk));
             wgmma_wait<0>();
             const int next = chunk + 1;
             if (next < piece.chunks) {
-                if (next >= 2) barrier_wait<2 * kWarpgroup>(kTaken + (next & 1));
+                if (next >= 2) barrier_pair_wait<2 * kWarpgroup, kTaken>(next & 1);
                 publish(next);
             }
             barrier_wait<kWarpgroup>(kKeySide);  // phi may be overwritten
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
     chunk_mask.fetch(p, piece, 0, keys.lane);
     keys.read(p, piece);
     uint2 counts = chunk_mask.take(p, piece, 0, keys.lane);
-    mbarrier_wait(full, 0);
+    mbarrier_wait_warp(full, 0);
     keys.write_features(memory + kValueTileBytes, phi, counts);
     for (int chunk = 0; chunk < piece.chunks; ++chunk) {
         // Every warp is done with the chunk before and has written its features of this one.
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
         const int next = chunk + 1;
         if (next < piece.chunks) {
             counts = chunk_mask.take(p, piece, next, keys.lane);
-            mbarrier_wait(full + 8 * (next % kStateStages), (next / kStateStages) & 1);
+            mbarrier_wait_warp(full + 8 * (next % kStateStages), (next / kStateStages) & 1);
             const uint32_t next_k = memory + next % kStateStages * kStateStageBytes + kValueTileBytes;
             keys.write_features(next_k, phi + (next & 1) * kPhiBytes, counts);
         }
