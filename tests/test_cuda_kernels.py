@@ -310,6 +310,13 @@ def test_shapes_are_known_without_a_device():
     assert cuda._decode_in_place(*token, True).shape == (2, 1, 3, 112)
 
 
+@pytest.mark.parametrize(
+    "device, backend, calls", [("cpu", "chunked", 252), pytest.param("cuda", "cuda", 258, marks=pytest.mark.hopper)]
+)
+def test_what_the_sanitizer_runs(device, backend, calls):
+    assert runpy.run_path(str(ROOT / "kernels" / "sanitize.py"))["launch_all"](device, backend) == calls
+
+
 def test_building_without_a_compiler_is_one_clear_message(monkeypatch, tmp_path):
     build = runpy.run_path(str(ROOT / "kernels" / "build.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
