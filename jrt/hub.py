@@ -219,11 +219,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.short_prompt_token,
         )
         added = prompt.input_ids.shape[1] - input_ids.shape[1]
-        for name in ("max_length", "min_length"):
-            if added and kwargs.get(name) is not None:
-                kwargs[name] += added
-        if added and not {"max_length", "max_new_tokens", "generation_config"} & set(kwargs):
-            kwargs["max_new_tokens"] = 20  # transformers' default, which counts the prompt as it is now
+        if added:
+            kwargs |= self._longer_limits(kwargs, added)
         for name in ("prefix_length", "blank_length"):
             if getattr(prompt, name) is not None:
                 kwargs[name] = getattr(prompt, name)
@@ -231,6 +228,20 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["use_cache"] = False
         output = super().generate(prompt.input_ids, attention_mask=prompt.attention_mask.long(), **kwargs)
         return _with_given_prompts(output, input_ids, prompt.input_ids.shape[1])
+
+    def _longer_limits(self, given: dict, added: int) -> dict[str, int]:
+        """The limits of `generate` that count the prompt, for one that is `added` tokens longer than the caller knows."""
+        settings = given.get("generation_config") or self.generation_config
+
+        def limit(name: str) -> int | None:
+            return given[name] if given.get(name) is not None else getattr(settings, name)
+
+        longer = {name: limit(name) + added for name in ("max_length", "min_length") if limit(name)}
+        if limit("max_new_tokens") is not None:
+            longer.pop("max_length", None)
+        elif "max_length" not in longer:
+            longer["max_new_tokens"] = 20  # transformers' default, which counts the prompt as it is now
+        return longer
 
     def _past_state(self, past_key_values) -> ModelState | None:
         if past_key_values is None:

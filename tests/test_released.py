@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 import jrt
 from jrt import Quirks
@@ -289,6 +290,30 @@ def test_short_prompts_are_filled_row_by_row(shared, rule):
         alone = model.generate(row[None], **arguments)
         assert torch.equal(alone.sequences[0, -4:], batch.sequences[index, -4:])
         assert_close(torch.stack(batch.logits)[:, index], torch.stack(alone.logits)[:, 0])
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_length": 9},
+        {"max_length": 9, "min_length": 9},
+        {"max_new_tokens": 4},
+        {"max_length": 50, "max_new_tokens": 4},
+    ],
+)
+@pytest.mark.parametrize("place", ["argument", "generation_config", "model"])
+def test_limits_count_the_prompt_as_it_was_given(shared, limits, place):
+    model = jrt.load(shared / "golden" / "jrt_main", short_prompt="pad")
+    ids = torch.randint(0, 200, (2, 5), generator=torch.Generator().manual_seed(0))
+    if place == "argument":
+        found = model.generate(ids, do_sample=False, **limits)
+    elif place == "generation_config":
+        found = model.generate(ids, generation_config=GenerationConfig(do_sample=False, **limits))
+    else:
+        model.generation_config = GenerationConfig(do_sample=False, **limits)
+        found = model.generate(ids)
+    assert found.shape == (2, 9)
+    assert torch.equal(found, model.generate(ids, do_sample=False, max_new_tokens=4))
 
 
 def test_what_each_rule_fills_in():
