@@ -111,11 +111,34 @@ def cpu() -> str:
     return rows_as_markdown(["what", "time", ""], rows) + origin(ops)
 
 
+def evaluation() -> str:
+    rows = []
+    reports = [load("recall_eval_gpu"), load("recall_eval_cpu")]
+    for report in reports:
+        device = "CPU" if "threads" in report["device"] else "H100"
+        cells: dict[tuple[str, str], dict[str, dict]] = {}
+        for row in report["rows"]:
+            cells.setdefault((row["shape"]["model"], row["shape"]["task"]), {})[row["method"]] = row
+        for (model, task), ways in cells.items():
+            speedups = [ways.get(f"lm-eval, batch {size}", {}).get("speedup_of_jrt_eval") for size in (1, 16, "auto")]
+            rows.append(
+                [
+                    f"{device}, {model}",
+                    task.removeprefix("recall_"),
+                    f"{ways['jrt eval']['items_per_second']:.0f}",
+                    *("-" if speedup is None else f"{speedup:.2f} x" for speedup in speedups),
+                ]
+            )
+    header = ["", "task", "items/s", "lm-eval, batch 1", "batch 16", "batch auto"]
+    return rows_as_markdown(header, rows) + "".join(map(origin, reports))
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "minis": ("recall_minis", minis),
     "prefill": ("lin_attn_profile", prefill),
     "whole models": ("model_prefill", whole_models),
     "cpu": ("cpu_decode", cpu),
+    "evaluation": ("recall_eval_cpu", evaluation),
 }
 
 
