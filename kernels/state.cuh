@@ -6,7 +6,7 @@
 #pragma once
 
 #include "features.cuh"
-#include "hopper.cuh"
+#include "products.cuh"
 
 namespace jrt {
 

@@ -216,6 +216,33 @@ def test_labels_inside_the_prefix_do_not_count():
         model(ids[:, :16], labels=ids[:, :16])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_loss_depends_neither_on_padding_nor_on_the_type_of_labels(name):
+    model = build(name)
+    rows = [texts()[0, :20], texts()[1, :31]]
+    ids, mask = left_padded(rows)
+    prefix = torch.zeros(2, dtype=torch.long)
+    losses = [model(row[None], labels=row[None], prefix_length=prefix[:1]).loss for row in rows]
+    expected = (losses[0] * 19 + losses[1] * 30) / 49
+    for labels in (ids, ids.int()):
+        loss = model(ids, attention_mask=mask, labels=labels, prefix_length=prefix).loss
+        torch.testing.assert_close(loss, expected)
+
+
+def test_generate_reads_the_prefix_that_it_is_told():
+    model, prompt = build("mini-jrt"), texts(2, 20)
+    prefix = torch.tensor([3, 9])
+    free = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    told = model.generate(prompt, max_new_tokens=6, do_sample=False, prefix_length=prefix)
+    assert not torch.equal(told, free)
+    for column in range(20, 26):
+        logits = model(told[:, :column], prefix_length=prefix).logits[:, -1]
+        assert torch.equal(logits.argmax(-1), told[:, column])
+    with pytest.raises(ValueError, match="short_prompt"):
+        model.generate(prompt, prefix_length=prefix, short_prompt="repeat")
+
+
 def test_states_select_and_repeat_rows():
     model, ids = build("debug"), texts()
     with torch.no_grad():
@@ -253,6 +280,17 @@ BAD = [
     (lambda ids: dict(input_ids=ids - 98), "outside the vocabulary"),
     (lambda ids: dict(input_ids=ids.float()), "expected integers"),
     (lambda ids: dict(input_ids=ids[0]), "expected integers of shape"),
+    (lambda ids: dict(input_ids=ids.tolist()), "input_ids is a list; expected a tensor of integers"),
+    (lambda ids: dict(input_ids=ids > 5), "expected int64 or int32"),
+    (lambda ids: dict(input_ids=ids.to(torch.uint8)), "expected int64 or int32"),
+    (lambda ids: dict(input_ids=ids, attention_mask=ids.tolist()), "attention_mask is a list; expected a tensor"),
+    (lambda ids: dict(input_ids=ids, blank_length=5), "blank_length is a int"),
+    (lambda ids: dict(input_ids=ids, blank_length=torch.tensor([5])), "blank_length has shape"),
+    (lambda ids: dict(input_ids=ids, prefix_length=torch.ones(len(ids), dtype=torch.bool)), "tensor of integers"),
+    (lambda ids: dict(input_ids=ids, labels=ids.tolist()), "labels is a list; expected a tensor"),
+    (lambda ids: dict(input_ids=ids, labels=ids.float()), "labels are torch.float32; expected int64 or int32"),
+    (lambda ids: dict(input_ids=ids, labels=ids + 97), "label .* is outside the vocabulary"),
+    (lambda ids: dict(input_ids=ids, labels=ids - 97), "label .* is outside the vocabulary"),
     (lambda ids: dict(input_ids=ids, attention_mask=torch.ones(3, 7)), "attention_mask has shape"),
     (lambda ids: dict(input_ids=ids, attention_mask=(torch.arange(LENGTH) < 30).expand(3, -1)), "left padding"),
     (lambda ids: dict(input_ids=ids, attention_mask=torch.zeros(3, LENGTH)), "all padding"),
@@ -293,6 +331,8 @@ def test_generate_refuses_what_it_cannot_do():
         build("mini-mamba").generate(texts(), short_prompt="pad")
     with pytest.raises(ValueError, match="needs input_ids"):
         build("mini-jrt").generate()
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        build("mini-mamba").generate(texts(), attention_mask=torch.ones(3, 7))
     with pytest.raises(ValueError, match="empty"):
         build("mini-jrt").generate(torch.zeros(1, 0, dtype=torch.long))
 
@@ -307,7 +347,17 @@ def test_generate_refuses_what_it_cannot_do():
         (dict(pattern="L", linear_heads=5), "multiple of linear_heads"),
         (dict(pattern="SS", window=(3,)), "2 S layers"),
         (dict(pattern="C", biases=("everything",)), "expected names"),
+        (dict(pattern="C", biases=(["conv.projections"],)), "expected names"),
         (dict(pattern="C", width=0), "at least 1"),
+        (dict(pattern="C", conv_expand=0), "conv_expand is 0: expected at least one channel"),
+        (dict(pattern="C", conv_expand=-1), "conv_expand is -1: expected at least one channel"),
+        (dict(pattern="C", norm_eps=-1e-5), "norm_eps is -1e-05; expected at least 0"),
+        (dict(pattern="C", train_length=0), "train_length must be at least 1"),
+        (dict(pattern="M", mamba_kernel=0), "mamba_kernel must be at least 1"),
+        (dict(pattern="M", mamba_expand=0), "mamba_expand must be at least 1"),
+        (dict(pattern="M", dt_rank=0), "dt_rank must be at least 1"),
+        (dict(pattern="L", linear_heads=2, feature_scale=0), "feature_scale must be at least 1"),
+        (dict(pattern="L", linear_heads=2, decay_const=0), "decay_const is 0: expected below 0"),
     ],
 )
 def test_configurations_that_cannot_be_built(fields, said):
