@@ -18,6 +18,20 @@ LETTERS = {
     "M": "Mamba",
 }
 LARGEST = 1 << 31  # no size of a model comes near it
+AT_LEAST_ONE = (
+    "width",
+    "vocab_rows",
+    "heads",
+    "linear_heads",
+    "feature_dim",
+    "feature_scale",
+    "conv_kernel",
+    "state_dim",
+    "mamba_expand",
+    "mamba_kernel",
+    "dt_rank",
+    "train_length",
+)
 OPTIONAL_BIASES = ("conv.projections", "conv.filter", "attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
 
 
@@ -62,10 +76,19 @@ class Config:
         if not self.pattern or unknown:
             expected = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
             raise ValueError(f"pattern {self.pattern!r}: expected one letter per layer out of {expected}")
-        for name in ("width", "vocab_rows", "heads", "linear_heads", "feature_dim", "conv_kernel", "state_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if set(self.biases) - set(OPTIONAL_BIASES):
+        for name in AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.conv_channels < 1:
+            raise ValueError(f"conv_expand is {self.conv_expand}: expected at least one channel of width {self.width}")
+        if self.norm_eps < 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}; expected at least 0")
+        if self.decay_const is not None and self.decay_const >= 0:
+            raise ValueError(
+                f"decay_const is {self.decay_const}: expected below 0, so that 1 - 2^decay_const is positive"
+            )
+        if any(name not in OPTIONAL_BIASES for name in self.biases):
             raise ValueError(f"biases {self.biases}: expected names out of {OPTIONAL_BIASES}")
         if self.has("AS") and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")

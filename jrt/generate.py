@@ -34,7 +34,7 @@ class Prompt:
 
 def check_short_prompt(name: str | None) -> None:
     """Raises ValueError for a name that SHORT_PROMPTS does not have."""
-    if name is not None and name not in SHORT_PROMPTS:
+    if name is not None and name not in tuple(SHORT_PROMPTS):
         raise ValueError(f"short_prompt={name!r}: expected one of {', '.join(SHORT_PROMPTS)}")
 
 

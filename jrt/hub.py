@@ -29,6 +29,9 @@ from jrt.quirks import Quirks
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
+INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
+
+
 class RecurrentCache(Cache):
     """transformers' cache interface around one `ModelState`."""
 
@@ -90,7 +93,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: JRTConfig) -> None:
         super().__init__(config)
         self.core = config.core
-        self.quirks = Quirks(**config.quirks)
+        self.quirks = Quirks.from_dict(config.quirks)
         self.model = LanguageModel(self.core)
         self.post_init()
         if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
@@ -127,8 +130,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 `blank_padding` it is the release's `attn_mask`: any (B, T), or (B, 1, T, T) to add to scores.
             past_key_values: the cache that an earlier call returned; it is moved on in place.
             use_cache: return a cache; by default outside training.
-            labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Those inside a prefix are
-                left out, because the encoder has read them.
+            labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Padding and each row's first
+                token are left out, and those inside a prefix, because the encoder has read them.
             prefix_length: (B,) tokens of each row that the prefix encoder reads, on the first call; None: as many of
                 its own as enc_length allows.
             blank_length: (B,) short-prompt pads at each row's start (set by `generate`).
@@ -149,7 +152,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         as_released = self.quirks.blank_padding
         mask = (_released_mask if as_released else _own_mask)(attention_mask, input_ids, state)
         if state is None:
-            prefix_length = self._checked_prefix(prefix_length, input_ids, mask)
+            prefix_length = _checked_lengths("prefix_length", prefix_length, input_ids, mask)
+            blank_length = _checked_lengths("blank_length", blank_length, input_ids, None)
         hidden, state = self.model.read(
             input_ids,
             state=state,
@@ -163,7 +167,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         elif torch.is_tensor(logits_to_keep):
             hidden = hidden[:, logits_to_keep]
         logits = self.model.head(hidden)  # (B, T, V)
-        loss = None if labels is None else self._loss(logits, labels, mask, prefix_length, state)
+        loss = None if labels is None else self._loss(logits, labels, prefix_length, state)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache:
@@ -177,6 +181,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         inputs: Tensor | None = None,
         attention_mask: Tensor | None = None,
         short_prompt: str | None = None,
+        prefix_length: Tensor | None = None,
         **kwargs,
     ):
         """transformers' `generate`, after prompts shorter than the prefix encoder were filled up.
@@ -186,6 +191,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, T); 0 is padding; None: every token counts.
             short_prompt: a key of `jrt.generate.SHORT_PROMPTS`; None takes the model's own rule. Other models have no
                 encoder to fill and accept "none" only.
+            prefix_length: (B,) tokens of each row that the prefix encoder reads, in place of a rule.
             **kwargs: as in transformers.
 
         Returns:
@@ -199,6 +205,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs[CACHE] = past
         self._check_ids(input_ids, self._past_state(past))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        _check_tensor("attention_mask", mask, "a tensor (B, T)")
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}")
         if self.quirks.ignore_batch_padding:
             mask = torch.ones_like(mask)
         if self.quirks.padded_rows is False and self.config.vocab_tokens < self.core.vocab_rows:
@@ -211,13 +220,18 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             return super().generate(input_ids, attention_mask=mask, **kwargs)
         own = _own_mask(mask, input_ids, None)
+        given = _checked_lengths("prefix_length", prefix_length, input_ids, own)
+        if given is not None and short_prompt not in (None, "none"):
+            raise ValueError(f"prefix_length says what is encoded, and so does short_prompt={short_prompt!r}: give one")
         prompt = fill_short_prompts(
             input_ids,
             torch.ones_like(input_ids, dtype=torch.bool) if own is None else own,
             self.core.enc_length,
-            self.config.short_prompt if short_prompt is None else short_prompt,
+            "none" if given is not None else short_prompt or self.config.short_prompt,
             self.config.short_prompt_token,
         )
+        if given is not None:
+            prompt = dataclasses.replace(prompt, prefix_length=given)
         added = prompt.input_ids.shape[1] - input_ids.shape[1]
         if added:
             kwargs |= self._longer_limits(kwargs, added)
@@ -252,9 +266,12 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return past_key_values.state
 
     def _check_ids(self, input_ids: Tensor, state: ModelState | None) -> None:
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
+        _check_tensor("input_ids", input_ids, "a tensor of integers of shape (B, T)")
+        if input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
             shape, dtype = tuple(input_ids.shape), input_ids.dtype
-            raise ValueError(f"input_ids is {dtype} of shape {shape}; expected integers of shape (B, T)")
+            raise ValueError(
+                f"input_ids is {dtype} of shape {shape}; expected integers of shape (B, T): expected int64 or int32"
+            )
         if input_ids.numel() == 0:
             raise ValueError("input_ids is empty: expected at least one row and one token")
         if input_ids.is_cuda and state is not None:
@@ -264,33 +281,46 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             wrong = low if low < 0 else high
             raise ValueError(f"token id {wrong} is outside the vocabulary; expected 0 to {self.core.vocab_rows - 1}")
 
-    def _checked_prefix(self, prefix_length, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
-        if prefix_length is None:
-            return None
-        expected = f"expected a tensor of integers of shape (B,) = ({input_ids.shape[0]},)"
-        if not isinstance(prefix_length, Tensor):
-            raise ValueError(f"prefix_length is a {type(prefix_length).__name__}; {expected}")
-        if prefix_length.shape != input_ids.shape[:1] or prefix_length.is_floating_point():
-            shape = tuple(prefix_length.shape)
-            raise ValueError(f"prefix_length has shape {shape} and dtype {prefix_length.dtype}; {expected}")
-        own = input_ids.shape[1] if mask is None else mask.sum(1)
-        if bool(((prefix_length < 0) | (prefix_length > own)).any()):
-            raise ValueError("prefix_length counts each row's own tokens: expected between 0 and the row's length")
-        return prefix_length
-
-    def _loss(self, logits: Tensor, labels: Tensor, mask, prefix_length, state: ModelState) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, prefix_length: Tensor | None, state: ModelState) -> Tensor:
+        _check_tensor("labels", labels, "a tensor (B, T)")
         if labels.shape != logits.shape[:2]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}")
+        if labels.dtype not in INTEGERS:
+            raise ValueError(f"labels are {labels.dtype}; expected int64 or int32")
+        told = labels[labels != IGNORED]
+        if told.numel() and (wrong := told[(told < 0) | (told >= self.core.vocab_rows)]).numel():
+            raise ValueError(
+                f"label {wrong[0].item()} is outside the vocabulary; expected 0 to {self.core.vocab_rows - 1}, or {IGNORED}"
+            )
+        own = state.lengths[:, None]  # (B, 1)
+        position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
+        first = 1  # nothing but padding stands before a row's first token
         if self.core.has("P"):
-            own = state.lengths[:, None]  # (B, 1)
             prefix = own.clamp(max=self.core.enc_length) if prefix_length is None else prefix_length[:, None]
-            position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
-            labels = labels.masked_fill(position < prefix, IGNORED)
-            if bool((labels == IGNORED).all()):
-                raise ValueError(
-                    "all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length"
-                )
+            first = prefix.clamp(min=1)
+        labels = labels.long().masked_fill(position < first, IGNORED)
+        if self.core.has("P") and told.numel() and bool((labels == IGNORED).all()):
+            raise ValueError("all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length")
         return mean_loss(logits[:, :-1], labels[:, 1:])
+
+
+def _check_tensor(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected {expected}")
+
+
+def _checked_lengths(name: str, lengths: Tensor | None, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+    """(B,) counts of each row's own tokens. Raises ValueError for anything else."""
+    if lengths is None:
+        return None
+    expected = f"a tensor of integers of shape (B,) = ({input_ids.shape[0]},)"
+    _check_tensor(name, lengths, expected)
+    if lengths.shape != input_ids.shape[:1] or lengths.dtype not in INTEGERS:
+        raise ValueError(f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; expected {expected}")
+    own = input_ids.shape[1] if mask is None else mask.sum(1)
+    if bool(((lengths < 0) | (lengths > own)).any()):
+        raise ValueError(f"{name} counts each row's own tokens: expected between 0 and the row's length")
+    return lengths
 
 
 def _one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | None) -> RecurrentCache | None:
@@ -303,6 +333,7 @@ def _own_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelStat
     """(B, T) bool for the tokens of this call, or None where none is padding."""
     if attention_mask is None:
         return None
+    _check_tensor("attention_mask", attention_mask, "a tensor (B, T)")
     batch, length = input_ids.shape
     total = length + (0 if state is None else state.seen)
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in (length, total):
@@ -329,6 +360,7 @@ def _released_mask(attention_mask: Tensor | None, input_ids: Tensor, state: Mode
     batch, length = input_ids.shape
     if attention_mask is None or state is not None or length == 1:
         return None
+    _check_tensor("attention_mask", attention_mask, "a tensor (B, T) or (B, 1, T, T)")
     if attention_mask.ndim == 4:
         attention_mask = attention_mask[:, 0, -1] == 0
     if attention_mask.ndim == 2 and attention_mask.shape[1] > length:

@@ -56,6 +56,14 @@ class Quirks:
             return cls.released()
         raise ValueError(f"compat={compat!r}: expected None (correct), 'released' or a jrt.Quirks")
 
+    @classmethod
+    def from_dict(cls, fields: dict) -> Quirks:
+        """The quirks that a configuration holds; raises ValueError for a name that is not known."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or set(fields) - known:
+            raise ValueError(f"quirks {fields!r}: expected a dict with names out of {', '.join(sorted(known))}")
+        return cls(**fields)
+
     def active(self) -> tuple[str, ...]:
         """Names of the quirks that are on."""
         return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name))
