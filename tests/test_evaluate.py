@@ -134,6 +134,8 @@ def test_batches_hold_each_index_once_and_start_with_the_longest():
     assert batches(rows, Limits(8, alone=6)) == [[1], [3], [4, 0, 2]]
     alike = [[7, 7, 7, 7, 7, 1], [7, 7, 7, 7, 7, 2], [8] * 6]
     assert batches(alike, Limits(8, alone=5)) == [[0, 1], [2]]
+    assert batches(alike, Limits(8, tokens=8)) == [[0, 1], [2]]
+    assert batches(alike, Limits(8, tokens=8, shares=False)) == [[0], [1], [2]]
     assert batches([], Limits(8)) == []
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jrt.evaluate.shared_prefix import groups
+from jrt.evaluate.shared_prefix import groups, groups_of_one
 
 
 class Limits(NamedTuple):
@@ -15,12 +15,14 @@ class Limits(NamedTuple):
         tokens: to read in a batch of more than one prompt, padding included and common beginnings counted once.
         alone: a longer prompt only shares a batch with those that begin like it.
         overhead: tokens that take as long to read as one more batch takes to decode; None: as few batches as can be.
+        shares: whether what prompts begin with is read once for all.
     """
 
     size: int
     tokens: int | None = None
     alone: int | None = None
     overhead: int | None = None
+    shares: bool = True
 
 
 def batches(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
@@ -29,7 +31,8 @@ def batches(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
     The rows are sorted, those that begin alike side by side, and cut where the fewest tokens are read, padding and
     `overhead` of each batch included: a shortest path over the places where one may cut."""
     order, group_of, common = [], [], []
-    for number, group in enumerate(groups(rows)):
+    alike = groups(rows) if limits.shares else groups_of_one(rows)
+    for number, group in enumerate(alike):
         order += group.rows
         group_of += [number] * len(group.rows)
         common += [group.common] * len(group.rows)

@@ -101,10 +101,12 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
 
 def _limits(spec: ModelSpec, facts: dict, batch_size: int | None) -> Limits:
     if batch_size is not None:
-        return Limits(batch_size)
-    if spec.device.startswith("cuda"):
-        return ON_GPU
-    return ON_CPU._replace(alone=CPU_ALONE if facts["attends_to_all"] else None)
+        limits = Limits(batch_size)
+    elif spec.device.startswith("cuda"):
+        limits = ON_GPU
+    else:
+        limits = ON_CPU._replace(alone=CPU_ALONE if facts["attends_to_all"] else None)
+    return limits._replace(shares=facts["shares_beginnings"])
 
 
 def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from jrt.evaluate.decoding import GREEDY, Start
 from jrt.evaluate.subjects import Subject
 from jrt.hub import CACHE
-from jrt.quirks import Quirks
 
 SHARE = 0.5  # of a prompt that it must have in common with the others of its group
 SAVED = 0.25  # of a batch's tokens: a second call is not worth less
@@ -49,11 +48,9 @@ def groups(rows: Sequence[Sequence[int]]) -> list[Group]:
     return sorted(found, key=lambda group: -max(len(rows[index]) for index in group.rows))
 
 
-def can_share(subject: Subject) -> bool:
-    """Whether reading in two calls gives what one call gives: not with a prefix encoder, which reads prompts whole, and
-    not with the release's ways."""
-    ours = subject.is_ours and (subject.model.core.has("P") or subject.model.quirks != Quirks())
-    return subject.copies_states and not ours
+def groups_of_one(rows: Sequence[Sequence[int]]) -> list[Group]:
+    """Each row by itself, longest first: for models that cannot read a common beginning once."""
+    return [Group([index], len(rows[index]) - 1) for index in sorted(range(len(rows)), key=lambda i: -len(rows[i]))]
 
 
 def is_worth_it(saved: int, total: int, steps: int, parameters: int, on_gpu: bool) -> bool:
@@ -73,7 +70,7 @@ def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Sta
     found = groups(rows)
     total = sum(map(len, rows))
     saved = sum(group.common * (len(group.rows) - 1) for group in found)
-    if not saved or not can_share(subject) or min(group.common for group in found) < 1:
+    if not saved or not subject.shares_beginnings or min(group.common for group in found) < 1:
         return None
     rest: list[list[int]] = [[]] * len(rows)
     owner = [0] * len(rows)

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 import jrt
 from jrt.hub import CACHE, JRTForCausalLM
 from jrt.loading import MINIS, RELEASED, checked_device, checked_dtype
+from jrt.quirks import Quirks
 from jrt.released import is_released
 
 SMOLLM2 = "smollm2"
@@ -42,7 +43,8 @@ class Facts:
     """What a result has to say about its model. Lengths in tokens; None: no such bound.
 
     sha256: over the names, shapes and bytes of all weights, so it does not depend on the file format; attends_to_all: some
-    layer looks at all earlier tokens (taken for granted of models that are not ours)."""
+    layer looks at all earlier tokens (taken for granted of models that are not ours); shares_beginnings: what prompts begin
+    with can be read once for all."""
 
     name: str
     parameters: int
@@ -50,6 +52,7 @@ class Facts:
     train_length: int | None
     max_length: int | None
     attends_to_all: bool
+    shares_beginnings: bool
 
 
 @dataclass
@@ -88,6 +91,14 @@ class Subject:
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
 
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether reading in two calls gives what one call gives: not with a prefix encoder, which reads prompts whole,
+        and not with the release's ways."""
+        if self.is_ours and (self.model.core.has("P") or self.model.quirks != Quirks()):
+            return False
+        return self.copies_states
+
     @cached_property
     def parameters(self) -> int:
         """How many the model has."""
@@ -102,6 +113,7 @@ class Subject:
             train_length=self.model.core.train_length if self.is_ours else bound,
             max_length=None if self.is_ours else bound,
             attends_to_all=not self.is_ours or self.model.core.has("A"),
+            shares_beginnings=self.shares_beginnings,
         )
 
     @torch.no_grad()
