@@ -223,11 +223,12 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         given = _checked_lengths("prefix_length", prefix_length, input_ids, own)
         if given is not None and short_prompt not in (None, "none"):
             raise ValueError(f"prefix_length says what is encoded, and so does short_prompt={short_prompt!r}: give one")
+        rule = self.config.short_prompt if short_prompt is None else short_prompt
         prompt = fill_short_prompts(
             input_ids,
             torch.ones_like(input_ids, dtype=torch.bool) if own is None else own,
             self.core.enc_length,
-            "none" if given is not None else short_prompt or self.config.short_prompt,
+            rule if given is None else "none",
             self.config.short_prompt_token,
         )
         if given is not None:
@@ -270,7 +271,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
             shape, dtype = tuple(input_ids.shape), input_ids.dtype
             raise ValueError(
-                f"input_ids is {dtype} of shape {shape}; expected integers of shape (B, T): expected int64 or int32"
+                f"input_ids is {dtype} of shape {shape}; expected integers of shape (B, T), int64 or int32"
             )
         if input_ids.numel() == 0:
             raise ValueError("input_ids is empty: expected at least one row and one token")

@@ -281,8 +281,8 @@ BAD = [
     (lambda ids: dict(input_ids=ids.float()), "expected integers"),
     (lambda ids: dict(input_ids=ids[0]), "expected integers of shape"),
     (lambda ids: dict(input_ids=ids.tolist()), "input_ids is a list; expected a tensor of integers"),
-    (lambda ids: dict(input_ids=ids > 5), "expected int64 or int32"),
-    (lambda ids: dict(input_ids=ids.to(torch.uint8)), "expected int64 or int32"),
+    (lambda ids: dict(input_ids=ids > 5), "int64 or int32"),
+    (lambda ids: dict(input_ids=ids.to(torch.uint8)), "int64 or int32"),
     (lambda ids: dict(input_ids=ids, attention_mask=ids.tolist()), "attention_mask is a list; expected a tensor"),
     (lambda ids: dict(input_ids=ids, blank_length=5), "blank_length is a int"),
     (lambda ids: dict(input_ids=ids, blank_length=torch.tensor([5])), "blank_length has shape"),
@@ -329,6 +329,8 @@ def test_generate_refuses_what_it_cannot_do():
         build("mini-jrt").generate(texts(), short_prompt="fill")
     with pytest.raises(ValueError, match="no prefix encoder"):
         build("mini-mamba").generate(texts(), short_prompt="pad")
+    with pytest.raises(ValueError, match="short_prompt"):
+        build("mini-jrt").generate(texts(), short_prompt=["pad"])
     with pytest.raises(ValueError, match="needs input_ids"):
         build("mini-jrt").generate()
     with pytest.raises(ValueError, match="attention_mask has shape"):
@@ -363,6 +365,11 @@ def test_generate_refuses_what_it_cannot_do():
 def test_configurations_that_cannot_be_built(fields, said):
     with pytest.raises(ValueError, match=said):
         Config(**{"width": 32, "vocab_rows": 97, **fields})
+
+
+def test_quirks_that_nobody_knows_are_refused():
+    with pytest.raises(ValueError, match=r"names out of .*blank_padding"):
+        JRTForCausalLM(JRTConfig(quirks={"magic": True}))
 
 
 def test_every_letter_has_a_mixer():
