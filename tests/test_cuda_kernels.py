@@ -314,7 +314,7 @@ def test_shapes_are_known_without_a_device():
     "device, backend, calls", [("cpu", "chunked", 252), pytest.param("cuda", "cuda", 258, marks=pytest.mark.hopper)]
 )
 def test_what_the_sanitizer_runs(device, backend, calls):
-    assert runpy.run_path(str(ROOT / "kernels" / "sanitize.py"))["launch_all"](device, backend) == calls
+    assert runpy.run_path(str(ROOT / "benchmarks" / "kernel_launches.py"))["launch_all"](device, backend) == calls
 
 
 def test_building_without_a_compiler_is_one_clear_message(monkeypatch, tmp_path):

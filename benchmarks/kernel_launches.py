@@ -1,4 +1,4 @@
-"""Launches every kernel at small shapes, for compute-sanitizer: `bash kernels/sanitize.sh`.
+"""Launches every kernel at small shapes, for compute-sanitizer: `bash benchmarks/sanitize_kernels.sh`.
 
 Nothing is compared here (tests/test_cuda_kernels.py does) and inputs are made on the CPU, so that hardly any other kernel
 runs under the tool: PyTorch's own, with their reports, and cuBLAS's, which racecheck cannot run.
