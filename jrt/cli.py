@@ -37,6 +37,9 @@ def _reported(command) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return OK
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"jrt: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,10 +68,19 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
-    return number
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.strip().removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}")
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a number of at least {least}, not {text}")
+    return int(text)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -103,12 +115,15 @@ def _demo(arguments: argparse.Namespace) -> None:
     from jrt.evaluate.tables import comparisons_text, results_text
 
     if arguments.real:
+        if arguments.models is not None:
+            raise ValueError("--models goes without --real, which names its own model")
         chosen = demo.real_plan(arguments.passages, arguments.limit or demo.REAL_ITEMS, arguments.device)
         title = "SmolLM2-135M, once and twice"
     else:
         if arguments.passages is not None:
             raise ValueError("--passages goes with --real")
-        chosen = demo.mini_plan(arguments.models or demo.MINIS, arguments.limit or demo.ITEMS, arguments.device)
+        models = demo.MINIS if arguments.models is None else arguments.models
+        chosen = demo.mini_plan(models, arguments.limit or demo.ITEMS, arguments.device)
         title = "Just read twice: mini models on reference pages"
     outcome = demo.demo(chosen, arguments.output, title)
     print(results_text(outcome.records, chosen.protocols()))
@@ -140,7 +155,7 @@ def _add_eval(commands) -> None:
         "--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the same run in that folder")
-    parser.add_argument("--seed", type=int, default=0, help="choice of reference pages, bootstrap")
+    parser.add_argument("--seed", type=_seed, default=0, help="choice of reference pages, bootstrap")
     parser.add_argument(
         "--data", type=Path, help="mirror folder of the published datasets (default: $JRT_DATA, then the hub)"
     )

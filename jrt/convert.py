@@ -58,10 +58,13 @@ def convert(
     folder = resolve(source)
     model = load(source, dtype=dtype)
     model.config.source = _origin(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(out.parent, model)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
+    try:
+        _check_space(out.parent, model)
         model.save_pretrained(partial, max_shard_size=SHARD)
         tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
         for name in tokenizer:
@@ -80,9 +83,9 @@ def convert(
 
 
 def _check_out(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
+    if os.path.isdir(out) and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder, or empty this one")
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file: expected a new or empty folder")
 
 

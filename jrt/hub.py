@@ -146,6 +146,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds is not supported: pass input_ids")
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not supported: call the layers of `model.model.blocks`, or hook them")
         cache = _one_cache(past_key_values, cache)
         state = self._past_state(cache)
         self._check_ids(input_ids, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from pathlib import Path
 
 import torch
@@ -146,9 +147,9 @@ def resolve(name_or_path: str | Path) -> Path:
         ValueError: there is none.
     """
     name = str(name_or_path)
-    if (MINIS / name / "config.json").is_file():
+    if os.path.isfile(MINIS / name / "config.json"):  # unlike Path.is_file, False for what cannot be a path
         return MINIS / name
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     if name in presets():
         raise ValueError(f"{name} is an architecture without weights here; minis with weights: {', '.join(_minis())}")

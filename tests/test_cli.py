@@ -51,6 +51,9 @@ def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
     assert main([*command, "--resume"]) == 0
     assert main(["report", str(output), "--output", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    capsys.readouterr()
+    below_a_file = str(output / "results.json" / "report")
+    assert "Not a directory" in refusal(capsys, ["report", str(output), "--output", below_a_file])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,11 @@ def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
         (["--tasks", "qa_nq"], "JRT_PASSAGES"),
         (["--tasks", "squad", "--protocol", "full", "--data", "/nowhere"], "jrt data fetch"),
         (["--limit", "0"], "at least 1"),
-        (["--limit", "many"], "invalid"),
+        (["--limit", "many"], "expected a whole number, not 'many'"),
+        (["--seed", "-1"], "expected a number of at least 0, not -1"),
+        (["--model", "x" * 300], "unknown model"),
+        (["--model", "~nobody-of-this-name/model"], "unknown model"),
+        (["--output", "x" * 300], "File name too long"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--dtype", "complex64"], "dtype"),
         (["--batch-size", "-3"], "at least 1"),
@@ -157,6 +164,8 @@ def test_demo_writes_table_figures_and_page(model, tmp_path, capsys):
     capsys.readouterr()
     assert "another run" in refusal(capsys, [*command[:-1], command[-1], "--limit", "5"])
     assert "--passages" in refusal(capsys, ["demo", "--passages", str(tmp_path)])
+    assert "--models" in refusal(capsys, ["demo", "--real", "--models", model])
+    assert "at least one model" in refusal(capsys, ["demo", "--models", "", "--output", str(tmp_path / "none")])
 
 
 def test_generate_goes_on_from_a_prompt(model, capsys):
@@ -246,6 +255,13 @@ def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     refusal(capsys, ["convert", str(tmp_path / "empty"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_convert_into_a_folder_that_cannot_be_made_is_one_line(model, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert "cannot be made" in refusal(capsys, ["convert", model, str(file / "out")])
+    assert file.read_text() == ""
 
 
 def test_a_command_is_needed(capsys):

