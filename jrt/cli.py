@@ -22,17 +22,18 @@ def main(given: Sequence[str] | None = None) -> int:
     if not parsed.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
-    return _reported(lambda: parsed.command(parsed))
+    return _reported(lambda: parsed.command(parsed), getattr(parsed, "kept", ""))
 
 
-def _reported(command) -> int:
+def _reported(command, kept: str = "") -> int:
+    """Runs a command; `kept` is what it says of its work when it is interrupted."""
     try:
         return command() or OK
     except ValueError as error:
         print(f"jrt: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        print("jrt: stopped; what was answered is kept: the same command with --resume goes on", file=sys.stderr)
+        print(f"jrt: stopped{kept}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
@@ -107,7 +108,7 @@ def _add_demo(commands) -> None:
         "--passages", type=Path, help="with --real: folder of passages with questions, instead of pages"
     )
     parser.add_argument("--device", default="cpu")
-    parser.set_defaults(command=_demo)
+    parser.set_defaults(command=_demo, kept="; what was answered is kept: the same command goes on")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -167,7 +168,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--workers", type=_positive, help="Ray actors, one model copy each (default: this process)")
     parser.add_argument("--ray-address", help="an existing Ray cluster")
     _model_options(parser)
-    parser.set_defaults(command=_eval)
+    parser.set_defaults(command=_eval, kept="; what was answered is kept: the same command with --resume goes on")
 
 
 def _eval(arguments: argparse.Namespace) -> None:

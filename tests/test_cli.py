@@ -168,6 +168,27 @@ def test_demo_writes_table_figures_and_page(model, tmp_path, capsys):
     assert "at least one model" in refusal(capsys, ["demo", "--models", "", "--output", str(tmp_path / "none")])
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["eval", "--tasks", "reference_pages", "--output", "run"], "with --resume goes on"),
+        (["demo", "--output", "run"], "the same command goes on"),
+        (["generate", "--prompt", "open("], "jrt: stopped\n"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command, said):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jrt.evaluate.plan", interrupted)
+    monkeypatch.setattr("jrt.evaluate.demo.mini_plan", interrupted)
+    monkeypatch.setattr("jrt.evaluate.subjects.open_subject", interrupted)
+    model = [] if command[0] == "demo" else ["--model", "mini-jrt"]
+    assert main([*command, *model]) == 130
+    assert said in capsys.readouterr().err
+
+
 def test_generate_goes_on_from_a_prompt(model, capsys):
     assert main(["generate", "--model", model, "--prompt", "open(", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out
