@@ -287,7 +287,7 @@ def test_what_the_kernels_cannot_serve_is_said(change, message):
 @pytest.mark.hopper
 def test_a_mask_elsewhere_is_refused():
     q, k, v = draw(2, 10, 1, 64)
-    with pytest.raises(ValueError, match="not on cuda"):
+    with pytest.raises(ValueError, match="mask is on cpu; expected cuda"):
         run("cuda", q, k, v, None, torch.ones(2, 10, dtype=torch.bool))
 
 
