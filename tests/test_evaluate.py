@@ -272,6 +272,8 @@ def test_two_runs_into_one_folder_at_once_are_refused(pages, tmp_path):
         ({"strategies": ("0-shot",)}, "1 to 16 examples"),
         ({"passages": Path("/nowhere")}, "no task reads it"),
         ({"data": Path("/nowhere")}, "no task reads it"),
+        ({"data": Path("/nowhere"), "tasks": ("squad",), "protocol": "jrt-table1"}, "mirror, /nowhere, is not there"),
+        ({"passages": Path("/nowhere"), "tasks": ("qa_nq",), "protocol": None}, "passages, /nowhere, is not there"),
         ({"cut_with": "shipped", "tasks": ("qa_squad",), "protocol": "full"}, "leaves documents whole"),
         ({"protocol": "w1-a1"}, "unknown protocol"),
         ({"protocol": "jrt-table1"}, "is not for reference_pages"),

@@ -88,6 +88,14 @@ def test_a_missing_dataset_says_how_to_get_it(offline, tmp_path):
         data.verify()
 
 
+def test_what_fails_leaves_no_folder(offline, tmp_path):
+    with pytest.raises(data.MissingDataset):
+        data.fetch(["swde"], tmp_path / "mirror")
+    with pytest.raises(ValueError, match="is not a file"):
+        data.import_file("swde", tmp_path / "absent.jsonl", tmp_path / "mirror")
+    assert not (tmp_path / "mirror").exists()
+
+
 def test_the_environment_names_the_mirror(monkeypatch, mirror):
     monkeypatch.setenv(data.FOLDER_VARIABLE, str(mirror))
     assert len(data.load("triviaqa").rows) == 5

@@ -112,11 +112,17 @@ def plan(request: Request) -> Plan:
 
 
 def _check_folders(request: Request, tasks: list[str]) -> None:
-    """A folder that no task reads is a mistake in the request."""
+    """A folder that is not there, or that no task reads, is a mistake in the request."""
     if request.passages is not None and not any(task.startswith(PASSAGES_PREFIX) for task in tasks):
         raise ValueError("a folder of passages is named, but no task reads it: qa_squad, qa_nq ... do")
     if request.data is not None and not any(task in PUBLISHED for task in tasks):
         raise ValueError(f"a mirror folder is named, but no task reads it: {', '.join(PUBLISHED)} do")
+    if request.passages is not None and not Path(request.passages).is_dir():
+        raise ValueError(f"the folder of passages, {request.passages}, is not there")
+    if request.data is not None and not Path(request.data).is_dir():
+        raise ValueError(
+            f"the datasets' mirror, {request.data}, is not there: `jrt data fetch --folder FOLDER` makes one"
+        )
 
 
 def task_named(name: str) -> str:

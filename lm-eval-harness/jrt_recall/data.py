@@ -65,7 +65,7 @@ def load(task: str, folder: str | Path | None = None) -> Documents:
 
 def fetch(tasks: Iterable[str] = PUBLISHED, folder: str | Path | None = None) -> list[Path]:
     """Copies datasets from the hub into the mirror; a task that is there and intact is kept. Returns the files."""
-    mirror = _writable(folder)
+    mirror = _named(folder)
     files = []
     for task in tasks:
         spec = published_task(task)
@@ -84,12 +84,14 @@ def import_file(task: str, file: str | Path, folder: str | Path | None = None) -
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    return store(spec.name, _read_rows(path), f"imported from {path.name}", _writable(folder))
+    return store(spec.name, _read_rows(path), f"imported from {path.name}", _named(folder))
 
 
 def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None) -> list[Checked]:
     """Checks files of the mirror against its manifest, and their columns against the task's. None: all tasks."""
-    mirror = _writable(folder, make=False)
+    mirror = _named(folder)
+    if not mirror.is_dir():
+        raise ValueError(f"{mirror} is not a folder")
     return [_verified(published_task(task), mirror) for task in (PUBLISHED if tasks is None else tasks)]
 
 
@@ -97,7 +99,8 @@ def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> P
     """Writes a task's documents and their line of the manifest; an interrupted call leaves the former state."""
     spec = published_task(task)
     check_columns(spec, rows, source)
-    mirror = _writable(folder)
+    mirror = _named(folder)
+    mirror.mkdir(parents=True, exist_ok=True)
     text = canonical_lines(rows)
     file = mirror / f"{spec.name}.jsonl"
     _replace(file, text)
@@ -224,13 +227,11 @@ def _verified(spec: PublishedTask, mirror: Path) -> Checked:
     return Checked(spec.name, True, f"{spec.name}: {entry['rows']} documents, {entry['source']}")
 
 
-def _writable(folder: str | Path | None, make: bool = True) -> Path:
+def _named(folder: str | Path | None) -> Path:
     mirror = mirror_folder(folder)
     if mirror is None:
         raise ValueError(f"no mirror folder: name one, or set {FOLDER_VARIABLE}")
-    if make:
-        mirror.mkdir(parents=True, exist_ok=True)
-    elif not mirror.is_dir():
+    if mirror.exists() and not mirror.is_dir():
         raise ValueError(f"{mirror} is not a folder")
     return mirror
 
