@@ -108,7 +108,7 @@ def cpu() -> str:
         ]
         for row in decode["rows"]
     ]
-    return rows_as_markdown(["what", "time", ""], rows) + origin(ops)
+    return rows_as_markdown(["what", "time", ""], rows) + origin(ops) + origin(decode)
 
 
 def evaluation() -> str:
