@@ -47,7 +47,8 @@ def load(
     Args:
         name_or_path: a mini model ("mini-jrt"), a folder (ours, a released one, shards, or Mamba's), or a hub id.
         device: where the weights go; they are never held twice.
-        dtype: of the weights (`torch.bfloat16` or "bfloat16"); None keeps the file's on a released folder, fp32 for the minis (stored in bf16).
+        dtype: of the weights (`torch.bfloat16` or "bfloat16"); None keeps the file's on a released folder, fp32 for the
+            minis (stored in bf16).
         compat: None computes correctly; "released" as the published numbers were measured; a `jrt.Quirks` picks quirks.
         short_prompt: rule for prompts shorter than the encoder (`jrt.generate.SHORT_PROMPTS`); None: the
             checkpoint's own, "pad" for released JRT models.

@@ -54,7 +54,5 @@ def _pairs(d: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Te
     """Row and column of each pair i <= j, and its weight beside the two factors d^-1/4 that `first` carries."""
     with torch.inference_mode(False):  # constants that a later call may use with autograd
         rows, columns = torch.triu_indices(d, d, device=device).unbind()
-        weights = torch.ones(rows.shape, dtype=torch.float64, device=device).masked_fill(
-            rows == columns, math.sqrt(0.5)
-        )
-        return rows, columns, weights.to(dtype)  # (d (d + 1) / 2,) each
+        weights = rows.new_ones(rows.shape, dtype=dtype).masked_fill(rows == columns, math.sqrt(0.5))
+        return rows, columns, weights  # (d (d + 1) / 2,) each
