@@ -111,7 +111,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = None,
@@ -121,7 +121,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: RecurrentCache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """Reads tokens on top of `past_key_values`.
 
         Args:
@@ -139,7 +139,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             cache: `past_key_values` under the name that transformers gives it from 5.24 on.
 
         Returns:
-            logits (B, T, V) with all padded vocabulary rows, loss, and the cache.
+            logits (B, T, V) with all padded vocabulary rows, loss, and the cache; a tuple with `return_dict=False`.
 
         Raises:
             ValueError: the inputs do not fit; the message says what was expected.
@@ -176,7 +176,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache:
             cache = RecurrentCache() if cache is None else cache
             cache.state = state
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
 
     @torch.no_grad()
     def generate(

@@ -301,6 +301,7 @@ BAD = [
     (lambda ids: dict(input_ids=ids, labels=ids[:, 1:]), "labels have shape"),
     (lambda ids: dict(input_ids=ids, inputs_embeds=torch.zeros(1)), "inputs_embeds"),
     (lambda ids: dict(input_ids=ids, output_hidden_states=True), "output_hidden_states is not supported"),
+    (lambda ids: dict(attention_mask=torch.ones_like(ids)), "input_ids is a NoneType; expected a tensor"),
     (lambda ids: dict(input_ids=ids, output_attentions=True), "output_attentions is not supported"),
 ]
 
@@ -309,6 +310,13 @@ BAD = [
 def test_bad_input_says_what_was_expected(arguments, said):
     with pytest.raises(ValueError, match=said):
         build("mini-jrt")(**arguments(texts()))
+
+
+def test_a_tuple_where_one_is_asked_for():
+    model, ids = build("mini-jrt"), texts()
+    named = model(ids, use_cache=True)
+    logits, cache = model(ids, use_cache=True, return_dict=False)
+    assert torch.equal(logits, named.logits) and cache.get_seq_length() == LENGTH
 
 
 def test_a_state_from_another_model_is_refused():
