@@ -119,24 +119,24 @@ def test_a_prefix_is_the_state_of_a_text_without_its_queries(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_padding_leaves_no_trace(backend, poison):
     q, k, v = inputs(40)
     alone, state = linear_attention(q, k, v, backend=backend)
-    pad = (
-        torch.zeros(BATCH, 9, HEADS, DIM, dtype=torch.float64),
-        torch.zeros(BATCH, 9, HEADS, VALUE, dtype=torch.float64),
-    )
-    pad[1].fill_(
-        0 if math.isnan(poison) else poison
-    )  # a masked feature is 0, and 0 x NaN would be NaN: values stay finite
+    queries, keys, values = (x.new_full((BATCH, 9, *x.shape[2:]), poison) for x in (q, k, v))
     mask = torch.arange(49).expand(BATCH, 49) >= 9
-    padded, padded_state = linear_attention(
-        torch.cat([pad[0], q], 1), torch.cat([pad[0] + 3, k], 1), torch.cat([pad[1], v], 1), mask=mask, backend=backend
-    )
+    keys, values = torch.cat([keys, k], 1), torch.cat([values, v], 1)
+    padded, padded_state = linear_attention(torch.cat([queries, q], 1), keys, values, mask=mask, backend=backend)
     torch.testing.assert_close(padded[:, 9:], alone)
     torch.testing.assert_close(padded_state, state)
-    assert padded.isfinite().all()
+    torch.testing.assert_close(encode_prefix(keys, values, mask=mask, backend=backend), state)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_text_that_begins_with_padding_is_finite(backend):
+    q, k, v = inputs(40)
+    mask = torch.arange(40).expand(BATCH, 40) >= 9
+    assert linear_attention(q, k, v, mask=mask, backend=backend)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 64, 300])

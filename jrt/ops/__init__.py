@@ -52,7 +52,8 @@ def linear_attention(
         q, k: (B, T, H, d), before the feature map.
         v: (B, T, H, D).
         initial_state: what was read before, from `encode_prefix` or an earlier call; None: nothing.
-        mask: (B, T) bool, False where a token is padding and must leave no trace; its own output means nothing.
+        mask: (B, T) bool, False where a token is padding and must leave no trace; its own output means nothing. (The
+            "cuda" backend needs finite keys and values there.)
         log_decay: (H,) log of the numerator's decay per token (the released Based-360M); None: no decay.
         normalize: divide by the denominator; False gives the numerator.
         backend: "reference" (T^2, the definition), "chunked" (PyTorch) or "cuda" (Hopper kernels, forward only);
@@ -80,9 +81,9 @@ def linear_attention(
         case "cuda":
             return cuda.linear_attention(q, k, v, initial_state, mask, normalize)
         case "reference":
-            return reference.linear_attention(q, k, v, initial_state, mask, log_decay, normalize)
+            return reference.linear_attention(q, *_kept(k, v, mask), initial_state, mask, log_decay, normalize)
         case _:
-            return chunked.linear_attention(q, k, v, initial_state, mask, log_decay, normalize)
+            return chunked.linear_attention(q, *_kept(k, v, mask), initial_state, mask, log_decay, normalize)
 
 
 def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: Backend | None = None) -> State:
@@ -105,9 +106,9 @@ def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: 
         case "cuda":
             return cuda.encode_prefix(k, v, mask)
         case "reference":
-            return reference.encode_prefix(k, v, mask)
+            return reference.encode_prefix(*_kept(k, v, mask), mask)
         case _:
-            return chunked.encode_prefix(k, v, mask)
+            return chunked.encode_prefix(*_kept(k, v, mask), mask)
 
 
 def _choose(backend, q, k, v, initial_state, mask, log_decay, normalize) -> Backend:
@@ -119,6 +120,14 @@ def _choose(backend, q, k, v, initial_state, mask, log_decay, normalize) -> Back
     if backend == "cuda" and reason is not None:
         raise ValueError(f"backend 'cuda' cannot serve this call: {reason}")
     return "chunked" if reason else "cuda"
+
+
+def _kept(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values without those of padding, which may hold anything: 0 times NaN would be NaN."""
+    if mask is None:
+        return k, v
+    padding = ~mask[:, :, None, None]
+    return k.masked_fill(padding, 0), v.masked_fill(padding, 0)
 
 
 def _check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
