@@ -4,8 +4,9 @@
 
 lm-eval runs its stock `hf` model class over the plugin's tasks, with batches of 1 (what people do today), of `auto` (on a
 GPU), and of 16. Each way has answered one warm-up task before its time counts; then they take turns for `--rounds` rounds, and
-the median of a way's rounds is its time. What is timed is the evaluation alone, without opening model and data. In fp32 at most 1% of the answers may differ (near ties of two logits), else there is no figure; in
-lower precision their number is reported.
+the median of a way's rounds is its time. What is timed is the evaluation alone, without opening model and data. In fp32 at
+most 1% of the answers may differ (near ties of two logits), else there is no figure; in lower precision their number is
+reported.
 
 Models: the mini models as they are, and `llama-135m`, a Llama of SmolLM2-135M's sizes with random weights, which seldom
 ends a line and so always decodes all its tokens.

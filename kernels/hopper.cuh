@@ -69,8 +69,8 @@ __device__ __forceinline__ void barrier_arrive(int id) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// Named barriers kId and kId + 1 of a double buffer, one side arrives and the other waits. Numbers that are known when
-// compiling, picked by a predicate: the race checker does not follow numbers in registers.
+// Named barriers kId and kId + 1 of a double buffer, one side arrives and the other waits: constants picked by a predicate,
+// so that tools read the number off the instruction.
 template <int kThreads, int kId>
 __device__ __forceinline__ void barrier_pair_wait(int second) {
     asm volatile(

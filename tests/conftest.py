@@ -17,6 +17,20 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory, shared) -> Path:
+    """Folder of a random one-layer GPT-2 with the real vocabulary."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=2048, initializer_range=0.5)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shared / "gpt2").save_pretrained(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests skip by themselves where there is no GPU, with the reason."""
     import torch

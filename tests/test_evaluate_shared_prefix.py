@@ -111,13 +111,10 @@ def test_groups_have_each_row_once_and_a_token_of_its_own():
 
 
 def test_what_sharing_is_worth():
-    assert not shared_prefix.is_worth_it(saved=20, total=100, steps=0, parameters=10**6, on_gpu=False)
-    assert shared_prefix.is_worth_it(saved=50, total=100, steps=30, parameters=10**6, on_gpu=False)
-    small, large = (
-        {"saved": 10_000, "total": 15_000, "steps": 4, "parameters": n, "on_gpu": True} for n in (10**6, 10**9)
-    )
-    assert not shared_prefix.is_worth_it(**small)
-    assert shared_prefix.is_worth_it(**large)
+    assert shared_prefix.outweighs(saved=50, steps=30, parameters=10**6, device="cpu")
+    assert not shared_prefix.outweighs(saved=10_000, steps=4, parameters=10**6, device="cuda")
+    assert shared_prefix.outweighs(saved=10_000, steps=4, parameters=10**9, device="cuda")
+    assert shared_prefix.outweighs(saved=10_000, steps=0, parameters=10**6, device="cuda")
 
 
 def test_batches_keep_questions_on_one_page_together():

@@ -7,27 +7,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from jrt_recall import fixtures, task_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TASKS = ["recall_squad", "recall_squad_twice"]
 ITEMS = 3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, shared):
-    """A random GPT-2 with the real vocabulary."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=2048, initializer_range=0.5)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(shared / "gpt2").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def server(folder):
+def server(tiny_gpt2):
     """An OpenAI-like /v1/completions: greedy, prompts as ids."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_gpt2), AutoTokenizer.from_pretrained(tiny_gpt2)
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,7 +54,7 @@ def server(folder):
     serving.server_close()
 
 
-def test_a_server_gives_the_answers_of_hf(server, folder, shared, tmp_path, monkeypatch):
+def test_a_server_gives_the_answers_of_hf(server, tiny_gpt2, shared, tmp_path, monkeypatch):
     pytest.importorskip("tenacity", reason="lm-eval's API models need tenacity")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -73,11 +62,11 @@ def test_a_server_gives_the_answers_of_hf(server, folder, shared, tmp_path, monk
     mirror = fixtures.write(tmp_path / "mirror", count=ITEMS, sentences=12)
     (mirror / "gpt2").symlink_to(shared / "gpt2")
     monkeypatch.setenv("JRT_DATA", str(mirror))
-    over_http = {"model": str(folder), "base_url": server, "tokenizer_backend": "huggingface"}
-    in_process = {"pretrained": str(folder), "device": "cpu", "dtype": "float32"}
+    over_http = {"model": str(tiny_gpt2), "base_url": server, "tokenizer_backend": "huggingface"}
+    in_process = {"pretrained": str(tiny_gpt2), "device": "cpu", "dtype": "float32"}
     found = {}
     for kind, arguments in (("local-completions", over_http), ("hf", in_process)):
-        metadata = {"pretrained": str(folder), "max_length": 2048}
+        metadata = {"pretrained": str(tiny_gpt2), "max_length": 2048}
         result = simple_evaluate(
             model=kind,
             model_args=arguments | {"max_length": 2048},

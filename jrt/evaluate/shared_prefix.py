@@ -20,7 +20,9 @@ from jrt.hub import CACHE
 
 SHARE = 0.5  # of a prompt that it must have in common with the others of its group
 SAVED = 0.25  # of a batch's tokens: a second call is not worth less
-GPU_STEP = 2e12  # multiply-adds that a GPU does in the time of one decoding step, which launches decide
+STEP = {
+    "cuda": 2e12
+}  # multiply-adds done in the time of one decoding step; on a GPU launches decide it, elsewhere it is cheap
 
 
 class Group(NamedTuple):
@@ -53,9 +55,9 @@ def groups_of_one(rows: Sequence[Sequence[int]]) -> list[Group]:
     return [Group([index], len(rows[index]) - 1) for index in sorted(range(len(rows)), key=lambda i: -len(rows[i]))]
 
 
-def is_worth_it(saved: int, total: int, steps: int, parameters: int, on_gpu: bool) -> bool:
-    """Whether reading `saved` of `total` tokens fewer outweighs a second call and `steps` more decoding steps."""
-    return saved >= SAVED * total and (not on_gpu or saved * parameters > steps * GPU_STEP)
+def outweighs(saved: int, steps: int, parameters: int, device: str) -> bool:
+    """Whether reading `saved` tokens fewer takes more time than `steps` more decoding steps."""
+    return saved * parameters > steps * STEP.get(device, 0)
 
 
 def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Start | None:
@@ -67,10 +69,11 @@ def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Sta
     Returns:
         None where that saves little, a prompt has one token, or the model's states cannot be copied from row to row.
     """
+    if not subject.shares_beginnings:
+        return None
     found = groups(rows)
-    total = sum(map(len, rows))
     saved = sum(group.common * (len(group.rows) - 1) for group in found)
-    if not saved or not subject.shares_beginnings or min(group.common for group in found) < 1:
+    if saved < SAVED * sum(map(len, rows)) or min(group.common for group in found) < 1:
         return None
     rest: list[list[int]] = [[]] * len(rows)
     owner = [0] * len(rows)
@@ -79,8 +82,7 @@ def read(subject: Subject, rows: Sequence[Sequence[int]], ends: set[int]) -> Sta
             rest[index], owner[index] = list(rows[index][group.common :]), number
     at_once = min(map(len, rest))
     forced = [tokens[at_once:] for tokens in rest]
-    steps, on_gpu = max(map(len, forced)), subject.device.type == "cuda"
-    if not is_worth_it(saved, total, steps, subject.parameters, on_gpu):
+    if not outweighs(saved, max(map(len, forced)), subject.parameters, subject.device.type):
         return None
     if any(token in ends for tokens in forced for token in tokens):
         return None

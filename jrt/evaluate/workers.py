@@ -39,7 +39,9 @@ class RayPool:
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except ConnectionError as error:
-            raise ValueError(f"no Ray cluster answers at {address!r}") from error
+            raise ValueError(
+                f"no Ray cluster answers at {address!r}; one that asks for a token needs RAY_AUTH_MODE=token here, too"
+            ) from error
         self._actor_class = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
         self.actors = [self._actor_class.remote() for _ in range(workers)]
 
