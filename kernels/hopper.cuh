@@ -69,24 +69,6 @@ __device__ __forceinline__ void barrier_arrive(int id) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// Named barriers kId and kId + 1 of a double buffer, one side arrives and the other waits: constants picked by a predicate,
-// so that tools read the number off the instruction.
-template <int kThreads, int kId>
-__device__ __forceinline__ void barrier_pair_wait(int second) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p bar.sync %1, %3;\n@!p bar.sync %2, %3;\n}\n" ::"r"(second),
-        "n"(kId + 1), "n"(kId), "n"(kThreads)
-        : "memory");
-}
-
-template <int kThreads, int kId>
-__device__ __forceinline__ void barrier_pair_arrive(int second) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p bar.arrive %1, %3;\n@!p bar.arrive %2, %3;\n}\n" ::"r"(second),
-        "n"(kId + 1), "n"(kId), "n"(kThreads)
-        : "memory");
-}
-
 // ---- registers: one warpgroup gives some up, another takes them; the numbers are per thread afterwards ------------------
 
 template <int kCount>

@@ -31,10 +31,9 @@ struct PrefillParameters {
     int normalize;
 };
 
-// Named barriers. The last two exist once per copy of the state: one side arrives, the other waits.
-constexpr int kKeySide = 1;    // the key side meets
-constexpr int kPublished = 2;  // the key side has completed a copy
-constexpr int kTaken = 4;      // the query side is done with it
+// Named barriers.
+constexpr int kKeySide = 1;  // the key side meets
+constexpr int kTaken = 2;    // and 3, one per copy of the state: the query side is done with it, the key side waits
 
 constexpr uint32_t kStateCopyBytes = kPhiBytes;
 constexpr uint32_t kOutBytes = kChunk * kColumns * 2;
@@ -157,6 +156,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
     const uint32_t memory = aligned_shared_memory();
     const uint32_t full = memory + kTextBarriers;  // a stage's tiles have arrived
     const uint32_t read = full + 8 * kTextStages;  // the query side is done with a stage
+    const uint32_t published = read + 8 * kTextStages;  // the key side has completed a copy of the state
     const int block_warp = warp_uniform(threadIdx.x / 32);
     const int warp = block_warp % 4;
     int lane = threadIdx.x % 32;
@@ -177,6 +177,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         prefetch_tensor_map(&maps.q), prefetch_tensor_map(&maps.k);
         prefetch_tensor_map(&maps.v), prefetch_tensor_map(&maps.o);
         for (int i = 0; i < kTextStages; ++i) mbarrier_init(full + 8 * i, 1), mbarrier_init(read + 8 * i, 4);
+        // Every thread arrives: the race checker orders an arrival after what its own thread did, not its warp.
+        for (int i = 0; i < 2; ++i) mbarrier_init(published + 8 * i, kWarpgroup);
         mbarrier_init_fence();
         for (int chunk = 0; chunk < min(kTextStages, piece.chunks); ++chunk) load(chunk);
     }
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
 
             // phi(q) S on top, in two halves: all of phi(q) beside the weights would not fit the registers (and with a mask,
             // half of it beside the scores would not either).
-            barrier_pair_wait<2 * kWarpgroup, kPublished>(chunk & 1);
+            mbarrier_wait_warp(published + 8 * (chunk & 1), (chunk / 2) & 1);
             denominators<Elem>(denominator, row_sum, q_tile, moments, warp, lane);
             if (kMask) build_query_features<Elem, 0>(features, q_tile, warp, lane);
             wgmma_fence();
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             publish_state<Elem>(keys.sums, memory + kTextState + (chunk & 1) * kStateCopyBytes, warp, lane);
             publish_moments<Elem>(keys.moments, keys.count, memory + kTextMoments + (chunk & 1) * kMomentBytes, warp, lane);
             fence_async_proxy();
-            barrier_pair_arrive<2 * kWarpgroup, kPublished>(chunk & 1);
+            mbarrier_arrive(published + 8 * (chunk & 1));
         };
         publish(0);
         const int chunks = piece.writes_state(p) ? piece.chunks : piece.chunks - 1;
@@ -309,7 +311,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
             wgmma_wait<0>();
             const int next = chunk + 1;
             if (next < piece.chunks) {
-                if (next >= 2) barrier_pair_wait<2 * kWarpgroup, kTaken>(next & 1);
+                if (next >= 2) barrier_wait<2 * kWarpgroup>(kTaken + (next & 1));
                 publish(next);
             }
             barrier_wait<kWarpgroup>(kKeySide);  // phi may be overwritten

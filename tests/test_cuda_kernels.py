@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, H heads, d = 16, D value size, F = 153 features.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import runpy
 from pathlib import Path
 
@@ -315,6 +317,24 @@ def test_shapes_are_known_without_a_device():
 )
 def test_what_the_sanitizer_runs(device, backend, calls):
     assert runpy.run_path(str(ROOT / "benchmarks" / "kernel_launches.py"))["launch_all"](device, backend) == calls
+
+
+@pytest.mark.hopper
+def test_versions_are_timed_in_turns_and_compared_bit_by_bit(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    versions = importlib.import_module("kernel_versions")
+    folder = Path(importlib.util.find_spec("jrt_kernels").origin).parent
+    builds = {name: versions.load(name, folder) for name in ("one", "other")}
+    for shape in (("causal, masked", 1, 300), ("prefix", 2, 65), ("decode step", 3, 1)):
+        rows = versions.compare(builds, *shape)
+        assert [(row["build"], row["equal_outputs"]) for row in rows] == [("one", True), ("other", True)]
+        assert all(0 < row["fastest"] <= row["ms"] <= row["slowest"] for row in rows)
+
+
+def test_a_folder_without_a_build_is_said(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    with pytest.raises(ValueError, match="holds no jrt_kernels"):
+        importlib.import_module("kernel_versions").load("one", tmp_path)
 
 
 def test_building_without_a_compiler_is_one_clear_message(monkeypatch, tmp_path):
