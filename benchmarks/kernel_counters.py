@@ -23,7 +23,7 @@ from jrt.ops import cuda
 
 HEADS, DIM, VALUE_DIM = 16, 16, 64
 LAUNCHES = (("JRT-RNN", 16, 32768), ("JRT-RNN", 1, 32768), ("decode step", 128, 1))  # what, B, N
-KERNEL = re.compile("prefill_text|prefill_state|scan_pieces|decode_kernel")
+KERNEL = re.compile("prefill_text|prefill_state|add_pieces|decode_kernel")
 SCALE = {"ns": 1e-3, "us": 1, "ms": 1e3, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # to microseconds and bytes
 COUNTERS = {  # our name: ncu's
     "microseconds": "gpu__time_duration.sum",

@@ -41,7 +41,7 @@ def load(name: str, folder: Path) -> ModuleType:
     """The module jrt_kernels of one build, as NAME.jrt_kernels: Python keeps one extension module a name.
 
     Raises:
-        ValueError: there is none in the folder.
+        ValueError: there is none in the folder, or jrt.ops.cuda speaks another interface.
     """
     found = sorted(folder.glob("jrt_kernels*.so"))
     if not found:
@@ -49,6 +49,8 @@ def load(name: str, folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}.jrt_kernels", found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if module.interface != cuda.INTERFACE:
+        raise ValueError(f"{found[0]} has interface {module.interface}; expected {cuda.INTERFACE}, as jrt.ops.cuda")
     return module
 
 

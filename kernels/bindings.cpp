@@ -52,7 +52,7 @@ class OnDevice {
 
 void prefill(const View& q, const View& k, const View& v, const View& o, const std::array<int64_t, 2>& mask,
              const std::array<int64_t, 2>& initial_state, const std::array<int64_t, 2>& state, int64_t workspace,
-             const std::array<int, 4>& sizes, int segments, const std::string& dtype, bool normalize, int device,
+             const std::array<int, 4>& sizes, int pieces, const std::string& dtype, bool normalize, int device,
              int64_t stream) {
     jrt::PrefillArguments a{};
     a.q = view(q), a.k = view(k), a.v = view(v), a.o = view(o);
@@ -62,7 +62,7 @@ void prefill(const View& q, const View& k, const View& v, const View& o, const s
     a.S = address<float>(state[0]), a.z = address<float>(state[1]);
     a.workspace = address<float>(workspace);
     a.batch = sizes[0], a.tokens = sizes[1], a.heads = sizes[2], a.value_dim = sizes[3];
-    a.segments = segments;
+    a.pieces = pieces;
     a.type = element_type(dtype);
     a.normalize = normalize;
     a.stream = address<void>(stream);
@@ -91,17 +91,17 @@ void decode_step(const View& q, const View& k, const View& v, const View& o, con
 
 PYBIND11_MODULE(jrt_kernels, m) {
     m.doc() = "Hopper kernels for linear attention with the Taylor feature map; called through jrt.ops (backend 'cuda').";
-    m.attr("interface") = 1;  // jrt.ops.cuda refuses a build that speaks another one
+    m.attr("interface") = 2;  // jrt.ops.cuda refuses a build that speaks another one
     m.def("prefill", &prefill, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
-          py::arg("initial_state"), py::arg("state"), py::arg("workspace"), py::arg("sizes"), py::arg("segments"),
+          py::arg("initial_state"), py::arg("state"), py::arg("workspace"), py::arg("sizes"), py::arg("pieces"),
           py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),
           "Views are (address, batch, token, head stride); mask (address, batch stride), its tokens side by side; sizes (B, T, H, D). "
           "Address 0: absent. q absent: only the state.");
     m.def("decode_step", &decode_step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
           py::arg("old_state"), py::arg("state"), py::arg("sizes"), py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),
           "sizes (B, H, D); the old state and the new one may be the same memory.");
-    m.def("prefill_segments", &jrt::prefill_segments, py::arg("batch"), py::arg("tokens"), py::arg("heads"),
-          py::arg("value_dim"), py::arg("multiprocessors"));
+    m.def("prefill_pieces", &jrt::prefill_pieces, py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("value_dim"),
+          py::arg("only_state"), py::arg("multiprocessors"));
     m.def("prefill_workspace", &jrt::prefill_workspace, py::arg("batch"), py::arg("heads"), py::arg("value_dim"),
-          py::arg("segments"), "Floats.");
+          py::arg("pieces"), "Floats.");
 }

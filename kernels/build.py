@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 NAME = "jrt_kernels"
 HERE = Path(__file__).resolve().parent
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
-SOURCES = ("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "bindings.cpp")
+SOURCES = ("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "pieces.cpp", "bindings.cpp")
 
 
 class BuildError(RuntimeError):

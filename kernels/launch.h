@@ -28,7 +28,7 @@ struct PrefillArguments {
     float* z;                // (B, H, 153)
     float* workspace;        // prefill_workspace() floats; may be nullptr for 0
     int batch, tokens, heads, value_dim;
-    int segments;            // from prefill_segments()
+    int pieces;              // from prefill_pieces()
     ElementType type;
     bool normalize;
     void* stream;            // cudaStream_t
@@ -49,10 +49,10 @@ struct DecodeArguments {
 };
 
 // Into how many pieces the sequence of each head is cut so that the work fills a card of `multiprocessors`.
-int prefill_segments(int batch, int tokens, int heads, int value_dim, int multiprocessors);
+int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_state, int multiprocessors);
 
 // Size of the workspace in floats.
-int64_t prefill_workspace(int batch, int heads, int value_dim, int segments);
+int64_t prefill_workspace(int batch, int heads, int value_dim, int pieces);
 
 // Both queue their work on the stream and return nullptr, or a message that says what went wrong.
 const char* prefill(const PrefillArguments& arguments);

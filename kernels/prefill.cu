@@ -1,9 +1,10 @@
-// Host side of the prefill: pieces, tensor maps, checks; and the scan over pieces.
+// Host side of the prefill: tensor maps, checks; and the sums over pieces.
 #include <cudaTypedefs.h>
 
 #include <algorithm>
 #include <string>
 
+#include "pieces.h"
 #include "prefill.cuh"
 #include "scan.h"
 
@@ -20,33 +21,43 @@ constexpr int kScanThreads = 256;
 
 struct Sums {
     float* pieces;  // (count, elements)
-    const float* initial;
-    float* final_sums;
+    float* total;   // (elements)
     int64_t elements;
 };
 
-// One thread per element of S, then of z; the pieces' values are fetched eight at a time.
-__global__ void __launch_bounds__(kScanThreads) scan_pieces(const Sums S, const Sums z, int count) {
+// One thread per element of S, then of z; the pieces' values are fetched sixteen at a time. In place: each piece gets the sum
+// up to it. Otherwise only the total is written.
+template <bool kInPlace>
+__global__ void __launch_bounds__(kScanThreads) add_pieces(const Sums S, const Sums z, int count) {
     int64_t element = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
     const bool in_S = element < S.elements;
     if (!in_S) element -= S.elements;
     float* const pieces = in_S ? S.pieces : z.pieces;
-    const float* const initial = in_S ? S.initial : z.initial;
     const int64_t elements = in_S ? S.elements : z.elements;
     if (element >= elements) return;
-    float running = initial ? initial[element] : 0.0f;
-    constexpr int kBatch = 8;
+    float running = 0.0f;
+    constexpr int kBatch = 16;
     for (int first = 0; first < count; first += kBatch) {
         float values[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) values[i] = first + i < count ? pieces[(first + i) * elements + element] : 0.0f;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            if (first + i < count) pieces[(first + i) * elements + element] = running;
             running += values[i];
+            if (kInPlace && first + i > 0 && first + i < count) pieces[(first + i) * elements + element] = running;
         }
     }
-    (in_S ? S.final_sums : z.final_sums)[element] = running;
+    if (!kInPlace) (in_S ? S.total : z.total)[element] = running;
+}
+
+template <bool kInPlace>
+const char* launch_add_pieces(const PrefillArguments& a, float* piece_S, float* piece_z, int pieces) {
+    const int64_t states = static_cast<int64_t>(a.batch) * a.heads * kFeatures;
+    const Sums S{piece_S, a.S, states * a.value_dim}, z{piece_z, a.z, states};
+    const auto blocks = static_cast<unsigned>((S.elements + z.elements + kScanThreads - 1) / kScanThreads);
+    add_pieces<kInPlace><<<blocks, kScanThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(S, z, pieces);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 int column_tiles(int value_dim) { return (value_dim + kColumns - 1) / kColumns; }
@@ -79,28 +90,20 @@ bool encode(CUtensorMap* map, const TensorView& x, const PrefillArguments& a, in
 
 }  // namespace
 
-int prefill_segments(int batch, int tokens, int heads, int value_dim, int multiprocessors) {
-    constexpr int kSmallestPiece = 4;  // chunks: below, reading and writing states costs more than the card's idle half
-    const int64_t blocks = static_cast<int64_t>(batch) * heads * column_tiles(value_dim);
-    const int slots = 2 * multiprocessors;
-    const int chunks = (tokens + kChunk - 1) / kChunk;
-    const int wanted = static_cast<int>(std::min<int64_t>(slots / blocks, chunks / kSmallestPiece));
-    if (wanted <= 1) return 1;
-    const int piece_chunks = (chunks + wanted - 1) / wanted;
-    return (chunks + piece_chunks - 1) / piece_chunks;
+int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_state, int multiprocessors) {
+    return best_pieces({batch, tokens, heads, column_tiles(value_dim), only_state}, multiprocessors);
 }
 
-int64_t prefill_workspace(int batch, int heads, int value_dim, int segments) {
-    return segments > 1 ? static_cast<int64_t>(segments) * batch * heads * kFeatures * (value_dim + 1) : 0;
+int64_t prefill_workspace(int batch, int heads, int value_dim, int pieces) {
+    return pieces > 1 ? static_cast<int64_t>(pieces) * batch * heads * kFeatures * (value_dim + 1) : 0;
 }
 
-const char* scan_states(const PrefillArguments& a, float* piece_S, float* piece_z) {
-    const int64_t states = static_cast<int64_t>(a.batch) * a.heads * kFeatures;
-    const Sums S{piece_S, a.initial_S, a.S, states * a.value_dim}, z{piece_z, a.initial_z, a.z, states};
-    const auto blocks = static_cast<unsigned>((S.elements + z.elements + kScanThreads - 1) / kScanThreads);
-    scan_pieces<<<blocks, kScanThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(S, z, a.segments);
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+const char* scan_pieces(const PrefillArguments& a, float* piece_S, float* piece_z, int pieces) {
+    return pieces > 1 ? launch_add_pieces<true>(a, piece_S, piece_z, pieces) : nullptr;
+}
+
+const char* sum_pieces(const PrefillArguments& a, float* piece_S, float* piece_z, int pieces) {
+    return launch_add_pieces<false>(a, piece_S, piece_z, pieces);
 }
 
 const char* prefill(const PrefillArguments& a) {
@@ -121,8 +124,8 @@ const char* prefill(const PrefillArguments& a) {
     p.tokens = a.tokens, p.heads = a.heads, p.value_dim = a.value_dim;
     p.column_tiles = column_tiles(a.value_dim);
     const int chunks = (a.tokens + kChunk - 1) / kChunk;
-    p.pieces = a.segments;
-    p.piece_chunks = (chunks + a.segments - 1) / a.segments;
+    p.pieces = a.pieces;
+    p.piece_chunks = (chunks + a.pieces - 1) / a.pieces;
     p.normalize = a.normalize;
     return a.type == ElementType::kBFloat16 ? launch_prefill<__nv_bfloat16>(a, maps, p) : launch_prefill<__half>(a, maps, p);
 }

@@ -3,7 +3,9 @@
 //   prefill_text   two warpgroups: threads 0..127 answer queries (query.cuh), threads 128..255 keep the state (state.cuh).
 //                  They meet once a chunk, over a double-buffered 16-bit copy of the state in shared memory.
 //   prefill_state  one warpgroup, state only: a prefix, or the first pass over a sequence that is cut into pieces.
-//   scan_states    sums of pieces -> the state before each piece, and the final state.
+//
+// A sequence in pieces takes three passes: the state after each piece but the last, as if nothing stood before it; their sums
+// (scan.h); the texts of all pieces at once.
 //
 // All sums run in one fixed order: equal inputs give equal bits.
 #pragma once
@@ -20,11 +22,14 @@ struct PrefillMaps {
 struct PrefillParameters {
     const uint8_t* mask;
     int mask_batch_stride;
-    const float* initial_S;  // (pieces or 1, B, H, 153, D)
+    const float* initial_S;  // (B, H, 153, D) before the first piece, or nullptr: zero
     const float* initial_z;
+    const float* before_S;  // (pieces - 1, B, H, 153, D) before the others, or nullptr: zero
+    const float* before_z;
     float* S;  // where the state after each piece goes
     float* z;
-    int64_t initial_piece_stride, piece_stride;  // in states (B * H), 0: one for all pieces
+    int64_t states;        // B * H
+    int64_t piece_stride;  // between pieces at S and z, in states
     int tokens, heads, value_dim, column_tiles;
     int pieces, piece_chunks;  // chunks of kChunk tokens in a piece
     int last_piece_only;       // only the last piece writes its state
@@ -72,8 +77,8 @@ struct Piece {
         chunks = (end_token - first_token + kChunk - 1) / kChunk;
         columns = min(kColumns, p.value_dim - column_tile * kColumns);
     }
-    __device__ __forceinline__ int64_t state(const PrefillParameters& p, int64_t piece_stride) const {
-        return piece * piece_stride + static_cast<int64_t>(batch) * p.heads + head;
+    __device__ __forceinline__ int64_t state(const PrefillParameters& p) const {
+        return static_cast<int64_t>(batch) * p.heads + head;
     }
     __device__ __forceinline__ int tokens_of(int chunk) const {
         return min(kChunk, end_token - first_token - chunk * kChunk);
@@ -118,9 +123,10 @@ struct KeySide {
     int warp, lane;
 
     __device__ __forceinline__ void read(const PrefillParameters& p, const Piece& piece) {
-        const int64_t state = piece.state(p, p.initial_piece_stride);
-        const float* S = p.initial_S;
-        const float* z = p.initial_z;
+        const bool first = piece.piece == 0;
+        const int64_t state = piece.state(p) + (first ? 0 : (piece.piece - 1) * p.states);
+        const float* S = first ? p.initial_S : p.before_S;
+        const float* z = first ? p.initial_z : p.before_z;
         if (S != nullptr) {
             S += state * kFeatures * p.value_dim + piece.column_tile * kColumns;
             z += state * kFeatures;
@@ -129,7 +135,7 @@ struct KeySide {
         count = read_moments(moments, z, warp, lane);
     }
     __device__ __forceinline__ void write(const PrefillParameters& p, const Piece& piece) const {
-        const int64_t state = piece.state(p, p.piece_stride);
+        const int64_t state = piece.state(p) + piece.piece * p.piece_stride;
         float* S = p.S + state * kFeatures * p.value_dim + piece.column_tile * kColumns;
         write_state(sums, S, piece.columns, p.value_dim, warp, lane);
         if (piece.column_tile == 0) write_moments(moments, count, p.z + state * kFeatures, warp, lane);

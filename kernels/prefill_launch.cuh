@@ -24,28 +24,27 @@ const char* launch_prefill(const PrefillArguments& a, const PrefillMaps& maps, P
     const auto text = a.mask ? prefill_text<Elem, true> : prefill_text<Elem, false>;
     const auto state = a.mask ? prefill_state<Elem, true> : prefill_state<Elem, false>;
     const bool only_state = a.q.data == nullptr;
-    const int64_t states = static_cast<int64_t>(a.batch) * a.heads;
     p.initial_S = a.initial_S, p.initial_z = a.initial_z;
+    p.before_S = p.before_z = nullptr;
     p.S = a.S, p.z = a.z;
-    p.initial_piece_stride = p.piece_stride = 0;
+    p.states = static_cast<int64_t>(a.batch) * a.heads;
+    p.piece_stride = 0;
     p.last_piece_only = 1;
-
-    if (a.segments > 1) {
-        PrefillParameters first = p;
-        float* const piece_S = a.workspace;
-        float* const piece_z = piece_S + a.segments * states * kFeatures * a.value_dim;
-        first.initial_S = first.initial_z = nullptr;
-        first.S = piece_S, first.z = piece_z;
-        first.piece_stride = states;
-        first.last_piece_only = 0;
-        if (const char* error = launch_blocks(state, kWarpgroup, kStateSharedBytes, a, maps, first)) return error;
-        if (const char* error = scan_states(a, piece_S, piece_z)) return error;
-        if (only_state) return nullptr;
-        p.initial_S = piece_S, p.initial_z = piece_z;
-        p.initial_piece_stride = states;
-    } else if (only_state) {
-        return launch_blocks(state, kWarpgroup, kStateSharedBytes, a, maps, p);
+    if (a.pieces == 1) {
+        return only_state ? launch_blocks(state, kWarpgroup, kStateSharedBytes, a, maps, p)
+                          : launch_blocks(text, 2 * kWarpgroup, kTextSharedBytes, a, maps, p);
     }
+
+    PrefillParameters first = p;
+    first.pieces = only_state ? a.pieces : a.pieces - 1;  // the last piece's text ends in the final state
+    first.S = a.workspace;
+    first.z = a.workspace + first.pieces * p.states * kFeatures * a.value_dim;
+    first.piece_stride = p.states;
+    first.last_piece_only = 0;
+    if (const char* error = launch_blocks(state, kWarpgroup, kStateSharedBytes, a, maps, first)) return error;
+    if (only_state) return sum_pieces(a, first.S, first.z, first.pieces);
+    if (const char* error = scan_pieces(a, first.S, first.z, first.pieces)) return error;
+    p.before_S = first.S, p.before_z = first.z;
     return launch_blocks(text, 2 * kWarpgroup, kTextSharedBytes, a, maps, p);
 }
 

@@ -105,6 +105,36 @@ def test_long_texts_and_pieces(poisoned, batch, tokens, heads, with_mask):
 
 
 @pytest.mark.hopper
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 18])  # 1,100 tokens are 18 chunks
+@pytest.mark.parametrize("value_dim", [64, 112])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_any_number_of_pieces(poisoned, monkeypatch, pieces, value_dim, with_state, with_mask):
+    monkeypatch.setattr(importlib.import_module("jrt_kernels"), "prefill_pieces", lambda *_: pieces)
+    q, k, v = draw(2, 1100, 3, value_dim)
+    state = draw_state(2, 3, value_dim) if with_state else None
+    arguments = (q, k, v, state, draw_mask(2, 1100) if with_mask else None)
+    assert_as_good_as_eager(run("cuda", *arguments), run("chunked", *arguments), exact(*arguments), arguments[-1])
+    if state is None:
+        wide = ops.encode_prefix(k.double(), v.double(), mask=arguments[-1], backend="chunked")
+        eager = ops.encode_prefix(k, v, mask=arguments[-1], backend="chunked")
+        for x, y, z in zip(ops.encode_prefix(k, v, mask=arguments[-1], backend="cuda"), eager, wide, strict=True):
+            assert relative_error(x, z) <= FACTOR * relative_error(y, z) + 1e-6
+
+
+@pytest.mark.hopper
+def test_pieces_are_chosen_to_fill_the_card():
+    pieces = importlib.import_module("jrt_kernels").prefill_pieces
+    assert pieces(1, 32768, 16, 64, False, 132) == 16  # two blocks on each of 132 multiprocessors
+    assert pieces(1, 64, 16, 64, False, 132) == pieces(16, 32768, 16, 64, False, 132) == 1
+    for tokens in (1, 65, 129, 1000, 4097, 2**20, 2**30):
+        for batch, heads in ((1, 1), (1, 16), (3, 16), (17, 16), (4096, 16)):
+            for only_state in (False, True):
+                count, chunks = pieces(batch, tokens, heads, 64, only_state, 132), -(-tokens // 64)
+                assert count >= 1 and (count - 1) * -(-chunks // count) < chunks  # no piece is empty
+
+
+@pytest.mark.hopper
 @pytest.mark.parametrize("batch, tokens, heads", [(2, 1, 3), (2, 333, 3), (1, 8192, 2), (16, 1024, 16)])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_encode_prefix(poisoned, batch, tokens, heads, with_mask):

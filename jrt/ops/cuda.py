@@ -19,7 +19,7 @@ from jrt.ops.feature_map import State, feature_count
 
 DIM = 16
 FEATURES = feature_count(DIM)
-INTERFACE = 1  # of jrt_kernels
+INTERFACE = 2  # of jrt_kernels
 LONGEST = 2**30  # tokens: kernels count them in 32 bits
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -171,13 +171,13 @@ def _launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize) -> tuple[
     kernels, device = _module(), v.device.index
     batch, tokens, heads, value_dim = v.shape
     S, z = _empty_state(v)
-    segments = kernels.prefill_segments(batch, tokens, heads, value_dim, _multiprocessors(device))
-    floats = kernels.prefill_workspace(batch, heads, value_dim, segments)
+    pieces = kernels.prefill_pieces(batch, tokens, heads, value_dim, q is None, _multiprocessors(device))
+    floats = kernels.prefill_workspace(batch, heads, value_dim, pieces)
     workspace = v.new_empty(floats, dtype=torch.float32) if floats else None
     kernels.prefill(
         _view(q), _view(k), _view(v), _view(o),
         _mask_view(mask), (_address(initial_S), _address(initial_z)), (S.data_ptr(), z.data_ptr()), _address(workspace),
-        (batch, tokens, heads, value_dim), segments,
+        (batch, tokens, heads, value_dim), pieces,
         _name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip
     return S, z
