@@ -10,6 +10,7 @@ A recurrent model that reads once must keep the first list until the second come
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,44 @@ class Examples:
     labels: Tensor  # the same shape: IGNORED but for the shared token, last
     first: int
     second: int
+
+    def batches(self, size: int) -> Iterator[Examples]:
+        """In order; a batch never mixes segments."""
+        for start in range(0, len(self.inputs), size):
+            part = slice(start, start + size)
+            yield Examples(self.inputs[part], self.labels[part], self.first, self.second)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which pairs of list lengths are trained on, and which are asked for."""
+
+    vocab_size: int
+    train: tuple[tuple[int, int], ...]
+    train_examples: int
+    test: tuple[tuple[int, int], ...]
+    test_examples: int
+
+    def draw(self, seed: int) -> tuple[list[Examples], list[Examples]]:
+        """Training and test segments; their seeds come from two disjoint ranges, as the release drew them."""
+        random = np.random.RandomState(seed)
+        train_seeds = random.randint(0, 2**31, len(self.train), dtype=np.int64)
+        test_seeds = random.randint(2**31, 2**32, len(self.test), dtype=np.int64)
+
+        def segments(pairs, seeds, examples):
+            return [
+                disjoint_sets(self.vocab_size, examples, *pair, int(own))
+                for pair, own in zip(pairs, seeds, strict=True)
+            ]
+
+        return segments(self.train, train_seeds, self.train_examples), segments(
+            self.test, test_seeds, self.test_examples
+        )
+
+
+def read_twice(inputs: Tensor) -> Tensor:
+    """PREFIX A SEPARATE_LISTS B, once more, then SEPARATE_ANSWER: (N, T) to (N, 2 T - 1). JRT-Prompt."""
+    return torch.cat([inputs[:, :-1], inputs], dim=1)
 
 
 def disjoint_sets(vocab_size: int, examples: int, first: int, second: int, seed: int) -> Examples:
