@@ -133,12 +133,30 @@ def evaluation() -> str:
     return rows_as_markdown(header, rows) + "".join(map(origin, reports))
 
 
+def set_disjointness() -> str:
+    report = load("set_disjointness")
+    models = list(dict.fromkeys((row["width"], row["feature_dim"]) for row in report["rows"]))
+    found = {(row["method"], row["width"], row["feature_dim"]): row for row in report["rows"]}
+    panels = ("short list first", "long list first")
+    rows = [
+        [method, *(" / ".join(f"{100 * found[method, *model][panel]:.1f}" for panel in panels) for model in models)]
+        for method in dict.fromkeys(row["method"] for row in report["rows"])
+    ]
+    sizes = [
+        f"{next(row['state_bytes'] for key, row in found.items() if key[1:] == model):,} bytes" for model in models
+    ]
+    seeds = sorted({row["seeds"] for row in report["rows"]})
+    note = f"\nPercent right, short list first / long list first, by size of the state; mean of {seeds[0]} seeds.\n"
+    return rows_as_markdown(["", *sizes], rows) + note + origin(report)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "minis": ("recall_minis", minis),
     "prefill": ("lin_attn_profile", prefill),
     "whole models": ("model_prefill", whole_models),
     "cpu": ("cpu_decode", cpu),
     "evaluation": ("recall_eval_cpu", evaluation),
+    "set disjointness": ("set_disjointness", set_disjointness),
 }
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -65,6 +67,19 @@ def table(lines: list[dict]) -> str:
     return "\n".join([head, "|---" * 7 + "|", *body])
 
 
+def write(rows: list[dict], lines: list[dict], file: Path) -> None:
+    """All of a sweep in one file: the lines of its figure and every run behind them."""
+    first = rows[0]
+    report = {
+        "benchmark": "set_disjointness",
+        "command": shlex.join(["python", *sys.argv]),
+        **{name: first[name] for name in ("device", "versions", "commit", "date")},
+        "rows": lines,
+        "runs": rows,
+    }
+    file.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def draw(lines: list[dict], file: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -86,11 +101,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--figure", type=Path, help="default: set_disjointness.png in the folder")
+    parser.add_argument("--json", type=Path, help="also writes lines and runs to this file")
     arguments = parser.parse_args()
     try:
-        lines = best(read(arguments.folder))
+        rows = read(arguments.folder)
     except ValueError as error:
         parser.error(str(error))
+    lines = best(rows)
+    if arguments.json:
+        write(rows, lines, arguments.json)
     file = arguments.figure or arguments.folder / "set_disjointness.png"
     draw(lines, file)
     print(table(lines))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -330,8 +331,86 @@ def test_on_a_cpu_the_reason_is_said():
         run("cuda", q, k, v)
 
 
+@pytest.fixture
+def probed(monkeypatch):
+    """Lets a test say what device and extension there are."""
+    for cached in (cuda._probe, cuda._module):
+        cached.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    yield monkeypatch
+    for cached in (cuda._probe, cuda._module):
+        cached.cache_clear()
+
+
+def test_what_is_missing_is_said(probed, tmp_path):
+    probed.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not built: install with JRT_BUILD_KERNELS=1" in cuda._missing(0)
+    probed.undo()
+    cuda._probe.cache_clear()
+    probed.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "need a Hopper GPU (compute capability 9.0), this one has 8.0" in cuda._missing(0)
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("interface = 1", "has interface 1, expected 2: build it again"),
+        (
+            "raise ImportError('GLIBCXX_3.4.32 not found')",
+            "cannot be loaded (GLIBCXX_3.4.32 not found): build it again",
+        ),
+    ],
+)
+def test_an_extension_that_does_not_fit_is_a_reason(probed, tmp_path, source, expected):
+    (tmp_path / "jrt_kernels.py").write_text(source)
+    probed.syspath_prepend(tmp_path)
+    probed.delitem(sys.modules, "jrt_kernels", raising=False)
+    importlib.invalidate_caches()
+    assert expected in cuda._missing(0)
+    probed.delitem(sys.modules, "jrt_kernels", raising=False)
+
+
+def test_the_compiler_takes_the_probing_for_a_constant(probed):
+    probed.setattr(importlib.util, "find_spec", lambda name: None)
+    compiled = torch.compile(lambda x: x + len(cuda._missing(0) or ""), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == len(cuda._missing(0)) > 0
+
+
+def test_decode_step_says_what_does_not_fit():
+    q, k, v = draw(2, 1, 3, 64, device="cpu")
+    state = State(torch.zeros(2, 3, 153, 64), torch.zeros(2, 3, 153))
+    for arguments, message in (
+        ((q[:1], k, v, state), "q has shape"),
+        ((q, k.float(), v, state), "expected torch.float32 on cpu, as k"),
+        ((q, k[..., :8], v, state), "q has shape"),
+        ((q, k, v, State(state.S[:, :2], state.z)), "is it from another model"),
+        ((q, k, v, (state.S, state.z)), "initial_state is a tuple"),
+        ((q, k, v, state), "tensors are on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.decode_step(*arguments)
+
+
+def test_masks_that_32_bits_cannot_address_are_copied():
+    wide = torch.empty(40, 2**26, dtype=torch.bool, device="meta")[:, :3]  # rows end beyond 2^31 bytes
+    assert cuda._contiguous_rows(wide).stride() == (3, 1)
+    assert cuda._contiguous_rows(wide[:31]).stride() == (2**26, 1)
+    assert cuda._contiguous_rows(torch.ones(2, 6, dtype=torch.bool)[:, ::2]).stride() == (3, 1)
+
+
+def test_gradients_of_either_kind_are_noticed():
+    x = torch.ones(2)
+    assert not cuda._is_differentiated(x)
+    assert cuda._is_differentiated(x.clone().requires_grad_())
+    seen = []
+    torch.func.jvp(lambda y: (seen.append(cuda._is_differentiated(y)), y)[1], (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(cuda._is_differentiated(torch.autograd.forward_ad.make_dual(x, x)))
+    assert seen == [True, True]
+
+
 def test_shapes_are_known_without_a_device():
-    """What torch.compile sees: the fake kernels, on tensors that have no memory."""
+    """The fake kernels, on tensors that have no memory."""
     q, k, v = draw(2, 70, 3, 112, device="meta")
     o, S, z = cuda._prefill(q, k, v, None, None, None, True)
     assert o.shape == v.shape and o.dtype == v.dtype

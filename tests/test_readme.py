@@ -52,6 +52,7 @@ def test_every_listed_command_is_run_by_a_test():
         "architecture_scripts/": "tests/test_scripts.py",
         "python architecture_scripts/": "tests/test_scripts.py",
         "python train/": "tests/test_train_run.py",
+        "python synthetics/": "tests/test_synthetics.py",
         "python benchmarks/lin_attn_profile.py": "tests/test_cuda_kernels.py",
         "JRT_BUILD_KERNELS=1": "tests/test_cuda_kernels.py",
         "pip install gguf": "the slow suite",

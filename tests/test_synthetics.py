@@ -119,10 +119,16 @@ def test_a_sweep_does_what_is_missing_and_is_drawn(tmp_path, capsys, monkeypatch
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert sweeps.result_file(tmp_path, DEBUG).exists() and not list(tmp_path.glob("*.part"))
     assert sweeps.result_file(tmp_path, sweeps.SWEEPS["debug"][1]).stat().st_mtime_ns == before
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
+    kept = tmp_path / "kept" / "all.json"
+    kept.parent.mkdir()
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--json", str(kept)])
     runpy.run_path(str(ROOT / "synthetics" / "plot.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert all(f"| {name} | 8 | 2 | 608 |" in printed for name in METHODS)
+    report = json.loads(kept.read_text())
+    assert [line["method"] for line in report["rows"]] == ["based", "jrt-prompt", "jrt-rnn"] and len(
+        report["runs"]
+    ) == 3
     assert (tmp_path / "set_disjointness.png").stat().st_size > 10_000
 
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from jrt.ops import chunked, cuda, reference
+from jrt.ops import checks, chunked, cuda, reference
 from jrt.ops.feature_map import State, feature_count, taylor_features
 from jrt.ops.selective_scan import selective_scan
 from jrt.ops.short_convolution import short_convolution
 
 Backend = Literal["reference", "chunked", "cuda"]
 BACKENDS = ("reference", "chunked", "cuda")
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 __all__ = [
     "BACKENDS",
     "State",
@@ -65,18 +63,12 @@ def linear_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the backend that was asked for cannot serve the call.
     """
-    _check_keys_and_values(k, v, mask)
-    _check_tensor("q", q)
-    if q.shape != k.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected that of k, {tuple(k.shape)}")
-    if q.dtype != k.dtype or q.device != k.device:
-        raise ValueError(f"q is {q.dtype} on {q.device}; expected {k.dtype} on {k.device}, as k")
+    checks.keys_and_values(k, v, mask)
+    checks.queries(q, k)
     if log_decay is not None:
-        _check_tensor("log_decay", log_decay, k.device)
-        if log_decay.shape != (k.shape[2],):
-            raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected (H,) = ({k.shape[2]},)")
+        checks.decay(log_decay, k)
     if initial_state is not None:
-        _check_state(initial_state, k, v)
+        checks.state(initial_state, k, v)
     match _choose(backend, q, k, v, initial_state, mask, log_decay, normalize):
         case "cuda":
             return cuda.linear_attention(q, k, v, initial_state, mask, normalize)
@@ -101,7 +93,7 @@ def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: 
     Raises:
         ValueError: as in `linear_attention`.
     """
-    _check_keys_and_values(k, v, mask)
+    checks.keys_and_values(k, v, mask)
     match _choose(backend, k, k, v, None, mask, None, True):
         case "cuda":
             return cuda.encode_prefix(k, v, mask)
@@ -128,48 +120,3 @@ def _kept(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return k, v
     padding = ~mask[:, :, None, None]
     return k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-
-
-def _check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name} is on {x.device}; expected {device}, as k")
-
-
-def _check_keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    _check_tensor("k", k)
-    _check_tensor("v", v)
-    if k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"expected k (B, T, H, d) and v (B, T, H, D), got {tuple(k.shape)} and {tuple(v.shape)}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k has (B, T, H) = {tuple(k.shape[:3])} and v {tuple(v.shape[:3])}; expected the same")
-    if 0 in k.shape or 0 in v.shape:
-        raise ValueError(f"expected at least one token, got k {tuple(k.shape)} and v {tuple(v.shape)}")
-    if k.dtype not in FLOATING or v.dtype not in FLOATING:
-        raise ValueError(f"expected floating-point k and v of 16 bits or more, got {k.dtype} and {v.dtype}")
-    if k.device != v.device or k.dtype != v.dtype:
-        raise ValueError(f"v is {v.dtype} on {v.device}; expected {k.dtype} on {k.device}, as k")
-    if mask is None:
-        return
-    _check_tensor("mask", mask, k.device)
-    if mask.shape != k.shape[:2]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (B, T) = {tuple(k.shape[:2])}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}; expected torch.bool, False where a token is padding")
-
-
-def _check_state(state: State, k: Tensor, v: Tensor) -> None:
-    if not isinstance(state, State):
-        raise ValueError(f"initial_state is a {type(state).__name__}; expected a jrt.ops.State(S, z), or None")
-    for name, part in zip(("S", "z"), state, strict=True):
-        _check_tensor(f"initial_state.{name}", part, k.device)
-        if part.dtype not in FLOATING:
-            raise ValueError(f"initial_state.{name} is {part.dtype}; expected a floating-point dtype")
-    batch, _, heads, d = k.shape
-    expected = (batch, heads, feature_count(d), v.shape[-1])
-    if tuple(state.S.shape) != expected or tuple(state.z.shape) != expected[:3]:
-        raise ValueError(
-            f"initial_state has S {tuple(state.S.shape)} and z {tuple(state.z.shape)}; "
-            f"expected (B, H, F, D) = {expected} and (B, H, F): is it from another model?"
-        )

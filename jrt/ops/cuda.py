@@ -14,13 +14,16 @@ import importlib.util
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from jrt.ops import checks
 from jrt.ops.feature_map import State, feature_count
 
 DIM = 16
 FEATURES = feature_count(DIM)
 INTERFACE = 2  # of jrt_kernels
 LONGEST = 2**30  # tokens: kernels count them in 32 bits
+VECTOR_BYTES = 16  # decoding moves the state in these
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -47,15 +50,15 @@ def unsupported(
     if log_decay is not None:
         return "log_decay is not implemented in the kernels"
     states = () if initial_state is None else tuple(initial_state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *states)):
-        return "an input requires grad and the kernels have no backward pass"
+    if torch.is_grad_enabled() and any(_is_differentiated(x) for x in (q, k, v, *states)):
+        return "an input requires grad and the kernels have no derivative"
     if any(x.dtype != torch.float32 for x in states):
-        return f"initial_state is {states[0].dtype}; expected float32"
+        return f"initial_state is {' and '.join(str(x.dtype) for x in states)}; expected float32"
     if any(x.device != q.device for x in (k, v, *states, *(() if mask is None else (mask,)))):
         return f"a tensor is not on {q.device}, as q is"
     if q.shape[1] > LONGEST or (mask is not None and q.shape[0] * q.shape[1] >= 2**31):
         return f"{q.shape[0]} x {q.shape[1]} tokens: the kernels count them in 32 bits"
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in (("k" if q is k else "q", q), ("k", k), ("v", v)):
         if reason := _unsuitable_layout(name, x):
             return reason
     return None
@@ -88,6 +91,9 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool =
     Raises:
         ValueError: the kernel cannot serve the call, or the state cannot be updated in place.
     """
+    checks.keys_and_values(k, v, None)
+    checks.queries(q, k)
+    checks.state(state, k, v)
     if reason := unsupported(q, k, v, state, None, None, normalize):
         raise ValueError(f"decode_step: {reason}")
     return _decode_in_place(q, k, v, state.S, state.z, normalize)
@@ -133,6 +139,8 @@ def _decode(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     S, z = _empty_state(v)
+    if initial_S is not None and initial_S.data_ptr() % VECTOR_BYTES:
+        initial_S = initial_S.clone()
     return _launch_decode(q, k, v, initial_S, initial_z, S, z, mask, normalize), S, z
 
 
@@ -148,6 +156,8 @@ def _decode_in_place(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, norm
     expected = (v.shape[0], v.shape[2], FEATURES, v.shape[3])
     if S.shape != expected or z.shape != expected[:3] or not (S.is_contiguous() and z.is_contiguous()):
         raise ValueError(f"the state is updated in place: expected contiguous S {expected} and z {expected[:3]}")
+    if S.data_ptr() % VECTOR_BYTES:
+        raise ValueError(f"the state is updated in place: expected S to begin at a multiple of {VECTOR_BYTES} bytes")
     return _launch_decode(q, k, v, S, z, S, z, None, normalize)
 
 
@@ -200,7 +210,15 @@ def _mask_view(mask: Tensor | None) -> tuple[int, int]:
 
 
 def _contiguous_rows(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.stride(1) == 1 or mask.shape[1] == 1 else mask.contiguous()
+    """A mask as the kernels read it: the tokens of a row side by side, offsets in 32 bits."""
+    if mask is None or ((mask.stride(1) == 1 or mask.shape[1] == 1) and mask.shape[0] * mask.stride(0) < 2**31):
+        return mask
+    return mask.contiguous()
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether a gradient or a forward-mode tangent is wanted with respect to it."""
+    return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _address(x: Tensor | None) -> int:
@@ -216,19 +234,31 @@ def _unsuitable_layout(name: str, x: Tensor) -> str | None:
         return f"{name} has strides {x.stride()}: its last dimension must be contiguous"
     strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
     if any(stride % 8 or stride <= 0 for stride in strides) or x.storage_offset() % 8:
-        return f"{name} has strides {x.stride()} and offset {x.storage_offset()}: expected multiples of 8 elements"
+        return f"{name} has strides {x.stride()} and offset {x.storage_offset()}: expected positive multiples of 8 elements"
     return None
 
 
-@functools.cache
 def _missing(device: int) -> str | None:
     """Why the kernels cannot run on this device at all."""
+    return _probe(device)
+
+
+# torch.compiler.assume_constant_result, less its import of the compiler: torch.compile cannot trace the probing.
+_missing._dynamo_marked_constant = True
+
+
+@functools.cache
+def _probe(device: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"the kernels need a Hopper GPU (compute capability 9.0), this one has {capability[0]}.{capability[1]}"
     if importlib.util.find_spec("jrt_kernels") is None:
         return "the extension jrt_kernels is not built: install with JRT_BUILD_KERNELS=1 and --no-build-isolation"
-    if (found := getattr(_module(), "interface", None)) != INTERFACE:
+    try:
+        kernels = _module()
+    except ImportError as error:
+        return f"the extension jrt_kernels cannot be loaded ({error}): build it again on this machine"
+    if (found := getattr(kernels, "interface", None)) != INTERFACE:
         return f"the extension jrt_kernels has interface {found}, expected {INTERFACE}: build it again"
     return None
 

@@ -1,0 +1,72 @@
+"""What linear attention may be called with; each function raises ValueError with what was expected.
+
+Shapes: B batch, T tokens, H heads, d query/key size, D value size, F features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jrt.ops.feature_map import State, feature_count
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, x: object, device: torch.device | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on {x.device}; expected {device}, as k")
+
+
+def keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    tensor("k", k)
+    tensor("v", v)
+    if k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"expected k (B, T, H, d) and v (B, T, H, D), got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k has (B, T, H) = {tuple(k.shape[:3])} and v {tuple(v.shape[:3])}; expected the same")
+    if 0 in k.shape or 0 in v.shape:
+        raise ValueError(f"expected at least one token, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+    if k.dtype not in FLOATING or v.dtype not in FLOATING:
+        raise ValueError(f"expected floating-point k and v of 16 bits or more, got {k.dtype} and {v.dtype}")
+    if k.device != v.device or k.dtype != v.dtype:
+        raise ValueError(f"v is {v.dtype} on {v.device}; expected {k.dtype} on {k.device}, as k")
+    if mask is None:
+        return
+    tensor("mask", mask, k.device)
+    if mask.shape != k.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (B, T) = {tuple(k.shape[:2])}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}; expected torch.bool, False where a token is padding")
+
+
+def queries(q: Tensor, k: Tensor) -> None:
+    tensor("q", q)
+    if q.shape != k.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected that of k, {tuple(k.shape)}")
+    if q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(f"q is {q.dtype} on {q.device}; expected {k.dtype} on {k.device}, as k")
+
+
+def decay(log_decay: Tensor, k: Tensor) -> None:
+    tensor("log_decay", log_decay, k.device)
+    if log_decay.shape != (k.shape[2],):
+        raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected (H,) = ({k.shape[2]},)")
+
+
+def state(given: State, k: Tensor, v: Tensor) -> None:
+    if not isinstance(given, State):
+        raise ValueError(f"initial_state is a {type(given).__name__}; expected a jrt.ops.State(S, z), or None")
+    for name, part in zip(("S", "z"), given, strict=True):
+        tensor(f"initial_state.{name}", part, k.device)
+        if part.dtype not in FLOATING:
+            raise ValueError(f"initial_state.{name} is {part.dtype}; expected a floating-point dtype")
+    batch, _, heads, d = k.shape
+    expected = (batch, heads, feature_count(d), v.shape[-1])
+    if tuple(given.S.shape) != expected or tuple(given.z.shape) != expected[:3]:
+        raise ValueError(
+            f"initial_state has S {tuple(given.S.shape)} and z {tuple(given.z.shape)}; "
+            f"expected (B, H, F, D) = {expected} and (B, H, F): is it from another model?"
+        )
