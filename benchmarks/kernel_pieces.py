@@ -1,4 +1,4 @@
-"""Every number of pieces a sequence may be cut into, timed: what the model in kernels/pieces.cpp is fitted to and judged by.
+"""Numbers of pieces a sequence may be cut into, timed: what the model in kernels/pieces.cpp is fitted to and judged by.
 
     python benchmarks/kernel_pieces.py
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -87,6 +88,11 @@ void decode_step(const View& q, const View& k, const View& v, const View& o, con
     check(jrt::decode_step(a));
 }
 
+int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_state, int multiprocessors) {
+    if (std::min({batch, tokens, heads, value_dim, multiprocessors}) < 1) throw py::value_error("sizes must be at least 1");
+    return jrt::prefill_pieces(batch, tokens, heads, value_dim, only_state, multiprocessors);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(jrt_kernels, m) {
@@ -100,7 +106,7 @@ PYBIND11_MODULE(jrt_kernels, m) {
     m.def("decode_step", &decode_step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
           py::arg("old_state"), py::arg("state"), py::arg("sizes"), py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),
           "sizes (B, H, D); the old state and the new one may be the same memory.");
-    m.def("prefill_pieces", &jrt::prefill_pieces, py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("value_dim"),
+    m.def("prefill_pieces", &prefill_pieces, py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("value_dim"),
           py::arg("only_state"), py::arg("multiprocessors"));
     m.def("prefill_workspace", &jrt::prefill_workspace, py::arg("batch"), py::arg("heads"), py::arg("value_dim"),
           py::arg("pieces"), "Floats.");

@@ -5,7 +5,9 @@ Called by setup.py when JRT_BUILD_KERNELS=1, or by hand: `python kernels/build.p
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,10 @@ from setuptools.command.build_ext import build_ext
 NAME = "jrt_kernels"
 HERE = Path(__file__).resolve().parent
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
+OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 SOURCES = ("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "pieces.cpp", "bindings.cpp")
+NEEDS_NVCC = f"JRT_BUILD_KERNELS=1 needs nvcc, the CUDA compiler ({'.'.join(map(str, OLDEST_NVCC))} or newer)"
+WITHOUT = "Without the kernels everything works, through PyTorch: install again with JRT_BUILD_KERNELS unset."
 
 
 class BuildError(RuntimeError):
@@ -40,10 +45,17 @@ def find_nvcc() -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise BuildError(
-        "JRT_BUILD_KERNELS=1 needs nvcc, the CUDA compiler (12.3 or newer), and found none: put it on PATH or set "
-        "CUDA_HOME. Without the kernels everything works, through PyTorch: install again with JRT_BUILD_KERNELS unset."
-    )
+    raise BuildError(f"{NEEDS_NVCC}, and found none: put it on PATH or set CUDA_HOME. {WITHOUT}")
+
+
+def check_tools(nvcc: Path) -> None:
+    """Raises BuildError where nvcc is too old or pybind11 is not installed."""
+    release = re.search(r"release (\d+)\.(\d+)", _run([str(nvcc), "--version"]))
+    if release is None or (int(release[1]), int(release[2])) < OLDEST_NVCC:
+        found = "one that does not say its release" if release is None else f"{release[1]}.{release[2]}"
+        raise BuildError(f"{NEEDS_NVCC}, and found {found} at {nvcc}. {WITHOUT}")
+    if importlib.util.find_spec("pybind11") is None:
+        raise BuildError("JRT_BUILD_KERNELS=1 needs pybind11: pip install pybind11")
 
 
 def compile_module(output: Path, build_directory: Path, extra_flags: tuple[str, ...] = ()) -> str:
@@ -53,13 +65,12 @@ def compile_module(output: Path, build_directory: Path, extra_flags: tuple[str, 
         What the compiler reported: registers, spills and shared memory of each kernel.
 
     Raises:
-        BuildError: no nvcc, no pybind11, or the compiler failed.
+        BuildError: no nvcc, an old one, no pybind11, or the compiler failed.
     """
-    try:
-        import pybind11
-    except ModuleNotFoundError as error:
-        raise BuildError("JRT_BUILD_KERNELS=1 needs pybind11: pip install pybind11") from error
     nvcc = find_nvcc()
+    check_tools(nvcc)
+    import pybind11
+
     build_directory.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "-lineinfo", "-gencode", "arch=compute_90a,code=sm_90a"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -81,7 +92,7 @@ def compile_module(output: Path, build_directory: Path, extra_flags: tuple[str, 
 def extensions() -> list[Extension]:
     """For setup(), with BuildKernels as build_ext. Exits with one line where it could not work."""
     try:
-        find_nvcc()
+        check_tools(find_nvcc())
     except BuildError as error:
         raise SystemExit(str(error)) from error
     return [Extension(NAME, [f"{HERE.name}/{source}" for source in SOURCES])]
@@ -89,7 +100,10 @@ def extensions() -> list[Extension]:
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        compile_module(Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve())
+        try:
+            compile_module(Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve())
+        except BuildError as error:
+            raise SystemExit(str(error)) from error
 
 
 def _run(command: list[str]) -> str:

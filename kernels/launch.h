@@ -48,7 +48,7 @@ struct DecodeArguments {
     void* stream;
 };
 
-// Into how many pieces the sequence of each head is cut so that the work fills a card of `multiprocessors`.
+// Into how many pieces the sequence of each head is cut on a card of `multiprocessors` (pieces.h). Sizes are at least 1.
 int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_state, int multiprocessors);
 
 // Size of the workspace in floats.

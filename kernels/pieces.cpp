@@ -1,4 +1,4 @@
-// A model of how long the passes over a sequence take. Its constants are fitted to every number of pieces at 59 shapes
+// A model of how long the passes over a sequence take. Its constants are fitted to up to 18 numbers of pieces at 59 shapes
 // (benchmarks/kernel_pieces.py); only their ratios matter here.
 #include "pieces.h"
 

@@ -4,8 +4,8 @@
 //                  They meet once a chunk, over a double-buffered 16-bit copy of the state in shared memory.
 //   prefill_state  one warpgroup, state only: a prefix, or the first pass over a sequence that is cut into pieces.
 //
-// A sequence in pieces takes three passes: the state after each piece but the last, as if nothing stood before it; their sums
-// (scan.h); the texts of all pieces at once.
+// A text in pieces takes three passes: the state after each piece but the last, as if nothing stood before it; their sums
+// (scan.h), where there is more than one; the texts of all pieces at once. A prefix takes the first two, over all pieces.
 //
 // All sums run in one fixed order: equal inputs give equal bits.
 #pragma once
