@@ -32,7 +32,7 @@ SWEEPS = {
     ],
     "laptop": [
         Run(method, "laptop", width, feature_dim, rate=5e-3, epochs=12, seed=seed)
-        for width, feature_dim in ((16, 2), (16, 4), (32, 4), (32, 8))
+        for width, feature_dim in ((16, 2), (24, 2), (16, 4), (32, 2), (24, 4), (32, 4))
         for seed in (123, 2)
         for method in METHODS
     ],
