@@ -5,7 +5,7 @@ is a row with its reason. All rows of one run go to one file: JSON, CSV and a pl
 
 Shapes: B batch, N tokens, H = 16 heads, d = 16, D = 64, bf16, causal. JRT-RNN reads a prefix of N / 2 and a text of N;
 JRT-Prompt is Based on 2 N. Softmax rows have head size 64. Times are the median of CUDA-event pairs, each queued behind
-a pause so that the host is never what is measured.
+a pause of 1 ms: the host is measured only where launching takes longer than that.
 
     python benchmarks/lin_attn_profile.py --output benchmarks/results
     python benchmarks/lin_attn_profile.py --plot benchmarks/results/lin_attn_profile.json

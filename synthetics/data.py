@@ -51,18 +51,16 @@ class Task:
     def draw(self, seed: int) -> tuple[list[Examples], list[Examples]]:
         """Training and test segments; their seeds come from two disjoint ranges, as the release drew them."""
         random = np.random.RandomState(seed)
-        train_seeds = random.randint(0, 2**31, len(self.train), dtype=np.int64)
-        test_seeds = random.randint(2**31, 2**32, len(self.test), dtype=np.int64)
 
-        def segments(pairs, seeds, examples):
+        def segments(pairs: tuple[tuple[int, int], ...], examples: int, low: int, high: int) -> list[Examples]:
+            seeds = random.randint(low, high, len(pairs), dtype=np.int64).tolist()
             return [
-                disjoint_sets(self.vocab_size, examples, *pair, int(own))
-                for pair, own in zip(pairs, seeds, strict=True)
+                disjoint_sets(self.vocab_size, examples, first, second, own)
+                for (first, second), own in zip(pairs, seeds, strict=True)
             ]
 
-        return segments(self.train, train_seeds, self.train_examples), segments(
-            self.test, test_seeds, self.test_examples
-        )
+        train = segments(self.train, self.train_examples, 0, 2**31)
+        return train, segments(self.test, self.test_examples, 2**31, 2**32)
 
 
 def read_twice(inputs: Tensor) -> Tensor:

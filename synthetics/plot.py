@@ -36,6 +36,12 @@ def panels_of(row: dict) -> tuple[float, float, float]:
     return short, long, short - long
 
 
+def spread(runs: list[dict]) -> float:
+    """How far apart the seeds' mean accuracies are."""
+    means = [mean(run["accuracy"].values()) for run in runs]
+    return max(means) - min(means)
+
+
 def best(rows: list[dict]) -> list[dict]:
     """One line a method and state: best rate, mean over seeds; sorted."""
     by_model: dict[tuple, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
@@ -50,6 +56,7 @@ def best(rows: list[dict]) -> list[dict]:
             "width": width,
             "feature_dim": feature_dim,
             "seeds": len(chosen),
+            "spread": spread(chosen),
         }
         line |= dict(zip(PANELS, (mean(each) for each in zip(*map(panels_of, chosen), strict=True)), strict=True))
         lines.append(line)
@@ -57,14 +64,14 @@ def best(rows: list[dict]) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    head = "| method | width | feature size | state, bytes | short list first | long list first | difference |"
+    head = "| method | width | feature size | state, bytes | short list first | long list first | difference | seeds apart |"
     body = [
         f"| {line['method']} | {line['width']} | {line['feature_dim']} | {line['state_bytes']:,} | "
-        + " | ".join(f"{100 * line[panel]:.1f}" for panel in PANELS)
+        + " | ".join(f"{100 * line[panel]:.1f}" for panel in (*PANELS, "spread"))
         + " |"
         for line in lines
     ]
-    return "\n".join([head, "|---" * 7 + "|", *body])
+    return "\n".join([head, "|---" * 8 + "|", *body])
 
 
 def write(rows: list[dict], lines: list[dict], file: Path) -> None:

@@ -80,6 +80,9 @@ class Segments(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.test, batch_size=None)
 
+    def transfer_batch_to_device(self, batch: Examples, device: torch.device, dataloader_idx: int) -> Examples:
+        return Examples(batch.inputs.to(device), batch.labels.to(device), batch.first, batch.second)
+
 
 class SetDisjointness(pl.LightningModule):
     """Cross-entropy of the shared token after the last separator; accuracy by pair of list lengths."""
@@ -92,9 +95,6 @@ class SetDisjointness(pl.LightningModule):
         self.model.init_weights(torch.Generator().manual_seed(run.seed))
         self.accuracy: dict[tuple[int, int], float] = {}
         self._right: dict[tuple[int, int], list[Tensor]] = {}
-
-    def transfer_batch_to_device(self, batch: Examples, device: torch.device, _: int) -> Examples:
-        return Examples(batch.inputs.to(device), batch.labels.to(device), batch.first, batch.second)
 
     def training_step(self, batch: Examples, _: int) -> Tensor:
         loss = F.cross_entropy(self.method.answer(self.model, batch.inputs).float(), batch.labels[:, -1])

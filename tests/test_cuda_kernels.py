@@ -344,7 +344,7 @@ def probed(monkeypatch):
         cached.cache_clear()
 
 
-def test_what_is_missing_is_said(probed, tmp_path):
+def test_what_is_missing_is_said(probed):
     probed.setattr(importlib.util, "find_spec", lambda name: None)
     assert "not built: install with JRT_BUILD_KERNELS=1" in cuda._missing(0)
     probed.undo()

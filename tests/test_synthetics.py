@@ -140,7 +140,7 @@ def test_the_best_rate_counts_in_every_panel_and_seeds_are_averaged():
 
     rows = [row(1e-3, 1, 0.9, 0.1), row(1e-3, 2, 0.7, 0.3), row(2e-3, 1, 0.6, 0.6), row(2e-3, 2, 0.6, 0.5)]
     (line,) = plot.best(rows)
-    assert line["seeds"] == 2
+    assert line["seeds"] == 2 and line["spread"] == pytest.approx(0.05)
     assert [line[panel] for panel in plot.PANELS] == pytest.approx([0.6, 0.55, 0.05])
 
 
