@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from jrt import presets
-from jrt.hub import JRTForCausalLM
-from jrt.hub_config import JRTConfig
+from jrt.configuration_jrt import JRTConfig
+from jrt.modeling_jrt import JRTForCausalLM
 from jrt.ops import cuda
 
 MODELS = ("jrt-360m", "jrt-1.3b")

@@ -21,8 +21,8 @@ import record
 import torch
 
 import jrt
+from jrt.checkpoints.convert import convert
 from jrt.config import Config
-from jrt.convert import convert
 from jrt.model import LanguageModel
 
 MODELS = {"JRT-1B-50B": "jrt-1.3b", "attn-1b-50bn": "attention-1.3b"}
@@ -122,7 +122,7 @@ def stage(name: str, source: Path, out: Path, device: str, dtype: str | None) ->
 def in_process(*arguments: object) -> dict:
     """`stage` in a fresh process, forked from one that has imported everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jrt.convert"])
+    context.set_forkserver_preload(["jrt.checkpoints.convert"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(stage, *arguments).result()
 

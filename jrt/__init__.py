@@ -8,13 +8,13 @@ import importlib
 
 from jrt import ops
 from jrt.config import Config, presets
-from jrt.hub_config import JRTConfig
-from jrt.quirks import Quirks
+from jrt.configuration_jrt import JRTConfig
+from jrt.released.quirks import Quirks
 
 __version__ = "0.1.0"
 __all__ = ["Config", "JRTConfig", "JRTForCausalLM", "Quirks", "load", "load_tokenizer", "ops", "presets"]
 
-_LAZY = {"JRTForCausalLM": "jrt.hub", "load": "jrt.loading", "load_tokenizer": "jrt.loading"}
+_LAZY = {"JRTForCausalLM": "jrt.modeling_jrt", "load": "jrt.checkpoints.load", "load_tokenizer": "jrt.checkpoints.load"}
 
 
 def __getattr__(name: str) -> object:

@@ -251,7 +251,7 @@ def _add_report(commands) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from jrt.evaluate import collect, super_glue
-    from jrt.published import SUPER_GLUE_TABLES
+    from jrt.evaluate.published import SUPER_GLUE_TABLES
 
     output = arguments.output or arguments.runs[0]
     if arguments.layout in SUPER_GLUE_TABLES:
@@ -346,7 +346,7 @@ def _add_convert(commands) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from jrt.convert import convert
+    from jrt.checkpoints.convert import convert
 
     convert(arguments.source, arguments.out, self_contained=arguments.self_contained)
     print(f"written to {arguments.out}")

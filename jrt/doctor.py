@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from jrt.loading import MINIS
+from jrt.checkpoints.load import MINIS
 from jrt.ops import BACKENDS
 
 _PACKAGES = (

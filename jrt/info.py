@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
+from jrt.checkpoints.files import read_json
+from jrt.checkpoints.load import MINIS, RELEASED, has_tokenizer, load, resolve
 from jrt.config import LETTERS, Config, presets
-from jrt.hub_config import JRTConfig
-from jrt.loading import MINIS, RELEASED, has_tokenizer, load, resolve
+from jrt.configuration_jrt import JRTConfig
 from jrt.model import LanguageModel
-from jrt.quirks import Quirks
-from jrt.released import is_released
-from jrt.weights import read_json
+from jrt.released.configurations import is_released
+from jrt.released.quirks import Quirks
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_PRESETS = dict(

@@ -16,7 +16,7 @@ from jrt.config import Config
 from jrt.mixers import MIXERS, Reading
 from jrt.mixers.attention import rotary_angles
 from jrt.mixers.mamba import Mamba
-from jrt.quirks import Quirks
+from jrt.released.quirks import Quirks
 
 
 class RMSNorm(nn.Module):
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Reads tokens into states and gives what comes next; `jrt.hub.JRTForCausalLM` wraps it for transformers."""
+    """Reads tokens into states and gives what comes next; `jrt.modeling_jrt.JRTForCausalLM` wraps it for transformers."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
             state: what was read before; None starts a text, and only then is a prefix encoded.
             attention_mask: (B, T) bool, False for padding, which must stand to the left; None: no padding.
             prefix_length: (B,) how many of its first own tokens each row's encoder reads; None: what fits enc_length.
-            blank_length: (B,) how many of each row's first own tokens are short-prompt pads (`jrt.generate`).
+            blank_length: (B,) how many of each row's first own tokens are short-prompt pads (`jrt.short_prompts`).
             quirks: what to compute as the release does.
 
         Raises:

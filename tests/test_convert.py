@@ -1,4 +1,4 @@
-"""`jrt.convert`: what comes out equals what went in, loads elsewhere, and appears whole or not at all."""
+"""`jrt.checkpoints.convert`: what comes out equals what went in, loads elsewhere, and appears whole or not at all."""
 
 import ast
 import importlib.util
@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 
 import jrt
+from jrt.checkpoints.convert import convert, sha256
+from jrt.checkpoints.self_contained import modelling_source
 from jrt.config import Config
-from jrt.convert import convert, sha256
-from jrt.export import modelling_source
-from jrt.hub import JRTForCausalLM
-from jrt.hub_config import JRTConfig
+from jrt.configuration_jrt import JRTConfig
+from jrt.modeling_jrt import JRTForCausalLM
 
 GOLDENS = ("jrt_main", "jrt_f16", "based_fla", "based_decay_legacy", "attn", "attn_oddrotary_m128", "mamba")
 
@@ -123,7 +123,7 @@ def test_loads_in_a_fresh_process(shared, tmp_path):
     ids = token_ids(half)
     results = loaded_elsewhere(dict.fromkeys(folders, ids), tmp_path, self_contained=False)
     for model, found in zip((*models.values(), half), results, strict=True):
-        assert found["module"] == "jrt.hub"
+        assert found["module"] == "jrt.modeling_jrt"
         assert found["logits"].dtype == model.dtype
         assert found["decay"] is None or found["decay"].dtype == torch.float32
         with torch.no_grad():
@@ -180,7 +180,7 @@ def imported(folder: Path) -> ModuleType:
 
 def test_large_results_are_sharded(shared, tmp_path, monkeypatch):
     source = shared / "golden" / "jrt_main"
-    monkeypatch.setattr("jrt.convert.SHARD", "1MB")
+    monkeypatch.setattr("jrt.checkpoints.convert.SHARD", "1MB")
     out = convert(source, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = set(index["weight_map"].values())
@@ -222,7 +222,7 @@ def test_leaves_nothing_behind_when_it_fails(shared, tmp_path, monkeypatch):
     (tmp_path / "broken" / "config.json").write_text("{}")
     with pytest.raises(ValueError):
         convert(tmp_path / "broken", tmp_path / "out")
-    monkeypatch.setattr("jrt.convert.make_self_contained", lambda *_: 1 / 0)  # in the middle of writing
+    monkeypatch.setattr("jrt.checkpoints.convert.make_self_contained", lambda *_: 1 / 0)  # in the middle of writing
     with pytest.raises(ZeroDivisionError):
         convert(shared / "golden" / "attn", tmp_path / "out", self_contained=True)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]

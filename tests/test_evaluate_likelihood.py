@@ -10,7 +10,7 @@ from jrt_recall.tokenizers import shipped_tokenizer
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
 from jrt.evaluate.likelihood import log_likelihoods
-from jrt.quirks import Quirks
+from jrt.released.quirks import Quirks
 
 PAIRS = [([5, 6, 7, 8], [9, 10, 11]), ([12, 13], [14]), ([20, 21, 22, 23, 24, 25, 26], [27, 28])]
 

@@ -12,10 +12,10 @@ from jrt.evaluate import plots, super_glue
 from jrt.evaluate.collect import FILES, Collected, collect, frame, latex, layout_rows
 from jrt.evaluate.files import json_lines, write_json, write_text
 from jrt.evaluate.perplexity import slices
+from jrt.evaluate.published import TABLE1, TABLE2, TABLE4, TABLE8, TABLE9, TABLE13, TABLES, published_row
 from jrt.evaluate.report import marked, page, split_question
 from jrt.evaluate.results import comparisons
 from jrt.evaluate.tables import aligned, size
-from jrt.published import TABLE1, TABLE2, TABLE4, TABLE8, TABLE9, TABLE13, TABLES, published_row
 
 NASTY = "<script>alert('x')</script> & <b>"
 

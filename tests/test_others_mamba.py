@@ -8,7 +8,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, MptConfig, T5Config
 
 import jrt
-from jrt.released import is_released
+from jrt.released.configurations import is_released
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 

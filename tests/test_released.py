@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 import jrt
 from jrt import Quirks
-from jrt.generate import SHORT_PROMPTS, fill_short_prompts
+from jrt.short_prompts import SHORT_PROMPTS, fill_short_prompts
 
 FOLDERS = ("attn", "attn_oddrotary_m128", "based_decay_legacy", "based_fla", "jrt_f16", "jrt_main", "mamba")
 TOLERANCE = dict(rtol=1e-4, atol=1e-3)  # relative to the largest logit

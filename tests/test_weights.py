@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 import jrt
+from jrt.checkpoints.files import CheckpointError
 from jrt.config import Config
-from jrt.hub import JRTForCausalLM
-from jrt.hub_config import JRTConfig
-from jrt.weights import CheckpointError
+from jrt.configuration_jrt import JRTConfig
+from jrt.modeling_jrt import JRTForCausalLM
 
 WIDTH, ROWS = 16, 96
 GPT = {
@@ -401,8 +401,8 @@ def test_transformers_own_fields_are_not_read(tmp_path):
 PEAK = """
 import resource, sys, torch, jrt
 from pathlib import Path
-from jrt.hub import JRTForCausalLM
-import jrt.loading
+from jrt.modeling_jrt import JRTForCausalLM
+import jrt.checkpoints.load
 def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 before = peak()
 try:

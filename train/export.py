@@ -9,7 +9,7 @@ import torch
 from jrt_recall.tokenizers import shipped_tokenizer
 from omegaconf import DictConfig
 
-from jrt.hub import JRTConfig, JRTForCausalLM
+from jrt.modeling_jrt import JRTConfig, JRTForCausalLM
 from train import recall
 from train.module import Training
 

@@ -15,10 +15,10 @@ from jrt.evaluate import plots
 from jrt.evaluate.files import write_text
 from jrt.evaluate.folder import RESULTS, cell_of, read_run
 from jrt.evaluate.plan import Cell
+from jrt.evaluate.published import SUPER_GLUE_TABLES, TABLES, Table, published_row
 from jrt.evaluate.report import page, table
 from jrt.evaluate.results import comparisons
 from jrt.evaluate.tables import aligned, protocols_of, results_text
-from jrt.published import SUPER_GLUE_TABLES, TABLES, Table, published_row
 
 FILES = (
     "results.csv",

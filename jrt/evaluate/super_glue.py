@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jrt.evaluate.collect import latex
 from jrt.evaluate.files import write_text
+from jrt.evaluate.published import SUPER_GLUE_TABLES, Choices, row_name
 from jrt.evaluate.tables import aligned
-from jrt.published import SUPER_GLUE_TABLES, Choices, row_name
 
 FILES = ("super_glue.tex", "super_glue.csv")
 SIZES = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jrt.quirks import Quirks
+from jrt.released.quirks import Quirks
 
 
 @dataclass(frozen=True, kw_only=True)

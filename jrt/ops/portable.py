@@ -1,6 +1,6 @@
 """The ops without a choice of backend: plain PyTorch, any device, nothing compiled and nothing registered.
 
-`jrt.export` puts these in place of `jrt.ops` into the modelling file of a self-contained folder, which must load
+`jrt.checkpoints.self_contained` puts these in place of `jrt.ops` into the modelling file of a self-contained folder, which must load
 anywhere, and more than once in a process. Shapes and errors: `jrt.ops`, which the functions follow.
 """
 

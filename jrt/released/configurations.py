@@ -8,9 +8,9 @@ that the configuration allows, so that a file can never ask for more memory than
 from __future__ import annotations
 
 from jrt.config import Config
-from jrt.generate import SPACE_TOKEN
-from jrt.hub_config import JRTConfig
-from jrt.quirks import Quirks
+from jrt.configuration_jrt import JRTConfig
+from jrt.released.quirks import Quirks
+from jrt.short_prompts import SPACE_TOKEN
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -10,7 +10,7 @@ import importlib
 from transformers import AutoConfig, PreTrainedConfig
 
 from jrt.config import Config, presets
-from jrt.generate import SPACE_TOKEN, check_short_prompt
+from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
 
 class JRTConfig(PreTrainedConfig):
@@ -31,7 +31,7 @@ class JRTConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs,
     ) -> None:
-        importlib.import_module("jrt.hub")  # registers the model class for AutoModelForCausalLM
+        importlib.import_module("jrt.modeling_jrt")  # registers the model class for AutoModelForCausalLM
         core = Config.from_dict(architecture) if architecture else presets()["debug"]
         check_short_prompt(short_prompt)
         self.architecture = core.to_dict()

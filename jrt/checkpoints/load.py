@@ -11,16 +11,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from jrt import names, released
+from jrt.checkpoints import keys
+from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
 from jrt.config import presets
-from jrt.generate import SPACE_TOKEN, check_short_prompt
-from jrt.hub import JRTForCausalLM
-from jrt.hub_config import JRTConfig
+from jrt.configuration_jrt import JRTConfig
 from jrt.model import released_decay
-from jrt.quirks import Quirks
-from jrt.weights import FLOATING, CheckpointError, Entry, Reader, entries, read_json
+from jrt.modeling_jrt import JRTForCausalLM
+from jrt.released import configurations
+from jrt.released.quirks import Quirks
+from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
-MINIS = Path(__file__).parent / "minis"
+MINIS = Path(__file__).parent.parent / "minis"
 RELEASED = (
     "hazyresearch/JRT-360M-30B",
     "hazyresearch/based-360M-30B",
@@ -50,7 +51,7 @@ def load(
         dtype: of the weights (`torch.bfloat16` or "bfloat16"); None keeps the file's on a released folder, fp32 for the
             minis (stored in bf16).
         compat: None computes correctly; "released" as the published numbers were measured; a `jrt.Quirks` picks quirks.
-        short_prompt: rule for prompts shorter than the encoder (`jrt.generate.SHORT_PROMPTS`); None: the
+        short_prompt: rule for prompts shorter than the encoder (`jrt.short_prompts.SHORT_PROMPTS`); None: the
             checkpoint's own, "pad" for released JRT models.
 
     Returns:
@@ -71,9 +72,9 @@ def load(
         config = _own_config(raw)
         if compat is not None:
             config.quirks = {name: True for name in quirks.active()}
-        sources = _matched(described, names.OWN)
-    elif released.is_released(raw):
-        table = names.MAMBA if released.is_mamba(raw) else names.GPT
+        sources = _matched(described, keys.OWN)
+    elif configurations.is_released(raw):
+        table = keys.MAMBA if configurations.is_mamba(raw) else keys.GPT
         sources = _matched(_modern(described, raw), table)
         if "embedding.weight" not in sources and "head.weight" in sources:
             sources["embedding.weight"] = sources.pop("head.weight")  # the other name of a tied tensor
@@ -189,9 +190,9 @@ def _own_config(raw: dict) -> JRTConfig:
     return config
 
 
-def _translated(raw: dict, shapes: released.Shapes, quirks: Quirks, source: str) -> JRTConfig:
+def _translated(raw: dict, shapes: configurations.Shapes, quirks: Quirks, source: str) -> JRTConfig:
     try:
-        return released.translate(raw, shapes, quirks, source)
+        return configurations.translate(raw, shapes, quirks, source)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
@@ -201,7 +202,7 @@ Source = Entry | tuple[Entry, ...]  # a tuple: stacked along the first dimension
 
 def _modern(described: dict[str, Entry], raw: dict) -> dict[str, Source]:
     """Entries under the names of the released layout, from the older layouts."""
-    renames = names.modern_norms(list(described))
+    renames = keys.modern_norms(list(described))
     found: dict[str, Source] = {}
     for name, entry in described.items():
         if renames[name] in found:
@@ -217,7 +218,7 @@ def _modern(described: dict[str, Entry], raw: dict) -> dict[str, Source]:
 
 
 def _matched(described: dict[str, Source], table) -> dict[str, Source]:
-    found, unknown = names.renamed(list(described), table)
+    found, unknown = keys.renamed(list(described), table)
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors have no place in the model: {', '.join(sorted(unknown)[:8])}")
     return {here: described[name] for here, name in found.items()}

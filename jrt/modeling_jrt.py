@@ -1,6 +1,6 @@
 """The models as transformers knows them: cache, `forward` and `generate`.
 
-Importing this module registers the model class; `jrt.hub_config` does so as soon as a configuration is made, so that
+Importing this module registers the model class; `jrt.configuration_jrt` does so as soon as a configuration is made, so that
 AutoModelForCausalLM loads a folder that `save_pretrained` wrote after nothing but `import jrt`.
 
 Shapes: B batch, T tokens of a call, V vocabulary rows.
@@ -19,11 +19,11 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
-from jrt.generate import fill_short_prompts
-from jrt.hub_config import JRTConfig
+from jrt.configuration_jrt import JRTConfig
 from jrt.model import LanguageModel
 from jrt.objective import IGNORED, mean_loss
-from jrt.quirks import Quirks
+from jrt.released.quirks import Quirks
+from jrt.short_prompts import fill_short_prompts
 
 # transformers 5.24 gave this argument and output a new name; `forward` and `generate` here take both.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -193,7 +193,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             inputs: (B, T) prompt ids, padded on the left; `input_ids` is the same.
             attention_mask: (B, T); 0 is padding; None: every token counts.
-            short_prompt: a key of `jrt.generate.SHORT_PROMPTS`; None takes the model's own rule. Other models have no
+            short_prompt: a key of `jrt.short_prompts.SHORT_PROMPTS`; None takes the model's own rule. Other models have no
                 encoder to fill and accept "none" only.
             prefix_length: (B,) tokens of each row that the prefix encoder reads, in place of a rule.
             **kwargs: as in transformers.

@@ -17,10 +17,10 @@ import transformers
 from tqdm import tqdm
 
 from jrt import __version__
-from jrt.export import make_self_contained
-from jrt.hub import JRTForCausalLM
-from jrt.loading import load, resolve
-from jrt.weights import files
+from jrt.checkpoints.files import files
+from jrt.checkpoints.load import load, resolve
+from jrt.checkpoints.self_contained import make_self_contained
+from jrt.modeling_jrt import JRTForCausalLM
 
 SHARD = "4GB"
 HASH_BYTES = 8 << 20  # read at a time

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FILE = "modeling_jrt.py"
-ROOTS = (("jrt.hub", "JRTConfig"), ("jrt.hub", "JRTForCausalLM"))
+ROOTS = (("jrt.modeling_jrt", "JRTConfig"), ("jrt.modeling_jrt", "JRTForCausalLM"))
 AUTO_MAP = {"AutoConfig": "JRTConfig", "AutoModelForCausalLM": "JRTForCausalLM"}
 PORTABLE = ("linear_attention", "encode_prefix", "selective_scan")  # of jrt.ops, taken from jrt.ops.portable
 Definition = tuple[str, str]  # a module and a top-level name in it
