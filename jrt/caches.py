@@ -3,11 +3,21 @@
 A cache holds a layer's keys and values (all, or those in a window), or the states of its recurrence and convolution, or both.
 """
 
+import inspect
 from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+
+from jrt.modeling_jrt import CACHE
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which `forward` and `generate` of a model take a cache: Mamba's had one of its own before 5.24."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names and CACHE not in names else CACHE
 
 
 def select_rows(cache: Cache, rows: Tensor) -> None:

@@ -4,6 +4,7 @@ A user's mistake is one line on stderr and exit status 2; what a command compute
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -317,13 +318,26 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _add_doctor(commands) -> None:
-    commands.add_parser("doctor", help="versions, devices, backends, and what is missing").set_defaults(command=_doctor)
+    parser = commands.add_parser("doctor", help="what is installed and works; with a model: what it gets wrong")
+    parser.add_argument("model", nargs="?", help="a mini, a folder or a hub id: probe it (default: this installation)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _model_options(parser)
+    parser.set_defaults(command=_doctor)
 
 
-def _doctor(arguments: argparse.Namespace) -> None:
-    from jrt.doctor import findings
+def _doctor(arguments: argparse.Namespace) -> int:
+    from jrt import doctor
+    from jrt.evaluate.subjects import ModelSpec, open_subject
 
-    _print_pairs(findings())
+    found: doctor.Installation | doctor.Examination
+    if arguments.model is None:
+        found = doctor.inspect_installation()
+    else:
+        spec = ModelSpec(arguments.model, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
+        subject = open_subject(spec)
+        found = doctor.examine(subject.model, arguments.model, subject.pad_token_id)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.text())
+    return OK if found.is_sound else FAILED
 
 
 def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:

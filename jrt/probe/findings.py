@@ -13,7 +13,7 @@ CHECKS = {
     "two calls": "a prompt read in two calls equals one call",
     "state copy": "a copied state goes on as its original did",
     "single tokens": "a prompt read token by token equals one call",
-    "shared state": "rows of a padded batch's state are chosen and repeated, and several tokens read on top",
+    "shared state": "states of a padded batch's rows are repeated and gone on from",
 }
 """What each check says."""
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from jrt.caches import keeps_no_tokens, select_rows
+from jrt.caches import cache_argument, keeps_no_tokens, select_rows
 from jrt.greedy import ForcedTokens
 from jrt.modeling_jrt import CACHE, JRTForCausalLM
 from jrt.probe.findings import Check
@@ -69,16 +69,17 @@ class Trials:
         self.row = row[: TEXT + STEPS]
         self.cache = True
         self.state: dict[str, Any] = {}  # after the first HALF tokens
+        self.rest: Tensor | None = None  # logits of the tokens after it
         self.bound = SHARE
 
     def checks(self) -> Iterator[Check]:
         """All checks, in the order of CHECKS; those that make no sense after another failed are not tried."""
         try:
-            self.truth = self._read(self.row[None])[0]  # (TEXT + STEPS, V)
-            self.longer_truth = self._read(self.longer[None], prompt=LENGTH)[0]  # (LENGTH, V)
+            self.truth = self.read(self.row[None])[0]  # (TEXT + STEPS, V)
+            self.longer_truth = self.read(self.longer[None], prompt=LENGTH)[0]  # (LENGTH, V)
             self.bound = self._bound()
         except BREAKS as error:
-            yield Check("decode", math.inf, SHARE, reason=_line(error))
+            yield Check("decode", math.inf, SHARE, reason=one_line(error))
             return
         decode = self._check("decode", self._decode)
         yield decode
@@ -130,13 +131,13 @@ class Trials:
         output = self.model(input_ids=self.row[None, :HALF], use_cache=True)
         state = _state(output)
         self.state = copy.deepcopy(state)  # before the model moves it on
-        rest = self._rest(state)
-        return [self._of_row(output.logits[0], 1), self._of_row(rest, HALF + 1)]
+        self.rest = self._rest(state)
+        return [self._of_row(output.logits[0], 1), self._of_row(self.rest, HALF + 1)]
 
     def _state_copy(self) -> list[Compared]:
-        if not self.state:
-            raise ValueError("there is no state to copy")
-        return [self._of_row(self._rest(self.state), HALF + 1)]
+        if self.rest is None:
+            raise ValueError("there is no state that was gone on from")
+        return [Compared(self._rest(self.state), self.rest, HALF)]
 
     def _shared_state(self) -> list[Compared]:
         ids, mask = self._padded(self.row[:HALF])
@@ -166,7 +167,7 @@ class Trials:
         """Logits (K, V) after the first `read` tokens of the measured row, beside what they should be."""
         return Compared(logits, self.truth[read - 1 : read - 1 + len(logits)], read - 1)
 
-    def _read(self, ids: Tensor, prompt: int = TEXT) -> Tensor:
+    def read(self, ids: Tensor, prompt: int = TEXT) -> Tensor:
         """Logits (B, T, V) of whole rows without a cache: what everything else is compared with.
 
         prompt: tokens before those that are decoded, which an encoder may read both ways."""
@@ -188,7 +189,7 @@ class Trials:
         """Reads ids (B, T) and goes on with `new` tokens of the measured row, of which `read` were read.
 
         Returns logits (B, new, V) and the cache, as the models are run: by `generate`."""
-        options: dict[str, Any] = {} if cache is None else {CACHE: cache}
+        options: dict[str, Any] = {} if cache is None else {cache_argument(self.model): cache}
         if _reads_ahead(self.model):
             options["short_prompt"] = "none"
         forced = ForcedTokens([self.row[read : read + new].tolist()] * len(ids))
@@ -210,7 +211,7 @@ class Trials:
         try:
             compared = trial()
         except BREAKS as error:
-            return Check(name, math.inf, self.bound, reason=_line(error))
+            return Check(name, math.inf, self.bound, reason=one_line(error))
         scale = self.truth.float().abs().max()
         largest, where = -1.0, 0
         for logits, truth, start in compared:
@@ -229,7 +230,7 @@ class Trials:
         if self.model.dtype in (torch.float32, torch.float64):
             return SHARE
         with _rounded_otherwise(self.model.get_input_embeddings()):
-            many = self._read(self.row.expand(ROWS, -1))  # (ROWS, T, V)
+            many = self.read(self.row.expand(ROWS, -1))  # (ROWS, T, V)
         return SPREADS * float(_difference(many, self.truth).max() / self.truth.float().abs().max())
 
 
@@ -288,5 +289,13 @@ def _difference(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(first == second, 0.0, (first - second).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error of another project's code, short enough for a table."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@torch.no_grad()
+def read_row(model: PreTrainedModel) -> Tensor:
+    """Logits (T, V) in float32 of the row that all trials read, alone and without a cache."""
+    trials = Trials(model, 0)
+    return trials.read(trials.row[None])[0].float()
