@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import record
 
-from jrt.evaluate import LocalPool, ModelSpec, Request, decoding, plan, run, shared_prefix
+from jrt.evaluate import LocalPool, ModelSpec, Request, decoding, plan, run
 from jrt.evaluate.batching import Limits
 from jrt.evaluate.shared_prefix import groups, groups_of_one
 
