@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from recall_eval import LLAMA, write_llama
 
-from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, run
+from jrt.evaluate import LocalPool, ModelSpec, Request, open_model, plan, run
 from jrt.evaluate.demo import MINIS
 
 BATCHES = (1, 8, 32)
@@ -35,8 +35,8 @@ def ours(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
 
 def theirs(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
     """Answers of lm-eval's hf class by item."""
-    subject = open_subject(spec)
-    lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=size, backend="causal")
+    opened = open_model(spec)
+    lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size, backend="causal")
     name = f"recall_reference_pages_{WINDOW}"
     manager = TaskManager(include_path=str(task_folder()), include_defaults=False, metadata={"max_items": limit})
     found = evaluator.evaluate(lm, manager.load([name])["tasks"], log_samples=True, bootstrap_iters=0)

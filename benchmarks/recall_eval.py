@@ -31,7 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, run
+from jrt.evaluate import LocalPool, ModelSpec, Request, open_model, plan, run
 
 LLAMA = "llama-135m"
 TASKS = {  # lm-eval's name: ours, protocol
@@ -92,13 +92,13 @@ def jrt_answers(pool: LocalPool, spec: ModelSpec, name: str, limit: int) -> tupl
 def measure(
     spec: ModelSpec, label: str, names: list[str], limit: int, ways: list[int | str], rounds: int
 ) -> list[dict]:
-    subject = open_subject(spec)
+    opened = open_model(spec)
     pool = LocalPool()
-    pool._subject = subject  # one copy of the weights serves all ways
+    pool._model = opened  # one copy of the weights serves all ways
 
     def lm_eval_way(size: int | str) -> Callable[[str, int], tuple[float, dict[str, str]]]:
         def answers(name: str, count: int) -> tuple[float, dict[str, str]]:
-            lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=size, backend="causal")
+            lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size, backend="causal")
             return lm_eval_answers(lm, name, count)
 
         return answers

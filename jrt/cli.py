@@ -251,16 +251,11 @@ def _add_report(commands) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from jrt.evaluate import collect, super_glue
-    from jrt.evaluate.published import SUPER_GLUE_TABLES
+    from jrt.evaluate.report import collect
 
     output = arguments.output or arguments.runs[0]
-    if arguments.layout in SUPER_GLUE_TABLES:
-        print(super_glue.collect(arguments.runs, output, arguments.layout))
-        print(f"written to {output}: {', '.join(super_glue.FILES)}")
-        return
-    print(collect.collect(arguments.runs, output, arguments.layout))
-    print(f"\nwritten to {output}: {', '.join(collect.FILES)}")
+    text, files = collect(arguments.runs, output, arguments.layout)
+    print(f"{text}\nwritten to {output}: {', '.join(files)}")
 
 
 # generate
@@ -279,9 +274,8 @@ def _add_generate(commands) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
-    from jrt.evaluate.engine import encode
-    from jrt.evaluate.shared_prefix import left_padded
-    from jrt.evaluate.subjects import ModelSpec, open_subject
+    from jrt.evaluate.answering import GREEDY, encode, left_padded
+    from jrt.evaluate.models import ModelSpec, open_model
 
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt.strip():
@@ -289,15 +283,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.twice:
         prompt = f"{prompt}\n{prompt}"
     spec = ModelSpec(arguments.model, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
-    subject = open_subject(spec)
-    ids, mask = left_padded([encode(subject.tokenizer, [prompt], None)[0].ids], subject.pad_token_id, subject.device)
-    subject.model.generate(
+    opened = open_model(spec)
+    ids, mask = left_padded([encode(opened.tokenizer, [prompt], None)[0].ids], opened.pad_token_id, opened.device)
+    opened.model.generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=arguments.max_new_tokens,
-        do_sample=False,
-        pad_token_id=subject.pad_token_id,
-        streamer=TextStreamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=opened.pad_token_id,
+        streamer=TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **GREEDY,
     )
 
 

@@ -183,7 +183,7 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command, 
 
     monkeypatch.setattr("jrt.evaluate.plan", interrupted)
     monkeypatch.setattr("jrt.evaluate.demo.mini_plan", interrupted)
-    monkeypatch.setattr("jrt.evaluate.subjects.open_subject", interrupted)
+    monkeypatch.setattr("jrt.evaluate.models.open_model", interrupted)
     model = [] if command[0] == "demo" else ["--model", "mini-jrt"]
     assert main([*command, *model]) == 130
     assert said in capsys.readouterr().err

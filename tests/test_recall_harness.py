@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, passages, super_glue, task_folder
+from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, super_glue, task_folder
+from jrt_recall.protocols import PASSAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lm-eval-harness"
@@ -47,7 +48,7 @@ def test_task_files_are_those_the_tables_make():
 
 def test_every_task_loads_and_asks_what_items_asks(sources):
     names = [name for name in manager().all_subtasks if "pages_1024" not in name and "pages_2048" not in name]
-    expected = {f"recall_{task}" for task in PUBLISHED} | {"recall_reference_pages_512", *passages.TASKS}
+    expected = {f"recall_{task}" for task in PUBLISHED} | {"recall_reference_pages_512", *PASSAGES}
     names.remove("recall_record")
     assert {name for name in names if not name.endswith(("_twice", "_n_times", "_question_first"))} == expected
     loaded = manager(n=4, max_items=3).load(names)["tasks"]

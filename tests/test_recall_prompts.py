@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jrt_recall import PUBLISHED, contains, fixtures, prompt, strategy_named
-from jrt_recall.errors import IRRELEVANT, NO_ANSWER, REPETITION, error_kind
+from jrt_recall.scoring import IRRELEVANT, NO_ANSWER, REPETITION, error_kind
 
 TEXT = st.text(alphabet=st.sampled_from("ab .:\n?Question[PAR]é"), max_size=40)
 FILLED = st.text(alphabet=st.sampled_from("abc d:"), min_size=1, max_size=12).filter(lambda text: text.strip())

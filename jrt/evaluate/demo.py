@@ -6,14 +6,11 @@ join through the same code.
 
 from pathlib import Path
 
-from jrt.evaluate import plots
-from jrt.evaluate.files import write_text
 from jrt.evaluate.folder import read_run
-from jrt.evaluate.plan import Plan, Request, plan
-from jrt.evaluate.pools import LocalPool
-from jrt.evaluate.report import page
-from jrt.evaluate.run import Outcome, run
-from jrt.evaluate.subjects import SMOLLM2, ModelSpec
+from jrt.evaluate.models import SMOLLM2, ModelSpec
+from jrt.evaluate.report import write_page
+from jrt.evaluate.run import Outcome, Plan, Request, plan, run
+from jrt.evaluate.workers import LocalPool
 
 MINIS = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt")
 STRATEGIES = ("once", "twice")
@@ -44,9 +41,6 @@ def demo(chosen: Plan, output: Path, title: str) -> Outcome:
 
     A folder that holds the same demo, whole or in part, is gone on with."""
     outcome = run(chosen, LocalPool(), output, BATCH, resume=True)
-    figures = plots.draw(outcome.records, outcome.predictions)
-    plots.save(figures, output)
     manifest = read_run(output)[2]
-    html = page(title, outcome.records, outcome.comparisons, outcome.predictions, manifest, figures.values())
-    write_text(output / "report.html", html)
+    write_page(title, output, outcome.records, outcome.comparisons, outcome.predictions, manifest)
     return outcome

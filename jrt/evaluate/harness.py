@@ -5,16 +5,15 @@ otherwise (with the recall tasks on its include path).
 """
 
 import logging
-import sys
 
 import torch
-from jrt_recall.harness import arguments
+from jrt_recall.harness import arguments, command_line
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from jrt.evaluate.likelihood import log_likelihoods
-from jrt.evaluate.subjects import ModelSpec, open_subject
+from jrt.evaluate.models import ModelSpec, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +46,12 @@ class JRTHarness(HFLM):
         if device.startswith("cuda") and not torch.cuda.is_available():
             logger.warning("no GPU here: computing on the CPU")  # lm-eval asks for cuda:0 unless told otherwise
             device = "cpu"
-        subject = open_subject(ModelSpec(pretrained, device, dtype, compat, short_prompt))
-        if not subject.is_ours:
+        opened = open_model(ModelSpec(pretrained, device, dtype, compat, short_prompt))
+        if not opened.ours:
             raise ValueError(f"{pretrained} is no model of this project: use --model hf")
         super().__init__(
-            pretrained=subject.model,
-            tokenizer=subject.tokenizer,
+            pretrained=opened.model,
+            tokenizer=opened.tokenizer,
             batch_size=batch_size,
             max_length=max_length,
             backend="causal",
@@ -89,11 +88,5 @@ class JRTHarness(HFLM):
 
 def command(given: list[str]) -> int:
     """`lm_eval` with our models and the recall tasks; returns the exit status."""
-    from lm_eval.__main__ import cli_evaluate
-
-    recall = logging.getLogger("jrt_recall")  # says protocol, source and counts of each task
-    recall.addHandler(logging.StreamHandler())
-    recall.setLevel(logging.INFO)
-    sys.argv = ["lm_eval", *arguments(given)]
-    cli_evaluate()
+    command_line(arguments(given))
     return 0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from jrt.evaluate.shared_prefix import left_padded
+from jrt.evaluate.answering import left_padded
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.short_prompts import fill_short_prompts
 
@@ -25,7 +25,7 @@ class Scored(NamedTuple):
     is_greedy: bool
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     ids: list[int]  # context, as filled up, and continuation without its last token
     continuation: list[int]
     prefix: int  # tokens that the encoder reads
@@ -44,7 +44,7 @@ def log_likelihoods(
             raise ValueError(f"pair {number}: context and continuation need at least one token each")
     if model.core.has("P") and model.config.short_prompt == "iterate":
         return _iterated(model, pairs, batch_size, pad_token_id)
-    rows = [_row(model, list(context), list(continuation)) for context, continuation in pairs]
+    rows = [filled_row(model, list(context), list(continuation)) for context, continuation in pairs]
     found: list[Scored | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
     # The release reads pads as tokens, so its rows only meet rows of their own length.
@@ -58,9 +58,9 @@ def log_likelihoods(
     return found
 
 
-def _row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> _Row:
+def filled_row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> Row:
     if not model.core.has("P"):
-        return _Row(context + continuation[:-1], continuation, 0, 0)
+        return Row(context + continuation[:-1], continuation, 0, 0)
     leak = model.quirks.leak_continuation
     shown = torch.tensor([context + continuation if leak else context])
     rule, pad = model.config.short_prompt, model.config.short_prompt_token
@@ -68,11 +68,11 @@ def _row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> 
     ids = filled.input_ids[0].tolist()
     ids = ids[:-1] if leak else ids + continuation[:-1]
     blank = 0 if filled.blank_length is None else int(filled.blank_length)
-    return _Row(ids, continuation, min(int(filled.prefix_length), len(ids)), blank)
+    return Row(ids, continuation, min(int(filled.prefix_length), len(ids)), blank)
 
 
 @torch.no_grad()
-def _scores(model: JRTForCausalLM, rows: list[_Row], pad_token_id: int) -> list[Scored]:
+def _scores(model: JRTForCausalLM, rows: list[Row], pad_token_id: int) -> list[Scored]:
     device = model.model.embedding.weight.device
     ids, mask = left_padded([row.ids for row in rows], pad_token_id, device)  # (B, T)
     options = {}
@@ -104,7 +104,7 @@ def _iterated(model: JRTForCausalLM, pairs, batch_size: int, pad_token_id: int) 
     for number, (context, continuation) in enumerate(pairs):
         for end in range(len(continuation)):
             ids = [*context, *continuation[:end]]
-            rows.append(_Row(ids, [continuation[end]], min(model.core.enc_length, len(ids)), 0))
+            rows.append(Row(ids, [continuation[end]], min(model.core.enc_length, len(ids)), 0))
             owners.append(number)
     found = [Scored(0.0, True)] * len(pairs)
     for start in range(0, len(rows), batch_size):

@@ -15,16 +15,18 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
+import jrt_recall
 import torch
 from jrt_recall.data import digest
 from jrt_recall.reference_pages import library_pages
 from tqdm import tqdm
 
-from jrt.evaluate.files import write_json
+import jrt
 from jrt.evaluate.folder import MANIFEST
-from jrt.evaluate.run import versions
-from jrt.evaluate.subjects import ModelSpec, Subject, open_subject
+from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 from jrt.evaluate.tables import aligned
+from jrt.files import write_json
+from jrt.provenance import code_sha256, versions
 
 LENGTH = 2048
 DISTANCES = (64, 256, 512, 1024)
@@ -64,10 +66,12 @@ def run(
     for spec in specs:
         if any(record["model"] == spec.name for record in records):
             continue
-        subject = open_subject(spec)
-        records += [{"model": spec.name, **found} for found in measure(subject, documents, limit, batch_size)]
+        opened = open_model(spec)
+        records += [{"model": spec.name, **found} for found in measure(opened, documents, limit, batch_size)]
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / MANIFEST, {"identity": identity, "versions": versions()})
+        write_json(
+            output / MANIFEST, {"identity": identity, "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)}}
+        )
         write_json(output / RESULT, records)
     return records
 
@@ -85,20 +89,20 @@ def _held(output: Path, identity: dict, resume: bool) -> list[dict]:
     return records
 
 
-def measure(subject: Subject, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
+def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
     """Records with slice ("hit" or "other"), by ("all", "distance" or "frequency"), bin, perplexity and tokens."""
-    bound = subject.facts().max_length
+    bound = model.info().max_length
     length = LENGTH if bound is None else min(LENGTH, bound)
-    rows = sequences(subject.tokenizer, documents, length)[:limit]
+    rows = sequences(model.tokenizer, documents, length)[:limit]
     if not rows:
         raise ValueError(f"the text is shorter than one sequence of {length} tokens")
     counts = Counter(pair for row in rows for pair in pairwise(row))
     sums: dict[tuple[str, str, str], float] = defaultdict(float)
     sizes: Counter[tuple[str, str, str]] = Counter()
     batch_size = max(1, batch_size // 4)  # logits of whole sequences take room
-    for start in tqdm(range(0, len(rows), batch_size), desc=subject.spec.name, unit="batch"):
+    for start in tqdm(range(0, len(rows), batch_size), desc=model.spec.name, unit="batch"):
         batch = rows[start : start + batch_size]
-        for row, losses in zip(batch, _losses(subject, batch), strict=True):
+        for row, losses in zip(batch, _losses(model, batch), strict=True):
             for keys, loss in zip(slices(row, counts), losses, strict=True):
                 for key in keys:
                     sums[key] += loss
@@ -137,19 +141,17 @@ def slices(row: Sequence[int], counts: Counter) -> list[list[tuple[str, str, str
 
 
 @torch.no_grad()
-def _losses(subject: Subject, rows: list[list[int]]) -> list[list[float]]:
+def _losses(model: OpenModel, rows: list[list[int]]) -> list[list[float]]:
     """Negative log-likelihoods of the second half's tokens."""
-    ids = torch.tensor(rows, device=subject.device)  # (B, T)
+    ids = torch.tensor(rows, device=model.device)  # (B, T)
     half = ids.shape[1] // 2
     options = {}
-    if subject.is_ours and subject.model.core.has("P"):
+    if model.ours and model.ours.core.has("P"):
         options["prefix_length"] = torch.full(ids.shape[:1], half, device=ids.device).clamp(
-            max=subject.model.core.enc_length
+            max=model.ours.core.enc_length
         )
     kept = ids.shape[1] - half + 1
-    logits = subject.model(
-        input_ids=ids, use_cache=False, logits_to_keep=kept, **options
-    ).logits  # (B, T - half + 1, V)
+    logits = model.model(input_ids=ids, use_cache=False, logits_to_keep=kept, **options).logits  # (B, T - half + 1, V)
     targets = ids[:, half:]
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
     return losses.tolist()

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from jrt.evaluate.files import write_bytes, write_text
 from jrt.evaluate.tables import size
+from jrt.files import write_bytes, write_text
 
 POSITION_BINS = 5
 _MARKERS = "osD^vPX"

@@ -7,8 +7,8 @@ their mirror names them as generated, so that no score on them can pass for a pu
 import random
 from pathlib import Path
 
-from .catalogue import PUBLISHED, published_task
 from .data import canonical_lines, store
+from .protocols import PUBLISHED, published_task
 from .super_glue import COLUMNS, SPLITS
 
 SOURCE = "generated fixtures"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import api_text
-from .strategies import Strategy, strategy_named
+from .prompts import Strategy, strategy_named
 
 ARGUMENT_CHARACTERS = (4, 60)
 DEFAULT_ITEMS = 512
@@ -170,4 +170,4 @@ def prompt(doc: dict, strategy: str | Strategy = "once") -> str:
     """The prompt of one document: [`name ?`] window ... window `name(`, each on lines of its own."""
     chosen = strategy_named(strategy)
     announcement = api_text.announcement(doc["name"]) + "\n" if chosen.announced else ""
-    return announcement + f"{doc['window']}\n" * chosen.readings + api_text.question(doc["name"])
+    return announcement + f"{doc['window']}\n" * chosen.copies + api_text.question(doc["name"])
