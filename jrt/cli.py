@@ -172,7 +172,7 @@ def _add_eval(commands) -> None:
     parser.set_defaults(command=_eval, kept="; what was answered is kept: the same command with --resume goes on")
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _eval(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
     from jrt.evaluate.tables import comparisons_text, results_text
 
@@ -200,10 +200,11 @@ def _eval(arguments: argparse.Namespace) -> None:
         outcome = run(chosen, LocalPool(), arguments.output, arguments.batch_size, arguments.resume)
     else:
         outcome = _on_workers(arguments, chosen)
-    print(results_text(outcome.records, chosen.protocols()))
+    print(results_text(outcome.records, chosen.protocols(), outcome.failed))
     if outcome.comparisons:
         print(comparisons_text(outcome.comparisons))
     print(f"\nresults: {arguments.output / 'results.json'}   report: jrt report {arguments.output}")
+    return FAILED if outcome.failed else OK
 
 
 def _on_workers(arguments: argparse.Namespace, chosen):
@@ -220,7 +221,7 @@ def _on_workers(arguments: argparse.Namespace, chosen):
         return run(chosen, pool, arguments.output, arguments.batch_size, arguments.resume)
 
 
-def _perplexity(arguments: argparse.Namespace, specs: tuple) -> None:
+def _perplexity(arguments: argparse.Namespace, specs: tuple) -> int:
     from jrt.evaluate import perplexity
 
     if len(arguments.tasks) > 1:
@@ -234,6 +235,7 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple) -> None:
     size = arguments.batch_size or 16
     records = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
     print(perplexity.table(records))
+    return OK
 
 
 # report
@@ -284,7 +286,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         prompt = f"{prompt}\n{prompt}"
     spec = ModelSpec(arguments.model, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
     opened = open_model(spec)
-    ids, mask = left_padded([encode(opened.tokenizer, [prompt], None)[0].ids], opened.pad_token_id, opened.device)
+    (encoded,) = encode(opened.tokenizer, [prompt], None, opened.vocabulary)
+    if encoded.problem:
+        raise ValueError(f"the prompt cannot be read: {encoded.problem}")
+    ids, mask = left_padded([encoded.ids], opened.pad_token_id, opened.device)
     opened.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -321,15 +326,15 @@ def _add_doctor(commands) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from jrt import doctor
-    from jrt.evaluate.subjects import ModelSpec, open_subject
+    from jrt.evaluate.models import ModelSpec, open_model
 
     found: doctor.Installation | doctor.Examination
     if arguments.model is None:
         found = doctor.inspect_installation()
     else:
         spec = ModelSpec(arguments.model, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
-        subject = open_subject(spec)
-        found = doctor.examine(subject.model, arguments.model, subject.pad_token_id)
+        opened = open_model(spec)
+        found = doctor.examine(opened.model, arguments.model, opened.pad_token_id)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.text())
     return OK if found.is_sound else FAILED
 

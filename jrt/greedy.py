@@ -5,11 +5,17 @@ are computed (another cache, several returned sequences, an assistant). An evalu
 """
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessor
+from transformers.utils import cached_file
+
+FILE = "generation_config.json"
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # what a model's tokens mean: kept
 # Without effect on greedy answers whose length the caller gives: not worth a word. The rest is.
@@ -20,14 +26,39 @@ _RECORDS = "transformers_version _from_model_config _original_object_hash"
 SILENT = frozenset(" ".join((_SAMPLING, _LENGTHS, _OUTPUTS, _RECORDS)).split())
 
 
-def set_aside(model: PreTrainedModel) -> dict[str, object]:
-    """Gives the model plain greedy settings, of which only the end, begin and pad tokens are its own.
+def saved_settings(name: str) -> dict[str, Any] | None:
+    """What the generation_config.json of a folder or hub id says, read as plain JSON: transformers refuses to load models
+    whose settings contradict each other, though nothing here would use them. None: there is no such file.
+
+    Raises ValueError where the file holds no JSON object."""
+    file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {FILE} is not JSON") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}: {FILE} holds a {type(settings).__name__}; expected a JSON object")
+    return settings
+
+
+def plain_settings(saved: Mapping[str, Any]) -> GenerationConfig:
+    """Greedy settings that share nothing with the saved ones but the end, begin and pad tokens."""
+    kept = {name: saved.get(name) for name in TOKENS}
+    return GenerationConfig(**{name: value for name, value in kept.items() if _is_token(value)})
+
+
+def set_aside(model: PreTrainedModel, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Gives the model plain greedy settings.
+
+    saved: what a file says; None: the settings that the model has.
 
     Returns:
         The saved settings that could have changed greedy answers or the way to them, by name. Empty: there were none.
     """
-    saved = vars(model.generation_config)
-    plain = GenerationConfig(**{name: saved[name] for name in TOKENS if saved.get(name) is not None})
+    saved = vars(model.generation_config) if saved is None else saved
+    plain = plain_settings(saved)
     found = {name: value for name, value in saved.items() if _matters(name, value)}
     # Older checkpoints keep such settings in config.json, where `generate` refuses to run with them.
     fields = {field.name for field in dataclasses.fields(model.config)}
@@ -39,6 +70,12 @@ def set_aside(model: PreTrainedModel) -> dict[str, object]:
                 found[name] = value
     model.generation_config = plain
     return dict(sorted(found.items()))
+
+
+def _is_token(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(token, int) for token in value)
+    return isinstance(value, int)
 
 
 class ForcedTokens(LogitsProcessor):

@@ -46,6 +46,7 @@ BREAKS = (
     KeyError,
     NotImplementedError,
     AssertionError,
+    ImportError,
 )
 
 STATES = (CACHE, "cache_params", "state")
