@@ -6,10 +6,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from jrt.evaluate.collect import FILES, Collected, collect, frame, latex, layout_rows
-from jrt.evaluate.files import json_lines, write_json, write_text
-from jrt.evaluate.published import TABLE1, TABLE2, TABLE4, TABLE8, TABLE9, TABLE13, TABLES, published_row
-from jrt.evaluate.results import comparisons
 from jrt_recall import PROTOCOLS
 
 from jrt.evaluate import plots

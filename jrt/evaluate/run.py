@@ -118,7 +118,7 @@ def plan(request: Request) -> Plan:
     if request.seed < 0:
         raise ValueError(f"a seed is at least 0, got {request.seed}")
     _check_folders(request, tasks)
-    wanted = [(task, protocol) for task in tasks for protocol in protocols_of(request.protocol, task)]
+    wanted = [(task, protocol) for task in request.tasks for protocol in protocols_of(request.protocol, task)]
     for spec in request.models:
         open_tokenizer(spec.name)
     questions = {}

@@ -53,15 +53,6 @@ def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def mirror_gpt2(folder: str | Path | None = None) -> Path:
-    """Copies GPT-2's tokenizer from the hub (or its cache) into the data mirror, for machines without network."""
-    mirror = mirror_folder(folder)
-    if mirror is None:
-        raise ValueError(f"no mirror folder: name one, or set {FOLDER_VARIABLE}")
-    _from_pretrained(GPT2).save_pretrained(mirror / GPT2)
-    return mirror / GPT2
-
-
 def protocol_and_tokenizer(
     protocol: Protocol, tokenizer: str | PreTrainedTokenizerBase | None, data: str | Path | None = None
 ) -> tuple[Protocol, PreTrainedTokenizerBase | None]:
