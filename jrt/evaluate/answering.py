@@ -204,17 +204,12 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
     found = []
     for tokens, finite in decode(model, start, every, protocol.max_new_tokens):
         # Not skip_special_tokens: the released models pad with an ordinary token, a blank, which answers need.
-        text = model.tokenizer.decode([token for token in tokens if token not in special])
-        found.append(Generation(until(text, protocol.stop) if finite else "", len(tokens), finite, 0.0))
+        text = model.tokenizer.decode([token for token in tokens if token not in special]) if finite else ""
+        for stop in protocol.stop:
+            text = text.split(stop, maxsplit=1)[0]
+        found.append(Generation(text, len(tokens), finite, 0.0))
     seconds = (time.perf_counter() - begun) / len(rows)
     return [generation._replace(seconds=seconds) for generation in found]
-
-
-def until(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings."""
-    for ending in stop:
-        text = text.split(ending, maxsplit=1)[0]
-    return text
 
 
 @lru_cache(maxsize=8)
@@ -291,13 +286,6 @@ def outweighs(saved: int, steps: int, parameters: int, device: str) -> bool:
     return saved * parameters > steps * STEP.get(device, 0)
 
 
-class Decoded(NamedTuple):
-    """A row's new tokens, its end token included; finite: False where a logit was NaN."""
-
-    tokens: list[int]
-    finite: bool
-
-
 class ForcedTokens(LogitsProcessor):
     """Lets each row read the rest of its prompt before it chooses tokens itself; for one call of `generate`."""
 
@@ -343,8 +331,9 @@ class Pause(StoppingCriteria):
         return self.ended
 
 
-def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) -> Iterator[Decoded]:
-    """Each row's greedy continuation, up to one of the tokens `ends` (N,) or `max_new_tokens`.
+def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) -> Iterator[tuple[list[int], bool]]:
+    """Each row's greedy continuation, up to one of the tokens `ends` (N,), which is included, or `max_new_tokens`; and
+    whether all of its logits were finite.
 
     Half a batch often has its answer after a few tokens while one row goes on to the limit. So on a CPU `generate` pauses
     when half of its rows have ended, and goes on with the states of the others. A GPU is no faster on fewer rows."""
@@ -376,7 +365,7 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
         if going_on:
             start = _continued(model, start, output, going_on)
         rows = [rows[index] for index in going_on]
-    return map(Decoded, tokens, finite)
+    return zip(tokens, finite, strict=True)
 
 
 def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> Start:

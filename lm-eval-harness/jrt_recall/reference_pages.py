@@ -1,9 +1,11 @@
-"""reference_pages: recall on real documents that stand on every machine, the API text of Python's standard library.
+"""Reference pages: recall on real documents that every machine has, the API text of Python's standard library.
 
-One item is a window of a module's page (see `api_text`), a name headed in it, and the argument list that follows the
-name there. The model sees the window and `name(`; a right generation contains `arguments)`. Windows end at line
-borders and are measured in the shipped vocabulary, so that every model reads the same text.
+One item is a window of a module's page (see `api_text`), a function's name in it, and the argument list that follows the
+name there. The model sees the window and `name(`; a right generation contains `arguments)`. Windows end at line borders and
+are measured in the shipped vocabulary, so that every model reads the same text.
 """
+
+from __future__ import annotations
 
 import random
 import sys
@@ -13,10 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import api_text
 from .prompts import Strategy, strategy_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ARGUMENT_CHARACTERS = (4, 60)
 DEFAULT_ITEMS = 512
@@ -78,7 +83,7 @@ def _rendered(file: Path) -> str:
         return ""
 
 
-def windows(page: Page, size: int, tokenizer) -> list[Window]:
+def windows(page: Page, size: int, tokenizer: PreTrainedTokenizerBase) -> list[Window]:
     """A page cut at line borders into consecutive windows of at most `size` tokens; a longer line ends a window and is
     left out, and so are windows filled to less than three quarters."""
     lines = page.text.split("\n")
@@ -128,7 +133,11 @@ def _occurrences(needle: str, text: str) -> int:
 
 
 def select(
-    size: int, tokenizer, count: int = DEFAULT_ITEMS, seed: int = 0, pages: Sequence[Page] | None = None
+    size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = DEFAULT_ITEMS,
+    seed: int = 0,
+    pages: Sequence[Page] | None = None,
 ) -> Selection:
     """`count` items (fewer if there are no more) spread over all windows, the same for equal arguments and Python.
 
