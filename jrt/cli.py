@@ -273,7 +273,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
-    from jrt.evaluate.answering import GREEDY, encode, left_padded
+    from jrt.evaluate.answering import encode, left_padded
     from jrt.evaluate.models import open_model
 
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
@@ -287,9 +287,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=arguments.max_new_tokens,
+        do_sample=False,
         pad_token_id=opened.pad_token_id,
         streamer=TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **GREEDY,
     )
 
 
