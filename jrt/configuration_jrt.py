@@ -26,8 +26,8 @@ class JRTConfig(PreTrainedConfig):
         short_prompt_token: int = SPACE_TOKEN,
         quirks: dict | None = None,
         source: str | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
+        bos_token_id: int | list[int] | None = None,
+        eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
         **kwargs,
     ) -> None:

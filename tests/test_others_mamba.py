@@ -8,7 +8,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, MptConfig, T5Config
 
 import jrt
-from jrt.released.configurations import is_released
+from jrt.checkpoints.names import Kind, kind_of
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
@@ -122,4 +122,4 @@ def test_mamba_2_is_refused(theirs, tmp_path):
 @pytest.mark.parametrize("config", [MptConfig, T5Config])
 def test_a_model_with_a_d_model_is_not_mamba_for_that(config):
     raw = config().to_dict()
-    assert "d_model" in raw and not is_released(raw)
+    assert "d_model" in raw and kind_of(raw) is Kind.OTHER

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from jrt import __version__
 from jrt.checkpoints.files import files
-from jrt.checkpoints.load import load, resolve
+from jrt.checkpoints.load import load
+from jrt.checkpoints.names import origin, resolve
 from jrt.checkpoints.self_contained import make_self_contained
 from jrt.modeling_jrt import JRTForCausalLM
 
@@ -57,7 +58,7 @@ def convert(
     _check_out(out)
     folder = resolve(source)
     model = load(source, dtype=dtype)
-    model.config.source = _origin(source)
+    model.config.source = origin(source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -89,11 +90,6 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"{out} is a file: expected a new or empty folder")
 
 
-def _origin(source: str | Path) -> str:
-    """A name for the record that tells nothing of this machine's folders."""
-    return Path(source).resolve().name if Path(source).is_dir() else str(source)
-
-
 def _check_space(folder: Path, model: JRTForCausalLM) -> None:
     needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(folder).free
     if needed > free:
@@ -120,7 +116,7 @@ def _card(
     """The folder's README.md: what it is, how it loads, where it came from."""
     config, core = model.config, model.config.core
     parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
-    origin = _origin(source)
+    name = origin(source)
     quirks = ", ".join(config.quirks) or "none (correct computation)"
     other_way = (
         "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs `modeling_jrt.py`."
@@ -133,7 +129,7 @@ pipeline_tag: text-generation
 tags: [jrt, recurrent, linear-attention]
 ---
 
-# {origin}, converted by jrt
+# {name}, converted by jrt
 
 ```python
 import jrt
@@ -158,7 +154,7 @@ The weights are the source's under other names, and so is their licence.
 
 ## Provenance
 
-Converted from `{origin}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
+Converted from `{name}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
 
 Source files:
 
