@@ -17,7 +17,7 @@ from jrt.checkpoints import keys
 from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
 from jrt.configuration_jrt import JRTConfig
-from jrt.model import released_decay
+from jrt.model import fixed_decay
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.released import configurations
 from jrt.released.quirks import Quirks
@@ -257,7 +257,7 @@ def _built(
     decay = sources.pop("log_decay", None)
     weights = {name: _read(reader, source) for name, source in sources.items()}
     if core.decay_const is not None:  # always in fp32
-        exact = released_decay(core.decay_const, core.linear_heads).to(device)
+        exact = fixed_decay(core.decay_const, core.linear_heads).to(device)
         weights["log_decay"] = exact if decay is None else _read(Reader(device, torch.float32), decay)
     model.model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
