@@ -19,7 +19,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
-from jrt.configuration_jrt import JRTConfig
+from jrt.configuration_jrt import IN_PACKAGE, JRTConfig
 from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, own_mask
 from jrt.objective import IGNORED, mean_loss
 from jrt.padded_prompts import PaddedLanguageModel
@@ -322,4 +322,5 @@ def _with_given_prompts(output, input_ids: Tensor, filled: int):
     return output
 
 
-AutoModelForCausalLM.register(JRTConfig, JRTForCausalLM, exist_ok=True)
+if IN_PACKAGE:
+    AutoModelForCausalLM.register(JRTConfig, JRTForCausalLM, exist_ok=True)

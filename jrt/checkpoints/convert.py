@@ -46,7 +46,7 @@ def convert(
         source: anything that `jrt.load` takes: a folder, a hub id, a mini model's name.
         out: a folder that is new or empty.
         dtype: of the weights in the result; None keeps the source's.
-        self_contained: add a modelling file: the folder then loads with `trust_remote_code=True` where jrt is missing.
+        self_contained: add the model's source files: the folder then loads with `trust_remote_code=True` where jrt is missing.
 
     Returns:
         The folder.
@@ -71,7 +71,7 @@ def convert(
         for name in tokenizer:
             shutil.copyfile(folder / name, partial / name)
         if self_contained:
-            make_self_contained(partial, __version__)
+            make_self_contained(partial, type(model), __version__)
         sources = [folder / "config.json", *files(folder), *(folder / name for name in tokenizer)]
         card = _card(model, source, sources, sorted(partial.iterdir()), bool(tokenizer), self_contained)
         (partial / "README.md").write_text(card)
@@ -119,7 +119,7 @@ def _card(
     name = origin(source)
     quirks = ", ".join(config.quirks) or "none (correct computation)"
     other_way = (
-        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs `modeling_jrt.py`."
+        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs the `.py` files of this folder."
         if alone
         else "For a folder that loads without jrt, convert with `--self-contained`."
     )
