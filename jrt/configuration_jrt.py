@@ -12,7 +12,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from jrt.config import Config, presets
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
-
 IN_PACKAGE = __name__.startswith("jrt.")  # not in a self-contained folder, whose classes transformers finds by itself
 
 

@@ -183,7 +183,10 @@ torch.save(model(torch.arange(20)[None]).logits, sys.argv[1])
 def test_a_self_contained_model_loads_from_the_hub_s_cache(shared, tmp_path):
     """Where each file is a link, and transformers fetches what a file imports one by one."""
     folder = convert(shared / "golden" / "based_fla", tmp_path / "model", self_contained=True)
-    cache, commit = tmp_path / "hf" / "hub" / "models--somebody--a-jrt.model", "0123456789abcdef0123456789abcdef01234567"
+    cache, commit = (
+        tmp_path / "hf" / "hub" / "models--somebody--a-jrt.model",
+        "0123456789abcdef0123456789abcdef01234567",
+    )
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(commit)
     (cache / "blobs").mkdir()
