@@ -54,8 +54,7 @@ def convert(
     Raises:
         ValueError: `out` holds something, the disk is too full, or the source cannot be loaded: nothing is written.
     """
-    out = Path(out).expanduser()
-    _check_out(out)
+    out = _checked_out(out)
     folder = resolve(source)
     model = load(source, dtype=dtype)
     model.config.source = origin(source)
@@ -83,11 +82,15 @@ def convert(
     return out
 
 
-def _check_out(out: Path) -> None:
+def _checked_out(given: str | Path) -> Path:
+    out = Path(os.path.expanduser(given))
+    if str(out).startswith("~"):
+        raise ValueError(f"{out}: there is no user of that name on this machine")
     if os.path.isdir(out) and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder, or empty this one")
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file: expected a new or empty folder")
+    return out
 
 
 def _check_space(folder: Path, model: JRTForCausalLM) -> None:
