@@ -46,9 +46,7 @@ class Config:
     mlp_width: int = 0  # hidden units of the SwiGLU MLP after each mixer; 0: no MLP
     heads: int = 16  # of A and S
     rotary_dim: int = 0  # rotated dimensions per head of A and S; an odd count rotates one more
-    window: int | tuple[int, ...] = (
-        128  # S: earlier keys a query sees besides its own; a tuple has one entry per S layer
-    )
+    window: int | tuple[int, ...] = 128  # S: earlier keys that a query sees besides its own; a tuple: one per S layer
     inverse_layer_scale: bool = False  # A and S: divide scores by (layer index + 1)
     linear_heads: int = 16  # of P and L
     feature_dim: int = 16  # P and L: query and key dimensions before the feature map
@@ -179,22 +177,13 @@ def _published() -> dict[str, tuple[str, Config]]:
     mamba = partial(Config, pattern="M" * 46, vocab_rows=50288)
     first, last = "C{0}SCC" * 5, "CC{0}SCC" + "CC{0}SC"  # {0} is the letter of linear attention
     return {
-        "jrt-360m": (
-            "hazyresearch/JRT-360M-30B",
-            small(pattern=first.format("P") + "C", enc_length=1024),
-        ),
-        "jrt-1.3b": (
-            "hazyresearch/JRT-1B-50B",
-            large(pattern=(first + last).format("P"), enc_length=1024),
-        ),
+        "jrt-360m": ("hazyresearch/JRT-360M-30B", small(pattern=first.format("P") + "C", enc_length=1024)),
+        "jrt-1.3b": ("hazyresearch/JRT-1B-50B", large(pattern=(first + last).format("P"), enc_length=1024)),
         "based-360m": (
             "hazyresearch/based-360M-30B",
             small(pattern=first.format("L") + "CC", decay_const=-3, decay_projection=True),
         ),
-        "based-1.3b": (
-            "hazyresearch/based-1b-50b",
-            large(pattern=(first + last).format("L")),
-        ),
+        "based-1.3b": ("hazyresearch/based-1b-50b", large(pattern=(first + last).format("L"))),
         "attention-360m": (
             "hazyresearch/attn-360M-30B",
             attention(pattern="A" * 24, width=1024, mlp_width=2816, rotary_dim=32),

@@ -87,9 +87,8 @@ def configuration(folder: Path, source: str) -> JRTConfig:
     Raises:
         CheckpointError: as `load`.
     """
-    return (
-        _own_config(read_config(folder)) if kind_of(read_config(folder)) is Kind.JRT else _described(folder, source)[0]
-    )
+    raw = read_config(folder)
+    return _own_config(raw) if kind_of(raw) is Kind.JRT else _described(folder, source)[0]
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:

@@ -114,8 +114,8 @@ def origin(name_or_path: str | Path) -> str:
     return str(name_or_path) if folder is None else folder.resolve().name
 
 
-def the_shipped(name: str, folder: Path) -> Path:
-    """`folder`, which a shipped model of that name is in. Raises ValueError if a folder here has the same name."""
+def unless_shadowed(name: str, folder: Path) -> Path:
+    """`folder`, where the shipped model `name` lies. Raises ValueError if a folder here has the same name."""
     if os.path.isdir(name) and not os.path.samefile(name, folder):
         raise ValueError(
             f"{name} is a shipped model and a folder here: write {os.path.join(os.curdir, name)} for the folder, "
@@ -129,7 +129,7 @@ def _folder(name_or_path: str | Path) -> Path | None:
     bare = os.sep not in name and (os.altsep is None or os.altsep not in name)
     is_shipped = bare and os.path.isfile(MINIS / name / "config.json")  # False for what cannot be a path
     if is_shipped and isinstance(name_or_path, str):
-        return the_shipped(name, MINIS / name)
+        return unless_shadowed(name, MINIS / name)
     if os.path.isdir(name):
         return Path(name)
     return MINIS / name if is_shipped else None

@@ -12,18 +12,22 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 OPS, PORTABLE_OPS = "jrt.ops", "jrt.ops.portable"
 IMPORT = re.compile(r"^from (jrt[\w.]*) import ", re.MULTILINE)
 HEADER = "# From jrt {version} (Apache-2.0), written by `jrt convert --self-contained`: change it there.\n"
 
 
-def make_self_contained(folder: Path, model_class: type, version: str) -> None:
+def make_self_contained(folder: Path, model_class: type[PreTrainedModel], version: str) -> None:
     """Writes the files that `model_class` needs into a folder of `save_pretrained`, and names them in its config.json."""
     for name, text in source_files(model_class.__module__, version).items():
         (folder / name).write_text(text, encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config_class = model_class.config_class
+    assert config_class is not None
     config["auto_map"] = {
-        "AutoConfig": f"{_flat(model_class.config_class.__module__)}.{model_class.config_class.__name__}",
+        "AutoConfig": f"{_flat(config_class.__module__)}.{config_class.__name__}",
         "AutoModelForCausalLM": f"{_flat(model_class.__module__)}.{model_class.__name__}",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 import jrt
 from jrt.checkpoints.load import checked_device, checked_dtype
-from jrt.checkpoints.names import Kind, kind_of_model, shipped, the_shipped
+from jrt.checkpoints.names import Kind, kind_of_model, shipped, unless_shadowed
 from jrt.modeling_jrt import CACHE, JRTForCausalLM
 from jrt.released.quirks import Quirks
 
@@ -189,7 +189,7 @@ def position_bound(model: PreTrainedModel) -> int | None:
 
 def _location(name: str) -> tuple[str, dict[str, str]]:
     """Folder or hub id, and how transformers has to be told of a GGUF file."""
-    folder = the_shipped(name, _smollm2_folder()) if name == SMOLLM2 else Path(os.path.expanduser(name))
+    folder = unless_shadowed(name, _smollm2_folder()) if name == SMOLLM2 else Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         return name, {}
     if (folder / "config.json").is_file():

@@ -78,5 +78,6 @@ class ChunkedScan(torch.autograd.Function):
         skip = A.new_zeros(A.shape[0]) if D is None else D
         with torch.autocast(u.device.type, enabled=False):
             du, ddelta, dA, dB, dC, dD, dh = chunked_backward(u, delta, A, B, C, skip, between, dy, dstate)
-        dD = None if D is None else dD.to(D.dtype)
-        return du, ddelta, dA.to(A.dtype), dB, dC, dD, None if ctx.state_dtype is None else dh.to(ctx.state_dtype)
+        skipped = None if D is None else dD.to(D.dtype)
+        before = None if ctx.state_dtype is None else dh.to(ctx.state_dtype)
+        return du, ddelta, dA.to(A.dtype), dB, dC, skipped, before

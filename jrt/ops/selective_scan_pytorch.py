@@ -26,12 +26,12 @@ def stepwise(u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
     u, delta, A, B, C, D, h = _cast(u, delta, A, B, C, D, initial_state)
     if h is None:
         h = u.new_zeros(u.shape[0], *A.shape)  # (B, E, N)
-    y = []
+    outputs = []
     for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)  # (B, E, N)
         h = decay * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
-        y.append((h * C[:, t, None, :]).sum(-1))  # (B, E)
-    y = torch.stack(y, dim=1)  # (B, T, E)
+        outputs.append((h * C[:, t, None, :]).sum(-1))  # (B, E)
+    y = torch.stack(outputs, dim=1)  # (B, T, E)
     if D is not None:
         y = y + D * u
     return y.to(dtype), h
