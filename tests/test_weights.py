@@ -372,6 +372,7 @@ def test_a_second_end_token_ends_a_generation_and_survives_a_conversion(tmp_path
         ('{"eos_token_id": "end"}', "eos_token_id"),
         ('{"eos_token_id": [1, [2]]}', "eos_token_id"),
         ('{"pad_token_id": 1.5}', "pad_token_id"),
+        ('{"eos_token_id": 1' + "0" * 30 + "}", "eos_token_id"),
         ('{"bos_token_id": true}', "bos_token_id"),
         ('{"max_new_tokens": -1}', "generation configuration"),
         ('{"cache_implementation": 3}', "generation configuration"),
@@ -466,6 +467,9 @@ def test_configurations_that_do_not_fit(folder, change):
         "text",
         {"quirks": {"no_such_quirk": True}},
         {"short_prompt": "sometimes"},
+        {"eos_token_id": "end"},
+        {"eos_token_id": [1, None, {}]},
+        {"pad_token_id": 10**30},
         {"vocab_tokens": "x"},
         {"vocab_tokens": ROWS + 1},
         {"heads": 16, "rotary_dim": 4},
@@ -482,7 +486,13 @@ def test_own_configurations_that_do_not_fit(tmp_path, change):
     config = Config(pattern="AA", width=WIDTH, vocab_rows=ROWS, heads=2)
     JRTForCausalLM(JRTConfig(architecture=config.to_dict())).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    if isinstance(change, dict) and set(change) <= {"quirks", "short_prompt", "vocab_tokens"}:
+    if isinstance(change, dict) and set(change) <= {
+        "quirks",
+        "short_prompt",
+        "vocab_tokens",
+        "eos_token_id",
+        "pad_token_id",
+    }:
         raw |= change
     else:
         raw["architecture"] = raw["architecture"] | change if isinstance(change, dict) else change

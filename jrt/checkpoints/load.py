@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from jrt.checkpoints import keys
 from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
+from jrt.config import LARGEST
 from jrt.configuration_jrt import JRTConfig
 from jrt.model import fixed_decay
 from jrt.modeling_jrt import JRTForCausalLM
@@ -165,6 +166,7 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
 
 
 def _own_config(raw: dict) -> JRTConfig:
+    _check_tokens(raw, "config.json")
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}  # transformers' own fields can ask for memory
     try:
         config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
@@ -180,14 +182,22 @@ def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
     if not file.is_file():
         return GenerationConfig.from_model_config(config)
     raw = read_json(file)
-    for name in TOKEN_FIELDS:
-        tokens = raw.get(name)
-        if any(type(token) not in (int, type(None)) for token in (tokens if isinstance(tokens, list) else [tokens])):
-            raise CheckpointError(f"{file.name} has {name}: {reprlib.repr(tokens)}; expected a token id or a list")
+    _check_tokens(raw, file.name)
     try:
         return GenerationConfig.from_dict(raw)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file.name} is no generation configuration ({error})") from error
+
+
+def _check_tokens(raw: dict, file: str) -> None:
+    """Raises CheckpointError for a special token that is no id and no list of ids."""
+    for name in TOKEN_FIELDS:
+        value = raw.get(name)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and not (type(token) is int and abs(token) < LARGEST):
+                raise CheckpointError(
+                    f"{file} has {name}: {reprlib.repr(value)}; expected a token id or a list of them"
+                )
 
 
 def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
