@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
+from jrt.ops.call import Call
 from jrt.ops.chunked import linear_attention as chunked_attention
 from jrt.ops.feature_map import State
 from jrt.ops.selective_scan import _chunked_forward as chunked_scan
@@ -25,14 +27,17 @@ def linear_attention(
     mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Causal linear attention with the Taylor feature map, from an optional state."""
-    return chunked_attention(q, k, v, initial_state, mask, log_decay, normalize)
+    return chunked_attention(Call(q, k, v, initial_state, mask, log_decay, normalize, cu_seqlens))
 
 
-def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> State:
+def encode_prefix(
+    k: Tensor, v: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> State:
     """The state that a prefix leaves, every token of it seen by every later query."""
-    return chunked_prefix(k, v, mask)
+    return chunked_prefix(Call(None, k, v, mask=mask, cu_seqlens=cu_seqlens))
 
 
 def selective_scan(

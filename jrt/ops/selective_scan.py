@@ -14,6 +14,8 @@ import os
 import torch
 from torch import Tensor
 
+from jrt.ops.registration import register
+
 BACKENDS = ("reference", "chunked", "triton")
 CHUNK = {"chunked": 32, "triton": 16}  # steps between two states kept for the backward
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -231,8 +233,7 @@ def _chunked_backward(u, delta, A, B, C, D, between, dy, dstate) -> tuple[Tensor
     return du, ddelta, dA, dB, dC, dD, dh
 
 
-# ---- the operator, forward and backward. `torch.library.custom_op` would read shorter, but its first call imports
-# torch._dynamo, seconds that a process which compiles nothing need not wait.
+# ---- the operator, forward and backward.
 
 
 def _between_shape(u: Tensor, A: Tensor, backend: str, keep: bool) -> tuple[int, ...]:
@@ -291,20 +292,14 @@ def _gradients(ctx, dy: Tensor, dstate: Tensor, dbetween: Tensor) -> tuple[Tenso
     return du, ddelta, dA.to(A.dtype), dB, dC, dD, dh, None, None
 
 
-def _register(name: str, signature: str, kernel, fake) -> None:
-    torch.library.define(f"jrt::{name}", signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"jrt::{name}", "default", kernel)
-    torch.library.register_fake(f"jrt::{name}", fake)
-
-
-_register(
+register(
     "selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, str backend, bool keep)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-_register(
+register(
     "selective_scan_backward",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor between, Tensor dy, Tensor dstate,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
