@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +28,7 @@ def encode_apart(encode: Callable[[Call], State], call: Call) -> State:
 
 def _apart(call: Call) -> Iterator[Call]:
     ends = call.cu_seqlens.tolist()
-    for n, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(ends)):
         q, k, v, mask = (x if x is None else x[:, start:end] for x in (call.q, call.k, call.v, call.mask))
         state = call.initial_state
         if state is not None:

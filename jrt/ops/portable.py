@@ -11,7 +11,6 @@ from torch import Tensor
 
 from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
-from jrt.ops.call import Call
 from jrt.ops.chunked import linear_attention as chunked_attention
 from jrt.ops.feature_map import State
 from jrt.ops.selective_scan import _chunked_forward as chunked_scan
@@ -33,9 +32,7 @@ def linear_attention(
     return chunked_attention(Call(q, k, v, initial_state, mask, log_decay, normalize, cu_seqlens))
 
 
-def encode_prefix(
-    k: Tensor, v: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> State:
+def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> State:
     """The state that a prefix leaves, every token of it seen by every later query."""
     return chunked_prefix(Call(None, k, v, mask=mask, cu_seqlens=cu_seqlens))
 

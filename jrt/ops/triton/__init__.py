@@ -146,9 +146,7 @@ def save_call(ctx, inputs, output) -> None:
 def gradients_of_call(ctx, do: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, S and z, and None for the rest."""
     *tensors, o = ctx.saved_tensors
-    dq, dk, dv, initial_S, initial_z = torch.ops.jrt.linear_attention_backward(
-        *tensors, o, do, dS, dz, ctx.normalize
-    )
+    dq, dk, dv, initial_S, initial_z = torch.ops.jrt.linear_attention_backward(*tensors, o, do, dS, dz, ctx.normalize)
     if tensors[3] is None:
         initial_S = initial_z = None
     return dq, dk, dv, initial_S, initial_z, None, None, None, None
@@ -164,9 +162,7 @@ def gradients_of_prefix(ctx, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...
 
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? mask, Tensor? log_decay, Tensor? cu_seqlens"
 _PREFIX = "Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens"
-register(
-    "linear_attention_triton", f"({_CALL}, bool normalize) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
-)
+register("linear_attention_triton", f"({_CALL}, bool normalize) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
 register(
     "linear_attention_backward",
     f"({_CALL}, Tensor o, Tensor do, Tensor dS, Tensor dz, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from jrt.ops.triton.features import factors, features_gradient, products, weighted
-from jrt.ops.triton.places import find_piece, load_rows, store_rows
+from jrt.ops.triton.places import find_piece, load_rows, own_columns, store_rows
 from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
 
 
@@ -46,7 +46,7 @@ def queries_kernel(
     do += row * do_batch + h * do_head
     dq += tl.program_id(1).to(tl.int64) * dq_tile + (row * T * H + h) * d
     once = tl.where(tl.program_id(1) == 0, 1.0, 0.0)  # c belongs to one tile of columns
-    columns = tl.program_id(1) * DV + tl.arange(0, DV)
+    columns = own_columns(D, DV)
     dims = tl.arange(0, DK)
     step = tl.arange(0, C)
     tiles, sums = start_state(
@@ -102,9 +102,7 @@ def queries_kernel(
             if HAS_DECAY:
                 dphi = dphi * to_query[:, None]
             dphi = weighted(dphi - own_delta[:, None] * sums[n][None, :], r, n, d, PAIR_TILES, PAIR_ROWS)
-            dq_c = features_gradient(
-                dphi, a, b, dq_c, n, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION
-            )
+            dq_c = features_gradient(dphi, a, b, dq_c, n, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION)
         w = tl.zeros((C,), tl.float32) + 1.0
         if NORMALIZE:
             w = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
@@ -152,13 +150,11 @@ def keys_kernel(
     dk += tl.program_id(1).to(tl.int64) * dk_tile + (row * T * H + h) * d
     dv += (row * T * H + h) * D
     once = tl.where(tl.program_id(1) == 0, 1.0, 0.0)  # r belongs to one tile of columns
-    columns = tl.program_id(1) * DV + tl.arange(0, DV)
+    columns = own_columns(D, DV)
     dims = tl.arange(0, DK)
     step = tl.arange(0, C)
     which = (p if BY_PIECE else sequence) * H + h
-    tiles, sums = start_state(
-        end_S, end_z, which, columns, True, True, d, D, F, DV, PAIR_TILES, PAIR_ROWS, REST_ROWS
-    )
+    tiles, sums = start_state(end_S, end_z, which, columns, True, True, d, D, F, DV, PAIR_TILES, PAIR_ROWS, REST_ROWS)
     whole = 1.0
     if HAS_DECAY:
         rate = tl.load(log_decay + h).to(tl.float32)
@@ -176,25 +172,9 @@ def keys_kernel(
         if HAS_DECAY:
             to_query, to_end, whole = fades(rate, tl.minimum(C, end - first), C)
 
-        # what later queries, or all of them, ask for
+        # what queries of the same chunk ask for
         dk_c = tl.zeros((C, DK), tl.float32)
         dv_c = tl.zeros((C, DV), tl.float32)
-        for i in tl.static_range(PAIR_TILES + 1):
-            a, b = factors(k_c, i, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS)  # (C, R)
-            r = tl.arange(0, a.shape[1])[None, :]
-            phi = products(a, b, r, i, d, PAIR_TILES, PAIR_ROWS)
-            narrow = tiles[i].to(WIDE)
-            dv_c = tl.dot(phi.to(WIDE), narrow, dv_c, input_precision=PRECISION)
-            dphi = tl.dot(v_c, tl.trans(narrow), input_precision=PRECISION)
-            if HAS_DECAY:
-                dphi = dphi * to_end[:, None]
-            dphi = dphi + sums[i][None, :] * once
-            dk_c = features_gradient(
-                dphi, a, b, dk_c, i, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION
-            )
-        if HAS_DECAY:
-            dv_c = dv_c * to_end[:, None]
-
         if HAS_QUERIES:
             q_c = load_rows(q, t, q_token, inside, dims, d)
             do_c = load_rows(do, t, do_token, inside, columns, D).to(WIDE)
@@ -205,13 +185,31 @@ def keys_kernel(
             s = tl.dot(k_c, qT, input_precision="ieee") * (1.0 / d**0.5)  # (C keys, C queries)
             causal = step[:, None] <= step[None, :]
             scores = tl.where(causal, (1.0 + s + 0.5 * s * s) * w[None, :], 0.0)
-            dP = tl.dot(v_c, tl.trans(do_c), input_precision=PRECISION) * w[None, :]
             if HAS_DECAY:
                 scores = scores * faded
+            dv_c = tl.dot(scores.to(WIDE), do_c, dv_c, input_precision=PRECISION)
+            dP = tl.dot(v_c, tl.trans(do_c), input_precision=PRECISION) * w[None, :]
+            if HAS_DECAY:
                 dP = dP * faded
             ds = tl.where(causal, (dP + c[None, :] * once) * (1.0 + s), 0.0) * (1.0 / d**0.5)
-            dv_c = tl.dot(scores.to(WIDE), do_c, dv_c, input_precision=PRECISION)
             dk_c = tl.dot(ds.to(WIDE), q_c.to(WIDE), dk_c, input_precision=PRECISION)
+
+        # what later queries, or all of them, ask for
+        for i in tl.static_range(PAIR_TILES + 1):
+            a, b = factors(k_c, i, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS)  # (C, R)
+            r = tl.arange(0, a.shape[1])[None, :]
+            phi = products(a, b, r, i, d, PAIR_TILES, PAIR_ROWS)
+            narrow = tiles[i].to(WIDE)
+            if HAS_DECAY:
+                phi = phi * to_end[:, None]
+            dv_c = tl.dot(phi.to(WIDE), narrow, dv_c, input_precision=PRECISION)
+            dphi = tl.dot(v_c, tl.trans(narrow), input_precision=PRECISION)
+            if HAS_DECAY:
+                dphi = dphi * to_end[:, None]
+            dphi = dphi + sums[i][None, :] * once
+            dk_c = features_gradient(dphi, a, b, dk_c, i, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION)
+
+        if HAS_QUERIES:
             by_value = w
             if HAS_DECAY:
                 by_value = w * to_query
@@ -222,7 +220,7 @@ def keys_kernel(
         zero = tl.zeros((C,), tl.float32)[:, None]
         store_rows(dk, tl.where(keep[:, None], dk_c, zero), t, H * d, inside, dims, d)
         store_rows(dv, tl.where(keep[:, None], dv_c, zero), t, H * D, inside, columns, D)
-    if HAS_QUERIES:
+    if HAS_QUERIES:  # noqa: SIM102 - without queries there is no initial state to compile a store to
         if is_first:
             write_state(
                 initial_S, initial_z, tiles, sums, sequence * H + h, columns, tl.program_id(1) == 0,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from jrt.ops.triton.features import products, row_pairs, row_places
+from jrt.ops.triton.places import own_columns
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def decode_kernel(
     h = (tl.program_id(0) % H).to(tl.int64)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
-    columns = tl.program_id(1) * DV + tl.arange(0, DV)
+    columns = own_columns(D, DV)
     state = b * H + h
     keep = True
     if HAS_MASK:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from jrt.ops.triton.features import features, weighted
-from jrt.ops.triton.places import find_piece, load_rows, store_rows
+from jrt.ops.triton.places import find_piece, load_rows, own_columns, store_rows
 from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
 
 
@@ -38,7 +38,7 @@ def forward_kernel(
     k += row * k_batch + h * k_head
     v += row * v_batch + h * v_head
     o += (row * T * H + h) * D
-    columns = tl.program_id(1) * DV + tl.arange(0, DV)
+    columns = own_columns(D, DV)
     dims = tl.arange(0, DK)
     step = tl.arange(0, C)
     tiles, sums = start_state(

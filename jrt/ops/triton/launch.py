@@ -139,9 +139,7 @@ def backward(
             HAS_START=S is not None, NORMALIZE=normalize, **constants,
         )  # fmt: skip
         if pieces.count > dS.shape[0]:
-            dS, dz = _scanned(
-                q, do, dS, dz, None, log_decay, cu_seqlens, pieces, tiles, weights=(weight, sum_weight)
-            )
+            dS, dz = _scanned(q, do, dS, dz, None, log_decay, cu_seqlens, pieces, tiles, weights=(weight, sum_weight))
         keys_kernel[grid](
             q, k, v, mask, log_decay, do, weight, sum_weight, dS, dz, dk, dv, initial_S, initial_z, *tables, *sizes,
             *strides, dk.stride(0), HAS_QUERIES=True, BY_PIECE=True, **constants,

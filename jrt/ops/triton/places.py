@@ -33,6 +33,15 @@ def find_piece(p, T, PIECES, PIECE_TOKENS, piece_sequence, piece_start, piece_en
 
 
 @triton.jit
+def own_columns(D: tl.constexpr, DV: tl.constexpr):
+    """The columns of v that this program computes (DV,)."""
+    columns = tl.arange(0, DV)
+    if DV < D:
+        columns += tl.program_id(1) * DV
+    return columns
+
+
+@triton.jit
 def load_rows(x, t, stride, inside, columns, width: tl.constexpr):
     """(C, columns) of x at tokens t, zero where `inside` is False."""
     at = x + t.to(tl.int64)[:, None] * stride + columns[None, :]

@@ -9,7 +9,7 @@ Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV colu
 import triton
 import triton.language as tl
 
-from jrt.ops.triton.places import find_piece, load_rows
+from jrt.ops.triton.places import find_piece, load_rows, own_columns
 from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
 
 
@@ -34,18 +34,16 @@ def piece_kernel(
     )
     if sequence < 0:
         return
-    if not ALL:
+    if not ALL:  # noqa: SIM102 - one is known when compiling, the other is not
         if is_first if GRADIENT else is_last:
             return
     row = row + h * 0  # 64 bits
     x += row * x_batch + h * x_head
     u += row * u_batch + h * u_head
-    columns = tl.program_id(1) * DV + tl.arange(0, DV)
+    columns = own_columns(D, DV)
     dims = tl.arange(0, DK)
     step = tl.arange(0, C)
-    tiles, sums = start_state(
-        piece_S, piece_z, 0, columns, False, False, d, D, F, DV, PAIR_TILES, PAIR_ROWS, REST_ROWS
-    )
+    tiles, sums = start_state(piece_S, piece_z, 0, columns, False, False, d, D, F, DV, PAIR_TILES, PAIR_ROWS, REST_ROWS)
     whole = 1.0
     if HAS_DECAY:
         rate = tl.load(log_decay + h).to(tl.float32)
