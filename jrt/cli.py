@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # the commands import what they need, so that `jrt --help` is quick
     from jrt.evaluate import ModelSpec, Outcome, Plan
@@ -283,7 +283,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         prompt = f"{prompt}\n{prompt}"
     opened = open_model(_spec(arguments, arguments.model))
     ids, mask = left_padded([encode(opened.tokenizer, [prompt], None)[0].ids], opened.pad_token_id, opened.device)
-    opened.model.generate(
+    generate: Any = opened.model.generate  # transformers gives it no type of its own
+    generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=arguments.max_new_tokens,

@@ -151,7 +151,7 @@ def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> 
 def groups(rows: Sequence[Sequence[int]]) -> list[Group]:
     """All rows in groups with a long common beginning; a group may be a single row. Longest rows first."""
     found: list[Group] = []
-    order = sorted(range(len(rows)), key=lambda index: rows[index])
+    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     for place, index in enumerate(order):
         if found:
             group, lengths = found[-1], [len(rows[member]) for member in (*found[-1].rows, index)]
@@ -204,7 +204,8 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
     found = []
     for tokens, finite in decode(model, start, every, protocol.max_new_tokens):
         # Not skip_special_tokens: the released models pad with an ordinary token, a blank, which answers need.
-        text = model.tokenizer.decode([token for token in tokens if token not in special]) if finite else ""
+        kept = [token for token in tokens if token not in special]
+        text = str(model.tokenizer.decode(kept)) if finite else ""
         for stop in protocol.stop:
             text = text.split(stop, maxsplit=1)[0]
         found.append(Generation(text, len(tokens), finite, 0.0))
@@ -346,7 +347,8 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
         forced = [len(prompt) for prompt in start.forced]
         limits = [max_new_tokens - len(tokens[row]) for row in rows]
         watch = NaNWatch(len(rows), ends.device)
-        pause = Pause(ends, *(torch.tensor(counts, device=ends.device) for counts in (forced, limits)), early)
+        counts = torch.tensor([forced, limits], device=ends.device)  # (2, B)
+        pause = Pause(ends, counts[0], counts[1], early)
         output = _generate(
             model,
             start.ids,
@@ -371,8 +373,7 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
 def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> Start:
     """The rows that go on, with the states they have. Their cache has read all columns but the last.
 
-    Short prompts may have been filled up inside `generate`, so the cache may have read more columns than we know of. What
-    stands in those columns does not matter any more."""
+    Where `generate` filled up short prompts, the cache has read more columns than `start` has; any id may stand there."""
     kept = torch.tensor(rows, device=start.ids.device)
     cache = output[CACHE]
     cache.batch_select_indices(kept)
@@ -388,7 +389,8 @@ def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> 
 
 def _generate(model: OpenModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
     """transformers' greedy `generate`, with the cache in what it returns."""
-    return model.model.generate(
+    generate: Any = model.model.generate  # transformers gives it no type of its own
+    return generate(
         input_ids=ids,
         attention_mask=mask,
         pad_token_id=model.pad_token_id,

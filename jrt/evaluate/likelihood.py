@@ -76,6 +76,7 @@ def filled_row(model: JRTForCausalLM, context: list[int], continuation: list[int
     ids = filled.input_ids[0].tolist()
     ids = ids[:-1] if leak else ids + continuation[:-1]
     blank = 0 if filled.blank_length is None else int(filled.blank_length)
+    assert filled.prefix_length is not None  # as it is for all rules but "iterate"
     return Row(ids, continuation, min(int(filled.prefix_length), len(ids)), blank)
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-import jrt
-from jrt.checkpoints.load import checked_device, checked_dtype
+from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, kind_of_model, shipped, unless_shadowed
 from jrt.modeling_jrt import CACHE, JRTForCausalLM
 from jrt.released.quirks import Quirks
@@ -142,11 +141,12 @@ def open_model(spec: ModelSpec) -> OpenModel:
     model: PreTrainedModel
     try:
         if is_ours(spec.name):
-            model = jrt.load(spec.name, device, dtype, spec.compat, spec.short_prompt)
+            model = load(spec.name, device, dtype, spec.compat, spec.short_prompt)
         else:
             _check_options(spec)
             folder, options = _location(spec.name)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+            torch.nn.Module.to(model, device)
     except (OSError, ImportError) as error:
         raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
     return OpenModel(spec, model.eval(), tokenizer)
@@ -155,7 +155,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, without its weights. Raises ValueError for an unknown model."""
     if is_ours(name):
-        return jrt.load_tokenizer(name)
+        return load_tokenizer(name)
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
         raise ValueError(unknown_model(name))

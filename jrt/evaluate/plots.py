@@ -156,7 +156,7 @@ def _model_patches(models: Sequence[str]) -> list[Patch]:
     return [Patch(color=_model_color(number), label=_short(model)) for number, model in enumerate(models)]
 
 
-def _model_color(number: int) -> tuple[float, ...]:
+def _model_color(number: int) -> tuple[float, float, float, float]:
     return colormaps["tab10"](number % 10)
 
 

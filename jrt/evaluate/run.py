@@ -289,7 +289,8 @@ def comparisons(rows: list[dict], seed: int = 0) -> list[dict]:
         shared = [item for item in cells[first] if item in cells[second]]
         if not shared:
             continue
-        interval = paired_difference(*([cells[cell][item] for item in shared] for cell in (first, second)), seed=seed)
+        before, after = ([cells[cell][item] for item in shared] for cell in (first, second))
+        interval = paired_difference(before, after, seed=seed)
         found.append(
             {
                 "between": differing[0],

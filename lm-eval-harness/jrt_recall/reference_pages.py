@@ -103,7 +103,7 @@ def windows(page: Page, size: int, tokenizer: PreTrainedTokenizerBase) -> list[W
     ]
 
 
-def askable(window: Window) -> tuple[list[api_text.Fact], Counter]:
+def askable(window: Window) -> tuple[list[api_text.Fact], Counter[str]]:
     """Facts of a window that can be asked, and how many each rule left out.
 
     Left out: argument lists outside 4 to 60 characters; names headed twice; arguments that stand in the question or
@@ -112,7 +112,8 @@ def askable(window: Window) -> tuple[list[api_text.Fact], Counter]:
     headed = Counter(fact.name for fact in found)
     lowered = window.text.lower()
     low, high = ARGUMENT_CHARACTERS
-    kept, left_out = [], Counter()
+    kept: list[api_text.Fact] = []
+    left_out: Counter[str] = Counter()
     for fact in found:
         arguments = fact.arguments.lower()
         if not low <= len(arguments) <= high:
@@ -146,7 +147,9 @@ def select(
     chosen = [w for page in (library_pages() if pages is None else pages) for w in windows(page, size, tokenizer)]
     generator = random.Random(f"reference_pages/{size}/{seed}")
     generator.shuffle(chosen)
-    left_out, queues, facts = Counter(), [], 0
+    left_out: Counter[str] = Counter()
+    queues: list[list[dict]] = []
+    facts = 0
     for window in chosen:
         kept, dropped = askable(window)
         left_out += dropped
