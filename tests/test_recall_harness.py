@@ -72,6 +72,8 @@ def test_metadata_choose_protocol_and_cutting_tokenizer(sources):
     assert row["protocol"] == "jrt-table2-512+cut-by-shipped v1 (512/50)"
     with pytest.raises(ValueError, match="unknown protocol"):
         hooks.documents("fda", "once", protocol="table1")
+    with pytest.raises(ValueError, match="pages-1024 is not for reference_pages_512"):
+        hooks.documents("reference_pages_512", "once", protocol="pages-1024")
     with pytest.raises(ValueError, match="leaves documents whole"):
         hooks.documents("qa_fda", "once", protocol="full", cut_with="shipped")
 

@@ -136,6 +136,7 @@ def batches(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
 
 
 def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> bool:
+    """Whether these rows may be one batch."""
     lengths = [len(rows[index]) for group in batch for index in group.rows]
     if len(lengths) == 1:
         return True
@@ -204,8 +205,7 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
     found = []
     for tokens, finite in decode(model, start, every, protocol.max_new_tokens):
         # Not skip_special_tokens: the released models pad with an ordinary token, a blank, which answers need.
-        kept = [token for token in tokens if token not in special]
-        text = str(model.tokenizer.decode(kept)) if finite else ""
+        text = str(model.tokenizer.decode([token for token in tokens if token not in special])) if finite else ""
         for stop in protocol.stop:
             text = text.split(stop, maxsplit=1)[0]
         found.append(Generation(text, len(tokens), finite, 0.0))

@@ -45,11 +45,9 @@ def shipped_tokenizer() -> PreTrainedTokenizerBase:
 
 def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model folder or hub name; None where there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+        return _from_pretrained(name)
+    except ValueError:
         return None
 
 
