@@ -21,6 +21,8 @@ ORDER = (
     "model",
     "objective",
     "short_prompts",
+    "padded_prompts",
+    "inputs",
     "configuration_jrt",
     "modeling_jrt",
     "caches",

@@ -148,7 +148,7 @@ def test_recall_perplexity(model, tmp_path, capsys):
     assert (tmp_path / "run" / "perplexity.json").read_bytes() == before
     capsys.readouterr()
     other = [*command[:-1], "1", "--output", str(tmp_path / "run"), "--resume"]
-    assert "another measurement" in refusal(capsys, other)
+    assert "another run" in refusal(capsys, other)
 
 
 def test_demo_writes_table_figures_and_page(model, tmp_path, capsys):

@@ -203,6 +203,24 @@ def test_an_interrupted_run_goes_on_from_what_is_on_disk(models, pages, tmp_path
     assert resumed.comparisons == whole.comparisons
 
 
+def test_a_folder_of_version_0_1_is_read_and_gone_on_with(pages, tmp_path):
+    """It named the task reference_pages; the window stood in the protocol alone."""
+    folder = tmp_path / "run"
+    now = run(pages, LocalPool(), folder, batch_size=4)
+    assert {record["task"] for record in now.records} == {"recall_reference_pages_512"}
+    for name in ("results.json", "predictions.jsonl", "comparisons.json", "manifest.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace('"recall_reference_pages_512"', '"reference_pages"'))
+    assert read_run(folder)[:2] == (now.records, now.predictions)
+
+    class Idle(LocalPool):
+        def answer(self, job):
+            raise AssertionError("everything was answered")
+
+    resumed = run(pages, Idle(), folder, resume=True)
+    assert resumed.predictions == now.predictions and read_run(folder)[0] == now.records
+
+
 def test_a_folder_belongs_to_one_run(models, pages, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("mine")
@@ -270,6 +288,7 @@ def test_two_runs_into_one_folder_at_once_are_refused(pages, tmp_path):
         ({"cut_with": "shipped", "tasks": ("qa_squad",), "protocol": "full"}, "leaves documents whole"),
         ({"protocol": "w1-a1"}, "unknown protocol"),
         ({"protocol": "jrt-table1"}, "is not for reference_pages"),
+        ({"tasks": ("recall_squad", "squad")}, "the same task is named twice"),
         ({"limit": 0}, "limit"),
         ({"tasks": ("qa_squad",), "protocol": None}, "JRT_PASSAGES"),
     ],

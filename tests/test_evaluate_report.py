@@ -1,15 +1,10 @@
 """Tables, figures and pages: the paper's values stand where they may, and nothing that a model wrote can act in a page."""
 
 import csv
-import json
 import re
 from html.parser import HTMLParser
 
 import pytest
-from jrt.evaluate.collect import FILES, Collected, collect, frame, latex, layout_rows
-from jrt.evaluate.files import json_lines, write_json, write_text
-from jrt.evaluate.published import TABLE1, TABLE2, TABLE4, TABLE8, TABLE9, TABLE13, TABLES, published_row
-from jrt.evaluate.results import comparisons
 from jrt_recall import PROTOCOLS
 
 from jrt.evaluate import plots
@@ -247,11 +242,3 @@ def test_recall_hits_are_pairs_seen_before():
     kinds = {key[:2] for key in found[1]}  # (1, 2) came four places before
     assert kinds == {("hit", "all"), ("hit", "distance"), ("hit", "frequency")}
     assert [keys[0][0] for keys in found] == ["other", "hit", "other", "other"]
-
-
-def test_json_never_holds_nan(tmp_path):
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "x.json", {"score": float("nan")})
-    assert not (tmp_path / "x.json").exists()
-    write_json(tmp_path / "x.json", [1])
-    assert json.loads((tmp_path / "x.json").read_text()) == [1]

@@ -131,9 +131,9 @@ def test_the_snippet_of_each_family_loads_a_checkpoint_in_the_released_format(fa
 
 
 def test_all_eight_released_checkpoints_are_named():
-    from jrt.checkpoints.load import RELEASED
+    from jrt.config import releases
 
-    assert all(README.count(f'"{name}"') >= 1 for name in RELEASED)
+    assert all(README.count(f'"{name}"') >= 1 for name in releases())
 
 
 def test_the_example_of_the_op_runs():

@@ -52,6 +52,12 @@ def test_n_times_repeats_the_context_of_the_twice_form(task):
     assert prompt(task, doc, "2x") == twice and prompt(task, doc, "1-times") == first
 
 
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_both_spellings_of_a_task_ask_the_same(task):
+    doc = fixtures.documents(task, 1, sentences=4)[0]
+    assert prompt(f"recall_{task}", doc, "twice") == prompt(task, doc, "twice")
+
+
 def test_squad_reads_the_uncut_context_first():
     doc = {"text": "the cut window", "context": "the whole passage\nQuestion: q?", "question": "Q?", "value": "whole"}
     assert prompt("squad", doc, "twice") == "Q? the whole passage\n\nthe cut window"
@@ -109,7 +115,7 @@ def test_any_document_ends_with_its_question_and_stays_as_it_was(text, question,
         ("squad", {"text": "a"}, "0x", "1 to"),
         ("squad", {"text": "a"}, "99shot", "1 to"),
         ("squad", {"text": "a"}, "2shot", "use jrt_recall.items"),
-        ("recall_squad", {"text": "a"}, "once", "unknown task"),
+        ("recall_squat", {"text": "a"}, "once", "unknown task"),
         ("squad", ["a"], "once", "dict"),
     ],
 )

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from jrt.checkpoints.load import MINIS
+from jrt.checkpoints.names import shipped
 from jrt.doctor.backends import BackendCheck, check_backends
 
 # Names on the package index: what each is used for, and how to get it.
@@ -105,8 +105,7 @@ def installed() -> list[tuple[str, str]]:
         found.append(("cuda", "no GPU: models run on the CPU"))
     kernels = importlib.util.find_spec("jrt_kernels") is not None
     found.append(("jrt_kernels", "built" if kernels else "not built (Hopper kernels; optional)"))
-    minis = sorted(folder.parent.name for folder in MINIS.glob("*/config.json"))
-    found.append(("mini models", ", ".join(minis) or "none: this installation lacks its package data"))
+    found.append(("mini models", ", ".join(shipped()) or "none: this installation lacks its package data"))
     for name, purpose in (
         ("JRT_DATA", "published datasets"),
         ("JRT_PASSAGES", "passages of the qa_ tasks"),

@@ -187,6 +187,7 @@ def batches(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
 
 
 def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> bool:
+    """Whether these rows may be one batch."""
     lengths = [len(rows[index]) for group in batch for index in group.rows]
     if len(lengths) == 1:
         return True
@@ -204,7 +205,7 @@ def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> 
 def groups(rows: Sequence[Sequence[int]]) -> list[Group]:
     """All rows in groups with a long common beginning; a group may be a single row. Longest rows first."""
     found: list[Group] = []
-    order = sorted(range(len(rows)), key=lambda index: rows[index])
+    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     for place, index in enumerate(order):
         if found:
             group, lengths = found[-1], [len(rows[member]) for member in (*found[-1].rows, index)]
@@ -257,17 +258,12 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
     found = []
     for tokens, finite in decode(model, start, every, protocol.max_new_tokens):
         # Not skip_special_tokens: the released models pad with an ordinary token, a blank, which answers need.
-        text = model.tokenizer.decode([token for token in tokens if token not in special])
-        found.append(Generation(until(text, protocol.stop) if finite else "", len(tokens), finite, 0.0))
+        text = str(model.tokenizer.decode([token for token in tokens if token not in special])) if finite else ""
+        for stop in protocol.stop:
+            text = text.split(stop, maxsplit=1)[0]
+        found.append(Generation(text, len(tokens), finite, 0.0))
     seconds = (time.perf_counter() - begun) / len(rows)
     return [generation._replace(seconds=seconds) for generation in found]
-
-
-def until(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings."""
-    for ending in stop:
-        text = text.split(ending, maxsplit=1)[0]
-    return text
 
 
 @lru_cache(maxsize=8)
@@ -346,13 +342,6 @@ def outweighs(saved: int, steps: int, parameters: int, device: str) -> bool:
     return saved * parameters > steps * STEP.get(device, 0)
 
 
-class Decoded(NamedTuple):
-    """A row's new tokens, its end token included; finite: False where a logit was NaN."""
-
-    tokens: list[int]
-    finite: bool
-
-
 class NaNWatch(LogitsProcessor):
     """Notes the rows that ever had a NaN among their logits, without waiting for the GPU."""
 
@@ -381,8 +370,9 @@ class Pause(StoppingCriteria):
         return self.ended
 
 
-def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) -> Iterator[Decoded]:
-    """Each row's greedy continuation, up to one of the tokens `ends` (N,) or `max_new_tokens`.
+def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) -> Iterator[tuple[list[int], bool]]:
+    """Each row's greedy continuation, up to one of the tokens `ends` (N,), which is included, or `max_new_tokens`; and
+    whether all of its logits were finite.
 
     Half a batch often has its answer after a few tokens while one row goes on to the limit. So on a CPU `generate` pauses
     when half of its rows have ended, and goes on with the states of the others. A GPU is no faster on fewer rows."""
@@ -395,7 +385,8 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
         forced = [len(prompt) for prompt in start.forced]
         limits = [max_new_tokens - len(tokens[row]) for row in rows]
         watch = NaNWatch(len(rows), ends.device)
-        pause = Pause(ends, *(torch.tensor(counts, device=ends.device) for counts in (forced, limits)), early)
+        counts = torch.tensor([forced, limits], device=ends.device)  # (2, B)
+        pause = Pause(ends, counts[0], counts[1], early)
         output = _generate(
             model,
             start.ids,
@@ -414,14 +405,13 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
         if going_on:
             start = _continued(model, start, output, going_on)
         rows = [rows[index] for index in going_on]
-    return map(Decoded, tokens, finite)
+    return zip(tokens, finite, strict=True)
 
 
 def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> Start:
     """The rows that go on, with the states they have. Their cache has read all columns but the last.
 
-    Short prompts may have been filled up inside `generate`, so the cache may have read more columns than we know of. What
-    stands in those columns does not matter any more."""
+    Where `generate` filled up short prompts, the cache has read more columns than `start` has; any id may stand there."""
     kept = torch.tensor(rows, device=start.ids.device)
     cache = output[CACHE]
     select_rows(cache, kept)
@@ -444,8 +434,9 @@ def _generate(model: OpenModel, ids: Tensor, mask: Tensor, **options: Any) -> An
     Raises ValueError where the code of a model that is not ours fails."""
     if not model.mode.cache:
         options["use_cache"] = False
+    generate: Any = model.model.generate  # transformers gives it no type of its own
     try:
-        return model.model.generate(  # type: ignore[operator]  # of the mixin that all causal models have
+        return generate(
             input_ids=ids,
             attention_mask=mask,
             pad_token_id=model.pad_token_id,

@@ -13,6 +13,7 @@ from jrt.evaluate.run import Outcome, Plan, Request, plan, run
 from jrt.evaluate.workers import LocalPool
 
 MINIS = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt")
+PAGES = "recall_reference_pages_512"
 STRATEGIES = ("once", "twice")
 ITEMS = 160
 REAL_ITEMS = 24  # of a task: SmolLM2 reads some hundred tokens a second on two cores
@@ -22,14 +23,14 @@ BATCH = 32
 def mini_plan(models: tuple[str, ...] = MINIS, limit: int = ITEMS, device: str = "cpu") -> Plan:
     """The minis on reference pages of 512 tokens."""
     specs = tuple(ModelSpec(name, device) for name in models)
-    return plan(Request(specs, ("reference_pages",), STRATEGIES, "pages-512", limit))
+    return plan(Request(specs, (PAGES,), STRATEGIES, limit=limit))
 
 
 def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu") -> Plan:
     """SmolLM2 on real passages where a folder is given, else on reference pages."""
     spec = ModelSpec(SMOLLM2, device)
     if passages is None:
-        return plan(Request((spec,), ("reference_pages",), STRATEGIES, "pages-512", limit))
+        return plan(Request((spec,), (PAGES,), STRATEGIES, limit=limit))
     tasks = tuple(f"qa_{name}" for name in ("squad", "nq", "drop") if (passages / f"{name}.jsonl").is_file())
     if not tasks:
         raise ValueError(f"{passages} holds none of squad.jsonl, nq.jsonl, drop.jsonl")

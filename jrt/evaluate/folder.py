@@ -51,7 +51,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict, resume: bool) -> None:
         self.path = path
         try:
-            former = _checked(path, manifest["identity"], resume)
+            former = former_manifest(path, manifest["identity"], resume)
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
         except OSError as error:
@@ -132,8 +132,10 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
     return records, predictions, manifest
 
 
-def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
-    """The manifest of the same run, or None for an empty or absent folder."""
+def former_manifest(path: Path, identity: dict, resume: bool) -> dict | None:
+    """The manifest of the same run, None for an empty or absent folder.
+
+    Raises ValueError where the folder holds something else, or the same run and `resume` is False."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: --output names a folder")
     if not path.is_dir() or not any(entry.name != _LOCK for entry in path.iterdir()):
@@ -151,7 +153,9 @@ def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
         raise ValueError(f"{path} holds another run (it differs in {', '.join(different)}): choose another folder")
     if not resume:
         state = "finished" if former.get("complete") else "unfinished"
-        raise ValueError(f"{path} holds the same run, {state}: add --resume to go on with it, or choose another folder")
+        raise ValueError(
+            f"{path} already holds this run, {state}: add --resume to go on with it, or choose another folder"
+        )
     return former
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,12 +20,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import jrt
-from jrt.checkpoints.load import MINIS, RELEASED, checked_device, checked_dtype
+from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
+from jrt.checkpoints.names import Kind, kind_of_model, shipped, unless_shadowed
 from jrt.greedy import plain_settings, saved_settings, set_aside
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.probe import BREAKS, STATES, Findings, RunMode, probe
-from jrt.released.configurations import is_released
 from jrt.released.quirks import Quirks
 
 SMOLLM2 = "smollm2"
@@ -187,19 +185,20 @@ def open_model(spec: ModelSpec) -> OpenModel:
     tokenizer = open_tokenizer(spec.name)
     device, dtype = checked_device(spec.device), checked_dtype(spec.dtype or "float32")
     model: PreTrainedModel
-    saved = None
     if is_ours(spec.name):
         try:
-            model = jrt.load(spec.name, device, dtype, spec.compat, spec.short_prompt)
+            model = load(spec.name, device, dtype, spec.compat, spec.short_prompt)
         except (OSError, ImportError) as error:
             raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
         return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
     _check_options(spec)
     folder, options = _location(spec.name)
+    saved = None
     try:
         if "gguf_file" not in options and (saved := saved_settings(folder)) is not None:
             options["generation_config"] = plain_settings(saved)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        torch.nn.Module.to(model, device)
     except (OSError, *BREAKS) as error:
         raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
     return OpenModel(spec, model.eval(), tokenizer, set_aside(model, saved))
@@ -208,7 +207,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, without its weights. Raises ValueError for an unknown model."""
     if is_ours(name):
-        return jrt.load_tokenizer(name)
+        return load_tokenizer(name)
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
         raise ValueError(unknown_model(name))
@@ -220,27 +219,12 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def unknown_model(name: str) -> str:
     """The line for a name that leads nowhere."""
-    minis = ", ".join(sorted(folder.parent.name for folder in MINIS.glob("*/config.json")))
-    return f"unknown model {name!r}: expected {minis or 'mini-*'}, {SMOLLM2}, a folder, or a hub id OWNER/NAME"
+    return f"unknown model {name!r}: expected {', '.join(shipped()) or 'mini-*'}, {SMOLLM2}, a folder, or a hub id OWNER/NAME"
 
 
 def is_ours(name: str) -> bool:
     """Whether `jrt.load` reads that name: a preset, a released id, or a folder in our or the released format."""
-    file = os.path.join(os.path.expanduser(name), "config.json")
-    if os.path.isfile(file):  # unlike Path.is_file, False for what cannot be a path
-        config = _configuration(Path(file))
-        return config.get("model_type") == "jrt" or is_released(config)
-    return name in jrt.presets() or name in RELEASED
-
-
-def _configuration(file: Path) -> dict:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}; expected a JSON object")
-    return config
+    return kind_of_model(name) is not Kind.OTHER
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -261,7 +245,7 @@ def position_bound(model: PreTrainedModel) -> int | None:
 
 def _location(name: str) -> tuple[str, dict[str, Any]]:
     """Folder or hub id, and how transformers has to be told of a GGUF file."""
-    folder = _smollm2_folder() if name == SMOLLM2 else Path(os.path.expanduser(name))
+    folder = unless_shadowed(name, _smollm2_folder()) if name == SMOLLM2 else Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         return name, {}
     if (folder / "config.json").is_file():

@@ -198,12 +198,10 @@ def page(
     items: int = SHOWN_ITEMS,
 ) -> str:
     """The page's text. items: how many questions are shown with all their answers."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"marked": marked, "comparison_row": comparison_row, "result_row": result_row}
     shown, total, tasks = _chosen_items(predictions, items)
     return environment.get_template("report.html.jinja").render(

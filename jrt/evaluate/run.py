@@ -119,7 +119,7 @@ def plan(request: Request) -> Plan:
     if request.seed < 0:
         raise ValueError(f"a seed is at least 0, got {request.seed}")
     _check_folders(request, tasks)
-    wanted = [(task, protocol) for task in tasks for protocol in protocols_of(request.protocol, task)]
+    wanted = [(task, protocol) for task in request.tasks for protocol in protocols_of(request.protocol, task)]
     _first_that_opens(request.models, lambda spec: open_tokenizer(spec.name))
     questions = {}
     for task, protocol in wanted:
@@ -346,7 +346,8 @@ def comparisons(rows: list[dict], seed: int = 0) -> list[dict]:
         shared = [item for item in cells[first] if item in cells[second]]
         if not shared:
             continue
-        interval = paired_difference(*([cells[cell][item] for item in shared] for cell in (first, second)), seed=seed)
+        before, after = ([cells[cell][item] for item in shared] for cell in (first, second))
+        interval = paired_difference(before, after, seed=seed)
         found.append(
             {
                 "between": differing[0],

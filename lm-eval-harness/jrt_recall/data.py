@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
 
@@ -67,7 +67,7 @@ def answers_of(task: str, doc: dict) -> list[str]:
     return list(answers)
 
 
-def _field(task: str, doc: dict, field: str) -> object:
+def _field(task: str, doc: dict, field: str) -> Any:
     if field not in doc:
         raise ValueError(f"{task}: the document has no field {field!r} (it has {', '.join(map(str, doc)) or 'none'})")
     return doc[field]

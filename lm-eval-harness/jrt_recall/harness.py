@@ -38,12 +38,14 @@ def arguments(given: list[str]) -> list[str]:
 def with_full_names(given: list[str]) -> list[str]:
     """The arguments with this package's tasks under their one name: `--tasks fda,qa_nq` is `--tasks recall_fda,qa_nq`."""
     words = []
-    for before, word in zip(["", *given], given, strict=False):
+    of_tasks = False  # lm-eval takes several words after --tasks
+    for word in given:
         option, equals, value = word.partition("=")
-        if before in ("--tasks", "-t"):
-            words.append(_full_names(word))
+        if word.startswith("-"):
+            of_tasks = option in ("--tasks", "-t")
+            words.append(f"{option}={_full_names(value)}" if of_tasks and equals else word)
         else:
-            words.append(f"--tasks={_full_names(value)}" if equals and option == "--tasks" else word)
+            words.append(_full_names(word) if of_tasks else word)
     return words
 
 

@@ -16,6 +16,7 @@ Of the model's arguments, `pretrained` or `tokenizer` lets prompt tokens be coun
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from .items import TaskItems, items
 from .prompts import times
@@ -29,33 +30,30 @@ N_TIMES = "n_times"
 UNKNOWN = "unknown"
 STATED = ("protocol", "documents", "dropped", "invalid", "lost", "truncated", "prompt_tokens")
 """What stands beside a score in lm-eval's table, so that no number is without its protocol."""
-_SETTINGS = ("protocol", "n", "cut_with", "data", "seed", "max_items")
 
 
-def task_items(
+def documents(
     recall_task: str,
     reading: str,
     protocol: str | None = None,
-    n: int = 3,
+    n: int | str = 3,
     cut_with: str | None = None,
     data: str | None = None,
-    seed: int = 0,
+    seed: int | str = 0,
     max_items: int | None = None,
-) -> TaskItems:
-    """The items that a task file asks for. reading: a strategy's name, or n_times. Raises ValueError as `items`."""
-    strategy = times(int(n)) if reading == N_TIMES else reading
-    return items(recall_task, strategy, protocol, cut_with, max_items, int(seed), data)
-
-
-def documents(recall_task: str, reading: str, **metadata) -> dict:
+    **arguments: Any,
+) -> dict:
     """lm-eval's `custom_dataset`: {"test": Dataset} with one row for each item.
 
-    The rest of `metadata` (lm-eval adds the model's arguments) is not ours and is left alone."""
+    recall_task, reading: of the task file; a reading is a strategy's name, or n_times. arguments: the model's, which lm-eval
+    adds, and settings of other tasks. Raises ValueError as `items`."""
     from datasets import Dataset
 
-    found = task_items(recall_task, reading, **{key: metadata[key] for key in _SETTINGS if key in metadata})
+    strategy = times(int(n)) if reading == N_TIMES else reading
+    found = items(recall_task, strategy, protocol, cut_with, max_items, int(seed), data)
     logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
-    counts, limit = _prompt_tokens([item.prompt for item in found.items], metadata), _limit(found.protocol, metadata)
+    counts = _prompt_tokens([item.prompt for item in found.items], arguments)
+    limit = _limit(found.protocol, arguments)
     shared = {
         "task": found.task,
         "strategy": found.strategy,

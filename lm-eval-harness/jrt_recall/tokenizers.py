@@ -45,21 +45,10 @@ def shipped_tokenizer() -> PreTrainedTokenizerBase:
 
 def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model folder or hub name; None where there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+        return _from_pretrained(name)
+    except ValueError:
         return None
-
-
-def mirror_gpt2(folder: str | Path | None = None) -> Path:
-    """Copies GPT-2's tokenizer from the hub (or its cache) into the data mirror, for machines without network."""
-    mirror = mirror_folder(folder)
-    if mirror is None:
-        raise ValueError(f"no mirror folder: name one, or set {FOLDER_VARIABLE}")
-    _from_pretrained(GPT2).save_pretrained(mirror / GPT2)
-    return mirror / GPT2
 
 
 def protocol_and_tokenizer(
