@@ -23,7 +23,9 @@ from jrt.ops.triton.decode import decode_kernel
 from jrt.ops.triton.forward import forward_kernel
 from jrt.ops.triton.sums import piece_kernel, scan_kernel
 
-TOGETHER, SUMMING = 1.6, 0.45  # of `piece_count`, from times on an H100
+PRODUCTS_FP32 = "tf32x3"  # three products in TF32: 22 bits of each factor
+TOGETHER = 1.35  # two programs on a multiprocessor take this times one alone; from times on an H100, as the next
+SUMMING = {"forward": 0.6, "backward": 0.26}  # time of the sums of pieces, as a part of what follows them
 LEAST_CHUNKS = 4  # of a piece: a shorter one costs more in states than it gains
 SCAN_BLOCK, SCAN_AHEAD = 256, 8
 
@@ -67,18 +69,18 @@ def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
     return Tiles(C=64, DV=min(columns, 64), rows=32 if narrow else 64, warps=4, stages=stages)
 
 
-def piece_count(programs: int, chunks: int, device: torch.device) -> int:
+def piece_count(programs: int, chunks: int, device: torch.device, direction: str) -> int:
     """Pieces of a sequence, where all sequences uncut give `programs` programs of `chunks` steps.
 
-    The fastest by a model of the passes: two programs share a multiprocessor and then take TOGETHER times as long for a
-    step as one alone, and to sum the pieces first takes SUMMING of the time of the pass itself.
+    The fastest by a model of the passes "forward" or "backward": up to two programs share a multiprocessor, and pieces
+    have to be summed first.
     """
     multiprocessors = _multiprocessors(device)
 
     def cost(pieces: int) -> float:
         waves = triton.cdiv(programs * pieces, 2 * multiprocessors)
         step = TOGETHER if programs * pieces > multiprocessors else 1.0
-        return waves * step * triton.cdiv(chunks, pieces) * (1.0 if pieces == 1 else 1.0 + SUMMING)
+        return waves * step * triton.cdiv(chunks, pieces) * (1.0 if pieces == 1 else 1.0 + SUMMING[direction])
 
     most = min(chunks // LEAST_CHUNKS, 2 * multiprocessors // programs)
     return min(range(1, max(1, most) + 1), key=cost)
@@ -102,7 +104,7 @@ def forward(
     if T == 1 and cu_seqlens is None:
         return o, *_decode(q, k, v, S, z, mask, log_decay, normalize, o)
     tiles = choose_tiles("forward", d, D, k.dtype)
-    pieces = _cut(k, cu_seqlens, tiles)
+    pieces = _cut(k, cu_seqlens, tiles, "forward")
     final_S, final_z = _empty_state(v, _sequences(k, cu_seqlens), d)
     S, z = _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces)
     with _on(k.device):
@@ -134,7 +136,7 @@ def backward(
     mask, cu_seqlens = _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
     tiles = choose_tiles("queries", d, D, k.dtype)
-    pieces = _cut(k, cu_seqlens, tiles)
+    pieces = _cut(k, cu_seqlens, tiles, "backward")
     column_tiles = triton.cdiv(D, tiles.DV)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do), _mask_stride(mask))
     sizes = (T, H, pieces.a_sequence, pieces.tokens)
@@ -169,7 +171,7 @@ def prefix(k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
     """S (N, H, F, D) and z (N, H, F) of a prefix."""
     k, v, mask, cu_seqlens = _rows(k), _rows(v), _bytes(mask), _offsets(cu_seqlens, k)
     d, D = k.shape[-1], v.shape[-1]
-    pieces = _cut(k, cu_seqlens, choose_tiles("sums", d, D, k.dtype))
+    pieces = _cut(k, cu_seqlens, choose_tiles("sums", d, D, k.dtype), "forward")
     sequences = _sequences(k, cu_seqlens)
     S, z = _sums(k, v, mask, None, cu_seqlens, pieces, every=True)
     if pieces.count == sequences:
@@ -186,7 +188,7 @@ def prefix_backward(
     k, v, mask, cu_seqlens = _rows(k), _rows(v), _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
     tiles = choose_tiles("keys", d, D, k.dtype)
-    pieces = _cut(k, cu_seqlens, tiles)
+    pieces = _cut(k, cu_seqlens, tiles, "backward")
     column_tiles = triton.cdiv(D, tiles.DV)
     partial = k.dtype if column_tiles == 1 else torch.float32
     dk = k.new_empty(column_tiles, B, T, H, d, dtype=partial)
@@ -261,10 +263,10 @@ def _scan(parts, starts, totals, log_decay, pieces, k, cu_seqlens, reverse) -> N
         )  # fmt: skip
 
 
-def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: Tiles) -> Pieces:
+def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: Tiles, direction: str) -> Pieces:
     B, T, H, _ = k.shape
     chunks = triton.cdiv(T, tiles.C)
-    count = piece_count(B * H, chunks, k.device)
+    count = piece_count(B * H, chunks, k.device, direction)
     tokens = triton.cdiv(chunks, count) * tiles.C
     if cu_seqlens is None:
         count = triton.cdiv(T, tokens)
@@ -295,7 +297,7 @@ def _constants(k, v, mask, log_decay, cu_seqlens, tiles: Tiles) -> dict[str, obj
         "C": tiles.C,
         **_row_tiles(d, tiles.rows),
         "WIDE": tl.bfloat16 if k.dtype == torch.bfloat16 else tl.float32,
-        "PRECISION": "tf32x3" if k.dtype == torch.float16 else "ieee",
+        "PRECISION": "ieee" if k.dtype == torch.bfloat16 else PRODUCTS_FP32,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }

@@ -10,6 +10,7 @@ Shapes: P pieces, C tokens of a chunk, d query/key size (DK padded), D value siz
 import triton
 import triton.language as tl
 
+from jrt.ops.triton.features import zero_of
 from jrt.ops.triton.places import find_piece, load_rows, own_columns
 from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
 
@@ -55,6 +56,7 @@ def piece_kernel(
         else:
             first = start + n * C
         t = first + step
+        zero = zero_of(first, d)
         inside = t < end
         keep = inside
         if HAS_MASK:
@@ -72,8 +74,8 @@ def piece_kernel(
             to_query, to_end, whole = fades(rate, tl.minimum(C, end - first), C)
             by_value = by_value * (to_query if GRADIENT else to_end)
         tiles, sums = add_chunk(
-            tiles, sums, tl.trans(x_c), u_c, by_value, by_one, whole, GRADIENT, HAS_DECAY or GRADIENT, HAS_DECAY, d, DK,
-            PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
+            tiles, sums, tl.trans(x_c), u_c, by_value, by_one, whole, zero, GRADIENT, HAS_DECAY or GRADIENT, HAS_DECAY,
+            d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
         )  # fmt: skip
     write_state(
         piece_S, piece_z, tiles, sums, p * H + h, columns, tl.program_id(1) == 0,
