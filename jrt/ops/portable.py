@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
 from jrt.ops.chunked import linear_attention as chunked_attention
 from jrt.ops.feature_map import State, taylor_features
@@ -27,22 +28,15 @@ def linear_attention(
     mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Causal linear attention with the Taylor feature map, from an optional state."""
-    return chunked_attention(q, *without_padding(k, v, mask), initial_state, mask, log_decay, normalize)
+    return chunked_attention(Call(q, k, v, initial_state, mask, log_decay, normalize, cu_seqlens))
 
 
-def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> State:
+def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> State:
     """The state that a prefix leaves, every token of it seen by every later query."""
-    return chunked_prefix(*without_padding(k, v, mask), mask)
-
-
-def without_padding(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values with zeros in place of padding, which may hold anything: 0 times NaN would be NaN."""
-    if mask is None:
-        return k, v
-    padding = ~mask[:, :, None, None]
-    return k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+    return chunked_prefix(Call(None, k, v, mask=mask, cu_seqlens=cu_seqlens))
 
 
 def selective_scan(

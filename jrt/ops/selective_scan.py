@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from jrt.ops.registration import register
 from jrt.ops.selective_scan_pytorch import CHUNK as PYTORCH_CHUNK
 from jrt.ops.selective_scan_pytorch import between_shape, chunked_backward, chunked_forward, state_dtype, stepwise
 
@@ -109,8 +110,7 @@ def _check(u, delta, A, B, C, D, initial_state) -> None:
             raise ValueError(f"selective_scan: expected {name} on u's device {u.device}, got {x.device}")
 
 
-# ---- the operator, forward and backward. `torch.library.custom_op` would read shorter, but its first call imports
-# torch._dynamo, seconds that a process which compiles nothing need not wait.
+# ---- the operator, forward and backward.
 
 
 def _forward(u, delta, A, B, C, D, initial_state, backend: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,20 +163,14 @@ def _gradients(ctx, dy: Tensor, dstate: Tensor, dbetween: Tensor) -> tuple[Tenso
     return du, ddelta, dA.to(A.dtype), dB, dC, dD, dh, None, None
 
 
-def _register(name: str, signature: str, kernel, fake) -> None:
-    torch.library.define(f"jrt::{name}", signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"jrt::{name}", "default", kernel)
-    torch.library.register_fake(f"jrt::{name}", fake)
-
-
-_register(
+register(
     "selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, str backend, bool keep)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-_register(
+register(
     "selective_scan_backward",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor between, Tensor dy, Tensor dstate,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
