@@ -20,7 +20,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
-from jrt.configuration_jrt import JRTConfig
+from jrt.configuration_jrt import IN_PACKAGE, JRTConfig
 from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, own_mask
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel
@@ -299,4 +299,5 @@ def _one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | N
     return past_key_values if cache is None else cache
 
 
-AutoModelForCausalLM.register(JRTConfig, JRTForCausalLM, exist_ok=True)
+if IN_PACKAGE:
+    AutoModelForCausalLM.register(JRTConfig, JRTForCausalLM, exist_ok=True)
