@@ -19,7 +19,6 @@ ORDER = (
     "model",
     "objective",
     "short_prompts",
-    "padded_prompts",
     "inputs",
     "configuration_jrt",
     "modeling_jrt",
