@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it.
 ORDER = (
+    "files",
+    "provenance",
     "config",
     "released.quirks",
     "ops",
@@ -19,6 +21,7 @@ ORDER = (
     "model",
     "objective",
     "short_prompts",
+    "inputs",
     "configuration_jrt",
     "modeling_jrt",
     "released",
