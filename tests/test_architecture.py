@@ -22,6 +22,7 @@ ORDER = (
     "objective",
     "short_prompts",
     "inputs",
+    "packed_rows",
     "configuration_jrt",
     "modeling_jrt",
     "released",
