@@ -265,6 +265,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         own = torch.ones_like(ids, dtype=torch.bool) if own is None else own  # (B, T)
         end = ids.shape[1] if columns is None else columns
         enc_length, pad = self.core.enc_length, self.config.short_prompt_token
+        if rule == "pad" and not 0 <= pad < self.core.vocab_rows:
+            raise ValueError(f"short_prompt_token {pad} is outside the vocabulary of {self.core.vocab_rows} rows")
         filled = fill_short_prompts(ids[:, :end], own[:, :end], enc_length, rule, pad)
         return filled.followed_by(ids[:, end:], own[:, end:])
 
