@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jrt_recall import reference_pages
 from jrt_recall.tokenizers import shipped_tokenizer
 
-from train.pages import Alphabet, Pages
-from train.sequences import Kind, Recipe, Sequences
+from train.data.pages import Alphabet, Pages
+from train.data.sequences import Kind, Recipe, Sequences
 from train.tokenizer import encode
 
 RECIPE = Recipe(shapes=((384, 6, 0.5), (1024, 4, 0.5)))
