@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it.
 ORDER = (
     "config",
+    "flops",
     "released.quirks",
     "ops",
     "mixers",
     "cache",
     "model",
     "objective",
+    "loss",
     "short_prompts",
     "configuration_jrt",
     "modeling_jrt",

@@ -74,7 +74,9 @@ def test_text_of_a_dataset_is_encoded(tmp_path):
     tokenizer = load_tokenizer("mini")
     texts = ["open(name, mode)\n" * 20, "close(file)\n" * 20]
     rows = datasets.Dataset.from_dict({"text": texts})
-    expected = np.concatenate([[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in texts])
+    expected = np.concatenate(
+        [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in texts]
+    )
     for source in (
         DatasetTokens(rows, 32, tokenizer),
         StreamedTokens(rows.to_iterable_dataset(), 32, 4, tokenizer),
@@ -202,7 +204,10 @@ def test_damaged_files_are_refused(tmp_path):
         TokenFile(tmp_path / "none.bin", 16)
 
 
-TEXTS = [f"Page {i} says: open the {'red' if i % 3 else 'blue'} door number {i}, and close it.\n" * (1 + i % 5) for i in range(700)]
+TEXTS = [
+    f"Page {i} says: open the {'red' if i % 3 else 'blue'} door number {i}, and close it.\n" * (1 + i % 5)
+    for i in range(700)
+]
 
 
 def text_source(folder: Path, kind: str) -> Path:

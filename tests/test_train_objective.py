@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import jrt
 import jrt.model
+from jrt.loss import ModelWithLoss, loss_of, room_for, summed_cross_entropy
 from jrt.objective import IGNORED, Objective, Targets, greedy_answers, prefix_of
-from train.loss import ModelWithLoss, loss_of, room_for, summed_cross_entropy
 from train.optimizer import Schedule, parameter_groups
 
 MASK = 99
@@ -34,7 +34,9 @@ def test_hidden_tokens_lie_in_the_prefix_and_are_recovered_at_their_own_place():
     assert hidden[:, :16].any() and not hidden[:, 16:].any()
     assert torch.equal(targets.labels[hidden], tokens[:, :-1][hidden])
     assert torch.equal(targets.masked, hidden)
-    assert torch.equal(targets.labels[:, 16:], tokens[:, 17:])  # the released code never predicts the token after the prefix
+    assert torch.equal(
+        targets.labels[:, 16:], tokens[:, 17:]
+    )  # the released code never predicts the token after the prefix
     assert (targets.labels[:, :16][~hidden[:, :16]] == IGNORED).all()
     assert targets.totals().tolist() == [6 * 16, hidden.sum()]
 
@@ -151,7 +153,9 @@ def test_the_loss_without_its_masked_part_and_the_plain_one(released):
     prefix, mask = told["enc_length"], told["hf_mask_token_id"]
     continual = golden_targets(tensors, told, "mixed")
     continual.labels[continual.masked] = IGNORED
-    assert float(losses(model, continual, Objective("jrt", mask))[1][0]) == pytest.approx(told["mixed"]["nwp_loss"], rel=1e-4)
+    assert float(losses(model, continual, Objective("jrt", mask))[1][0]) == pytest.approx(
+        told["mixed"]["nwp_loss"], rel=1e-4
+    )
     inputs, labels = tensors["plain.input_ids"], tensors["plain.labels"]
     tokens = torch.cat([inputs, labels[:, -1:]], 1)
     everywhere = Objective("causal", mask).targets(tokens, None, None)
@@ -173,7 +177,7 @@ def test_the_token_that_the_release_never_scores():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_loss_in_pieces_is_the_loss(weighted, monkeypatch):
-    monkeypatch.setattr("train.loss.CHUNK", 7)
+    monkeypatch.setattr("jrt.loss.CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((50, 8), (30, 8)))
     labels = torch.randint(0, 30, (50,), generator=generator)
@@ -197,7 +201,11 @@ def test_a_loss_in_pieces_is_the_loss(weighted, monkeypatch):
 
 def test_room_holds_every_place_that_counts():
     tokens = ids(64, 64)
-    for objective in (Objective("jrt", MASK), Objective("jrt", MASK, predicts_first=True), Objective("prefix-lm", MASK)):
+    for objective in (
+        Objective("jrt", MASK),
+        Objective("jrt", MASK, predicts_first=True),
+        Objective("prefix-lm", MASK),
+    ):
         following, masked = room_for(objective, 64, 64, 32)
         targets = objective(tokens, prefixes(64, 32), torch.Generator().manual_seed(1))
         totals = targets.totals()

@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 from train_runs import CONFIGS, ROOT, composed, curve, trained
 
 import jrt
+from jrt.loss import ModelWithLoss, loss_of, room_for
 from jrt.model import LanguageModel
 from train.data.batches import RecallData
 from train.data.library import make_library_text
 from train.loop import Trainer
-from train.loss import ModelWithLoss, compile_blocks, loss_of, room_for
 from train.optimizer import MovingAverage
 from train.run import model_of, objective_of, train
 
@@ -62,7 +62,7 @@ def test_every_experiment_is_built_and_steps_once(experiment, tmp_path):
     with torch.device("meta"):
         assert sum(p.numel() for p in LanguageModel(full).parameters()) > 0
     data = Windows(config.data.get("length") or 64, "recipe" in config.data)
-    objective, prefix = objective_of(config, full, data)
+    objective, _ = objective_of(config, full, data)
     assert objective.kind == ("jrt" if full.has("P") else "causal")
     trainer, schedule = instantiate(config.trainer), instantiate(config.task.schedule)
     assert trainer.max_steps == schedule.steps == config.steps
@@ -191,7 +191,9 @@ def test_activation_checkpointing_changes_nothing(text, tmp_path):
 
 
 def test_the_loss_falls(text, tmp_path):
-    trained(text, tmp_path, "model.pattern=CPSCL", "task.schedule.steps=40", "trainer.max_steps=40", "trainer.log_every=1")
+    trained(
+        text, tmp_path, "model.pattern=CPSCL", "task.schedule.steps=40", "trainer.max_steps=40", "trainer.log_every=1"
+    )
     losses = [float(row[1]) for row in curve(tmp_path)]
     assert len(losses) == 40 and losses[-1] < losses[0] - 1.0
 
@@ -270,7 +272,13 @@ def test_recall_sequences_train_and_are_asked(text, tmp_path):
     overrides = ["experiment=mini/jrt", "trainer=cpu", "preset=debug", "trainer.max_steps=2", "export=false"]
     recipe = ["data.recipe.shapes=[[128, 4, 1.0]]", "data.recipe.shortest_window=24", "data.recipe.longest_window=80"]
     recipe = [f"+{item}" for item in recipe]
-    small = [*recipe, "data.workers=0", "data.validation_batches=2", f"data.folder={tmp_path}", f"output={tmp_path}/out"]
+    small = [
+        *recipe,
+        "data.workers=0",
+        "data.validation_batches=2",
+        f"data.folder={tmp_path}",
+        f"output={tmp_path}/out",
+    ]
     metrics = train(composed(*overrides, *small))
     assert 0 <= metrics["validation/right"] <= 1 and metrics["train/masked"] > 0
     data = RecallData(str(tmp_path), instantiate(composed(*overrides, *small).data.recipe, _convert_="all"), 1, 2, 0)
@@ -278,7 +286,9 @@ def test_recall_sequences_train_and_are_asked(text, tmp_path):
     assert torch.equal(whole["ids"][2:], part["ids"])
 
 
-def run_command(*overrides: str, environment: dict | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def run_command(
+    *overrides: str, environment: dict | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "train" / "run.py"), *overrides]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)
 
@@ -296,8 +306,14 @@ def test_debug_runs_on_a_fresh_clone_without_a_home(tmp_path):
 
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"JRT_HOME": str(tmp_path)}
     done = run_command(
-        "experiment=debug", f"hydra.run.dir={tmp_path}/run", "trainer.max_steps=2", environment=environment, cwd=tmp_path
+        "experiment=debug",
+        f"hydra.run.dir={tmp_path}/run",
+        "trainer.max_steps=2",
+        environment=environment,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert {"metrics.csv", "model", "data", "checkpoints", "training.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"metrics.csv", "model", "data", "checkpoints", "training.json"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]

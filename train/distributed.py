@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from jrt.config import Config
+from jrt.loss import ModelWithLoss, checkpoint_blocks, compile_blocks
 from jrt.model import LanguageModel
-from train.loss import ModelWithLoss, checkpoint_blocks, compile_blocks
 
 STRATEGIES = ("ddp", "fsdp")
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from jrt.config import Config
+from jrt.flops import flops_per_token, peak_flops
+from jrt.loss import loss_of, room_for, split_rows
 from jrt.model import LanguageModel
 from jrt.objective import Objective, Targets
 from train.checkpoints import Checkpoints, Training
 from train.data.batches import Batch, Data, loader, local_part
 from train.distributed import World, unsynchronised
-from train.loss import loss_of, room_for, split_rows
 from train.optimizer import MovingAverage, Schedule
-from train.report import Logger, console, flops_per_token, peak_flops
+from train.report import Logger, console
 
 log = logging.getLogger(__name__)
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -96,7 +97,7 @@ class Loop:
     """One run on this process.
 
     Args:
-        module: `train.loss.ModelWithLoss`, spread over the devices.
+        module: `jrt.loss.ModelWithLoss`, spread over the devices.
         prefix: tokens of each row that are its prefix; None: the batch says.
         identity: what a checkpoint says of the run.
         probe: recall on reference pages, in percent.
