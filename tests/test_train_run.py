@@ -106,10 +106,11 @@ def test_the_baselines_read_what_the_release_read():
 
 
 @pytest.mark.parametrize("experiment", BASELINES)
-@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
-def test_every_baseline_has_256_rows_a_step_on_any_number_of_devices(experiment, devices):
-    trainer = instantiate(composed(f"experiment={experiment}", f"trainer.devices={devices}").trainer)
-    assert trainer.passes(trainer.global_batch) * trainer.rows * devices == 256
+def test_every_baseline_has_256_rows_a_step_on_any_number_of_devices(experiment):
+    trainer = instantiate(composed(f"experiment={experiment}").trainer)
+    for devices in (1, 2, 4, 8, 16):
+        more = dataclasses.replace(trainer, devices=devices)
+        assert more.passes(more.global_batch) * more.rows * devices == 256
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
@@ -171,22 +172,21 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path):
 @pytest.mark.parametrize("pattern", ["jrt", "prefix-lm"])
 def test_any_pattern_takes_any_objective(text, tmp_path, pattern):
     overrides = [f"task.objective.kind={pattern}", "task.objective.prefix_length=32", "model.pattern=CSA"]
-    metrics = trained(text, tmp_path, *overrides, "trainer.max_steps=2")
+    metrics = trained(text, tmp_path, *overrides, "trainer.max_steps=1")
     assert ("train/masked" in metrics) == (pattern == "jrt")
 
 
 def test_passes_do_not_change_what_is_learnt(text, tmp_path):
     curves = []
-    for rows in (4, 2, 1):
-        trained(text, tmp_path / str(rows), f"trainer.rows={rows}")
+    for rows in (4, 1):
+        trained(text, tmp_path / str(rows), f"trainer.rows={rows}", "model.pattern=CPS", "trainer.max_steps=3")
         curves.append([[float(value or 0) for value in row] for row in curve(tmp_path / str(rows))])
     np.testing.assert_allclose(curves[1], curves[0], rtol=2e-5)
-    np.testing.assert_allclose(curves[2], curves[0], rtol=2e-5)
 
 
 def test_activation_checkpointing_changes_nothing(text, tmp_path):
-    trained(text, tmp_path / "plain", "trainer.max_steps=3")
-    trained(text, tmp_path / "checkpointed", "trainer.max_steps=3", "trainer.activation_checkpointing=true")
+    trained(text, tmp_path / "plain", "trainer.max_steps=2")
+    trained(text, tmp_path / "checkpointed", "trainer.max_steps=2", "trainer.activation_checkpointing=true")
     assert curve(tmp_path / "plain") == curve(tmp_path / "checkpointed")
 
 
@@ -245,7 +245,9 @@ def test_a_moving_average_is_what_is_exported(text, tmp_path):
     overrides = ("trainer.ema=0.9", "trainer.max_steps=3", "export=true")
     trained(text, tmp_path / "averaged", *overrides)
     trained(text, tmp_path / "plain", "trainer.max_steps=3", "export=true")
-    averaged, plain = (jrt.load(str(tmp_path / name / "model")).model.norm.weight for name in ("averaged", "plain"))
+    averaged, plain = (
+        jrt.load(str(tmp_path / name / "model")).model.embedding.weight for name in ("averaged", "plain")
+    )
     assert not torch.equal(averaged, plain)
 
 
@@ -269,7 +271,7 @@ def test_recall_sequences_train_and_are_asked(text, tmp_path):
     tokens = encode([page.text for page in reference_pages.library_pages()[::8]], shipped_tokenizer())
     for split in ("train", "validation"):
         tokens.tofile(tmp_path / f"{split}.bin")
-    overrides = ["experiment=mini/jrt", "trainer=cpu", "preset=debug", "trainer.max_steps=2", "export=false"]
+    overrides = ["experiment=mini/jrt", "trainer=cpu", "preset=debug", "trainer.max_steps=1", "export=false"]
     recipe = ["data.recipe.shapes=[[128, 4, 1.0]]", "data.recipe.shortest_window=24", "data.recipe.longest_window=80"]
     recipe = [f"+{item}" for item in recipe]
     small = [
