@@ -21,6 +21,8 @@ ORDER = (
     "objective",
     "loss",
     "short_prompts",
+    "padded_prompts",
+    "inputs",
     "configuration_jrt",
     "modeling_jrt",
     "released",
