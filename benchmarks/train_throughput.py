@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from record import write
 from torch import Tensor, nn
 
-from jrt import ops
 from jrt.config import Config, presets
 from jrt.flops import flops_per_token, peak_flops
 from jrt.loss import ModelWithLoss, checkpoint_blocks, compile_blocks, has_liger, loss_of, room_for
 from jrt.model import LanguageModel
 from jrt.objective import Objective, prefix_of
+from jrt.ops.backends import choose
+from jrt.ops.call import Call
 
 
 @dataclass(frozen=True)
@@ -191,15 +192,16 @@ def backend_of(config: Config | None, row: Row, device: torch.device) -> str:
 
 
 def _linear_backend(config: Config, row: Row, device: torch.device) -> str:
-    """The backend that the op's own choice names for a training call of this shape; "default" where it does not say."""
-    chooses = getattr(ops, "chosen_backend", None)
-    if chooses is None:
-        return "default"
-    head = config.width // config.linear_heads
-    shape = (row.batch, config.train_length, config.linear_heads)
-    q = torch.empty(*shape, config.feature_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-    v = torch.empty(*shape, head, device=device, dtype=torch.bfloat16, requires_grad=True)
-    return chooses(q, q, v)
+    """The backend that the op itself chooses for a training call of this shape."""
+    heads = config.linear_heads
+    sizes = (row.batch, config.train_length, heads)
+    q, v = (
+        torch.empty(*sizes, size, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for size in (config.feature_dim, config.width // heads)
+    )
+    decay = None if config.decay_const is None else torch.zeros(heads, device=device)
+    chosen = choose(Call(q, q, v, log_decay=decay, normalize=decay is None), None)
+    return chosen.__name__.rsplit(".", 1)[-1]
 
 
 def main() -> None:

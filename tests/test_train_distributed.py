@@ -102,7 +102,9 @@ def test_the_command_starts_a_process_for_each_device(text, tmp_path, alone):
     from train_runs import ROOT
 
     base = [sys.executable, str(ROOT / "train" / "run.py"), "experiment=debug", f"data.folder={text}", "export=false"]
-    done = subprocess.run([*base, f"output={tmp_path}", *SMALL, "trainer.devices=2"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*base, f"output={tmp_path}", *SMALL, "trainer.devices=2"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(figures(tmp_path), figures(alone), rtol=3e-5)
     wrong = [*base, f"output={tmp_path}/x", "data.length=48", "trainer.devices=2", "trainer.rows=2"]

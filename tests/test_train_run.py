@@ -283,9 +283,48 @@ def test_recall_sequences_train_and_are_asked(text, tmp_path):
     ]
     metrics = train(composed(*overrides, *small))
     assert 0 <= metrics["validation/right"] <= 1 and metrics["train/masked"] > 0
+    with pytest.raises(ValueError, match="raise model.enc_length"):
+        train(composed(*overrides, *small, "model.enc_length=64"))
     data = RecallData(str(tmp_path), instantiate(composed(*overrides, *small).data.recipe, _convert_="all"), 1, 2, 0)
     whole, part = data.part(1, 4, 0, 4), data.part(1, 4, 2, 2)
     assert torch.equal(whole["ids"][2:], part["ids"])
+
+
+def test_recall_is_probed_while_training(text, tmp_path):
+    metrics = trained(text, tmp_path, "model.pattern=C", "trainer.max_steps=2", "trainer.probe_every=2")
+    assert 0 <= metrics["recall/score"] <= 100
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_hub_trains_and_goes_on(tmp_path, streaming, monkeypatch):
+    """A folder that `datasets` loads stands for a name on the hub."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.mkdir()
+    for split, count in (("train", 60), ("validation", 8)):
+        rows = [json.dumps({"text": f"open door {i} of {split}, then close it. " * 20}) + "\n" for i in range(count)]
+        (source / f"{split}.jsonl").write_text("".join(rows))
+    folder = Path(sys.modules["jrt_recall"].__file__).parent / "assets"
+    overrides = ["experiment=debug", "data=hub", f"data.path={source}", f"data.tokenizer={folder}", "data.length=128"]
+    overrides += [f"data.streaming={streaming}", "data.validation_windows=4", "export=false", "model.pattern=CPS"]
+    train(composed(*overrides, f"output={tmp_path}/whole"))
+    train(composed(*overrides, f"output={tmp_path}/cut", "trainer.max_steps=3"))
+    train(composed(*overrides, f"output={tmp_path}/cut"))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm"])
+def test_sweeps_go_through_hydras_launchers(launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    config = composed("experiment=ablations/table12/linear", f"hydra/launcher={launcher}", hydra_too=True)
+    assert launcher.split("_")[0] in config.hydra.launcher._target_.lower()
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    groups = [name for name in EXPERIMENTS if name.startswith("ablations/table11/")]
+    override = OverridesParser.create().parse_overrides([f"experiment={','.join(groups)}"])
+    jobs = BasicSweeper.split_arguments(override, max_batch_size=None)[0]
+    assert sorted(job[0] for job in jobs) == [f"experiment={name}" for name in groups]
 
 
 def run_command(

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,11 @@ def objective_of(config: DictConfig, model: Config, data: Data) -> tuple[Objecti
     kind = fields.pop("kind", "jrt" if model.has("P") else "causal")
     objective = Objective(kind, fields.pop("mask_token", model.vocab_rows - 1), **fields)
     prefix = None if data.tells_prefix else prefix_of(model, kind, data.length, given)
+    if data.tells_prefix and model.has("P") and model.enc_length < data.length:
+        raise ValueError(
+            f"prefixes of this data have up to {data.length} tokens, and the model's encoder reads {model.enc_length}: raise "
+            "model.enc_length, or shorten the sequences"
+        )
     tokenizer = data.tokenizer()
     if tokenizer is not None and len(tokenizer) > model.vocab_rows:
         raise ValueError(
@@ -253,8 +259,6 @@ def _run(config: DictConfig) -> None:
 
 
 def _is_first() -> bool:
-    import os
-
     return os.environ.get("RANK") == "0"
 
 
