@@ -283,7 +283,7 @@ def test_recall_sequences_train_and_are_asked(text, tmp_path):
     ]
     metrics = train(composed(*overrides, *small))
     assert 0 <= metrics["validation/right"] <= 1 and metrics["train/masked"] > 0
-    with pytest.raises(ValueError, match="raise model.enc_length"):
+    with pytest.raises(ValueError, match=r"raise model\.enc_length"):
         train(composed(*overrides, *small, "model.enc_length=64"))
     data = RecallData(str(tmp_path), instantiate(composed(*overrides, *small).data.recipe, _convert_="all"), 1, 2, 0)
     whole, part = data.part(1, 4, 0, 4), data.part(1, 4, 2, 2)
