@@ -92,6 +92,13 @@ def test_every_experiment_is_built_and_steps_once(experiment, tmp_path):
     assert losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("group", ["data", "logger", "model", "task", "trainer"])
+def test_every_configuration_is_composed(group):
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        config = composed("experiment=debug", f"{group}={path.stem}")
+        assert OmegaConf.is_config(config) and (not config[group] or OmegaConf.to_container(config[group]) is not None)
+
+
 def test_the_baselines_read_what_the_release_read():
     config = composed("experiment=baselines/jrt-360m-30b", "trainer.devices=8")
     trainer = instantiate(config.trainer)
@@ -148,6 +155,8 @@ def test_a_model_by_its_fields():
         (["trainer.devices=2", "trainer.rows=2"], "1 processes run"),
         (["task.schedule.decayed=all"], "matrices, released"),
         (["data.length=100000"], "a window needs"),
+        (["data.validation_windows=0"], "at least 1"),
+        (["trainer.global_batch=100000", "trainer.rows=100000"], "a batch needs 100000"),
         (["trainer.ema=1.5"], "between 0 and 1"),
         (["logger=wandb"], "wandb"),
         (["logger=tensorboard"], "tensorboard"),

@@ -60,13 +60,27 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
     output = Path(config.output).expanduser()
     model_config = model_of(config)
     schedule: Schedule = _made(config.task.schedule)
+    found = Checkpoints(output / "checkpoints", place).latest()
+    before = None if found is None else found.facts["identity"]
+    if before is not None:
+        if not config.resume:
+            raise ValueError(
+                f"{output} holds a run already: leave out resume=false to go on with it, or choose another output"
+            )
+        model_identity = {"preset": config.preset, "model": model_config.to_dict()}
+        _check_same_run(output, before, model_identity, list(config.accept))  # before its contradictions with the data
     data: Data = _data(config, place)
     objective, prefix = objective_of(config, model_config, data)
-    trainer.passes(trainer.global_batch or data.rows(0) or 0)
+    rows = trainer.global_batch or data.rows(0) or 0
+    trainer.passes(rows)
+    if data.windows is not None and data.windows < rows:
+        raise ValueError(f"the training text has {data.windows} windows of {data.length} tokens; a batch needs {rows}")
     identity = identity_of(config, model_config, objective, schedule, data)
-    found = Checkpoints(output / "checkpoints", place).latest()
-    if found is not None:
-        _check_same_run(output, found.facts["identity"], identity, list(config.accept), bool(config.resume))
+    if before is not None:
+        unknown = sorted(set(config.accept) - set(identity))
+        if unknown:
+            raise ValueError(f"accept={','.join(unknown)}: expected names out of {', '.join(identity)}")
+        _check_same_run(output, before, identity, list(config.accept))
     configured = [_made(config.logger)] if config.logger and place.is_first else []
     model, module = build(
         model_config,
@@ -153,7 +167,7 @@ def identity_of(
     config: DictConfig, model: Config, objective: Objective, schedule: Schedule, data: Data
 ) -> dict[str, Any]:
     """What a run is: two that agree in it compute the same. Kept in checkpoints, and compared before one goes on."""
-    found = {
+    return {
         "preset": config.preset,
         "model": model.to_dict(),
         "objective": dataclasses.asdict(objective),
@@ -165,7 +179,6 @@ def identity_of(
         "ema": config.trainer.ema,
         "code": code_version(),
     }
-    return json.loads(json.dumps(found))
 
 
 def code_version() -> str:
@@ -177,14 +190,8 @@ def code_version() -> str:
     return f"{digest.hexdigest()[:12]}, torch {torch.__version__}"
 
 
-def _check_same_run(output: Path, before: dict, now: dict, accepted: list[str], resumes: bool) -> None:
-    if not resumes:
-        raise ValueError(
-            f"{output} holds a run already: leave out resume=false to go on with it, or choose another output"
-        )
-    unknown = sorted(set(accepted) - set(now))
-    if unknown:
-        raise ValueError(f"accept={','.join(unknown)}: expected names out of {', '.join(now)}")
+def _check_same_run(output: Path, before: dict, now: dict, accepted: list[str]) -> None:
+    now = json.loads(json.dumps(now))
     changed = [name for name in now if before.get(name) != now[name] and name not in accepted]
     if changed:
         told = "; ".join(f"{name}: {_shown(before.get(name), now[name])}" for name in changed)

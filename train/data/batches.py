@@ -34,6 +34,7 @@ class Data(Protocol):
 
     length: int  # T of the longest row
     workers: int
+    windows: int | None  # different rows that there are to read; None: no end
     validation_batches: int
     tells_prefix: bool  # whether batches say how long each row's prefix is
 
@@ -101,6 +102,11 @@ class TextData:
         self.weights = [float(part["weight"]) for part in mixture] or [1.0]
         self.neox_windows = neox_windows
         self.manifests = [_manifest(path) for path in self.folders]
+        if len({str(manifest.get("tokenizer", {}).get("sha256")) for manifest in self.manifests}) > 1:
+            raise ValueError("the folders of data.mixture were made with different tokenizers")
+        if validation_windows < 1:
+            raise ValueError(f"data.validation_windows is {validation_windows}: expected at least 1")
+        self.windows = 0
         streams = [self._stream(path, manifest) for path, manifest in zip(self.folders, self.manifests, strict=True)]
         self.stream = streams[0] if len(streams) == 1 else Mixture(streams, self.weights, seed)
         parts = zip(self.folders, self.manifests, strict=True)
@@ -124,6 +130,7 @@ class TextData:
 
     def _stream(self, folder: Path, manifest: dict) -> Stream:
         source = self._files(folder, "train", manifest)
+        self.windows += len(source)
         if self.order == "straight":
             return Straight(source)
         if self.order == "shuffle":
@@ -202,6 +209,7 @@ class HubData:
             return DatasetTokens(found, length, self._tokenizer, column)
 
         training = source(train_split, streaming, stream_windows)
+        self.windows: int | None = None if streaming else len(training)
         self.stream: Stream = Straight(training) if streaming else Shuffled(training, seed)
         held_out = source(validation_split, streaming, validation_windows)
         count = min(validation_windows, len(held_out))
@@ -232,6 +240,7 @@ class RecallData:
     """The mini models' text (``train/corpus.py``) as recall sequences (``sequences.py`` beside this file), whose recipe says how many rows a step has."""
 
     tells_prefix = True
+    windows = None  # rows are drawn
 
     def __init__(self, folder: str, recipe: Recipe, seed: int, validation_batches: int, workers: int) -> None:
         self.folder, self.recipe, self.seed, self.workers = Path(folder).expanduser(), recipe, seed, workers
