@@ -1,0 +1,127 @@
+"""Examples of recall tasks, drawn on the device in whole tensors.
+
+An example is a context, then a question. Some columns of the question have an answer that the context holds:
+
+    context   PREFIX  7  5  SEPARATE_LISTS  9  7  8
+    question  SEPARATE_ANSWER
+    answer    7
+
+`synthetics.readings` says in which order the model reads them. Ids 0 to 3 are special in every task.
+
+Shapes: N examples, C context tokens, Q question tokens, K answers an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASK, PREFIX, SEPARATE_LISTS, SEPARATE_ANSWER = range(4)
+SPECIAL_TOKENS = 4
+IGNORED = -100
+TRAIN, TEST = 0, 1
+ATTEMPTS = 100  # redraws of test examples that are also training examples
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N examples of one size, all of one length."""
+
+    name: str  # of the size: "4_16" for lists of 4 and 16 tokens
+    context: Tensor  # (N, C) int64
+    question: Tensor  # (N, Q) int64
+    asked: Tensor  # (N, K) int64, columns of the question after which an answer is due
+    answers: Tensor  # (N, K) int64
+    other_order: Tensor  # (C,) int64, columns of the context that read its parts in the reverse order
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def rows(self, index: Tensor | slice) -> Examples:
+        """The examples with these numbers."""
+        parts = (each[index] for each in (self.context, self.question, self.asked, self.answers))
+        return Examples(self.name, *parts, self.other_order)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one seed draws of a task."""
+
+    train: list[Examples]
+    test: list[Examples]
+
+
+class Task(Protocol):
+    """A recall task: sizes to train on and sizes to test on."""
+
+    @property
+    def name(self) -> str:
+        """In results."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids, the special ones included."""
+
+    @property
+    def train_examples(self) -> int:
+        """Of each size."""
+
+    @property
+    def longest(self) -> int:
+        """C + Q of the longest example."""
+
+    def check(self) -> None:
+        """Raises ValueError, before anything is drawn, for sizes that cannot be drawn."""
+
+    def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
+        """Training and test examples; the same for the same seed and kind of device."""
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator whose numbers depend on the whole key and on nothing else."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def fingerprints(examples: Examples) -> Tensor:
+    """(N,) int64, equal for equal examples; different ones share one with a chance of about 2^-63."""
+    text = torch.cat([examples.context, examples.question], dim=1)  # (N, C + Q)
+    weights = torch.randint(-(2**62), 2**62, (text.shape[1],), generator=torch.Generator().manual_seed(1)) | 1
+    return (text * weights.to(text.device)).sum(1)  # wraps around
+
+
+def draw_unseen(
+    draw: Callable[[int, torch.Generator], Examples], count: int, random: torch.Generator, seen: Tensor
+) -> Examples:
+    """Draws examples none of which is among those seen.
+
+    Args:
+        draw: gives so many examples.
+        count: N.
+        random: what `draw` is called with.
+        seen: (S,) fingerprints.
+
+    Raises:
+        ValueError: nearly all that can be drawn was seen.
+    """
+    examples = draw(count, random)
+    for _ in range(ATTEMPTS):
+        known = torch.isin(fingerprints(examples), seen)
+        if not known.any():
+            return examples
+        fresh = draw(int(known.sum()), random)
+        for old, new in zip(_tensors(examples), _tensors(fresh), strict=True):
+            old[known] = new
+    raise ValueError(
+        f"{examples.name}: training holds nearly all examples there are, so none is left to test on; "
+        "expected fewer training examples or a larger vocabulary"
+    )
+
+
+def _tensors(examples: Examples) -> tuple[Tensor, ...]:
+    return examples.context, examples.question, examples.asked, examples.answers
