@@ -156,7 +156,10 @@ def gated_convolution(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     u, gate = u.chunk(2, dim=-1)  # (M, B, T, E) each
     length, count = u.shape[2], taps.shape[2]
     before = torch.nn.functional.pad(u, (0, 0, count - 1, 0))
-    c = sum(before[:, :, tap : tap + length] * taps[:, None, None, :, tap].to(u.dtype) for tap in range(count))
+    taps = taps.permute(2, 0, 1).to(u.dtype).contiguous()[:, :, None, None]  # (K, M, 1, 1, E)
+    c = before[:, :, :length] * taps[0]
+    for tap in range(1, count):
+        c = torch.addcmul(c, before[:, :, tap : tap + length], taps[tap])
     if bias is not None:
         c = c + bias[:, None, None].to(u.dtype)
     return torch.nn.functional.silu(c) * gate

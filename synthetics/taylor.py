@@ -9,6 +9,8 @@ Shapes: R rows (of all models), T tokens, M prefix tokens, H heads, d query/key 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,18 +36,43 @@ def taylor_attention(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tens
     own = k.shape[2]
     if prefix is not None:
         k, v = torch.cat([k, _keys(prefix[0])], dim=2), torch.cat([v, _values(prefix[1])], dim=2)
-    sums = taylor_weights(q @ k.mT, own) @ v  # (R, H, T, D + 1 or more): numerator, then denominator
+    sums = TaylorWeights.apply(q @ k.mT, own) @ v  # (R, H, T, D + 1 or more): numerator, then denominator
     return (sums[..., :size] / sums[..., size : size + 1]).transpose(1, 2)
 
 
-@fused
-def taylor_weights(scores: Tensor, own: int) -> Tensor:
-    """1 + s + s^2 / 2, and 0 where a query would see a later token. scores (R, H, T, J), of which the first `own`
-    columns are causal."""
+class TaylorWeights(torch.autograd.Function):
+    """1 + s + s^2 / 2, and 0 where a query would see a later token.
+
+    Written with its derivative, 1 + s, because these are the largest tensors: autograd would keep and pass over several.
+    scores (R, H, T, J), of which the first `own` columns are causal.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, own: int) -> Tensor:
+        seen = _seen(scores, own)
+        ctx.save_for_backward(scores, seen)
+        return _weights(scores, seen)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _slopes(*ctx.saved_tensors, gradient), None
+
+
+def _seen(scores: Tensor, own: int) -> Tensor:
+    """(T, J), 1 where the query may see the column's token."""
     row = torch.arange(scores.shape[-2], device=scores.device)[:, None]
     column = torch.arange(scores.shape[-1], device=scores.device)
-    seen = (column <= row) | (column >= own)  # (T, J)
-    return torch.where(seen, 1 + scores + 0.5 * scores * scores, 0)
+    return ((column <= row) | (column >= own)).to(scores.dtype)
+
+
+@fused
+def _weights(scores: Tensor, seen: Tensor) -> Tensor:
+    return (0.5 * scores).add_(1).mul_(scores).add_(1).mul_(seen)
+
+
+@fused
+def _slopes(scores: Tensor, seen: Tensor, gradient: Tensor) -> Tensor:
+    return (scores + 1).mul_(gradient).mul_(seen)
 
 
 def _keys(k: Tensor) -> Tensor:
