@@ -43,9 +43,13 @@ class Folder:
         report = read(self.path)
         if (report["sweep"], report["fingerprint"]) != (self.sweep, self.fingerprint):
             same = "an older version of it" if report["sweep"] == self.sweep else report["sweep"]
-            raise ValueError(f"{self.path} is the folder of another sweep ({same}): give {self.sweep} a folder of its own")
+            raise ValueError(
+                f"{self.path} is the folder of another sweep ({same}): give {self.sweep} a folder of its own"
+            )
         if report["rows"] and not resume:
-            raise ValueError(f"{self.path} has {len(report['rows'])} results of this sweep: add --resume to go on with it")
+            raise ValueError(
+                f"{self.path} has {len(report['rows'])} results of this sweep: add --resume to go on with it"
+            )
         self.rows = {row["run"]: row for row in report["rows"]}
 
     def is_done(self, group: Sequence[Run]) -> bool:

@@ -1,8 +1,9 @@
 """Distinct random numbers for many rows at once, the same on every device.
 
 Each row has a permutation of its own, a Feistel network with random round keys (Black and Rogaway, "Ciphers with
-arbitrary finite domains", 2002), and only as many of its values are computed as are asked for. The keys are drawn on
-the CPU, and everything after them is integer arithmetic, so that a GPU draws what a CPU draws.
+arbitrary finite domains", 2002), and only as many of its values are computed as are asked for. Out of few numbers a
+network does not choose evenly, so there a row of random numbers is sorted instead. All random numbers are drawn on the
+CPU, and a network is integer arithmetic, so that a GPU draws what a CPU draws.
 
 Shapes: N rows, K numbers a row.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SMALL = 128  # numbers to choose from: below, they are sorted
 ROUNDS = 8
 LARGEST = 1 << 24  # numbers to choose from; products of halves and keys stay within 32 bits
 ELEMENTS = 1 << 16  # numbers computed at a time on a CPU, so that they stay in its cache
@@ -36,7 +38,12 @@ def draw_distinct(
     """
     choices = high - low
     if not count <= choices <= LARGEST:
-        raise ValueError(f"{count} distinct numbers of {choices}: expected at most {choices}, which is at most {LARGEST}")
+        raise ValueError(
+            f"{count} distinct numbers of {choices}: expected at most {choices}, which is at most {LARGEST}"
+        )
+    if choices < SMALL:
+        order = torch.rand(rows, choices, generator=random, dtype=torch.float64).argsort(dim=1)
+        return (order[:, :count] + low).to(device)
     keys = torch.randint(-(2**31), 2**31, (rows, ROUNDS), generator=random, dtype=torch.int64)
     keys = keys.to(torch.int32).to(device)
     drawn = torch.empty(rows, count, dtype=torch.int64, device=device)
@@ -57,7 +64,7 @@ def draw_distinct(
 
 def _permuted(numbers: Tensor, keys: Tensor, choices: int) -> Tensor:
     """One walk through the network: a permutation of 2^bits >= choices numbers. numbers (...), keys (..., ROUNDS)."""
-    bits = max(2, (choices - 1).bit_length())
+    bits = (choices - 1).bit_length()
     low_bits = bits // 2
     high, low = numbers >> low_bits, numbers & ((1 << low_bits) - 1)
     for turn in range(0, ROUNDS, 2):

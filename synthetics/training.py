@@ -61,19 +61,19 @@ class Training:
         splits = [first.task.draw(seed, device) for seed in seeds]
         self.train = _segments([split.train for split in splits], first)
         self.test = _segments([split.test for split in splits], first)
-        self.steps = RecordedSteps(self._step, device)
+        self.steps = RecordedSteps(self.step, device)
 
     def epoch(self) -> list[float]:
         """One epoch over the training examples; the test accuracy of each model after it, averaged over sizes."""
         progress = self.epochs_done / self.epochs
         self.optimizer.factor.fill_((1 + math.cos(math.pi * progress)) / 2)
-        for segment, part in self._order():
+        for segment, part in self.order():
             self.steps(*segment.batch(self.places, part))
         self.epochs_done += 1
         self.accuracy = self.test_accuracy()
         return [sum(each.values()) / len(each) for each in self.accuracy]
 
-    def _order(self) -> Iterator[tuple[Segment, slice]]:
+    def order(self) -> Iterator[tuple[Segment, slice]]:
         """Batches of one size each, in an order that depends on the epoch alone: all seeds meet the sizes together."""
         parts = [
             (segment, slice(start, min(start + self.batch, segment.tokens.shape[1])))
@@ -83,14 +83,16 @@ class Training:
         for index in torch.randperm(len(parts), generator=generator(ORDER, self.epochs_done)).tolist():
             yield parts[index]
 
-    def _step(self, tokens: Tensor, asked: Tensor, answers: Tensor) -> None:
-        logits = self._logits(tokens, asked)  # (R, K, V)
+    def step(self, tokens: Tensor, asked: Tensor, answers: Tensor) -> None:
+        """One step of all models on a batch of `Segment.batch`."""
+        logits = self.logits(tokens, asked)  # (R, K, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), reduction="sum")
         # Each model's loss is a mean over its own answers; the sum of them has each model's own gradients.
         (loss / (answers.numel() // len(self.runs))).backward()
         self.optimizer.step()
 
-    def _logits(self, tokens: Tensor, asked: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, asked: Tensor) -> Tensor:
+        """(R, K, V), after the columns that are asked for; arguments of `Segment.batch`."""
         hidden, _ = self.model.read(tokens)  # (R, T, E)
         return self.model.head(hidden.take_along_dim(asked[..., None], dim=1))
 
@@ -105,7 +107,7 @@ class Training:
             right = torch.zeros(len(self.runs), device=self.device)
             for start in range(0, examples, rows):
                 tokens, asked, answers = segment.batch(self.places, slice(start, start + rows))
-                is_right = self._logits(tokens, asked).argmax(-1) == answers  # (R, K)
+                is_right = self.logits(tokens, asked).argmax(-1) == answers  # (R, K)
                 right += is_right.view(len(self.runs), -1).sum(1)
             for row, share in zip(found, (right / segment.answers[0].numel()).tolist(), strict=True):
                 row[segment.name] = share
