@@ -340,7 +340,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("source", help="folder or hub id")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument(
-        "--self-contained", action="store_true", help="add a modelling file: loads where jrt is not installed"
+        "--self-contained", action="store_true", help="add the model's source files: loads where jrt is not installed"
     )
     parser.set_defaults(command=_convert)
 

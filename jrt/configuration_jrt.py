@@ -12,6 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from jrt.config import Config, presets
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
+IN_PACKAGE = __name__.startswith("jrt.")  # not in a self-contained folder, whose classes transformers finds by itself
+
 
 class JRTConfig(PreTrainedConfig):
     """A `jrt.Config` and what else a folder has to say: quirks, the rule for short prompts, where it came from."""
@@ -26,12 +28,13 @@ class JRTConfig(PreTrainedConfig):
         short_prompt_token: int = SPACE_TOKEN,
         quirks: dict | None = None,
         source: str | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
+        bos_token_id: int | list[int] | None = None,
+        eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
         **kwargs,
     ) -> None:
-        importlib.import_module("jrt.modeling_jrt")  # registers the model class for AutoModelForCausalLM
+        if IN_PACKAGE:  # the model classes, known to AutoModelForCausalLM from now on
+            importlib.import_module("jrt.released.modeling")
         core = Config.from_dict(architecture) if architecture else presets()["debug"]
         check_short_prompt(short_prompt)
         self.architecture = core.to_dict()
@@ -54,4 +57,5 @@ class JRTConfig(PreTrainedConfig):
         return Config.from_dict(self.architecture)
 
 
-AutoConfig.register("jrt", JRTConfig, exist_ok=True)
+if IN_PACKAGE:
+    AutoConfig.register("jrt", JRTConfig, exist_ok=True)

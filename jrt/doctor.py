@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from jrt.checkpoints.load import MINIS
+from jrt.checkpoints.names import shipped
 from jrt.ops import BACKENDS
 
 _PACKAGES = (
@@ -52,8 +52,7 @@ def findings() -> list[tuple[str, str]]:
     kernels = importlib.util.find_spec("jrt_kernels") is not None
     found.append(("ops backends", ", ".join(BACKENDS)))
     found.append(("jrt_kernels", "built" if kernels else "not built (Hopper kernels; optional)"))
-    minis = sorted(folder.parent.name for folder in MINIS.glob("*/config.json"))
-    found.append(("mini models", ", ".join(minis) or "none: this installation lacks its package data"))
+    found.append(("mini models", ", ".join(shipped()) or "none: this installation lacks its package data"))
     for name, purpose in (
         ("JRT_DATA", "published datasets"),
         ("JRT_PASSAGES", "passages of the qa_ tasks"),

@@ -19,6 +19,8 @@ ORDER = (
     "model",
     "objective",
     "short_prompts",
+    "padded_prompts",
+    "inputs",
     "configuration_jrt",
     "modeling_jrt",
     "released",

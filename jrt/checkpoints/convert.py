@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from jrt import __version__
 from jrt.checkpoints.files import files
-from jrt.checkpoints.load import load, resolve
+from jrt.checkpoints.load import load
+from jrt.checkpoints.names import origin, resolve
 from jrt.checkpoints.self_contained import make_self_contained
 from jrt.modeling_jrt import JRTForCausalLM
 
@@ -45,7 +46,7 @@ def convert(
         source: anything that `jrt.load` takes: a folder, a hub id, a mini model's name.
         out: a folder that is new or empty.
         dtype: of the weights in the result; None keeps the source's.
-        self_contained: add a modelling file: the folder then loads with `trust_remote_code=True` where jrt is missing.
+        self_contained: add the model's source files: the folder then loads with `trust_remote_code=True` where jrt is missing.
 
     Returns:
         The folder.
@@ -53,11 +54,10 @@ def convert(
     Raises:
         ValueError: `out` holds something, the disk is too full, or the source cannot be loaded: nothing is written.
     """
-    out = Path(out).expanduser()
-    _check_out(out)
+    out = _checked_out(out)
     folder = resolve(source)
     model = load(source, dtype=dtype)
-    model.config.source = _origin(source)
+    model.config.source = origin(source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -70,7 +70,7 @@ def convert(
         for name in tokenizer:
             shutil.copyfile(folder / name, partial / name)
         if self_contained:
-            make_self_contained(partial, __version__)
+            make_self_contained(partial, type(model), __version__)
         sources = [folder / "config.json", *files(folder), *(folder / name for name in tokenizer)]
         card = _card(model, source, sources, sorted(partial.iterdir()), bool(tokenizer), self_contained)
         (partial / "README.md").write_text(card)
@@ -82,16 +82,15 @@ def convert(
     return out
 
 
-def _check_out(out: Path) -> None:
+def _checked_out(given: str | Path) -> Path:
+    out = Path(os.path.expanduser(given))
+    if str(out).startswith("~"):
+        raise ValueError(f"{out}: there is no user of that name on this machine")
     if os.path.isdir(out) and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder, or empty this one")
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file: expected a new or empty folder")
-
-
-def _origin(source: str | Path) -> str:
-    """A name for the record that tells nothing of this machine's folders."""
-    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+    return out
 
 
 def _check_space(folder: Path, model: JRTForCausalLM) -> None:
@@ -120,10 +119,10 @@ def _card(
     """The folder's README.md: what it is, how it loads, where it came from."""
     config, core = model.config, model.config.core
     parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
-    origin = _origin(source)
+    name = origin(source)
     quirks = ", ".join(config.quirks) or "none (correct computation)"
     other_way = (
-        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs `modeling_jrt.py`."
+        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs the `.py` files of this folder."
         if alone
         else "For a folder that loads without jrt, convert with `--self-contained`."
     )
@@ -133,7 +132,7 @@ pipeline_tag: text-generation
 tags: [jrt, recurrent, linear-attention]
 ---
 
-# {origin}, converted by jrt
+# {name}, converted by jrt
 
 ```python
 import jrt
@@ -158,7 +157,7 @@ The weights are the source's under other names, and so is their licence.
 
 ## Provenance
 
-Converted from `{origin}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
+Converted from `{name}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
 
 Source files:
 

@@ -6,7 +6,6 @@ checkpoint is executed: models that need remote code are refused by transformers
 
 import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import jrt
-from jrt.checkpoints.load import MINIS, RELEASED, checked_device, checked_dtype
+from jrt.checkpoints.load import checked_device, checked_dtype
+from jrt.checkpoints.names import Kind, kind_of_model, shipped, unless_shadowed
 from jrt.modeling_jrt import CACHE, JRTForCausalLM
-from jrt.released.configurations import is_released
 from jrt.released.quirks import Quirks
 
 SMOLLM2 = "smollm2"
@@ -162,17 +161,12 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def unknown_model(name: str) -> str:
     """The line for a name that leads nowhere."""
-    minis = ", ".join(sorted(folder.parent.name for folder in MINIS.glob("*/config.json")))
-    return f"unknown model {name!r}: expected {minis or 'mini-*'}, {SMOLLM2}, a folder, or a hub id OWNER/NAME"
+    return f"unknown model {name!r}: expected {', '.join(shipped()) or 'mini-*'}, {SMOLLM2}, a folder, or a hub id OWNER/NAME"
 
 
 def is_ours(name: str) -> bool:
     """Whether `jrt.load` reads that name: a preset, a released id, or a folder in our or the released format."""
-    file = os.path.join(os.path.expanduser(name), "config.json")
-    if os.path.isfile(file):  # unlike Path.is_file, False for what cannot be a path
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-        return config.get("model_type") == "jrt" or is_released(config)
-    return name in jrt.presets() or name in RELEASED
+    return kind_of_model(name) is not Kind.OTHER
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -195,7 +189,7 @@ def position_bound(model: PreTrainedModel) -> int | None:
 
 def _location(name: str) -> tuple[str, dict[str, str]]:
     """Folder or hub id, and how transformers has to be told of a GGUF file."""
-    folder = _smollm2_folder() if name == SMOLLM2 else Path(os.path.expanduser(name))
+    folder = unless_shadowed(name, _smollm2_folder()) if name == SMOLLM2 else Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         return name, {}
     if (folder / "config.json").is_file():

@@ -12,15 +12,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jrt.ops.call import Call
 from jrt.ops.feature_map import State, taylor_features
+from jrt.ops.packing import attend_apart, encode_apart
 
 CHUNK = 128
 # Chunks of a segment are computed side by side, segments one after another: the states between them may take this.
 SEGMENT_STATE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 
 
-def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
+def unsupported(call: Call) -> None:
+    """PyTorch serves every call."""
+
+
+def encode_prefix(call: Call) -> State:
     """The state that a prefix leaves; no scores, no order, no queries (equation 3, encoder sums)."""
+    if call.cu_seqlens is not None:
+        return encode_apart(encode_prefix, call)
+    _, k, v, _, mask, *_ = call.without_padding()
     length = k.shape[1]
     k, v = _to_compute_dtype(k), _to_compute_dtype(v)
     piece = _segment_tokens(k, v)
@@ -35,16 +44,11 @@ def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
     return State(S, z)
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial_state: State | None,
-    mask: Tensor | None,
-    log_decay: Tensor | None,
-    normalize: bool,
-) -> tuple[Tensor, State]:
+def linear_attention(call: Call) -> tuple[Tensor, State]:
     """The function of `reference.linear_attention`, in T / C steps."""
+    if call.cu_seqlens is not None:
+        return attend_apart(linear_attention, call)
+    q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
     dtype = v.dtype
     q, k, v = _to_compute_dtype(q), _to_compute_dtype(k), _to_compute_dtype(v)
     state = initial_state
