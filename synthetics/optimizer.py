@@ -17,7 +17,7 @@ LARGEST_NORM = 1.0
 class StackedAdamW:
     """`torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`, for each model of a stack by itself.
 
-    Takes over the module's parameters: they become views of one table (M, P), and their gradients of another. All
+    Takes over the module's parameters: they become views of one table (M, P). Gradients are allocated here, too, and all
     updates are in place, so that a CUDA graph can replay them.
     """
 
@@ -34,20 +34,21 @@ class StackedAdamW:
         self._attach()
 
     def _attach(self) -> None:
-        """Points the parameters and their gradients into the tables."""
-        self.gradients = torch.zeros_like(self.weights)
+        """Points the parameters into the table and gives them gradients of zero."""
         start = 0
         for each in self.parameters:
             shape, end = each.shape[1:], start + each[0].numel()
+            each.grad = None
             each.data = self.weights[:, start:end].unflatten(1, shape)
-            each.grad = self.gradients[:, start:end].unflatten(1, shape)
+            each.grad = torch.zeros(each.shape, dtype=each.dtype, device=each.device)
             start = end
 
     @torch.no_grad()
     def step(self) -> None:
         """Updates the weights, then sets the gradients to zero."""
-        norm = torch.linalg.vector_norm(self.gradients, dim=1, keepdim=True)  # (M, 1)
-        g = self.gradients.mul_((LARGEST_NORM / (norm + 1e-6)).clamp(max=1))
+        g = torch.cat([each.grad.flatten(1) for each in self.parameters], dim=1)  # (M, P)
+        norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)  # (M, 1)
+        g.mul_((LARGEST_NORM / (norm + 1e-6)).clamp(max=1))
         self.steps += 1
         rate = self.peak * self.factor
         step_size = rate / (1 - BETAS[0] ** self.steps)
@@ -56,7 +57,8 @@ class StackedAdamW:
         self.first.lerp_(g, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
         self.weights.sub_(self.first / (self.second.sqrt() / correction + EPS) * step_size.to(g.dtype))
-        self.gradients.zero_()
+        for each in self.parameters:
+            each.grad.zero_()
 
     def keep(self, models: list[int]) -> None:
         """Goes on with these models of the stack alone."""

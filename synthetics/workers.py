@@ -39,7 +39,7 @@ def train_all(
         yield from _over_ray(groups, device, deadline)
     elif workers == 1:
         for group in groups:
-            yield _train_one(group, torch.device(device), deadline)
+            yield _train_one(group, _first(device), deadline)
     else:
         yield from _over_processes(groups, device, workers, deadline)
 
@@ -57,11 +57,17 @@ def check_device(device: str, workers: int) -> None:
 def _train_one(group: Group, device: torch.device, deadline: float | None) -> Rows:
     if deadline is not None and time.monotonic() > deadline:
         return None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     runs, checkpoint = group
     rows = train(runs, device, checkpoint, deadline)
     if rows is not None:
         checkpoint.unlink(missing_ok=True)
     return rows
+
+
+def _first(device: str) -> torch.device:
+    return torch.device("cuda:0" if device == "cuda" else device)
 
 
 def _in_process(group: Group, device: str, threads: int, deadline: float | None) -> Rows:
@@ -97,7 +103,7 @@ def _over_ray(groups: Sequence[Group], device: str, deadline: float | None) -> I
     @ray.remote(num_gpus=1 if device == "cuda" else 0, num_cpus=1)
     def remote(group: Group) -> Rows:
         own_deadline = None if left is None else time.monotonic() + left - (time.time() - began)
-        return _train_one(group, torch.device(device), own_deadline)
+        return _train_one(group, _first(device), own_deadline)
 
     waiting = [remote.remote(group) for group in groups]
     while waiting:
