@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it.
 ORDER = (
+    "files",
+    "provenance",
     "config",
     "released.quirks",
     "ops",
@@ -19,7 +21,6 @@ ORDER = (
     "model",
     "objective",
     "short_prompts",
-    "padded_prompts",
     "inputs",
     "configuration_jrt",
     "modeling_jrt",

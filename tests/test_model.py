@@ -10,7 +10,7 @@ from jrt import Config, JRTConfig, JRTForCausalLM, presets
 from jrt.config import LETTERS
 from jrt.model import LanguageModel
 
-PUBLISHED_PARAMETERS = {  # original_spec section 1.1
+PUBLISHED_PARAMETERS = {  # paper, Tables 15 to 18; docs/released.md
     "jrt-360m": 356_578_304,
     "jrt-1.3b": 1_375_143_168,
     "based-360m": 362_702_848,

@@ -1,20 +1,19 @@
-"""Our models in stock lm-eval: importing this module registers `--model jrt`; nothing in lm-eval is changed.
+"""Our models in stock lm-eval: importing this module registers `--model jrt`. Nothing in lm-eval is changed.
 
-lm-eval has no entry points for models, so some program has to import this: `jrt lm-eval ...` does, and is `lm_eval ...`
-otherwise (with the recall tasks on its include path).
+lm-eval has no entry points for models, so a program has to import this module. `jrt lm-eval ...` does; otherwise it is
+`lm_eval ...` with the recall tasks on its include path.
 """
 
 import logging
-import sys
 
 import torch
-from jrt_recall.harness import arguments
+from jrt_recall.harness import arguments, command_line
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from jrt.evaluate.likelihood import log_likelihoods
-from jrt.evaluate.subjects import ModelSpec, open_subject
+from jrt.evaluate.models import ModelSpec, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ class JRTHarness(HFLM):
     Args:
         pretrained: what `jrt.load` takes.
         device, dtype, compat, short_prompt: as in `jrt.load`.
-        batch_size: rows at once; lm-eval's "auto" is not supported for log-likelihoods and means 16 there.
+        batch_size: prompts at once; lm-eval's "auto" means 16 for log-likelihoods.
         max_batch_size: accepted because lm-eval always passes it; unused.
         max_length: tokens kept of a prompt with its continuation; None: the length of the training sequences.
     """
@@ -47,12 +46,12 @@ class JRTHarness(HFLM):
         if device.startswith("cuda") and not torch.cuda.is_available():
             logger.warning("no GPU here: computing on the CPU")  # lm-eval asks for cuda:0 unless told otherwise
             device = "cpu"
-        subject = open_subject(ModelSpec(pretrained, device, dtype, compat, short_prompt))
-        if not subject.is_ours:
+        opened = open_model(ModelSpec(pretrained, device, dtype, compat, short_prompt))
+        if not opened.ours:
             raise ValueError(f"{pretrained} is no model of this project: use --model hf")
         super().__init__(
-            pretrained=subject.model,
-            tokenizer=subject.tokenizer,
+            pretrained=opened.model,
+            tokenizer=opened.tokenizer,
             batch_size=batch_size,
             max_length=max_length,
             backend="causal",
@@ -67,16 +66,17 @@ class JRTHarness(HFLM):
     ) -> list[tuple[float, bool]]:
         pairs = [self._kept(context, continuation) for _, context, continuation in requests]
         size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
-        found = []
+        found: list[tuple[float, bool]] = []
         chunk = 16 * size  # sorted by length within a chunk
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as progress:
             for start in range(0, len(pairs), chunk):
-                found += log_likelihoods(self.model, pairs[start : start + chunk], size)
+                scored = log_likelihoods(self.model, pairs[start : start + chunk], size)
+                found += [(one.log_likelihood, one.is_greedy) for one in scored]
                 progress.update(min(chunk, len(pairs) - start))
-        for (text, _, _), scored in zip(requests, found, strict=True):
+        for (text, _, _), one in zip(requests, found, strict=True):
             if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, tuple(scored))
-        return [tuple(scored) for scored in found]
+                self.cache_hook.add_partial("loglikelihood", text, one)
+        return found
 
     def _kept(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         room = self.max_length + 1 - len(continuation)
@@ -89,11 +89,5 @@ class JRTHarness(HFLM):
 
 def command(given: list[str]) -> int:
     """`lm_eval` with our models and the recall tasks; returns the exit status."""
-    from lm_eval.__main__ import cli_evaluate
-
-    recall = logging.getLogger("jrt_recall")  # says protocol, source and counts of each task
-    recall.addHandler(logging.StreamHandler())
-    recall.setLevel(logging.INFO)
-    sys.argv = ["lm_eval", *arguments(given)]
-    cli_evaluate()
+    command_line(arguments(given))
     return 0

@@ -1,59 +1,59 @@
 """What the task files in `tasks/` call: lm-eval's hooks, each a few lines around `items` and `contains`.
 
-A row that lm-eval sees already holds its prompt and its answers, so the questions are those of every other runner.
+A row that lm-eval sees already holds its prompt and its answers, so the questions are those of every other command.
 Settings come from `--metadata`, which lm-eval hands to `documents` together with the model's arguments:
 
     protocol   name of a protocol (default: the task file's)
-    n          number of readings for the *_n_times tasks (default 3)
+    n          how often the *_n_times tasks show the context (default 3)
     cut_with   another cutting tokenizer: gpt2, shipped, a folder or a hub name; the protocol's name then says so
     data       mirror folder of the published datasets, or folder of the passages
-    seed       selection of reference_pages (default 0)
+    seed       selection of reference pages (default 0)
     max_items  at most that many items are made (lm-eval's --limit only looks at fewer of those made)
 
 Of the model's arguments, `pretrained` or `tokenizer` lets prompt tokens be counted, and `max_length` those cut off.
 """
 
+from __future__ import annotations
+
 import logging
+from typing import Any
 
 from .items import TaskItems, items
-from .metric import contains
+from .prompts import times
 from .protocols import Protocol
-from .strategies import times
+from .scoring import contains
 from .tokenizers import model_tokenizer
 
 logger = logging.getLogger(__name__)
 
 N_TIMES = "n_times"
 UNKNOWN = "unknown"
+STATED = ("protocol", "documents", "dropped", "invalid", "lost", "truncated", "prompt_tokens")
+"""What stands beside a score in lm-eval's table, so that no number is without its protocol."""
 
 
-def task_items(
+def documents(
     recall_task: str,
     reading: str,
     protocol: str | None = None,
-    n: int = 3,
+    n: int | str = 3,
     cut_with: str | None = None,
     data: str | None = None,
-    seed: int = 0,
+    seed: int | str = 0,
     max_items: int | None = None,
-) -> TaskItems:
-    """The items that a task file asks for. Raises ValueError as `items`."""
-    strategy = times(int(n)) if reading == N_TIMES else reading
-    return items(recall_task, strategy, protocol, cut_with, max_items, int(seed), data)
+    **arguments: Any,
+) -> dict:
+    """lm-eval's `custom_dataset`: {"test": Dataset} with one row for each item.
 
-
-_SETTINGS = ("protocol", "n", "cut_with", "data", "seed", "max_items")
-
-
-def documents(recall_task: str, reading: str, **metadata) -> dict:
-    """lm-eval's `custom_dataset`: {"test": Dataset} with one row per item.
-
-    The rest of `metadata` (lm-eval adds the model's arguments) is not ours and is left alone."""
+    recall_task, reading: of the task file; a reading is a strategy's name, or n_times. arguments: the model's, which lm-eval
+    adds, and settings of other tasks. Raises ValueError as `items`."""
     from datasets import Dataset
 
-    found = task_items(recall_task, reading, **{key: metadata[key] for key in _SETTINGS if key in metadata})
-    logger.info("%s, %s; %s", recall_task, found.protocol.describe(), _counts(found))
-    counts, limit = _prompt_tokens([item.prompt for item in found.items], metadata), _limit(found.protocol, metadata)
+    strategy = times(int(n)) if reading == N_TIMES else reading
+    found = items(recall_task, strategy, protocol, cut_with, max_items, int(seed), data)
+    logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
+    counts = _prompt_tokens([item.prompt for item in found.items], arguments)
+    limit = _limit(found.protocol, arguments)
     shared = {
         "task": found.task,
         "strategy": found.strategy,
@@ -86,10 +86,6 @@ def target(row: dict) -> str:
     return row["answers"][0]
 
 
-STATED = ("protocol", "documents", "dropped", "invalid", "lost", "truncated", "prompt_tokens")
-"""What stands beside a score in lm-eval's table, so that no number is without its protocol."""
-
-
 def score(row: dict, results: list[str]) -> dict:
     """lm-eval's `process_results`: the published metric, and STATED."""
     return {"contains": float(contains(results[0], row["answers"])), **{name: row[name] for name in STATED}}
@@ -110,7 +106,7 @@ def average(values: list) -> float | str:
     return UNKNOWN if None in values else sum(values) / len(values)
 
 
-def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int | None]:
+def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int] | list[None]:
     """Lengths in the model's own tokens, where the model's arguments name a tokenizer that is here."""
     name = arguments.get("tokenizer") or arguments.get("pretrained")
     tokenizer = model_tokenizer(name) if isinstance(name, str) else None

@@ -1,6 +1,7 @@
 """Common beginnings are read once, rows that have ended leave the batch, and no answer changes by it."""
 
 import dataclasses
+import json
 import random
 
 import pytest
@@ -8,11 +9,10 @@ import torch
 from jrt_recall import PROTOCOLS
 from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from jrt.evaluate import ModelSpec, open_subject, shared_prefix
-from jrt.evaluate.batching import Limits, batches
-from jrt.evaluate.engine import answer
+from jrt.evaluate import ModelSpec, answering, open_model
+from jrt.evaluate.answering import Limits, answer, batches, encode, left_padded
 
 PAGES = PROTOCOLS["pages-512"]
 
@@ -45,6 +45,22 @@ def models(tmp_path_factory) -> dict[str, str]:
     }
 
 
+def test_padding_and_truncation_equal_the_published_ones(shared):
+    golden = json.loads((shared / "golden" / "tokenization.json").read_text(encoding="utf-8"))
+    gpt2, pad = AutoTokenizer.from_pretrained(shared / "gpt2"), golden["tokenizer"]["pad_token_id"]
+    for limit, ids_key, mask_key in ((None, "ids", "mask"), (50, "left_truncate_50", "mask_50")):
+        prompts = encode(gpt2, golden["strings"], limit)
+        ids, mask = left_padded([prompt.ids for prompt in prompts], pad, torch.device("cpu"))
+        assert (ids.tolist(), mask.tolist()) == (golden[ids_key], golden[mask_key])
+    assert sum(prompt.truncated > 0 for prompt in prompts) == sum(sum(row) > 50 for row in golden["mask"]) > 0
+
+
+def test_a_prompt_without_tokens_is_refused(shared):
+    gpt2 = AutoTokenizer.from_pretrained(shared / "gpt2")
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        encode(gpt2, ["a", ""], None)
+
+
 def questions_on_two_pages() -> list[list[int]]:
     """Two long pages with questions of different lengths, and one page with a single question."""
     draw = random.Random(0)
@@ -59,14 +75,16 @@ def questions_on_two_pages() -> list[list[int]]:
 
 @pytest.mark.parametrize("name", ["causal", "gpt2", "llama"])
 def test_answers_are_those_of_each_prompt_alone(models, name, monkeypatch):
-    subject = open_subject(ModelSpec(models[name]))
+    opened = open_model(ModelSpec(models[name]))
     rows = questions_on_two_pages()
-    alone = [answer(subject, [row], PAGES)[0] for row in rows]
+    alone = [answer(opened, [row], PAGES)[0] for row in rows]
     shared = []
     monkeypatch.setattr(
-        shared_prefix, "read", lambda *args, original=shared_prefix.read: shared.append(original(*args)) or shared[-1]
+        answering,
+        "read_beginnings",
+        lambda *args, original=answering.read_beginnings: shared.append(original(*args)) or shared[-1],
     )
-    together = answer(subject, rows, PAGES)
+    together = answer(opened, rows, PAGES)
     assert shared[0] is not None and shared[0].ids.shape[1] < max(map(len, rows))
     assert [g.text for g in together] == [g.text for g in alone]
     assert [g.new_tokens for g in together] == [g.new_tokens for g in alone]
@@ -74,30 +92,30 @@ def test_answers_are_those_of_each_prompt_alone(models, name, monkeypatch):
 
 
 def test_a_prefix_encoder_reads_its_prompts_whole(models):
-    subject = open_subject(ModelSpec(models["prefix"]))
+    opened = open_model(ModelSpec(models["prefix"]))
     rows = questions_on_two_pages()
-    assert shared_prefix.read(subject, rows, set()) is None
-    assert [g.text for g in answer(subject, rows, PAGES)] == [answer(subject, [row], PAGES)[0].text for row in rows]
+    assert answering.read_beginnings(opened, rows, set()) is None
+    assert [g.text for g in answer(opened, rows, PAGES)] == [answer(opened, [row], PAGES)[0].text for row in rows]
 
 
 def test_an_end_token_in_a_question_is_never_forced(models):
-    subject = open_subject(ModelSpec(models["causal"]))
+    opened = open_model(ModelSpec(models["causal"]))
     page = questions_on_two_pages()[0][:60]
     rows = [[*page, 5], [*page, 7, 5], [*page, 5, 9, 5]]
-    assert shared_prefix.read(subject, rows, {9}) is None
-    assert shared_prefix.read(subject, rows, {10}).forced == [[], [5], [9, 5]]
+    assert answering.read_beginnings(opened, rows, {9}) is None
+    assert answering.read_beginnings(opened, rows, {10}).forced == [[], [5], [9, 5]]
 
 
 def test_a_prompt_of_one_token_has_no_beginning_to_share(models):
-    subject = open_subject(ModelSpec(models["causal"]))
+    opened = open_model(ModelSpec(models["causal"]))
     rows = [*questions_on_two_pages(), [17]]
-    assert shared_prefix.read(subject, rows, set()) is None
-    assert [g.text for g in answer(subject, rows, PAGES)] == [answer(subject, [row], PAGES)[0].text for row in rows]
+    assert answering.read_beginnings(opened, rows, set()) is None
+    assert [g.text for g in answer(opened, rows, PAGES)] == [answer(opened, [row], PAGES)[0].text for row in rows]
 
 
 def test_groups_have_each_row_once_and_a_token_of_its_own():
     rows = questions_on_two_pages()
-    found = shared_prefix.groups(rows)
+    found = answering.groups(rows)
     assert sorted(index for group in found for index in group.rows) == list(range(len(rows)))
     assert [sorted(group.rows) for group in found] == [[0, 1, 2, 3], [6], [4, 5]]
     for group in found:
@@ -105,16 +123,16 @@ def test_groups_have_each_row_once_and_a_token_of_its_own():
             assert len(rows[index]) > group.common
             assert rows[index][: group.common] == rows[group.rows[0]][: group.common]
     same = [[1, 2, 3, 4]] * 3
-    assert shared_prefix.groups(same) == [shared_prefix.Group([0, 1, 2], 3)]
+    assert answering.groups(same) == [answering.Group([0, 1, 2], 3)]
     longer = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
-    assert shared_prefix.groups(longer)[0].common == 3
+    assert answering.groups(longer)[0].common == 3
 
 
 def test_what_sharing_is_worth():
-    assert shared_prefix.outweighs(saved=50, steps=30, parameters=10**6, device="cpu")
-    assert not shared_prefix.outweighs(saved=10_000, steps=4, parameters=10**6, device="cuda")
-    assert shared_prefix.outweighs(saved=10_000, steps=4, parameters=10**9, device="cuda")
-    assert shared_prefix.outweighs(saved=10_000, steps=0, parameters=10**6, device="cuda")
+    assert answering.outweighs(saved=50, steps=30, parameters=10**6, device="cpu")
+    assert not answering.outweighs(saved=10_000, steps=4, parameters=10**6, device="cuda")
+    assert answering.outweighs(saved=10_000, steps=4, parameters=10**9, device="cuda")
+    assert answering.outweighs(saved=10_000, steps=0, parameters=10**6, device="cuda")
 
 
 def test_batches_keep_questions_on_one_page_together():
@@ -135,17 +153,17 @@ def stops_in(texts: list[str], tokenizer) -> tuple[str, ...]:
     [("mini-jrt", "none"), ("mini-jrt", "pad"), ("mini-jrt", "iterate"), ("mini-based", None), ("llama", None)],
 )
 def test_rows_that_have_ended_leave_the_batch(models, name, short_prompt, monkeypatch):
-    subject = open_subject(ModelSpec(models.get(name, name), short_prompt=short_prompt))
+    opened = open_model(ModelSpec(models.get(name, name), short_prompt=short_prompt))
     asked = ["open(file, mode)\nclose(fd)\nopen(", "split(sep)\n", "class Reader", "x = [", "import os\n\n\n", "def f("]
-    rows = subject.tokenizer(asked)["input_ids"]
+    rows = opened.tokenizer(asked)["input_ids"]
     endless = dataclasses.replace(PAGES, stop=("no such text",), max_new_tokens=32)
     protocol = dataclasses.replace(
-        endless, stop=stops_in([found.text for found in answer(subject, rows, endless)], subject.tokenizer)
+        endless, stop=stops_in([found.text for found in answer(opened, rows, endless)], opened.tokenizer)
     )
-    alone = [answer(subject, [row], protocol)[0] for row in rows]
-    calls, generate = [], subject.model.generate
-    monkeypatch.setattr(subject.model, "generate", lambda **given: calls.append(given) or generate(**given))
-    together = answer(subject, rows, protocol)
+    alone = [answer(opened, [row], protocol)[0] for row in rows]
+    calls, generate = [], opened.model.generate
+    monkeypatch.setattr(opened.model, "generate", lambda **given: calls.append(given) or generate(**given))
+    together = answer(opened, rows, protocol)
     assert [(g.text, g.new_tokens, g.finite) for g in together] == [(g.text, g.new_tokens, g.finite) for g in alone]
     assert len({g.new_tokens for g in alone}) > 1
     assert (len(calls) > 1) == (short_prompt != "iterate")

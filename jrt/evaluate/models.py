@@ -1,8 +1,10 @@
 """The models under test: ours through `jrt.load`, every other causal language model through transformers as it is.
 
-A `ModelSpec` is what a worker process needs to open a model; a `Subject` is the model opened. Nothing from a
-checkpoint is executed: models that need remote code are refused by transformers, which says so.
+A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the model opened. Nothing from a checkpoint
+is executed: transformers refuses models that need remote code and says so.
 """
+
+from __future__ import annotations
 
 import hashlib
 import importlib.util
@@ -17,8 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-import jrt
-from jrt.checkpoints.load import checked_device, checked_dtype
+from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, kind_of_model, shipped, unless_shadowed
 from jrt.modeling_jrt import CACHE, JRTForCausalLM
 from jrt.released.quirks import Quirks
@@ -39,12 +40,14 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a result has to say about its model. Lengths in tokens; None: no such bound.
+class ModelInfo:
+    """What a result has to say about its model. Lengths are in tokens; None: no such bound.
 
-    sha256: over the names, shapes and bytes of all weights, so it does not depend on the file format; attends_to_all: some
-    layer looks at all earlier tokens (taken for granted of models that are not ours); shares_beginnings: what prompts begin
-    with can be read once for all."""
+    Args:
+        sha256: over the names, shapes and bytes of all weights, whatever the file format.
+        attends_to_all: some layer looks at all earlier tokens (taken for granted of models that are not ours).
+        shares_beginnings: what several prompts begin with can be read once for all of them.
+    """
 
     name: str
     parameters: int
@@ -56,16 +59,17 @@ class Facts:
 
 
 @dataclass
-class Subject:
-    """An opened model with its tokenizer."""
+class OpenModel:
+    """A model with its tokenizer, ready to compute."""
 
     spec: ModelSpec
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def is_ours(self) -> bool:
-        return isinstance(self.model, JRTForCausalLM)
+    def ours(self) -> JRTForCausalLM | None:
+        """The model where it is one of this project, else None."""
+        return self.model if isinstance(self.model, JRTForCausalLM) else None
 
     @property
     def device(self) -> torch.device:
@@ -74,16 +78,15 @@ class Subject:
     @property
     def pad_token_id(self) -> int:
         """Any id does where a mask says what counts: the tokenizer may have no pad and no end token."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None and token < self.model.get_input_embeddings().num_embeddings:
-                return token
-        return 0
+        rows = self.model.get_input_embeddings().num_embeddings
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in known if token is not None and token < rows), 0)
 
     @cached_property
     def copies_states(self) -> bool:
         """Whether a row's state can be copied to other rows: some caches of transformers' recurrent models cannot."""
-        if self.is_ours:
-            return self.model.config.short_prompt != "iterate"  # which keeps no state
+        if self.ours:
+            return self.ours.config.short_prompt != "iterate"  # which keeps no state
         ids = torch.full((1, 2), self.pad_token_id, device=self.device)
         with torch.no_grad():
             output = self.model(input_ids=ids, use_cache=True)
@@ -93,9 +96,10 @@ class Subject:
 
     @property
     def shares_beginnings(self) -> bool:
-        """Whether reading in two calls gives what one call gives: not with a prefix encoder, which reads prompts whole,
-        and not with the release's ways."""
-        if self.is_ours and (self.model.core.has("P") or self.model.quirks != Quirks()):
+        """Whether two calls that each read a part of a prompt give what one call gives.
+
+        Not with a prefix encoder, which reads prompts whole, and not with the release's quirks."""
+        if self.ours and (self.ours.core.has("P") or self.ours.quirks != Quirks()):
             return False
         return self.copies_states
 
@@ -104,15 +108,15 @@ class Subject:
         """How many the model has."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def facts(self) -> Facts:
+    def info(self) -> ModelInfo:
         bound = position_bound(self.model)
-        return Facts(
+        return ModelInfo(
             name=self.spec.name,
             parameters=self.parameters,
             sha256=weights_sha256(self.model),
-            train_length=self.model.core.train_length if self.is_ours else bound,
-            max_length=None if self.is_ours else bound,
-            attends_to_all=not self.is_ours or self.model.core.has("A"),
+            train_length=self.ours.core.train_length if self.ours else bound,
+            max_length=None if self.ours else bound,
+            attends_to_all=self.ours is None or self.ours.core.has("A"),
             shares_beginnings=self.shares_beginnings,
         )
 
@@ -121,8 +125,8 @@ class Subject:
         """Bytes that one sequence of `length` tokens leaves behind for decoding: recurrent states, keys and values.
 
         Ours are counted from the configuration, others measured after reading that many tokens."""
-        if self.is_ours:
-            return self.model.core.state_bytes(length)
+        if self.ours:
+            return self.ours.core.state_bytes(length)
         bound = position_bound(self.model)
         ids = torch.full((1, length if bound is None else min(length, bound)), self.pad_token_id, device=self.device)
         output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
@@ -130,26 +134,28 @@ class Subject:
         return sum(tensor.nbytes for tensor in _tensors(cache, seen=set()))
 
 
-def open_subject(spec: ModelSpec) -> Subject:
+def open_model(spec: ModelSpec) -> OpenModel:
     """The model and its tokenizer, ready to compute. Raises ValueError for a name that leads to neither."""
     tokenizer = open_tokenizer(spec.name)
     device, dtype = checked_device(spec.device), checked_dtype(spec.dtype or "float32")
+    model: PreTrainedModel
     try:
         if is_ours(spec.name):
-            model = jrt.load(spec.name, device, dtype, spec.compat, spec.short_prompt)
+            model = load(spec.name, device, dtype, spec.compat, spec.short_prompt)
         else:
-            _check_unquirky(spec)
+            _check_options(spec)
             folder, options = _location(spec.name)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+            torch.nn.Module.to(model, device)
     except (OSError, ImportError) as error:
         raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
-    return Subject(spec, model.eval(), tokenizer)
+    return OpenModel(spec, model.eval(), tokenizer)
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, without its weights. Raises ValueError for an unknown model."""
     if is_ours(name):
-        return jrt.load_tokenizer(name)
+        return load_tokenizer(name)
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
         raise ValueError(unknown_model(name))
@@ -212,7 +218,8 @@ def _smollm2_folder() -> Path:
     return files[0].parent
 
 
-def _check_unquirky(spec: ModelSpec) -> None:
+def _check_options(spec: ModelSpec) -> None:
+    """Options of this project's models are refused for others."""
     for option in ("compat", "short_prompt"):
         if getattr(spec, option) not in (None, "none"):
             raise ValueError(
@@ -220,7 +227,7 @@ def _check_unquirky(spec: ModelSpec) -> None:
             )
 
 
-def _tensors(value, seen: set[int]) -> Iterator[Tensor]:
+def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
     """All tensors that hang on a cache of whatever class."""
     if id(value) in seen:
         return
@@ -228,13 +235,12 @@ def _tensors(value, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, seen)
+        yield from _tensors(list(value.values()), seen)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-        yield from _tensors(vars(value), seen)
+        yield from _tensors(list(vars(value).values()), seen)
 
 
 def _first_line(error: Exception) -> str:
