@@ -254,6 +254,7 @@ class Loop:
         return torch.autocast(self.place.device.type, dtype=torch.bfloat16)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # a few batches are not worth graphs without gradients
     def validate(self) -> dict[str, float]:
         """Mean next-token loss with nothing hidden, its perplexity, and, where the data asks, the share of right answers.
         Batches are dealt out over the devices."""

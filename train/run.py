@@ -219,6 +219,8 @@ def _probe(config: DictConfig, data: Data) -> Callable[[LanguageModel], float] |
     tokenizer = data.tokenizer()
     if not config.trainer.probe_every:
         return None
+    if config.trainer.strategy != "ddp":
+        raise ValueError("trainer.probe_every needs the whole model on each device: use trainer.strategy=ddp")
     if tokenizer is None:
         raise ValueError("trainer.probe_every asks questions, and the data does not say which tokenizer made it")
 
