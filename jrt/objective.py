@@ -155,10 +155,16 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
     return prefix
 
 
-def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over the labels that count, in fp32; 0 where none does."""
+def mean_loss(logits: Tensor, labels: Tensor, items: int | Tensor | None = None) -> Tensor:
+    """Cross-entropy over the labels that count, in fp32; 0 where none does.
+
+    Args:
+        logits: (..., V).
+        labels: (...), IGNORED where nothing counts.
+        items: what the sum is divided by; None: the number of labels that count.
+    """
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    return total / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)
 
 
 def greedy_answers(likeliest: Tensor, targets: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:

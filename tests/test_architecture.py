@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it.
 ORDER = (
+    "files",
+    "provenance",
     "config",
     "flops",
     "released.quirks",
@@ -21,10 +23,13 @@ ORDER = (
     "objective",
     "loss",
     "short_prompts",
-    "padded_prompts",
     "inputs",
+    "packed_rows",
     "configuration_jrt",
     "modeling_jrt",
+    "caches",
+    "greedy",
+    "probe",
     "released",
     "checkpoints",
     "info",

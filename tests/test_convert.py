@@ -297,6 +297,19 @@ def test_a_tokenizer_comes_along(shared, tmp_path):
     assert jrt.load_tokenizer(out)(text).input_ids == jrt.load_tokenizer(source)(text).input_ids
 
 
+def test_a_generation_configuration_comes_along_as_it_is(shared, tmp_path):
+    """Even one that transformers reads and would not write: a temperature without sampling."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in (shared / "golden" / "attn").iterdir():
+        (source / file.name).symlink_to(file)
+    text = json.dumps({"temperature": 0.5, "do_sample": False, "eos_token_id": [1, 2]})
+    (source / "generation_config.json").write_text(text)
+    out = convert(source, tmp_path / "out")
+    assert (out / "generation_config.json").read_text() == text
+    assert jrt.load(out).generation_config.to_dict() == jrt.load(source).generation_config.to_dict()
+
+
 def test_refuses_a_folder_that_holds_something(shared, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")

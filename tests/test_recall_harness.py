@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, passages, super_glue, task_folder
+from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, super_glue, task_folder
+from jrt_recall.protocols import PASSAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lm-eval-harness"
@@ -47,7 +48,7 @@ def test_task_files_are_those_the_tables_make():
 
 def test_every_task_loads_and_asks_what_items_asks(sources):
     names = [name for name in manager().all_subtasks if "pages_1024" not in name and "pages_2048" not in name]
-    expected = {f"recall_{task}" for task in PUBLISHED} | {"recall_reference_pages_512", *passages.TASKS}
+    expected = {f"recall_{task}" for task in PUBLISHED} | {"recall_reference_pages_512", *PASSAGES}
     names.remove("recall_record")
     assert {name for name in names if not name.endswith(("_twice", "_n_times", "_question_first"))} == expected
     loaded = manager(n=4, max_items=3).load(names)["tasks"]
@@ -71,6 +72,8 @@ def test_metadata_choose_protocol_and_cutting_tokenizer(sources):
     assert row["protocol"] == "jrt-table2-512+cut-by-shipped v1 (512/50)"
     with pytest.raises(ValueError, match="unknown protocol"):
         hooks.documents("fda", "once", protocol="table1")
+    with pytest.raises(ValueError, match="pages-1024 is not for reference_pages_512"):
+        hooks.documents("reference_pages_512", "once", protocol="pages-1024")
     with pytest.raises(ValueError, match="leaves documents whole"):
         hooks.documents("qa_fda", "once", protocol="full", cut_with="shipped")
 
@@ -157,6 +160,17 @@ def test_the_command_adds_the_include_path_and_nothing_else(capsys, monkeypatch)
     assert stopped.value.code == 2 and "--include_path" in capsys.readouterr().err
     with pytest.raises(ValueError, match="contradicts the protocol"):
         harness.arguments(["--gen_kwargs=max_gen_toks=9", "--tasks", "a"])
+
+
+def test_the_command_knows_tasks_by_both_spellings():
+    """A name that is none of this package's is left to lm-eval."""
+    given = ["--tasks", "fda,recall_squad_twice,nq_512_n_times,qa_nq,mmlu", "--limit", "3"]
+    expected = "recall_fda,recall_squad_twice,recall_nq_512_n_times,qa_nq,mmlu"
+    assert harness.with_full_names(given) == ["--tasks", expected, "--limit", "3"]
+    assert harness.with_full_names(["-t", "drop", "squad", "--device", "drop"]) == [
+        *("-t", "recall_drop", "recall_squad", "--device", "drop")
+    ]
+    assert harness.with_full_names(["--tasks=reference_pages_512"]) == ["--tasks=recall_reference_pages_512"]
 
 
 def test_super_glue_is_upstream_with_documents_from_the_mirror(tmp_path, monkeypatch):

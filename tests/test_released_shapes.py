@@ -356,7 +356,7 @@ def test_the_release_s_mask(use_mask, length, tmp_path):
 
 
 def released_steps(config: dict, weights: dict[str, Tensor], x: Tensor, first: int) -> Tensor:
-    """Based's mixer as the release runs it token by token after a prefill: (T - first, E) (original_spec 4.3)."""
+    """Based's mixer as the release runs it token by token after a prefill: (T - first, E) (docs/released.md)."""
     mixer = config["alt_mixer"]
     f, h, length = mixer["feature_dim"], mixer["num_heads"], len(x)
     size = x.shape[1] // h

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from jrt import __version__
 from jrt.checkpoints.files import files
@@ -65,13 +66,15 @@ def convert(
         raise ValueError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
     try:
         _check_space(out.parent, model)
+        model.generation_config = GenerationConfig.from_model_config(model.config)  # the source's own is copied
         model.save_pretrained(partial, max_shard_size=SHARD)
         tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-        for name in tokenizer:
+        copied = tokenizer + [name for name in ("generation_config.json",) if (folder / name).is_file()]
+        for name in copied:
             shutil.copyfile(folder / name, partial / name)
         if self_contained:
             make_self_contained(partial, type(model), __version__)
-        sources = [folder / "config.json", *files(folder), *(folder / name for name in tokenizer)]
+        sources = [folder / "config.json", *files(folder), *(folder / name for name in copied)]
         card = _card(model, source, sources, sorted(partial.iterdir()), bool(tokenizer), self_contained)
         (partial / "README.md").write_text(card)
         partial.chmod(0o755)  # mkdtemp's own mode would hide the result from everybody else

@@ -8,7 +8,8 @@ that the configuration allows, so that a file can never ask for more memory than
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jrt.config import LARGEST, Config
 from jrt.configuration_jrt import JRTConfig
@@ -93,7 +94,7 @@ def released_gpt(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
     _check_layers(layers, shapes)
     for name, value in (("head_dim", width // heads), ("n_head_kv", heads), ("num_head_kv", heads)):
         _check_fixed(raw, {name: (value,)})
-    head_rotary = int(_fraction(raw, "rotary_emb_fraction") * (width // heads))
+    head_rotary = int(_number(raw, "rotary_emb_fraction", 0, most=1) * (width // heads))
     mixers = _mixers(raw, layers)
     if not any(mixers):
         _check_fixed(raw, ATTENTION_FIXED)
@@ -128,7 +129,7 @@ def released_gpt(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
         feature_scale=scale if scale != feature_dim else None,
         enc_length=encoder if "P" in pattern else 0,
         encoder_mask=_flag(linear, "use_mask", True),
-        decay_const=_number(raw, "decay_const", -3) if decays else None,
+        decay_const=_number(raw, "decay_const", -3, least=-LARGEST) if decays else None,
         decay_projection=gains or any(name.endswith("decay_proj.weight") for name in shapes),
         conv_expand=_expand(conv, width, shapes) / 2,
         conv_kernel=_count_or(conv, "kernel_size") or 3,
@@ -217,6 +218,22 @@ def _check_fixed(fields: dict, fixed: Fixed, where: str = "") -> None:
             raise ValueError(f"config.json has {where}{name}: {reprlib.repr(fields[name])}; expected {expected}")
 
 
+def _value(fields: dict, name: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
+    """A field's value, `default` where it is not given. Raises ValueError for another kind of value."""
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not is_valid(value):
+        raise ValueError(f"config.json has {name}: {reprlib.repr(value)}; expected {expected}")
+    return value
+
+
+def _count_or(fields: dict, name: str) -> int | None:
+    return _value(
+        fields, name, None, lambda n: type(n) is int and 0 < n < LARGEST, f"an integer from 1 to {LARGEST - 1}"
+    )
+
+
 def _count(fields: dict, name: str) -> int:
     value = _count_or(fields, name)
     if value is None:
@@ -224,48 +241,26 @@ def _count(fields: dict, name: str) -> int:
     return value
 
 
-def _count_or(fields: dict, name: str) -> int | None:
-    value = fields.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or not 0 < value < LARGEST:
-        raise ValueError(f"config.json has {name}: {reprlib.repr(value)}; expected an integer from 1 to {LARGEST - 1}")
-    return value
+def _number(fields: dict, name: str, default: float, least: float = 0, most: float = LARGEST) -> float:
+    def is_valid(value: Any) -> bool:
+        return type(value) in (int, float) and least <= value <= most
 
-
-def _number(fields: dict, name: str, default: float) -> float:
-    value = fields.get(name)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not abs(value) < LARGEST:
-        raise ValueError(f"config.json has {name}: {reprlib.repr(value)}; expected a number below {LARGEST}")
-    return value
-
-
-def _fraction(fields: dict, name: str) -> float:
-    value = _number(fields, name, 0)
-    if not 0 <= value <= 1:
-        raise ValueError(f"config.json has {name}: {value!r}; expected 0 to 1")
-    return value
+    return _value(fields, name, default, is_valid, f"a number from {least} to {most}")
 
 
 def _flag(fields: dict, name: str, default: bool) -> bool:
-    _check_fixed(fields, {name: (True, False)})
-    return default if fields.get(name) is None else bool(fields[name])
+    return _value(fields, name, default, lambda x: x in (True, False), "true or false")
 
 
 def _part(fields: dict, name: str) -> dict:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"config.json has {name}: {reprlib.repr(value)}; expected an object")
-    return value or {}
+    return _value(fields, name, {}, lambda x: isinstance(x, dict), "an object")
 
 
 def _layer_numbers(fields: dict, name: str) -> list[int]:
-    value = fields.get(name)
-    if value is not None and not (isinstance(value, list) and all(type(layer) is int for layer in value)):
-        raise ValueError(f"config.json has {name}: {reprlib.repr(value)}; expected a list of layer numbers")
-    return value or []
+    def is_valid(value: object) -> bool:
+        return isinstance(value, list) and all(type(layer) is int for layer in value)
+
+    return _value(fields, name, [], is_valid, "a list of layer numbers")
 
 
 def _rank(fields: dict, name: str) -> int | None:
@@ -274,14 +269,14 @@ def _rank(fields: dict, name: str) -> int | None:
 
 def _token(raw: dict, name: str, default: int, core: Config) -> int | list[int] | None:
     """A token id, or a list of them as transformers allows; ids that the embedding does not have are left out."""
-    value = raw.get(name, default)
-    given = value if isinstance(value, list) else [value]
-    if any(token is not None and type(token) is not int for token in given):
-        raise ValueError(f"config.json has {name}: {reprlib.repr(value)}; expected a token id or a list of them")
-    kept = [token for token in given if token is not None and 0 <= token < core.vocab_rows]
-    if not kept:
-        return None
-    return kept if isinstance(value, list) else kept[0]
+
+    def is_valid(value: object) -> bool:
+        return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
+
+    value = _value({name: default} | raw, name, None, is_valid, "a token id or a list of them")
+    if isinstance(value, list):
+        return [token for token in value if 0 <= token < core.vocab_rows] or None
+    return value if value is not None and 0 <= value < core.vocab_rows else None
 
 
 def _check_layers(layers: int, shapes: Shapes) -> None:
