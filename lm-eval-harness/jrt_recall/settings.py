@@ -69,8 +69,10 @@ def is_recall(task: str) -> bool:
 
 
 def names_of(tasks: Any) -> list[str]:
-    """Task names of a list or of a string with commas."""
-    parts = tasks.split(",") if isinstance(tasks, str) else list(tasks or [])
+    """Task names of a list or of a string with commas. Raises ValueError for anything else."""
+    parts = [tasks] if isinstance(tasks, str) else [] if tasks is None else tasks
+    if not isinstance(parts, list | tuple):
+        raise ValueError(f"--tasks: expected names, got {tasks!r}")
     return [name.strip() for part in parts for name in str(part).split(",") if name.strip()]
 
 
