@@ -160,7 +160,17 @@ def _checkpointed(forward: Callable) -> Callable:
 
 def split_rows(targets: Targets, rows: int) -> list[Targets]:
     """Targets of a device's whole share as passes of `rows` rows."""
-    names = ("input_ids", "labels", "masked", "prefix_length", "weights")
-    parts = [None if getattr(targets, name) is None else getattr(targets, name).split(rows) for name in names]
-    count = len(parts[0] or ())
-    return [Targets(*(None if part is None else part[i] for part in parts)) for i in range(count)]
+
+    def part(tensor: Tensor | None, i: int) -> Tensor | None:
+        return None if tensor is None else tensor[i : i + rows]
+
+    return [
+        Targets(
+            targets.input_ids[i : i + rows],
+            targets.labels[i : i + rows],
+            targets.masked[i : i + rows],
+            part(targets.prefix_length, i),
+            part(targets.weights, i),
+        )
+        for i in range(0, len(targets.labels), rows)
+    ]
