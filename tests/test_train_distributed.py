@@ -72,7 +72,7 @@ def test_two_processes_equal_one(text, tmp_path, alone, strategy):
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_run_goes_on_with_another_number_of_devices(text, tmp_path, alone, strategy):
     settings = (*SMALL, f"trainer.strategy={strategy}")
     assert on_two(text, tmp_path, *settings, "trainer.max_steps=2") == [0, 0]
@@ -86,6 +86,7 @@ def test_an_error_ends_all_processes(text, tmp_path, capfd):
     assert "choose trainer.global_batch" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_average_survives_sharding(text, tmp_path):
     settings = (*SMALL, "trainer.ema=0.9", "trainer.max_steps=2", "export=true")
     trained(text, tmp_path / "one", *settings)
