@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from jrt.evaluate import plots
-from jrt.evaluate.folder import RESULTS, cell_of, read_run
+from jrt.evaluate.folder import RESULTS, Cell, cell_of, read_run
 from jrt.evaluate.run import comparisons
 from jrt.evaluate.tables import (
     HEADER,
@@ -58,6 +58,7 @@ class Collected:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.records: list[dict] = []
         self.predictions: list[dict] = []
+        self.failed: dict[Cell, str] = {}  # cells without a number, and why
         protocols: dict[tuple[str, int], dict] = {}
         manifests: dict[str, dict] = {}
         for folder in folders:
@@ -68,6 +69,8 @@ class Collected:
             known = manifest["identity"]["protocols"]
             protocols |= {(one["name"], one["version"]): one for one in known}
             manifests[folder.name] = manifest
+            for cell in manifest.get("failed", ()):
+                self.failed[cell_of(cell)._replace(model=labels[cell["model"]])] = cell["reason"]
         cells = [cell_of(record) for record in self.records]
         if repeated := sorted({cell for cell in cells if cells.count(cell) > 1}):
             raise ValueError(f"two runs hold {', '.join(repeated[0])}: collect one of them")
@@ -106,7 +109,7 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     if layout in SUPER_GLUE_TABLES:
         return _collect_super_glue(folders, output, layout), SUPER_GLUE_FILES
     found = Collected(runs_in(folders))
-    text = results_text(found.records, protocols_of(found.manifest))
+    text = results_text(found.records, protocols_of(found.manifest), found.failed)
     if layout is None:
         title, (header, rows) = None, _plain_rows(found.records)
     else:
