@@ -159,7 +159,7 @@ def test_limits_are_read_whatever_their_name():
     config = transformers.MptConfig(vocab_size=64, d_model=16, n_heads=2, n_layers=1, max_seq_len=64)
     assert position_bound(transformers.AutoModelForCausalLM.from_config(config)) == 64
     assert position_bound(tiny_models.tiny_model("gpt2")) == 128
-    assert position_bound(tiny_models.tiny_model("rwkv")) is None
+    assert position_bound(tiny_models.tiny_model("mamba")) is None
 
 
 def test_models_of_this_project_are_not_probed(tmp_path):
