@@ -1,4 +1,4 @@
-"""Sweeps: lists of runs. Run one with ``python -m synthetics NAME --out DIR``, or build your own list.
+"""Sweeps: lists of runs. One is run with ``python -m synthetics NAME --out DIR``, or build your own list.
 
 Of the learning rates of a model the best one counts; seeds give the interval.
 """
