@@ -6,6 +6,7 @@ A user's mistake is one line on stderr and exit status 2; what a command compute
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -175,7 +176,7 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.set_defaults(command=_eval, kept="; what was answered is kept: the same command with --resume goes on")
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _eval(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import LocalPool, Request, plan, run
     from jrt.evaluate.tables import comparisons_text, results_text
 
@@ -200,10 +201,11 @@ def _eval(arguments: argparse.Namespace) -> None:
         outcome = run(chosen, LocalPool(), arguments.output, arguments.batch_size, arguments.resume)
     else:
         outcome = _on_workers(arguments, chosen)
-    print(results_text(outcome.records, chosen.protocols()))
+    print(results_text(outcome.records, chosen.protocols(), outcome.failed))
     if outcome.comparisons:
         print(comparisons_text(outcome.comparisons))
     print(f"\nresults: {arguments.output / 'results.json'}   report: jrt report {arguments.output}")
+    return FAILED if outcome.failed else OK
 
 
 def _on_workers(arguments: argparse.Namespace, chosen: Plan) -> Outcome:
@@ -220,7 +222,7 @@ def _on_workers(arguments: argparse.Namespace, chosen: Plan) -> Outcome:
         return run(chosen, pool, arguments.output, arguments.batch_size, arguments.resume)
 
 
-def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> None:
+def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> int:
     from jrt.evaluate import perplexity
 
     if len(arguments.tasks) > 1:
@@ -234,6 +236,7 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> 
     size = arguments.batch_size or 16
     records = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
     print(perplexity.table(records))
+    return OK
 
 
 # report
@@ -282,7 +285,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.twice:
         prompt = f"{prompt}\n{prompt}"
     opened = open_model(_spec(arguments, arguments.model))
-    ids, mask = left_padded([encode(opened.tokenizer, [prompt], None)[0].ids], opened.pad_token_id, opened.device)
+    (encoded,) = encode(opened.tokenizer, [prompt], None, opened.vocabulary)
+    if encoded.problem:
+        raise ValueError(f"the prompt cannot be read: {encoded.problem}")
+    ids, mask = left_padded([encoded.ids], opened.pad_token_id, opened.device)
     generate: Any = opened.model.generate  # transformers gives it no type of its own
     generate(
         input_ids=ids,
@@ -311,13 +317,25 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
-    commands.add_parser("doctor", help="versions, devices, backends, and what is missing").set_defaults(command=_doctor)
+    parser = commands.add_parser("doctor", help="what is installed and works; with a model: what it gets wrong")
+    parser.add_argument("model", nargs="?", help="a mini, a folder or a hub id: probe it (default: this installation)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _model_options(parser)
+    parser.set_defaults(command=_doctor)
 
 
-def _doctor(arguments: argparse.Namespace) -> None:
-    from jrt.doctor import findings
+def _doctor(arguments: argparse.Namespace) -> int:
+    from jrt import doctor
+    from jrt.evaluate.models import open_model
 
-    _print_pairs(findings())
+    found: doctor.Installation | doctor.Examination
+    if arguments.model is None:
+        found = doctor.inspect_installation()
+    else:
+        opened = open_model(_spec(arguments, arguments.model))
+        found = doctor.examine(opened.model, arguments.model, opened.pad_token_id)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.text())
+    return OK if found.is_sound else FAILED
 
 
 def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:

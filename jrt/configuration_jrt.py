@@ -49,12 +49,16 @@ class JRTConfig(PreTrainedConfig):
         self.use_cache = True
         self.vocab_size, self.hidden_size, self.num_hidden_layers = core.vocab_rows, core.width, len(core.pattern)
         self.max_position_embeddings = core.train_length
-        kwargs["tie_word_embeddings"] = core.tied
+        kwargs.setdefault("tie_word_embeddings", core.tied)
         super().__init__(**kwargs)
 
     @property
     def core(self) -> Config:
-        return Config.from_dict(self.architecture)
+        """The architecture, with the two fields that transformers may change by itself as they are now."""
+        return Config.from_dict(self.architecture | {"vocab_rows": self.vocab_size, "tied": self.tie_word_embeddings})
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"architecture": self.core.to_dict()}
 
 
 if IN_PACKAGE:

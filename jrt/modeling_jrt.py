@@ -8,8 +8,9 @@ Shapes: B batch, T tokens of a call, V vocabulary rows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,10 +22,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
 from jrt.configuration_jrt import IN_PACKAGE, JRTConfig
-from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, own_mask
+from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, check_unknown, own_mask
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel
 from jrt.objective import IGNORED, mean_loss
+from jrt.packed_rows import documents_of
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import PADDED_MIXERS, Prompt, check_short_prompt, fill_short_prompts, padded
 
@@ -111,7 +113,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         self.core = config.core
         self.quirks = Quirks.from_dict(config.quirks)
         self.token_rows = config.vocab_tokens  # the first rows of the vocabulary, which `generate` chooses from
-        self.model = LanguageModel(self.core, self.mixers)
+        # transformers ties the head by itself, when all weights are there: it would miss one that is tied before.
+        self.model = LanguageModel(dataclasses.replace(self.core, tied=False), self.mixers)
+        self.model.config = self.core
         self.post_init()
         if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
             self.model.init_weights()
@@ -123,8 +127,24 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embedding
 
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        self.model.embedding = value
+
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.head
+
+    def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        self.model.head = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> torch.nn.Embedding:
+        """As in transformers; `generate` may then choose any of `new_num_tokens` tokens."""
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.config.vocab_tokens = self.token_rows = new_num_tokens
+        self.core = self.model.config = self.config.core
+        return embedding
 
     def forward(
         self,
@@ -139,6 +159,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         prompt_columns: int | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: RecurrentCache | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Reads tokens on top of `past_key_values`.
@@ -157,6 +180,13 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 anything is read (set by `generate`); the logits are those of the filled text.
             logits_to_keep: compute logits of the last so many tokens only; 0: all.
             cache: `past_key_values` under the name that transformers gives it from 5.24 on.
+            output_hidden_states: give the residual stream before each block and, last, what the head reads.
+            num_items_in_batch: labels of the whole batch of which these rows are a part; the loss is then a sum divided
+                by it, so that the losses of the parts add up to that of the whole, however it is split.
+            return_dict: False gives a tuple.
+            **kwargs: `position_ids` (B, T), `cu_seq_lens_q` (N + 1,) or `seq_idx` (B, T) where rows hold several
+                documents (`jrt.packed_rows`): each is then read by itself. Any other name is an error, unless its value
+                is None or False, or says what is true of this model anyway.
 
         Returns:
             logits (B, T, V) with all padded vocabulary rows, loss, and the cache; a tuple with `return_dict=False`.
@@ -164,32 +194,54 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the inputs do not fit; the message says what was expected.
         """
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds is not supported: pass input_ids")
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is not supported: call the layers of `model.model.blocks`, or hook them")
+        packing = {name: kwargs.pop(name, None) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")}
+        check_unknown(kwargs)
         cache = _one_cache(past_key_values, cache)
         state = _state_of(cache)
         input_ids = check_ids(input_ids, self.core.vocab_rows, is_step=state is not None)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        documents = None
+        if any(given is not None for given in packing.values()):
+            documents = documents_of(input_ids, attention_mask, None if state is None else state.lengths, **packing)
+        if documents is not None:
+            if state is not None or blank_length is not None or short_prompt is not None or logits_to_keep != 0:
+                raise ValueError("rows of several documents: expected no cache, no rule for prompts and all logits")
+            alone = self.forward(
+                documents.apart(input_ids, 0),
+                documents.mask(input_ids.device),
+                use_cache=False,
+                labels=None if labels is None else documents.apart(labels, IGNORED),
+                prefix_length=prefix_length,
+                output_hidden_states=output_hidden_states,
+                num_items_in_batch=num_items_in_batch,
+                return_dict=True,
+            )
+            assert isinstance(alone, CausalLMOutputWithPast) and alone.logits is not None
+            alone.logits = documents.together(alone.logits, len(input_ids))
+            if alone.hidden_states is not None:
+                alone.hidden_states = tuple(documents.together(each, len(input_ids)) for each in alone.hidden_states)
+            return alone.to_tuple() if return_dict is False else alone
         prompt = Prompt(input_ids, attention_mask, prefix_length, blank_length)
         if short_prompt is not None and state is None:
             prompt = self._filled(prompt, short_prompt, prompt_columns)
         batch = self.token_batch(prompt, state)
-        hidden, after = self.model.read_batch(prompt.input_ids, batch, state)
+        with recorded(self.model.blocks if output_hidden_states else ()) as residuals:
+            hidden, after = self.model.read_batch(prompt.input_ids, batch, state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(hidden[:, kept])  # (B, T, V); slice(0, None) keeps all
-        loss = None if labels is None else self._loss(logits, labels, prompt.prefix_length, after)
+        loss = None if labels is None else self._loss(logits, labels, prompt.prefix_length, after, num_items_in_batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        output = CausalLMOutputWithPast(loss=loss, logits=logits)
+        states = (*residuals, hidden) if output_hidden_states else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states)
         if use_cache:
             cache = RecurrentCache() if cache is None else cache
             if state is None:
                 after.seen = input_ids.shape[1]  # `generate` counts the columns that it knows of
             cache.state = after
             output[CACHE] = cache
-        return output.to_tuple() if kwargs.get("return_dict") is False else output
+        return output.to_tuple() if return_dict is False else output
 
     def token_batch(self, prompt: Prompt, state: ModelState | None) -> TokenBatch:
         """What the layers need to know of this call's tokens; raises ValueError for inputs that do not fit."""
@@ -213,6 +265,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         own = torch.ones_like(ids, dtype=torch.bool) if own is None else own  # (B, T)
         end = ids.shape[1] if columns is None else columns
         enc_length, pad = self.core.enc_length, self.config.short_prompt_token
+        if rule == "pad" and not 0 <= pad < self.core.vocab_rows:
+            raise ValueError(f"short_prompt_token {pad} is outside the vocabulary of {self.core.vocab_rows} rows")
         filled = fill_short_prompts(ids[:, :end], own[:, :end], enc_length, rule, pad)
         return filled.followed_by(ids[:, end:], own[:, end:])
 
@@ -269,7 +323,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs |= {"short_prompt": rule, "prompt_columns": input_ids.shape[1]}
         return super().generate(input_ids, attention_mask=mask, **kwargs)
 
-    def _loss(self, logits: Tensor, labels: Tensor, prefix_length: Tensor | None, state: ModelState) -> Tensor:
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        prefix_length: Tensor | None,
+        state: ModelState,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
         check_labels(labels, logits.shape[:2], self.core.vocab_rows)
         own = state.lengths[:, None]  # (B, 1)
         position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
@@ -280,7 +341,19 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         counted = labels.long().masked_fill(position < first, IGNORED)
         if self.core.has("P") and bool((counted == IGNORED).all()) and bool((labels != IGNORED).any()):
             raise ValueError("all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length")
-        return mean_loss(logits[:, :-1], counted[:, 1:])
+        return mean_loss(logits[:, :-1], counted[:, 1:], num_items_in_batch)
+
+
+@contextlib.contextmanager
+def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that fills up with what each block is given, the residual stream (B, T, E), while the context lasts."""
+    residuals: list[Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, given: residuals.append(given[0])) for block in blocks]
+    try:
+        yield residuals
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _state_of(cache: object) -> ModelState | None:

@@ -251,7 +251,7 @@ def test_info_on_models(model, capsys):
 def test_doctor_says_what_is_there_and_what_is_not(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert torch.__version__.split("+")[0] in text and "ops backends" in text and "mini models" in text
+    assert torch.__version__.split("+")[0] in text and "linear_attention: chunked" in text and "mini models" in text
 
 
 def test_data_imports_and_verifies(tmp_path, capsys):

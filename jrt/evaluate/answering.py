@@ -3,7 +3,8 @@
 A row's answer does not depend on its batch, so batches may be formed, cut and repeated at will. Three things save time, and
 none of them changes an answer (docs/batching.md has what each is worth):
 
-- `batches`: prompts that begin alike, or are of like length, are read together;
+- `batches`: prompts that begin alike, or are of like length, are read together (only those of equal length where padding
+  changes a model's answers: `jrt.probe`);
 - `read_beginnings`: what several prompts begin with is read once, and the state after it is copied to each of them;
 - `decode`: on a CPU, decoding pauses when half of the rows have ended, and goes on with the others.
 
@@ -20,14 +21,17 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jrt_recall import Protocol
+from jrt_recall import Protocol, contains
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from jrt.caches import cache_argument, keeps_no_tokens, select_rows
 from jrt.evaluate.models import OpenModel
+from jrt.greedy import ForcedTokens
 from jrt.modeling_jrt import CACHE
+from jrt.probe import BREAKS, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +42,11 @@ STEP = {"cuda": 2e12}  # multiply-adds in the time of one decoding step: on a GP
 
 
 class Encoded(NamedTuple):
-    """A prompt as ids; truncated: tokens that were cut off on the left."""
+    """A prompt as ids. truncated: tokens that were cut off; problem: why it cannot be asked, empty where it can."""
 
     ids: list[int]
     truncated: int
+    problem: str = ""
 
 
 class Generation(NamedTuple):
@@ -53,17 +58,61 @@ class Generation(NamedTuple):
     seconds: float
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None) -> list[Encoded]:
-    """Prompts as ids with the tokenizer's own special tokens (as lm-eval does), cut on the left to `limit` tokens.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None, vocabulary: int | None = None
+) -> list[Encoded]:
+    """Prompts as ids, cut on the left to `limit` tokens.
 
-    Raises ValueError for a prompt without tokens."""
-    rows = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
-    for number, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"prompt {number} has no tokens")
-    if limit is None:
-        return [Encoded(row, 0) for row in rows]
-    return [Encoded(row[-limit:], max(0, len(row) - limit)) for row in rows]
+    What the tokenizer puts in front of a text (a begin token) stays in front; what it puts behind one (an end token, say)
+    is left out, because the answer comes there. The text of a special token in a document is text.
+
+    vocabulary: ids that the model has rows for; None: all. A prompt that cannot be asked says so in its `problem`."""
+    front = _tokens_in_front(tokenizer)
+    readable = [prompt if is_text(prompt) else "" for prompt in prompts]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
+    rows = tokenizer(readable, **options)["input_ids"] if readable else []
+    found = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        own = row if limit is None else row[-max(1, limit - len(front)) :]
+        beyond = max(row, default=0)
+        if not is_text(prompt):
+            problem = "it holds half of a surrogate pair, which is no text"
+        elif not row:
+            problem = "it has no tokens"
+        elif vocabulary is not None and beyond >= vocabulary:
+            problem = f"token {beyond} of it is beyond the model's {vocabulary} rows"
+        else:
+            problem = ""
+        found.append(Encoded([*front, *own], len(row) - len(own), problem))
+    return found
+
+
+def _tokens_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts in front of every text."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    return list(whole[: places[0]]) if places else []
+
+
+def is_text(text: str) -> bool:
+    """False for a string with a lone surrogate, which no encoding of text can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: Sequence[str]) -> bool:
+    """Whether a model with this tokenizer could write any of the answers.
+
+    No generation holds a stop string, and none holds a spelling that the tokenizer normalises away."""
+    for answer in answers:
+        if is_text(answer) and not any(ending in answer for ending in stop):
+            ids = tokenizer(f"x {answer} x", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if contains(str(tokenizer.decode(ids)), answer):
+                return True
+    return False
 
 
 def prompt_limit(protocol: Protocol, max_length: int | None) -> int | None:
@@ -103,12 +152,14 @@ class Limits(NamedTuple):
         tokens: to read in a batch of more than one prompt, padding included and common beginnings counted once.
         alone: a longer prompt only shares a batch with those that begin like it.
         shares: whether the model can read common beginnings once.
+        pads: whether prompts of unequal length may meet.
     """
 
     size: int
     tokens: int | None = None
     alone: int | None = None
     shares: bool = True
+    pads: bool = True
 
 
 class Group(NamedTuple):
@@ -140,6 +191,8 @@ def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> 
     lengths = [len(rows[index]) for group in batch for index in group.rows]
     if len(lengths) == 1:
         return True
+    if not limits.pads and min(lengths) < max(lengths):
+        return False
     own = (len(rows[index]) - group.common for group in batch for index in group.rows[1:])
     tokens = len(batch) * max(lengths) + sum(own)
     return (
@@ -232,7 +285,7 @@ class Start(NamedTuple):
     """Where decoding starts.
 
     Args:
-        cache: has read the first columns of `ids`; None: has read nothing.
+        cache: has read the first columns of `ids`, or (`keeps_no_tokens`) none of them and all before; None: nothing.
         forced: the rest of each row's prompt, which it reads in the first steps of decoding.
     """
 
@@ -255,7 +308,7 @@ def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[i
     Returns:
         None where that saves little, a prompt has one token, or the model's states cannot be copied from row to row.
     """
-    if not model.shares_beginnings:
+    if not model.mode.sharing:
         return None
     found = groups(rows)
     saved = sum(group.common * (len(group.rows) - 1) for group in found)
@@ -277,31 +330,16 @@ def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[i
     # One step of `generate`, not a forward call: it knows each model's positions under left padding.
     cache = _generate(model, ids, mask, max_new_tokens=1)[CACHE]
     row_of = torch.tensor(owner, device=model.device)
-    cache.batch_select_indices(row_of)
+    select_rows(cache, row_of)
     own = torch.tensor([tokens[:at_once] for tokens in rest], device=model.device)  # (B, R)
+    if keeps_no_tokens(cache):
+        return Start(own, torch.ones_like(own), cache, forced)
     return Start(torch.cat([ids[row_of], own], 1), torch.cat([mask[row_of], torch.ones_like(own)], 1), cache, forced)
 
 
 def outweighs(saved: int, steps: int, parameters: int, device: str) -> bool:
     """Whether reading `saved` tokens fewer is worth more time than `steps` more decoding steps cost."""
     return saved * parameters > steps * STEP.get(device, 0)
-
-
-class ForcedTokens(LogitsProcessor):
-    """Lets each row read the rest of its prompt before it chooses tokens itself; for one call of `generate`."""
-
-    def __init__(self, forced: Sequence[Sequence[int]]) -> None:
-        self.forced, self.steps = forced, 0  # not read off input_ids: short prompts may have been filled up
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step, self.steps = self.steps, self.steps + 1
-        rows = [row for row, tokens in enumerate(self.forced) if step < len(tokens)]
-        if not rows:
-            return scores
-        scores = scores.clone()
-        scores[rows] = float("-inf")
-        scores[rows, [self.forced[row][step] for row in rows]] = 0.0
-        return scores
 
 
 class NaNWatch(LogitsProcessor):
@@ -356,7 +394,7 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
             max_new_tokens=max(map(sum, zip(forced, limits, strict=True))),
             stopping_criteria=StoppingCriteriaList([pause]),
             logits_processor=LogitsProcessorList([watch, ForcedTokens(start.forced)]),
-            **{CACHE: start.cache},
+            **({} if start.cache is None else {cache_argument(model.model): start.cache}),
         )
         new = output.sequences[:, start.ids.shape[1] :].tolist()
         for index, (row, broken) in enumerate(zip(rows, watch.rows.tolist(), strict=True)):
@@ -376,25 +414,37 @@ def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> 
     Where `generate` filled up short prompts, the cache has read more columns than `start` has; any id may stand there."""
     kept = torch.tensor(rows, device=start.ids.device)
     cache = output[CACHE]
-    cache.batch_select_indices(kept)
+    select_rows(cache, kept)
     ids = output.sequences[kept]
     steps = ids.shape[1] - start.ids.shape[1]
+    forced = [start.forced[row][steps:] for row in rows]
+    if keeps_no_tokens(cache):
+        return Start(ids[:, -1:], torch.ones_like(ids[:, -1:]), cache, forced)
     mask = torch.cat([start.mask[kept], start.mask.new_ones(len(rows), steps)], dim=1)
     missing = cache.get_seq_length() + 1 - ids.shape[1]
     if missing:
         ids = torch.cat([ids.new_full((len(rows), missing), model.pad_token_id), ids], dim=1)
         mask = torch.cat([mask.new_ones(len(rows), missing), mask], dim=1)
-    return Start(ids, mask, cache, [start.forced[row][steps:] for row in rows])
+    return Start(ids, mask, cache, forced)
 
 
 def _generate(model: OpenModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    """transformers' greedy `generate`, with the cache in what it returns."""
+    """transformers' greedy `generate`, with the cache in what it returns.
+
+    Raises ValueError where the code of a model that is not ours fails."""
+    if not model.mode.cache:
+        options["use_cache"] = False
     generate: Any = model.model.generate  # transformers gives it no type of its own
-    return generate(
-        input_ids=ids,
-        attention_mask=mask,
-        pad_token_id=model.pad_token_id,
-        return_dict_in_generate=True,
-        **options,
-        **GREEDY,
-    )
+    try:
+        return generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pad_token_id=model.pad_token_id,
+            return_dict_in_generate=True,
+            **options,
+            **GREEDY,
+        )
+    except BREAKS as error:
+        if model.ours or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise ValueError(f"{model.spec.name} cannot be run: {one_line(error)}") from error

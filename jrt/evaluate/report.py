@@ -58,14 +58,15 @@ class Collected:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.records: list[dict] = []
         self.predictions: list[dict] = []
-        protocols: dict[str, dict] = {}
+        protocols: dict[tuple[str, int], dict] = {}
         manifests: dict[str, dict] = {}
         for folder in folders:
             records, predictions, manifest = read_run(folder)
             labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}
             self.records += [{**record, "model": labels[record["model"]]} for record in records]
             self.predictions += [{**row, "model": labels[row["model"]]} for row in predictions]
-            protocols |= {protocol["name"]: protocol for protocol in manifest["identity"]["protocols"]}
+            known = manifest["identity"]["protocols"]
+            protocols |= {(one["name"], one["version"]): one for one in known}
             manifests[folder.name] = manifest
         cells = [cell_of(record) for record in self.records]
         if repeated := sorted({cell for cell in cells if cells.count(cell) > 1}):
@@ -221,7 +222,7 @@ def page(
 
 def _tables(records: Sequence[dict], manifest: dict) -> list[dict[str, Any]]:
     """For each task and protocol: what stands above and below its table, and its records by model."""
-    described = {protocol.name: protocol.describe() for protocol in protocols_of(manifest)}
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
     groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for record in records:
         models = groups.setdefault((record["task"], record["protocol"]), {})
@@ -229,7 +230,7 @@ def _tables(records: Sequence[dict], manifest: dict) -> list[dict[str, Any]]:
     found = []
     for (task, protocol), models in groups.items():
         members = [record for rows in models.values() for record in rows]
-        above = [described[protocol], counts_line(members[0])]
+        above = [described[protocol, members[0].get("version", 1)], counts_line(members[0])]
         found.append({"task": task, "above": above, "models": list(models.values()), "below": notes(members)})
     return found
 

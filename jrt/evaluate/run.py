@@ -7,7 +7,7 @@ elsewhere or was spread over workers ends with the same files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import combinations
@@ -21,10 +21,10 @@ from jrt_recall.scoring import bootstrap, paired_difference
 from tqdm import tqdm
 
 import jrt
-from jrt.evaluate.answering import Encoded, Generation, Limits, batches, encode, prompt_limit
+from jrt.evaluate.answering import Encoded, Generation, Limits, batches, encode, prompt_limit, reachable
 from jrt.evaluate.folder import Cell, RunFolder, cell_of
 from jrt.evaluate.models import ModelSpec, open_tokenizer
-from jrt.evaluate.workers import Job, Pool
+from jrt.evaluate.workers import Failure, Job, Pool
 from jrt.provenance import code_sha256, versions
 
 CPU_TOKENS = 8192  # of a batch: what more of them need falls out of a processor's caches, and small models read slower
@@ -72,7 +72,7 @@ class Plan:
 
     def protocols(self) -> list[Protocol]:
         """Each protocol that is used, once."""
-        return list({found.protocol.name: found.protocol for found in self.questions.values()}.values())
+        return list({found.protocol.label(): found.protocol for found in self.questions.values()}.values())
 
     def identity(self) -> dict:
         """What makes two runs the same run, as plain values. Batches, devices and workers are no part of it."""
@@ -91,11 +91,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with; the same as stands in its folder."""
+    """What a run ends with; the same as stands in its folder. failed: cells without a number, and why."""
 
     records: list[dict]
     comparisons: list[dict]
     predictions: list[dict]
+    failed: dict[Cell, str]
 
 
 def plan(request: Request) -> Plan:
@@ -119,8 +120,7 @@ def plan(request: Request) -> Plan:
         raise ValueError(f"a seed is at least 0, got {request.seed}")
     _check_folders(request, tasks)
     wanted = [(task, protocol) for task in request.tasks for protocol in protocols_of(request.protocol, task)]
-    for spec in request.models:
-        open_tokenizer(spec.name)
+    _first_that_opens(request.models, lambda spec: open_tokenizer(spec.name))
     questions = {}
     for task, protocol in wanted:
         folder = request.passages if task in PASSAGES else request.data
@@ -128,6 +128,20 @@ def plan(request: Request) -> Plan:
             found = items(task, strategy, protocol, request.cut_with, request.limit, request.seed, folder)
             questions[found.task, found.strategy, found.protocol.name] = found
     return Plan(request, questions)
+
+
+def _first_that_opens(specs: Sequence[ModelSpec], opened: Callable[[ModelSpec], object]) -> None:
+    """Opens one model. Those that cannot be opened beside it are rows of the table with their reason.
+
+    Raises ValueError where none can: there is nothing to run."""
+    problems = []
+    for spec in specs:
+        try:
+            opened(spec)
+            return
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def _check_folders(request: Request, tasks: list[str]) -> None:
@@ -153,7 +167,7 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, res
     Raises ValueError for models that cannot be opened, a batch size below 1, and a folder that holds another run."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one item, got {batch_size}")
-    pool.info(plan.request.models[0])  # a model that cannot be opened fails before anything is written
+    _first_that_opens(plan.request.models, pool.info)  # before anything is written
     manifest = {
         "identity": plan.identity(),
         "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},
@@ -165,37 +179,70 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, res
 
 def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> Outcome:
     prompts: dict[Cell, list[Encoded]] = {}
-    state_bytes: dict[Cell, int] = {}
+    measured: dict[Cell, dict[str, int]] = {}
+    failed: dict[Cell, str] = {}
     cells = plan.cells()
     missing = {cell: _missing(plan, cell, folder) for cell in cells}
 
     def jobs() -> Iterator[Job]:
         for spec in plan.request.models:
-            info = pool.info(spec)
+            mine = [cell for cell in cells if cell.model == spec.name]
+            try:
+                info, tokenizer = pool.info(spec), open_tokenizer(spec.name)
+            except ValueError as error:
+                failed.update(dict.fromkeys(mine, str(error)))
+                continue
             folder.note_model(info)
-            tokenizer = open_tokenizer(spec.name)
-            for cell in (cell for cell in cells if cell.model == spec.name):
+            for cell in mine:
                 found = plan.items(cell)
-                limit = prompt_limit(found.protocol, info["max_length"])
-                encoded = prompts[cell] = encode(tokenizer, [item.prompt for item in found.items], limit)
-                state_bytes[cell] = pool.state_bytes(spec, round(sum(len(e.ids) for e in encoded) / len(encoded)))
-                for batch in batches([encoded[index].ids for index in missing[cell]], _limits(spec, info, batch_size)):
-                    chosen = [missing[cell][index] for index in batch]
+                try:
+                    limit = prompt_limit(found.protocol, info["max_length"])
+                except ValueError as error:
+                    failed[cell] = str(error)
+                    continue
+                encoded = prompts[cell] = encode(
+                    tokenizer, [item.prompt for item in found.items], limit, info["vocabulary"]
+                )
+                lengths = [len(one.ids) for one in encoded if not one.problem]
+                if not lengths:
+                    failed[cell] = f"no item can be asked: the prompt of {found.items[0].id}: {encoded[0].problem}"
+                    continue
+                measured[cell] = {
+                    "state_bytes": pool.state_bytes(spec, round(sum(lengths) / len(lengths))),
+                    "unreachable": sum(
+                        not reachable(tokenizer, item.answers, found.protocol.stop) for item in found.items
+                    ),
+                }
+                open_items = [index for index in missing[cell] if not encoded[index].problem]
+                for batch in batches([encoded[index].ids for index in open_items], _limits(spec, info, batch_size)):
+                    chosen = [open_items[index] for index in batch]
                     yield Job(spec, cell, found.protocol, [encoded[index].ids for index in chosen], chosen)
+                    if cell in failed:
+                        break
 
     with tqdm(total=sum(map(len, missing.values())), unit="item", smoothing=0.05) as progress:
         for job, generations in pool.answers(jobs()):
             progress.set_description(f"{job.cell.model} {job.cell.task} {job.cell.strategy}", refresh=False)
+            if isinstance(generations, Failure):
+                failed[job.cell] = generations.reason
+                continue
             folder.append(_predictions(plan, job, prompts[job.cell], generations))
             progress.update(len(generations))
 
-    rows = _ordered(plan, cells, folder.rows)
+    done = [cell for cell in cells if cell not in failed]
+    if not done:
+        raise ValueError(next(iter(failed.values())))
+    rows = _ordered(plan, done, folder.rows)
     models = folder.manifest["models"]
-    records = [record(plan, cell, rows[cell], models[cell.model], state_bytes[cell]) for cell in cells]
-    every = [row for cell in cells for row in rows[cell]]
+    records = []
+    for cell in done:
+        invalid = [one for one in prompts[cell] if one.problem]
+        more = {**measured[cell], "beyond_the_model": [one.problem for one in invalid]}
+        records.append(record(plan, cell, rows[cell], models[cell.model], more))
+    every = [row for cell in done for row in rows[cell]]
     compared = comparisons(every, plan.request.seed)
-    folder.finish(every, records, compared)
-    return Outcome(records, compared, every)
+    folder.finish(every, records, compared, failed)
+    return Outcome(records, compared, every, failed)
 
 
 def _limits(spec: ModelSpec, info: dict, batch_size: int | None) -> Limits:
@@ -205,7 +252,9 @@ def _limits(spec: ModelSpec, info: dict, batch_size: int | None) -> Limits:
         limits = ON_GPU
     else:
         limits = ON_CPU._replace(alone=CPU_ALONE if info["attends_to_all"] else None)
-    return limits._replace(shares=info["shares_beginnings"])
+    if not info["batches"]:
+        limits = limits._replace(size=1)
+    return limits._replace(shares=info["shares_beginnings"], pads=info["pads"])
 
 
 def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:
@@ -241,14 +290,17 @@ def _ordered(plan: Plan, cells: list[Cell], rows: list[dict]) -> dict[Cell, list
     """Predictions by cell, in the order of the items; of an item that was answered twice, the first."""
     found: dict[Cell, dict[str, dict]] = {cell: {} for cell in cells}
     for row in rows:
-        found[cell_of(row)].setdefault(row["id"], row)
-    return {cell: [found[cell][item.id] for item in plan.items(cell).items] for cell in cells}
+        found.get(cell_of(row), {}).setdefault(row["id"], row)
+    return {cell: [found[cell][item.id] for item in plan.items(cell).items if item.id in found[cell]] for cell in cells}
 
 
-def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, state_bytes: int) -> dict:
+def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict) -> dict:
     """The record of one cell. score, low and high lie between 0 and 1; seconds is compute time summed over batches.
 
-    truncated: items that lost prompt tokens to a limit; nan: items whose logits had a NaN (they count as wrong)."""
+    truncated: items that lost prompt tokens to a limit; nan: items whose logits had a NaN (they count as wrong);
+    unreachable: items of whose answers the model can write none.
+
+    measured: state_bytes and unreachable of the cell; beyond_the_model: why prompts could not be asked of this model."""
     found = plan.items(cell)
     interval = bootstrap([row["score"] for row in rows], seed=plan.request.seed)
     longest = max(row["prompt_tokens"] for row in rows)
@@ -261,16 +313,22 @@ def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, state_bytes: in
         "n": len(rows),
         "documents": found.documents,
         "dropped": found.dropped,
-        "invalid": len(found.invalid),
+        "invalid": len(found.invalid) + len(measured["beyond_the_model"]),
         "lost": found.lost,
+        "unreachable": measured["unreachable"],
         "absent": found.absent,
         "truncated": sum(row["truncated"] > 0 for row in rows),
         "nan": sum(not row["finite"] for row in rows),
         "prompt_tokens": sum(row["prompt_tokens"] for row in rows) / len(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "state_bytes": state_bytes,
+        "state_bytes": measured["state_bytes"],
         "beyond_training": train_length is not None and longest > train_length,
         "source": found.source,
+        "version": found.protocol.version,
+        "notes": [
+            *info["notes"],
+            *(f"not asked: {problem}" for problem in dict.fromkeys(measured["beyond_the_model"])),
+        ],
     }
 
 

@@ -99,9 +99,13 @@ def protocols_of(manifest: dict) -> list[Protocol]:
     return [Protocol(**{**known, "stop": tuple(known["stop"])}) for known in manifest["identity"]["protocols"]]
 
 
-def results_text(records: Sequence[dict], protocols: Sequence[Protocol]) -> str:
-    """One table for each task and protocol, with the protocol in words and the counts that the scores rest on."""
-    described = {protocol.name: protocol.describe() for protocol in protocols}
+def results_text(
+    records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str] | None = None
+) -> str:
+    """One table for each task and protocol, with the protocol in words and the counts that the scores rest on.
+
+    failed: cells without a number, which are rows with their reason below the table."""
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
     parts = []
 
     def group(record: dict) -> tuple[str, str]:
@@ -109,27 +113,44 @@ def results_text(records: Sequence[dict], protocols: Sequence[Protocol]) -> str:
 
     for (task, protocol), members in groupby(sorted(records, key=group), key=group):
         found = list(members)
-        table = aligned(HEADER, [result_row(record) for record in found])
-        parts += [f"{task} | {described[protocol]}", counts_line(found[0]), table, *notes(found), ""]
+        without = {cell: why for cell, why in (failed or {}).items() if (cell.task, cell.protocol) == (task, protocol)}
+        empty = [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in without]
+        table = aligned(HEADER, [*map(result_row, found), *empty])
+        reasons = dict.fromkeys(f"{cell.model}: not run: {' '.join(why.split())}" for cell, why in without.items())
+        parts += [
+            f"{task} | {described[protocol, found[0].get('version', 1)]}",
+            counts_line(found[0]),
+            table,
+            *notes(found),
+            *reasons,
+            "",
+        ]
+    shown = {(record["task"], record["protocol"]) for record in records}
+    for cell, why in (failed or {}).items():
+        if (cell.task, cell.protocol) not in shown:
+            parts.append(f"{cell.model} {cell.task} {cell.strategy} {cell.protocol}: not run: {' '.join(why.split())}")
     return "\n".join(parts)
 
 
 def notes(records: Sequence[dict]) -> list[str]:
-    """What has to be said below a table of one task and protocol: NaN logits, long prompts."""
+    """What has to be said below a table of one task and protocol: NaN logits, long prompts, models run otherwise."""
     found = []
     if any(record["nan"] for record in records):
         counted = ", ".join(f"{r['model']} {r['strategy']}: {r['nan']}" for r in records if r["nan"])
         found.append(f"NaN logits, counted as wrong: {counted}")
     if any(record["beyond_training"] for record in records):
         found.append("* prompts longer than the model's training sequences")
-    return found
+    said = dict.fromkeys((record["model"], note) for record in records for note in record.get("notes", ()))
+    return [*found, *(f"{model}: {note}" for model, note in said)]
 
 
 def counts_line(record: dict) -> str:
     """What happened to a task's documents."""
+    unreachable = record.get("unreachable", 0)
+    told = f", {unreachable} unreachable (no generation of the model can hold an answer)" if unreachable else ""
     return (
         f"{record['n']} items of {record['documents']} documents ({record['source']}): {record['dropped']} dropped by the "
-        f"task's rules, {record['invalid']} invalid, {record['lost']} with the answer cut away"
+        f"task's rules, {record['invalid']} invalid, {record['lost']} with the answer cut away{told}"
     )
 
 

@@ -34,6 +34,13 @@ class Job:
     items: list[int]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A batch that could not be answered, and why: the model's code failed."""
+
+    reason: str
+
+
 class Pool(Interface):
     """What a run needs of whoever computes."""
 
@@ -41,7 +48,7 @@ class Pool(Interface):
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int: ...
 
-    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation]]]: ...
+    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]: ...
 
 
 class Worker:
@@ -56,8 +63,11 @@ class Worker:
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
         return self._opened(spec).state_bytes(length)
 
-    def answer(self, job: Job) -> list[Generation]:
-        return answer(self._opened(job.spec), job.rows, job.protocol)
+    def answer(self, job: Job) -> list[Generation] | Failure:
+        try:
+            return answer(self._opened(job.spec), job.rows, job.protocol)
+        except ValueError as error:
+            return Failure(str(error))
 
     def _opened(self, spec: ModelSpec) -> OpenModel:
         if self._model is None or self._model.spec != spec:
@@ -69,7 +79,7 @@ class Worker:
 class LocalPool(Worker):
     """Everything in this process, one job after the other."""
 
-    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation]]]:
+    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
         for job in jobs:
             yield job, self.answer(job)
 
@@ -116,7 +126,7 @@ class RayPool:
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
         return self._asked("state_bytes", spec, length)
 
-    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation]]]:
+    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
         """Answers as they come; each worker has one job at a time.
 
         Raises RuntimeError where a job has ended its worker several times."""

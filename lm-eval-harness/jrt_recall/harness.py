@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
-from . import task_folder
+from . import settings, task_folder
 from .protocols import PREFIX, PROTOCOLS
 
 _USAGE = """usage: jrt-recall [lm_eval's options]     runs lm_eval with the recall tasks
@@ -23,14 +24,7 @@ Tasks may be named with or without `recall_`: here `fda` is recall_fda. Upstream
 def arguments(given: list[str]) -> list[str]:
     """lm_eval's arguments: `run`, the include path, then the given ones.
 
-    Raises ValueError for an include path (lm-eval takes one only) and for settings of generation (the protocol's)."""
-    options = {word.split("=", maxsplit=1)[0] for word in given}
-    if "--include_path" in options:
-        raise ValueError("jrt-recall sets --include_path itself; use lm_eval directly to name another folder")
-    if "--gen_kwargs" in options:
-        raise ValueError(
-            "--gen_kwargs contradicts the protocol, which fixes length, stop and greedy choice: leave it out"
-        )
+    Raises ValueError for an include path: lm-eval takes one only."""
     rest = given[1:] if given[:1] == ["run"] else given
     return ["run", "--include_path", str(task_folder()), *rest]
 
@@ -77,12 +71,25 @@ def _run(given: list[str]) -> int:
     return 0
 
 
-def command_line(given: list[str]) -> None:
-    """lm-eval's own command line, with this package's messages shown: each task's protocol, source and counts."""
-    from lm_eval.__main__ import cli_evaluate
+def command_line(given: list[str], check_model: Callable[[dict], None] | None = None) -> None:
+    """lm-eval's own command line, with this package's messages shown: each task's protocol, source and counts.
 
+    check_model: looks at the parsed settings before anything runs. Raises ValueError for settings that contradict the
+    protocols (see `settings`)."""
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    setup_logging()
     logger = logging.getLogger(__package__)  # lm-eval shows its own loggers only
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
     sys.argv = ["lm_eval", *given]
-    cli_evaluate()
+    parser = HarnessCLI()
+    namespace = parser.parse_args()
+    found = settings.parsed(namespace)
+    if str(found.get("include_path")) != str(task_folder()):
+        raise ValueError("--include_path is set here; use lm_eval directly to name another folder")
+    settings.check(found)
+    if check_model is not None:
+        check_model(found)
+    parser.execute(namespace)

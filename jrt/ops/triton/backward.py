@@ -13,7 +13,7 @@ Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV colu
 import triton
 import triton.language as tl
 
-from jrt.ops.triton.features import factors, features_gradient, products, weighted
+from jrt.ops.triton.features import factors, features_gradient, products, weighted, zero_of
 from jrt.ops.triton.places import find_piece, load_rows, own_columns, store_rows
 from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
 
@@ -58,6 +58,7 @@ def queries_kernel(
         faded = tl.exp(rate * tl.maximum(step[:, None] - step[None, :], 0))  # (C, C)
     for first in range(start, end, C):
         t = first + step
+        zero = zero_of(first, d)
         inside = t < end
         keep = inside
         if HAS_MASK:
@@ -84,7 +85,7 @@ def queries_kernel(
         do_c = do_c.to(WIDE)
         own_delta = delta * once
 
-        s = tl.dot(q_c, kT, input_precision="ieee") * (1.0 / d**0.5)  # (C, C)
+        s = tl.dot(q_c, kT, input_precision=PRECISION) * (1.0 / d**0.5)  # (C, C)
         causal = (step[:, None] >= step[None, :]) & keep[None, :]
         denominator = tl.sum(tl.where(causal, 1.0 + s + 0.5 * s * s, 0.0), 1)
         dP = tl.dot(do_c, tl.trans(v_c), input_precision=PRECISION)
@@ -94,7 +95,7 @@ def queries_kernel(
         dq_c = tl.dot(ds.to(WIDE), k_c.to(WIDE), input_precision=PRECISION)  # (C, DK)
 
         for n in tl.static_range(PAIR_TILES + 1):
-            a, b = factors(q_c, n, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS)  # (C, R)
+            a, b = factors(q_c, n, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, PRECISION)  # (C, R)
             r = tl.arange(0, a.shape[1])[None, :]
             phi = weighted(products(a, b, r, n, d, PAIR_TILES, PAIR_ROWS), r, n, d, PAIR_TILES, PAIR_ROWS)
             denominator += tl.sum(phi * sums[n][None, :], 1)
@@ -102,7 +103,9 @@ def queries_kernel(
             if HAS_DECAY:
                 dphi = dphi * to_query[:, None]
             dphi = weighted(dphi - own_delta[:, None] * sums[n][None, :], r, n, d, PAIR_TILES, PAIR_ROWS)
-            dq_c = features_gradient(dphi, a, b, dq_c, n, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION)
+            dq_c = features_gradient(
+                dphi, a, b, dq_c, n, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION
+            )
         w = tl.zeros((C,), tl.float32) + 1.0
         if NORMALIZE:
             w = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
@@ -113,7 +116,7 @@ def queries_kernel(
         if HAS_DECAY:
             v_c = (v_c * to_end[:, None]).to(WIDE)
         tiles, sums = add_chunk(
-            tiles, sums, kT, v_c, keep, keep.to(tl.float32), whole, False, False, HAS_DECAY, d, DK,
+            tiles, sums, kT, v_c, keep, keep.to(tl.float32), whole, zero, False, False, HAS_DECAY, d, DK,
             PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
         )  # fmt: skip
 
@@ -163,6 +166,7 @@ def keys_kernel(
     for n in range(0, chunks):
         first = start + (chunks - 1 - n) * C
         t = first + step
+        zero = zero_of(first, d)
         inside = t < end
         keep = inside
         if HAS_MASK:
@@ -182,7 +186,7 @@ def keys_kernel(
             at = (row * T + t) * H + h
             w = tl.load(weight + at, mask=inside, other=0.0)
             c = tl.load(sum_weight + at, mask=inside, other=0.0)
-            s = tl.dot(k_c, qT, input_precision="ieee") * (1.0 / d**0.5)  # (C keys, C queries)
+            s = tl.dot(k_c, qT, input_precision=PRECISION) * (1.0 / d**0.5)  # (C keys, C queries)
             causal = step[:, None] <= step[None, :]
             scores = tl.where(causal, (1.0 + s + 0.5 * s * s) * w[None, :], 0.0)
             if HAS_DECAY:
@@ -196,7 +200,7 @@ def keys_kernel(
 
         # what later queries, or all of them, ask for
         for i in tl.static_range(PAIR_TILES + 1):
-            a, b = factors(k_c, i, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS)  # (C, R)
+            a, b = factors(k_c, i, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, PRECISION)  # (C, R)
             r = tl.arange(0, a.shape[1])[None, :]
             phi = products(a, b, r, i, d, PAIR_TILES, PAIR_ROWS)
             narrow = tiles[i].to(WIDE)
@@ -207,19 +211,20 @@ def keys_kernel(
             if HAS_DECAY:
                 dphi = dphi * to_end[:, None]
             dphi = dphi + sums[i][None, :] * once
-            dk_c = features_gradient(dphi, a, b, dk_c, i, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION)
+            dk_c = features_gradient(
+                dphi, a, b, dk_c, i, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION
+            )
 
         if HAS_QUERIES:
             by_value = w
             if HAS_DECAY:
                 by_value = w * to_query
             tiles, sums = add_chunk(
-                tiles, sums, qT, do_c, by_value, c, whole, True, True, HAS_DECAY, d, DK,
+                tiles, sums, qT, do_c, by_value, c, whole, zero, True, True, HAS_DECAY, d, DK,
                 PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
             )  # fmt: skip
-        zero = tl.zeros((C,), tl.float32)[:, None]
-        store_rows(dk, tl.where(keep[:, None], dk_c, zero), t, H * d, inside, dims, d)
-        store_rows(dv, tl.where(keep[:, None], dv_c, zero), t, H * D, inside, columns, D)
+        store_rows(dk, tl.where(keep[:, None], dk_c, 0.0), t, H * d, inside, dims, d)
+        store_rows(dv, tl.where(keep[:, None], dv_c, 0.0), t, H * D, inside, columns, D)
     if HAS_QUERIES:  # noqa: SIM102 - without queries there is no initial state to compile a store to
         if is_first:
             write_state(

@@ -34,7 +34,7 @@ def decode_kernel(
     total = tl.zeros((DV,), tl.float32)
     denominator = 0.0
     for t in tl.static_range(PAIR_TILES + 1):
-        i, j = row_pairs(t, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
+        i, j = row_pairs(t, 0, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
         place, weight, real = row_places(t, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
         inside = real[:, None] & (columns < D)[None, :]
         k_i = tl.load(k + i, mask=i >= 0, other=0.0).to(tl.float32)

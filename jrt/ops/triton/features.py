@@ -17,16 +17,31 @@ import triton.language as tl
 
 
 @triton.jit
+def zero_of(first, d: tl.constexpr):
+    """Zero, which for large d is known only when running, from the (never negative) number of a token.
+
+    The compiler keeps what does not change from chunk to chunk in shared memory. For small d these are the pickers; for
+    large d they would fill it, so their numbers are made to look as if they changed.
+    """
+    if d > 16:
+        zero = first >> 31
+    else:
+        zero = 0
+    return zero
+
+
+@triton.jit
 def row_pairs(
-    t: tl.constexpr, d: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr
-):
-    """i and j (R,) of tile t, -1 where a row has none."""
+    t: tl.constexpr, zero, d: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
+):  # fmt: skip
+    """i and j (R,) of tile t, -1 where a row has none. `zero` is that of `zero_of`."""
     if t < PAIR_TILES:
-        r = t * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
+        r = t * PAIR_ROWS + tl.arange(0, PAIR_ROWS) + zero
         real = r < d * (d - 1) // 2
         j = tl.where(real, (r + 1 + r // d) % d, -1)
     else:
-        r = tl.arange(0, REST_ROWS)
+        r = tl.arange(0, REST_ROWS) + zero
         real = r < 2 * d
         j = tl.where(real, r % d, -1)
     return tl.where(real, r % d, -1), j
@@ -93,14 +108,14 @@ def weighted(phi, r, t: tl.constexpr, d: tl.constexpr, PAIR_TILES: tl.constexpr,
 
 @triton.jit
 def factors(
-    x, t: tl.constexpr, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
-    REST_ROWS: tl.constexpr,
+    x, t: tl.constexpr, zero, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr,
+    PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x_i and x_j (C, R) in fp32, of x (C, DK)."""
-    i, j = row_pairs(t, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
-    a = tl.dot(x, picker(i, DK, x), input_precision="ieee")
+    i, j = row_pairs(t, zero, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
+    a = tl.dot(x, picker(i, DK, x), input_precision=PRECISION)
     if t < PAIR_TILES:
-        b = tl.dot(x, picker(j, DK, x), input_precision="ieee")
+        b = tl.dot(x, picker(j, DK, x), input_precision=PRECISION)
     else:
         b = a
     return a, b
@@ -108,24 +123,24 @@ def factors(
 
 @triton.jit
 def features(
-    x, t: tl.constexpr, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
-    REST_ROWS: tl.constexpr,
+    x, t: tl.constexpr, zero, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr,
+    PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Bare features (C, R) in fp32, of x (C, DK)."""
-    a, b = factors(x, t, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS)
+    a, b = factors(x, t, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, PRECISION)
     return products(a, b, tl.arange(0, a.shape[1])[None, :], t, d, PAIR_TILES, PAIR_ROWS)
 
 
 @triton.jit
 def features_transposed(
-    xT, t: tl.constexpr, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
-    REST_ROWS: tl.constexpr,
+    xT, t: tl.constexpr, zero, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr,
+    PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Bare features (R, C) in fp32, of xT (DK, C)."""
-    i, j = row_pairs(t, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
-    a = tl.dot(picker_transposed(i, DK, xT), xT, input_precision="ieee")
+    i, j = row_pairs(t, zero, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
+    a = tl.dot(picker_transposed(i, DK, xT), xT, input_precision=PRECISION)
     if t < PAIR_TILES:
-        b = tl.dot(picker_transposed(j, DK, xT), xT, input_precision="ieee")
+        b = tl.dot(picker_transposed(j, DK, xT), xT, input_precision=PRECISION)
     else:
         b = a
     return products(a, b, tl.arange(0, a.shape[0])[:, None], t, d, PAIR_TILES, PAIR_ROWS)
@@ -133,11 +148,11 @@ def features_transposed(
 
 @triton.jit
 def features_gradient(
-    dphi, a, b, dx, t: tl.constexpr, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr,
+    dphi, a, b, dx, t: tl.constexpr, zero, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr,
     PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx (C, DK) plus what dphi (C, R), by bare features, says of it."""
-    i, j = row_pairs(t, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
+    i, j = row_pairs(t, zero, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
     like = tl.zeros((1, 1), WIDE)
     if t < PAIR_TILES:
         dx = tl.dot((dphi * b).to(WIDE), picker_transposed(i, DK, like), dx, input_precision=PRECISION)

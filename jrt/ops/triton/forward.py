@@ -10,7 +10,7 @@ tile.
 import triton
 import triton.language as tl
 
-from jrt.ops.triton.features import features, weighted
+from jrt.ops.triton.features import features, weighted, zero_of
 from jrt.ops.triton.places import find_piece, load_rows, own_columns, store_rows
 from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
 
@@ -50,6 +50,7 @@ def forward_kernel(
         age = tl.maximum(step[:, None] - step[None, :], 0)
     for first in range(start, end, C):
         t = first + step
+        zero = zero_of(first, d)
         inside = t < end
         keep = inside
         if HAS_MASK:
@@ -59,7 +60,7 @@ def forward_kernel(
         v_c = load_rows(v, t, v_token, keep, columns, D).to(WIDE)  # (C, DV)
         kT = tl.trans(k_c)
 
-        s = tl.dot(q_c, kT, input_precision="ieee") * (1.0 / d**0.5)  # (C, C)
+        s = tl.dot(q_c, kT, input_precision=PRECISION) * (1.0 / d**0.5)  # (C, C)
         scores = 1.0 + s + 0.5 * s * s
         scores = tl.where((step[:, None] >= step[None, :]) & keep[None, :], scores, 0.0)
         denominator = tl.sum(scores, 1)
@@ -72,7 +73,7 @@ def forward_kernel(
         if not HAS_DECAY:
             before = within
         for n in tl.static_range(PAIR_TILES + 1):
-            phi = features(q_c, n, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS)  # (C, R)
+            phi = features(q_c, n, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, PRECISION)  # (C, R)
             phi = weighted(phi, tl.arange(0, phi.shape[1])[None, :], n, d, PAIR_TILES, PAIR_ROWS)
             denominator += tl.sum(phi * sums[n][None, :], 1)
             before = tl.dot(phi.to(WIDE), tiles[n].to(WIDE), before, input_precision=PRECISION)
@@ -83,7 +84,7 @@ def forward_kernel(
             before = before / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
         store_rows(o, before, t, H * D, inside, columns, D)
         tiles, sums = add_chunk(
-            tiles, sums, kT, v_c, keep, keep.to(tl.float32), whole, False, False, HAS_DECAY, d, DK,
+            tiles, sums, kT, v_c, keep, keep.to(tl.float32), whole, zero, False, False, HAS_DECAY, d, DK,
             PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
         )  # fmt: skip
     if last:

@@ -23,9 +23,11 @@ from jrt.ops.triton.decode import decode_kernel
 from jrt.ops.triton.forward import forward_kernel
 from jrt.ops.triton.sums import piece_kernel, scan_kernel
 
-PROGRAMS = 2  # that a multiprocessor should have to do
+PRODUCTS_FP32 = "tf32x3"  # three products in TF32: 22 bits of each factor
+TOGETHER = 1.35  # two programs on a multiprocessor take this times one alone; from times on an H100, as the next
+SUMMING = {"forward": 0.6, "backward": 0.26}  # time of the sums of pieces, as a part of what follows them
 LEAST_CHUNKS = 4  # of a piece: a shorter one costs more in states than it gains
-SCAN_BLOCK = 256
+SCAN_BLOCK, SCAN_AHEAD = 256, 8
 
 
 class Tiles(NamedTuple):
@@ -41,7 +43,7 @@ class Tiles(NamedTuple):
 class Pieces(NamedTuple):
     """Pieces of the sequences; the tables are there for packed sequences only."""
 
-    count: int  # P
+    number: int  # P
     a_sequence: int  # pieces of each sequence, where all are equally long
     tokens: int
     sequence: Tensor | None  # (P,) int32, -1 where there is no such piece
@@ -50,8 +52,11 @@ class Pieces(NamedTuple):
     first: Tensor | None  # (N + 1,) int32, a sequence's first piece
 
 
-def choose_tiles(d: int, D: int, dtype: torch.dtype, backward: bool) -> Tiles:
-    """Sizes at which no kernel spills and none takes more than 99 KB of shared memory."""
+def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
+    """Sizes for "forward", "sums", "queries" or "keys", measured on an H100; at most 99 KB of shared memory.
+
+    The chunk is the same for all kernels, so that pieces are whole chunks to each.
+    """
     columns = max(16, triton.next_power_of_2(D))
     if dtype != torch.bfloat16:  # operands of four bytes
         if d > 16:
@@ -59,13 +64,26 @@ def choose_tiles(d: int, D: int, dtype: torch.dtype, backward: bool) -> Tiles:
         return Tiles(C=32, DV=min(columns, 64), rows=128, warps=4, stages=1)
     if d > 16:
         return Tiles(C=32, DV=min(columns, 32), rows=128, warps=8, stages=1)
-    return Tiles(C=64, DV=min(columns, 64), rows=128, warps=8, stages=2)
+    narrow = kernel in ("queries", "keys")  # the gradients need more registers beside the state
+    stages = 1 if kernel == "keys" else 2
+    return Tiles(C=64, DV=min(columns, 64), rows=32 if narrow else 64, warps=4, stages=stages)
 
 
-def piece_count(programs: int, chunks: int, device: torch.device) -> int:
-    """Pieces of a sequence, where all sequences uncut give `programs` programs of `chunks` steps."""
-    wanted = PROGRAMS * _multiprocessors(device)
-    return max(1, min(wanted // programs, chunks // LEAST_CHUNKS))
+def piece_count(programs: int, chunks: int, device: torch.device, direction: str) -> int:
+    """Pieces of a sequence, where all sequences uncut give `programs` programs of `chunks` steps.
+
+    The fastest by a model of the passes "forward" or "backward": up to two programs share a multiprocessor, and pieces
+    have to be summed first.
+    """
+    multiprocessors = _multiprocessors(device)
+
+    def cost(pieces: int) -> float:
+        waves = triton.cdiv(programs * pieces, 2 * multiprocessors)
+        step = TOGETHER if programs * pieces > multiprocessors else 1.0
+        return waves * step * triton.cdiv(chunks, pieces) * (1.0 if pieces == 1 else 1.0 + SUMMING[direction])
+
+    most = min(chunks // LEAST_CHUNKS, 2 * multiprocessors // programs)
+    return min(range(1, max(1, most) + 1), key=cost)
 
 
 def forward(
@@ -85,12 +103,12 @@ def forward(
     o = v.new_empty(B, T, H, D)
     if T == 1 and cu_seqlens is None:
         return o, *_decode(q, k, v, S, z, mask, log_decay, normalize, o)
-    tiles = choose_tiles(d, D, k.dtype, backward=False)
-    pieces = _cut(k, cu_seqlens, tiles)
+    tiles = choose_tiles("forward", d, D, k.dtype)
+    pieces = _cut(k, cu_seqlens, tiles, "forward")
     final_S, final_z = _empty_state(v, _sequences(k, cu_seqlens), d)
-    S, z = _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces, tiles)
+    S, z = _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces)
     with _on(k.device):
-        forward_kernel[(pieces.count * H, triton.cdiv(D, tiles.DV))](
+        forward_kernel[(pieces.number * H, triton.cdiv(D, tiles.DV))](
             q, k, v, mask, log_decay, S, z, o, final_S, final_z, *_tables(pieces, cu_seqlens),
             T, H, pieces.a_sequence, pieces.tokens, *_strides(q), *_strides(k), *_strides(v), _mask_stride(mask),
             HAS_START=S is not None, NORMALIZE=normalize, **_constants(k, v, mask, log_decay, cu_seqlens, tiles),
@@ -117,14 +135,13 @@ def backward(
     q, k, v, do, o = _rows(q), _rows(k), _rows(v), _rows(do), o.contiguous()
     mask, cu_seqlens = _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
-    tiles = choose_tiles(d, D, k.dtype, backward=True)
-    pieces = _cut(k, cu_seqlens, tiles)
+    tiles = choose_tiles("queries", d, D, k.dtype)
+    pieces = _cut(k, cu_seqlens, tiles, "backward")
     column_tiles = triton.cdiv(D, tiles.DV)
-    constants = _constants(k, v, mask, log_decay, cu_seqlens, tiles)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do), _mask_stride(mask))
     sizes = (T, H, pieces.a_sequence, pieces.tokens)
     tables = _tables(pieces, cu_seqlens)
-    grid = (pieces.count * H, column_tiles)
+    grid = (pieces.number * H, column_tiles)
     partial = q.dtype if column_tiles == 1 else torch.float32
     dq, dk = (q.new_empty(column_tiles, B, T, H, d, dtype=partial) for _ in range(2))
     dv = v.new_empty(v.shape)
@@ -132,17 +149,19 @@ def backward(
     dS, dz = dS.float().contiguous(), dz.float().contiguous()
     initial_S, initial_z = torch.empty_like(dS), torch.empty_like(dz)
 
-    S, z = _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces, tiles)
+    S, z = _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces)
     with _on(k.device):
         queries_kernel[grid](
             q, k, v, mask, log_decay, o, do, S, z, dq, weight, sum_weight, *tables, *sizes, *strides, dq.stride(0),
-            HAS_START=S is not None, NORMALIZE=normalize, **constants,
+            HAS_START=S is not None, NORMALIZE=normalize, **_constants(k, v, mask, log_decay, cu_seqlens, tiles),
         )  # fmt: skip
-        if pieces.count > dS.shape[0]:
-            dS, dz = _scanned(q, do, dS, dz, None, log_decay, cu_seqlens, pieces, tiles, weights=(weight, sum_weight))
+        if pieces.number > dS.shape[0]:
+            dS, dz = _scanned(q, do, dS, dz, None, log_decay, cu_seqlens, pieces, weights=(weight, sum_weight))
+        tiles = choose_tiles("keys", d, D, k.dtype)
         keys_kernel[grid](
             q, k, v, mask, log_decay, do, weight, sum_weight, dS, dz, dk, dv, initial_S, initial_z, *tables, *sizes,
-            *strides, dk.stride(0), HAS_QUERIES=True, BY_PIECE=True, **constants,
+            *strides, dk.stride(0), HAS_QUERIES=True, BY_PIECE=True,
+            **_constants(k, v, mask, log_decay, cu_seqlens, tiles),
         )  # fmt: skip
     dq, dk = (x[0] if column_tiles == 1 else x.sum(0).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, initial_S, initial_z
@@ -152,15 +171,13 @@ def prefix(k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
     """S (N, H, F, D) and z (N, H, F) of a prefix."""
     k, v, mask, cu_seqlens = _rows(k), _rows(v), _bytes(mask), _offsets(cu_seqlens, k)
     d, D = k.shape[-1], v.shape[-1]
-    tiles = choose_tiles(d, D, k.dtype, backward=False)
-    pieces = _cut(k, cu_seqlens, tiles)
+    pieces = _cut(k, cu_seqlens, choose_tiles("sums", d, D, k.dtype), "forward")
     sequences = _sequences(k, cu_seqlens)
-    S, z = _sums(k, v, mask, None, cu_seqlens, pieces, tiles, every=True)
-    if pieces.count == sequences:
+    S, z = _sums(k, v, mask, None, cu_seqlens, pieces, every=True)
+    if pieces.number == sequences:
         return S, z
     total_S, total_z = _empty_state(v, sequences, d)
-    _scan(S, None, total_S, None, pieces, k, cu_seqlens, reverse=False)
-    _scan(z, None, total_z, None, pieces, k, cu_seqlens, reverse=False)
+    _scan((S, z), (None, None), (total_S, total_z), None, pieces, k, cu_seqlens, reverse=False)
     return total_S, total_z
 
 
@@ -170,8 +187,8 @@ def prefix_backward(
     """Gradients of k and v; the tokens of a prefix have no order, so pieces need no sums."""
     k, v, mask, cu_seqlens = _rows(k), _rows(v), _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
-    tiles = choose_tiles(d, D, k.dtype, backward=True)
-    pieces = _cut(k, cu_seqlens, tiles)
+    tiles = choose_tiles("keys", d, D, k.dtype)
+    pieces = _cut(k, cu_seqlens, tiles, "backward")
     column_tiles = triton.cdiv(D, tiles.DV)
     partial = k.dtype if column_tiles == 1 else torch.float32
     dk = k.new_empty(column_tiles, B, T, H, d, dtype=partial)
@@ -179,7 +196,7 @@ def prefix_backward(
     dS, dz = dS.float().contiguous(), dz.float().contiguous()
     none = (None,) * 3
     with _on(k.device):
-        keys_kernel[(pieces.count * H, column_tiles)](
+        keys_kernel[(pieces.number * H, column_tiles)](
             none[0], k, v, mask, none[0], none[0], none[0], none[0], dS, dz, dk, dv, none[0], none[0],
             *_tables(pieces, cu_seqlens), T, H, pieces.a_sequence, pieces.tokens,
             0, 0, 0, *_strides(k), *_strides(v), 0, 0, 0, _mask_stride(mask), dk.stride(0),
@@ -203,28 +220,28 @@ def _decode(q, k, v, S, z, mask, log_decay, normalize, o) -> tuple[Tensor, Tenso
     return new_S, new_z
 
 
-def _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces, tiles) -> tuple[Tensor | None, Tensor | None]:
+def _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces) -> tuple[Tensor | None, Tensor | None]:
     """The state before each piece, (P, H, F, D) and (P, H, F); None where that is nothing."""
-    if pieces.count == _sequences(k, cu_seqlens):
+    if pieces.number == _sequences(k, cu_seqlens):
         return _whole(S), _whole(z)
-    return _scanned(k, v, _whole(S), _whole(z), mask, log_decay, cu_seqlens, pieces, tiles, weights=None)
+    return _scanned(k, v, _whole(S), _whole(z), mask, log_decay, cu_seqlens, pieces, weights=None)
 
 
-def _scanned(x, u, S, z, mask, log_decay, cu_seqlens, pieces, tiles, weights) -> tuple[Tensor, Tensor]:
+def _scanned(x, u, S, z, mask, log_decay, cu_seqlens, pieces, weights) -> tuple[Tensor, Tensor]:
     """What enters each piece: from the front, or with `weights` (a gradient) from the end."""
-    piece_S, piece_z = _sums(x, u, mask, log_decay, cu_seqlens, pieces, tiles, every=False, weights=weights)
+    piece_S, piece_z = _sums(x, u, mask, log_decay, cu_seqlens, pieces, every=False, weights=weights)
     reverse = weights is not None
-    _scan(piece_S, S, None, log_decay, pieces, x, cu_seqlens, reverse)
-    _scan(piece_z, z, None, None, pieces, x, cu_seqlens, reverse)
+    _scan((piece_S, piece_z), (S, z), (None, None), log_decay, pieces, x, cu_seqlens, reverse)
     return piece_S, piece_z
 
 
-def _sums(x, u, mask, log_decay, cu_seqlens, pieces, tiles, every, weights=None) -> tuple[Tensor, Tensor]:
-    T, H, D = x.shape[1], x.shape[2], u.shape[-1]
-    S, z = _empty_state(u, pieces.count, x.shape[-1])
+def _sums(x, u, mask, log_decay, cu_seqlens, pieces, every, weights=None) -> tuple[Tensor, Tensor]:
+    (_, T, H, d), D = x.shape, u.shape[-1]
+    tiles = choose_tiles("sums", d, D, x.dtype)
+    S, z = _empty_state(u, pieces.number, x.shape[-1])
     weight, sum_weight = (None, None) if weights is None else weights
     with _on(x.device):
-        piece_kernel[(pieces.count * H, triton.cdiv(D, tiles.DV))](
+        piece_kernel[(pieces.number * H, triton.cdiv(D, tiles.DV))](
             x, u, mask, weight, sum_weight, log_decay, S, z, *_tables(pieces, cu_seqlens),
             T, H, pieces.a_sequence, pieces.tokens, *_strides(x), *_strides(u), _mask_stride(mask),
             GRADIENT=weights is not None, ALL=every, **_constants(x, u, mask, log_decay, cu_seqlens, tiles),
@@ -232,23 +249,24 @@ def _sums(x, u, mask, log_decay, cu_seqlens, pieces, tiles, every, weights=None)
     return S, z
 
 
-def _scan(x, start, total, log_decay, pieces, k, cu_seqlens, reverse) -> None:
-    """In place in x (P, H, ...)."""
+def _scan(parts, starts, totals, log_decay, pieces, k, cu_seqlens, reverse) -> None:
+    """In place in the pieces' S (P, H, F, D) and z (P, H, F)."""
     sequences, T, H = _sequences(k, cu_seqlens), k.shape[1], k.shape[2]
-    size = x[0, 0].numel()
+    F, D = parts[0].shape[2:]
+    programs = triton.cdiv(F * D, SCAN_BLOCK) + triton.cdiv(F, SCAN_BLOCK)
     with _on(k.device):
-        scan_kernel[(triton.cdiv(size, SCAN_BLOCK), sequences * H)](
-            x, start, total, log_decay, pieces.start, pieces.end, pieces.first,
-            T, H, pieces.a_sequence, pieces.tokens, SIZE=size, HAS_START=start is not None,
-            HAS_TOTAL=total is not None, HAS_DECAY=log_decay is not None, REVERSE=reverse,
-            PACKED=cu_seqlens is not None, BLOCK=SCAN_BLOCK, num_warps=2,
+        scan_kernel[(programs, sequences * H)](
+            *parts, *starts, *totals, log_decay, pieces.start, pieces.end, pieces.first,
+            T, H, pieces.a_sequence, pieces.tokens, D=D, F=F, HAS_START=starts[0] is not None,
+            HAS_TOTAL=totals[0] is not None, HAS_DECAY=log_decay is not None, REVERSE=reverse,
+            PACKED=cu_seqlens is not None, BLOCK=SCAN_BLOCK, AHEAD=SCAN_AHEAD, num_warps=2,
         )  # fmt: skip
 
 
-def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: Tiles) -> Pieces:
+def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: Tiles, direction: str) -> Pieces:
     B, T, H, _ = k.shape
     chunks = triton.cdiv(T, tiles.C)
-    count = piece_count(B * H, chunks, k.device)
+    count = piece_count(B * H, chunks, k.device, direction)
     tokens = triton.cdiv(chunks, count) * tiles.C
     if cu_seqlens is None:
         count = triton.cdiv(T, tokens)
@@ -279,7 +297,7 @@ def _constants(k, v, mask, log_decay, cu_seqlens, tiles: Tiles) -> dict[str, obj
         "C": tiles.C,
         **_row_tiles(d, tiles.rows),
         "WIDE": tl.bfloat16 if k.dtype == torch.bfloat16 else tl.float32,
-        "PRECISION": "tf32x3" if k.dtype == torch.float16 else "ieee",
+        "PRECISION": "ieee" if k.dtype == torch.bfloat16 else PRODUCTS_FP32,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
@@ -315,7 +333,8 @@ def _whole(x: Tensor | None) -> Tensor | None:
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, token and head."""
-    return x.stride()[:3]
+    batch, token, head, _ = x.stride()
+    return batch, token, head
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

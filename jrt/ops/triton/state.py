@@ -6,6 +6,7 @@ read without its weights. The gradient by a state, which queries fill, has them 
 Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), R rows of a tile.
 """
 # ruff: noqa: RUF005 - Triton's compiler knows no unpacking inside a tuple
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
@@ -63,7 +64,7 @@ def fades(rate, length, C: tl.constexpr):
 
 @triton.jit
 def add_chunk(
-    tiles, sums, xT, u, by_value, by_one, whole, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
+    tiles, sums, xT, u, by_value, by_one, whole, zero, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
     HAS_DECAY: tl.constexpr, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
     REST_ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +76,7 @@ def add_chunk(
     new_tiles = ()
     new_sums = ()
     for t in tl.static_range(PAIR_TILES + 1):
-        phi = features_transposed(xT, t, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS)  # (R, C)
+        phi = features_transposed(xT, t, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, PRECISION)  # (R, C)
         if GRADIENT:
             phi = weighted(phi, tl.arange(0, phi.shape[0])[:, None], t, d, PAIR_TILES, PAIR_ROWS)
         new_sums = new_sums + (sums[t] + tl.sum(phi * by_one[None, :], 1),)

@@ -3,12 +3,15 @@
 `piece_kernel` sums phi(x) u^T over one piece: keys and values in the forward direction, queries and gradients of the
 outputs in the backward one. `scan_kernel` turns what each piece adds into what enters it.
 
-Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), F features.
+Shapes: P pieces, C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), F features.
 """
+# ruff: noqa: RUF005 - Triton's compiler knows no unpacking inside a tuple
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
 
+from jrt.ops.triton.features import zero_of
 from jrt.ops.triton.places import find_piece, load_rows, own_columns
 from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
 
@@ -54,6 +57,7 @@ def piece_kernel(
         else:
             first = start + n * C
         t = first + step
+        zero = zero_of(first, d)
         inside = t < end
         keep = inside
         if HAS_MASK:
@@ -71,8 +75,8 @@ def piece_kernel(
             to_query, to_end, whole = fades(rate, tl.minimum(C, end - first), C)
             by_value = by_value * (to_query if GRADIENT else to_end)
         tiles, sums = add_chunk(
-            tiles, sums, tl.trans(x_c), u_c, by_value, by_one, whole, GRADIENT, HAS_DECAY or GRADIENT, HAS_DECAY, d, DK,
-            PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
+            tiles, sums, tl.trans(x_c), u_c, by_value, by_one, whole, zero, GRADIENT, HAS_DECAY or GRADIENT, HAS_DECAY,
+            d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
         )  # fmt: skip
     write_state(
         piece_S, piece_z, tiles, sums, p * H + h, columns, tl.program_id(1) == 0,
@@ -80,43 +84,70 @@ def piece_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "PIECES", "PIECE_TOKENS"])
-def scan_kernel(
-    pieces, start, total, log_decay, piece_start, piece_end, first_piece, T, H, PIECES, PIECE_TOKENS,
+@triton.jit
+def scan_part(
+    x, start, total, state, i, inside, rate, begin, count, T, H, h, PIECE_TOKENS, piece_start, piece_end,
     SIZE: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DECAY: tl.constexpr,
-    REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """In `pieces` (P, H, SIZE): the sum that enters each piece, out of what each adds. `total` is what leaves them all."""
-    sequence = tl.program_id(1) // H
-    h = (tl.program_id(1) % H).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < SIZE
-    state = (sequence * H + h) * SIZE + i
+    """Numbers i of one sequence's states in x (P, H, SIZE). AHEAD pieces are read before any of them is written."""
     carry = tl.zeros((BLOCK,), tl.float32)
     if HAS_START:
-        carry = tl.load(start + state, mask=inside, other=0.0)
+        carry = tl.load(start + state * SIZE + i, mask=inside, other=0.0)
+    for n in range(0, count, AHEAD):
+        added = ()
+        for j in tl.static_range(AHEAD):
+            p = begin + (count - 1 - n - j if REVERSE else n + j)
+            at = x + (p * H + h) * SIZE + i
+            added = added + (tl.load(at, mask=inside & (n + j < count), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            p = begin + (count - 1 - n - j if REVERSE else n + j)
+            known = inside & (n + j < count)
+            tl.store(x + (p * H + h) * SIZE + i, carry, mask=known)
+            if HAS_DECAY:
+                if PACKED:
+                    length = tl.load(piece_end + p, mask=n + j < count) - tl.load(piece_start + p, mask=n + j < count)
+                else:
+                    length = tl.minimum(PIECE_TOKENS, T - (p - begin) * PIECE_TOKENS)
+                carry = tl.where(known, carry * tl.exp(rate * length), carry)
+            carry = carry + added[j]
+    if HAS_TOTAL:
+        tl.store(total + state * SIZE + i, carry, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "PIECES", "PIECE_TOKENS"])
+def scan_kernel(
+    piece_S, piece_z, start_S, start_z, total_S, total_z, log_decay, piece_start, piece_end, first_piece,
+    T, H, PIECES, PIECE_TOKENS, D: tl.constexpr, F: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """In place: the state that enters each piece, out of what each adds. `total` is what leaves them all.
+
+    The first programs of a sequence and head take S, the last ones z, which does not decay.
+    """
+    sequence = tl.program_id(1) // H
+    h = (tl.program_id(1) % H).to(tl.int64)
     if PACKED:
         begin = tl.load(first_piece + sequence)
         count = tl.load(first_piece + sequence + 1) - begin
     else:
         begin = sequence * PIECES
         count = PIECES
+    rate = 0.0
     if HAS_DECAY:
         rate = tl.load(log_decay + h).to(tl.float32)
-    for n in range(0, count):
-        if REVERSE:
-            p = begin + count - 1 - n
-        else:
-            p = begin + n
-        at = pieces + (p * H + h) * SIZE + i
-        added = tl.load(at, mask=inside, other=0.0)
-        tl.store(at, carry, mask=inside)
-        if HAS_DECAY:
-            if PACKED:
-                length = tl.load(piece_end + p) - tl.load(piece_start + p)
-            else:
-                length = tl.minimum(PIECE_TOKENS, T - (p - begin) * PIECE_TOKENS)
-            carry = carry * tl.exp(rate * length)
-        carry = carry + added
-    if HAS_TOTAL:
-        tl.store(total + state, carry, mask=inside)
+    block = tl.program_id(0)
+    matrix: tl.constexpr = (F * D + BLOCK - 1) // BLOCK  # programs of S
+    if block < matrix:
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        scan_part(
+            piece_S, start_S, total_S, sequence * H + h, i, i < F * D, rate, begin, count, T, H, h, PIECE_TOKENS,
+            piece_start, piece_end, F * D, HAS_START, HAS_TOTAL, HAS_DECAY, REVERSE, PACKED, BLOCK, AHEAD,
+        )  # fmt: skip
+    else:
+        i = (block - matrix) * BLOCK + tl.arange(0, BLOCK)
+        scan_part(
+            piece_z, start_z, total_z, sequence * H + h, i, i < F, rate, begin, count, T, H, h, PIECE_TOKENS,
+            piece_start, piece_end, F, HAS_START, HAS_TOTAL, False, REVERSE, PACKED, BLOCK, AHEAD,
+        )  # fmt: skip

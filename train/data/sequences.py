@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.pages import Fact, Pages
+from train.data.pages import Fact, Pages
 
 Batch = dict[str, Tensor]
 
@@ -55,9 +55,6 @@ class Recipe:
     weight_text: float = 0.2  # an answer's tokens weigh 1
     weight_again: float = 0.2
     weight_question: float = 0.1
-    masked_rows: float = 0.5  # of a prefix model's rows: some of the prefix is hidden and must be recovered
-    masked_share: float = 0.15
-    masked_weight: float = 0.25
 
     def shape(self, generator: np.random.Generator, step: int) -> tuple[int, int]:
         """(T, rows) of a step; the first steps show every shape once, so that compiling is over early."""
@@ -76,48 +73,35 @@ class Row:
 
 
 class Sequences:
-    """Builds batches out of a corpus. ``masks_prefix`` is for models with a prefix encoder: hidden tokens there, no
-    next-token loss."""
+    """Builds batches out of a corpus. What is hidden in a prefix, and which labels count there, `jrt.objective` decides."""
 
-    def __init__(self, pages: Pages, recipe: Recipe, seed: int, masks_prefix: bool) -> None:
-        self.pages, self.recipe, self.seed, self.masks_prefix = pages, recipe, seed, masks_prefix
+    def __init__(self, pages: Pages, recipe: Recipe, seed: int) -> None:
+        self.pages, self.recipe, self.seed = pages, recipe, seed
         counts = np.bincount(pages.tokens[:4_000_000], minlength=len(pages.alphabet.is_closing))
         self.common = np.zeros(len(counts), bool)
         self.common[np.argsort(-counts, kind="stable")[: recipe.common_words]] = True
 
-    def batch(self, step: int) -> Batch:
-        """Tensors of training step `step`: input_ids, targets (R, T) int64, weights (R, T) fp32, prefix_length (R,)
-        int64.
+    def shape(self, step: int) -> tuple[int, int]:
+        """(T, R) of training step `step`."""
+        return self.recipe.shape(np.random.default_rng([self.seed, step]), step)
 
-        The loss is the sum of weight x cross-entropy: next-token weights sum to 1, masked-token weights to
-        `masked_weight`."""
+    def batch(self, step: int) -> Batch:
+        """Tensors of training step `step`: ids (R, T + 1) int64, weights (R, T) fp32 of each following token,
+        prefix_length (R,) int64."""
         generator = np.random.default_rng([self.seed, step])
         length, count = self.recipe.shape(generator, step)
-        rows = [self.row(generator, length) for _ in range(count)]
-        ids, kinds, _, prefix = self._stacked(rows)
-        inputs, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
-        weights = self._kind_weights()[kinds[:, 1:]]  # (R, T)
-        if self.masks_prefix:
-            weights[np.arange(length) < prefix[:, None] - 1] = 0  # the encoder has seen those targets
-        weights /= max(weights.sum(), 1e-9)
-        if self.masks_prefix:
-            own = np.random.default_rng([self.seed, step, 1])  # so that other families draw the same rows
-            hidden = (own.random(inputs.shape) < self.recipe.masked_share) & (np.arange(length) < prefix[:, None] - 1)
-            hidden &= own.random((count, 1)) < self.recipe.masked_rows
-            targets[hidden] = inputs[hidden]
-            inputs[hidden] = self.pages.alphabet.mask
-            weights[hidden] = self.recipe.masked_weight / max(hidden.sum(), 1)
-        return _tensors(inputs, targets, weights, prefix)
+        ids, kinds, _, prefix = self._stacked([self.row(generator, length) for _ in range(count)])
+        return _tensors(ids, self._kind_weights()[kinds[:, 1:]], prefix)
 
     def questions(self, step: int) -> Batch:
-        """Like ``batch``, for validation: nothing renamed or hidden, weights on answers alone, and ``answers`` (R, T)
-        numbers each answer's tokens within its row from 1."""
+        """Like ``batch``, for validation: nothing renamed, weights on answers alone, and ``answers`` (R, T) numbers each
+        answer's tokens within its row from 1. Answers that the prefix holds already are not asked."""
         generator = np.random.default_rng([self.seed, 1 << 31, step])
         length, count = self.recipe.shapes[step % len(self.recipe.shapes)][:2]
         ids, kinds, answers, prefix = self._stacked([self.row(generator, length, renames=False) for _ in range(count)])
-        weights = (kinds[:, 1:] == Kind.ANSWER).astype(np.float32)
-        weights /= max(weights.sum(), 1)
-        return _tensors(ids[:, :-1], ids[:, 1:], weights, prefix) | {"answers": torch.from_numpy(answers[:, 1:].copy())}
+        answers = np.where(np.arange(length) < prefix[:, None] - 1, 0, answers[:, 1:])
+        weights = ((kinds[:, 1:] == Kind.ANSWER) & (answers > 0)).astype(np.float32)
+        return _tensors(ids, weights, prefix) | {"answers": torch.from_numpy(answers)}
 
     def row(self, generator: np.random.Generator, length: int, renames: bool = True) -> Row:
         """One sequence of `length` + 1 tokens, padded at its end."""
@@ -257,10 +241,9 @@ def _fitted(values: np.ndarray, length: int, filler: int) -> np.ndarray:
     return np.concatenate([values, np.full(length - len(values), filler, values.dtype)])
 
 
-def _tensors(inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, prefix: np.ndarray) -> Batch:
+def _tensors(ids: np.ndarray, weights: np.ndarray, prefix: np.ndarray) -> Batch:
     return {
-        "input_ids": torch.from_numpy(np.ascontiguousarray(inputs)),
-        "targets": torch.from_numpy(np.ascontiguousarray(targets)),
+        "ids": torch.from_numpy(np.ascontiguousarray(ids)),
         "weights": torch.from_numpy(weights.astype(np.float32)),
         "prefix_length": torch.from_numpy(prefix.astype(np.int64)),
     }
