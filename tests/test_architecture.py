@@ -40,7 +40,6 @@ ORDER = (
 PROJECTS = ("train", "synthetics", "benchmarks", "kernels")
 SLOW_TO_IMPORT = (
     "hydra",
-    "pytorch_lightning",
     "lm_eval",
     "wandb",
     "triton",

@@ -8,7 +8,6 @@ The same command again goes on from the newest checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -28,9 +27,12 @@ from hydra.errors import InstantiationException  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
+import jrt  # noqa: E402
+import train as train_package  # noqa: E402
 from jrt.config import Config, presets  # noqa: E402
 from jrt.model import LanguageModel  # noqa: E402
 from jrt.objective import Objective, prefix_of  # noqa: E402
+from jrt.provenance import code_sha256  # noqa: E402
 from train import recall  # noqa: E402
 from train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 from train.data.batches import Data  # noqa: E402
@@ -41,7 +43,6 @@ from train.optimizer import Schedule  # noqa: E402
 from train.report import loggers, plot  # noqa: E402
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
 IDENTITY = ("preset", "model", "objective", "rate", "seed", "data", "batch", "precision", "ema", "code")
 
 
@@ -178,11 +179,7 @@ def identity_of(
 
 def code_version() -> str:
     """Hash of the sources of model and training, and PyTorch's version."""
-    digest = hashlib.sha256()
-    for folder in ("jrt", "train"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return f"{digest.hexdigest()[:12]}, torch {torch.__version__}"
+    return f"{code_sha256(jrt, train_package)[:12]}, torch {torch.__version__}"
 
 
 def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkpoint | None:
