@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of a call, V vocabulary rows.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
 from jrt.configuration_jrt import JRTConfig
+from jrt.decoding import loop
+from jrt.decoding.session import Sessions
 from jrt.model import LanguageModel
 from jrt.objective import IGNORED, mean_loss
 from jrt.released.quirks import Quirks
@@ -29,6 +32,8 @@ from jrt.short_prompts import fill_short_prompts
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
+STEP_QUIRKS = {"double_add", "decay_in_steps", "half_states"}  # change what one more token computes
+log = logging.getLogger(__name__)
 INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
 
 
@@ -69,6 +74,8 @@ class RecurrentCache(Cache):
 class VocabularyRows(LogitsProcessor):
     """Keeps decoding away from embedding rows that stand for no token."""
 
+    looks_at_scores_only = True  # so that `jrt.decoding` may capture it
+
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
@@ -95,6 +102,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         self.core = config.core
         self.quirks = Quirks.from_dict(config.quirks)
         self.model = LanguageModel(self.core)
+        self._sessions = Sessions()
         self.post_init()
         if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
             self.model.init_weights()
@@ -247,6 +255,21 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["use_cache"] = False
         output = super().generate(prompt.input_ids, attention_mask=prompt.attention_mask.long(), **kwargs)
         return _with_given_prompts(output, input_ids, prompt.input_ids.shape[1])
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **kwargs
+    ):  # fmt: skip
+        """Greedy and sampled decoding of `generate`: by `jrt.decoding`, or by transformers' loop where that cannot."""
+        use_cache = kwargs.get("use_cache")
+        reason = "a quirk of the release" if set(self.quirks.active()) & STEP_QUIRKS else None
+        reason = reason or loop.unsupported(
+            self.model, self._sessions, input_ids, stopping_criteria, generation_config, use_cache, synced_gpus
+        )
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if reason is None:
+            return loop.decode(self, self.model, self._sessions, *arguments, streamer, kwargs)
+        log.debug("decoding by transformers' loop: %s", reason)
+        return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
 
     def _longer_limits(self, given: dict, added: int) -> dict[str, int]:
         """The limits of `generate` that count the prompt, for one that is `added` tokens longer than the caller knows."""

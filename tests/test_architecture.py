@@ -17,6 +17,7 @@ ORDER = (
     "mixers",
     "cache",
     "model",
+    "decoding",
     "objective",
     "short_prompts",
     "configuration_jrt",
