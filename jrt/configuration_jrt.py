@@ -31,7 +31,7 @@ class JRTConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs,
     ) -> None:
-        importlib.import_module("jrt.modeling_jrt")  # registers the model class for AutoModelForCausalLM
+        importlib.import_module("jrt.released.modeling")  # the model classes, known to AutoModelForCausalLM from now on
         core = Config.from_dict(architecture) if architecture else presets()["debug"]
         check_short_prompt(short_prompt)
         self.architecture = core.to_dict()

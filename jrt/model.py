@@ -1,11 +1,13 @@
 """The language model: embedding, blocks of one mixer and one MLP, head. Which mixers, the pattern string says.
 
-Shapes: B batch, T tokens, E width, V vocabulary rows, M the first columns, which hold the prefix.
+Shapes: B batch, T tokens, E width, V vocabulary rows, M columns that the prefix encoder is given, H heads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,9 @@ from torch import Tensor, nn
 
 from jrt.cache import LayerState, ModelState
 from jrt.config import Config
-from jrt.mixers import MIXERS, Reading
+from jrt.mixers import MIXERS, Prefix, TokenBatch
 from jrt.mixers.attention import rotary_angles
 from jrt.mixers.mamba import Mamba
-from jrt.released.quirks import Quirks
 
 
 class RMSNorm(nn.Module):
@@ -51,16 +52,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.width, config.norm_eps)
-        self.mixer = MIXERS[config.pattern[layer]](config, layer)
-        if config.mlp_width and config.pattern[layer] != "M":
+        self.mixer = mixer
+        if config.mlp_width and not isinstance(mixer, Mamba):  # Mamba stands for both
             self.norm2 = RMSNorm(config.width, config.norm_eps)
             self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, reading: Reading, state: LayerState | None) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer(self.norm1(x), reading, state)
+    def forward(self, x: Tensor, batch: TokenBatch, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        y, state = self.mixer(self.norm1(x), batch, state)
         x = x + y
         if hasattr(self, "mlp"):
             x = x + self.mlp(self.norm2(x))
@@ -68,17 +69,24 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Reads tokens into states and gives what comes next; `jrt.modeling_jrt.JRTForCausalLM` wraps it for transformers."""
+    """Reads tokens into states and gives what comes next; `jrt.modeling_jrt.JRTForCausalLM` wraps it for transformers.
+
+    Nothing here waits for the GPU, and no branch depends on the contents of a tensor.
+    """
+
+    mixers: ClassVar[Mapping[str, type[nn.Module]]] = MIXERS
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_rows, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(len(config.pattern)))
+        mixers = [self.mixers[letter](config, layer) for layer, letter in enumerate(config.pattern)]
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in mixers)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_rows, bias=False)
-        if config.decay_const is not None:
-            self.register_buffer("log_decay", released_decay(config.decay_const, config.linear_heads))
+        self.log_decay: Tensor | None
+        decays = config.decay_const is not None
+        self.register_buffer("log_decay", fixed_decay(config.decay_const, config.linear_heads) if decays else None)
         if config.tied:
             self.head.weight = self.embedding.weight
 
@@ -96,8 +104,6 @@ class LanguageModel(nn.Module):
         state: ModelState | None = None,
         attention_mask: Tensor | None = None,
         prefix_length: Tensor | None = None,
-        blank_length: Tensor | None = None,
-        quirks: Quirks = Quirks(),
     ) -> tuple[Tensor, ModelState]:
         """Hidden states (B, T, E) before the head, and the state after the last token.
 
@@ -105,74 +111,60 @@ class LanguageModel(nn.Module):
             input_ids: (B, T).
             state: what was read before; None starts a text, and only then is a prefix encoded.
             attention_mask: (B, T) bool, False for padding, which must stand to the left; None: no padding.
-            prefix_length: (B,) how many of its first own tokens each row's encoder reads; None: what fits enc_length.
-            blank_length: (B,) how many of each row's first own tokens are short-prompt pads (`jrt.short_prompts`).
-            quirks: what to compute as the release does.
+            prefix_length: (B,) how many of its first own tokens each row's encoder reads, at most enc_length; None: as
+                many as there are.
 
         Raises:
             ValueError: `state` is from another model.
         """
-        batch, length = input_ids.shape
-        if state is None:
-            past = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
-        else:
-            state.check(self.config, batch)
-            past = state.lengths
-        reading = self._reading(length, past, attention_mask, prefix_length, blank_length, quirks, starts=state is None)
+        batch = self.token_batch(input_ids, state, attention_mask, prefix_length)
+        return self.read_batch(input_ids, batch, state)
+
+    def token_batch(
+        self, input_ids: Tensor, state: ModelState | None, mask: Tensor | None, prefix_length: Tensor | None
+    ) -> TokenBatch:
+        """What the mixers need to know of these tokens; arguments as in `read`."""
+        rows, length = input_ids.shape
+        if state is not None:
+            state.check(self.config, rows)
+        columns = torch.arange(length, device=input_ids.device)
+        positions = columns.expand(rows, -1) if mask is None else mask.long().cumsum(1) - 1  # (B, T)
+        if state is not None:
+            positions = positions + state.lengths[:, None]
+        encodes = state is None and self.config.has("P")
+        rotates = self.config.rotary_dim > 0 and self.config.has("AS")
+        return TokenBatch(
+            positions=positions,
+            mask=mask,
+            prefix=self._prefix(positions, mask is not None, prefix_length) if encodes else None,
+            rotary=rotary_angles(positions, self.config.rotary_dim) if rotates else None,
+            log_decay=self.log_decay,
+        )
+
+    def _prefix(self, positions: Tensor, is_padded: bool, prefix_length: Tensor | None) -> Prefix:
+        """The first own tokens of each row, as many columns as the encoder or the text has."""
+        length = min(self.config.enc_length, positions.shape[1])  # M
+        index = torch.arange(length, device=positions.device)
+        own = positions[:, -1:] + 1  # (B, 1) own tokens of each row
+        columns = (positions.shape[1] - own + index).clamp(max=positions.shape[1] - 1) if is_padded else None
+        if prefix_length is not None:
+            return Prefix(length, columns, index < prefix_length[:, None])
+        return Prefix(length, columns, index < own if is_padded else None)
+
+    def read_batch(self, input_ids: Tensor, batch: TokenBatch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        """`read`, from the tokens and what is known of them."""
         x = self.embedding(input_ids)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream is never kept in half precision
         layers = []
         for index, block in enumerate(self.blocks):
-            x, layer = block(x, reading, None if state is None else state.layers[index])
+            x, layer = block(x, batch, None if state is None else state.layers[index])
             layers.append(layer)
-        seen = length + (0 if state is None else state.seen)
-        return self.norm(x), ModelState(self.config, layers, seen, reading.positions[:, -1] + 1)
-
-    def _reading(self, length, past, mask, prefix_length, blank_length, quirks, starts) -> Reading:
-        """Turns lengths into what the mixers need, as cheaply as the case allows (None wherever everything counts)."""
-        columns = torch.arange(length, device=past.device)
-        released_mask = None
-        if mask is not None and quirks.blank_padding:
-            mask, released_mask = None, mask  # the release reads pads as tokens with blanked keys
-        if mask is None:
-            positions = past[:, None] + columns  # (B, T)
-        else:
-            positions = past[:, None] + mask.long().cumsum(1) - 1
-        own = positions  # counts from a row's first token that is no padding, whether padding is read or not
-        if released_mask is not None:
-            own = positions - released_mask.long().argmax(1, keepdim=True)
-        rotates = self.config.rotary_dim > 0 and self.config.has("AS")
-        encodes = starts and self.config.has("P")
-        prefix_end, prefix_mask, blank = 0, None, None
-        if encodes:
-            if prefix_length is None:
-                prefix_end = min(self.config.enc_length, length) if mask is None else length
-                prefix_mask = None if mask is None else mask & (positions < self.config.enc_length)
-            else:
-                prefix_end, prefix_mask = length, own < prefix_length[:, None]
-                prefix_mask = prefix_mask if mask is None else prefix_mask & mask
-                if released_mask is not None:
-                    prefix_mask &= positions < self.config.enc_length
-            if blank_length is not None and self.config.encoder_mask:
-                blank = (own >= 0) & (own < blank_length[:, None])
-                blank = blank if mask is None else blank & mask
-            elif released_mask is not None and self.config.encoder_mask and length <= self.config.enc_length:
-                blank = ~released_mask
-        return Reading(
-            past=past,
-            positions=positions,
-            mask=mask,
-            blank=blank,
-            prefix_end=prefix_end,
-            prefix_mask=prefix_mask,
-            rotary=rotary_angles(positions, self.config.rotary_dim) if rotates else None,
-            log_decay=self.log_decay if self.config.decay_const is not None else None,
-            quirks=quirks,
-        )
+        seen = input_ids.shape[1] + (0 if state is None else state.seen)
+        return self.norm(x), ModelState(self.config, layers, seen, batch.positions[:, -1] + 1)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws all weights, as the release trained them (original_spec section 5).
+        """Draws all weights anew, from the distributions that the published models were trained from.
 
         | tensor                                | distribution                                            |
         |---------------------------------------|---------------------------------------------------------|
@@ -201,13 +193,13 @@ class LanguageModel(nn.Module):
                 _init_mamba(block.mixer, layers, generator)
 
 
-def released_decay(decay_const: float, heads: int) -> Tensor:
-    """log gamma_h = log(1 - 2^(decay_const - h)), fp32 (H,) (original_spec 4.3)."""
+def fixed_decay(decay_const: float, heads: int) -> Tensor:
+    """log gamma_h = log(1 - 2^(decay_const - h)), fp32 (H,): Based's decay per token of each head's numerator."""
     return torch.log(1 - torch.exp2(decay_const - torch.arange(heads, dtype=torch.float32)))
 
 
 def _init_mamba(mixer: Mamba, layers: int, generator: torch.Generator | None) -> None:
-    """The table's last three rows (arXiv 2312.00752, section 3.6; the released settings)."""
+    """The last three rows of the table in `init_weights` (arXiv 2312.00752, section 3.6)."""
     for linear, shrink in ((mixer.in_proj, 1), (mixer.x_proj, 1), (mixer.out_proj, math.sqrt(layers))):
         bound = 1 / math.sqrt(linear.in_features) / shrink
         linear.weight.uniform_(-bound, bound, generator=generator)

@@ -10,31 +10,36 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
 from jrt.configuration_jrt import JRTConfig
 from jrt.decoding import loop
 from jrt.decoding.session import Sessions
-from jrt.model import LanguageModel
+from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, own_mask
 from jrt.objective import IGNORED, mean_loss
+from jrt.padded_prompts import PaddedLanguageModel
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import fill_short_prompts
 
 # transformers 5.24 gave this argument and output a new name; `forward` and `generate` here take both.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
-
-STEP_QUIRKS = {"double_add", "decay_in_steps", "half_states"}  # change what one more token computes
 log = logging.getLogger(__name__)
-INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
 
 
 class RecurrentCache(Cache):
@@ -86,8 +91,9 @@ class VocabularyRows(LogitsProcessor):
 class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     """Any `jrt.Config` as a transformers causal language model.
 
-    A row's output never depends on its padding (to the left) or its batch neighbours, and reading a prompt and decoding
-    equals the full forward at the same `prefix_length`; `quirks` give that up where the release did.
+    A row's output never depends on its padding (to the left) or its batch neighbours. Reading a prompt and decoding
+    equals the full forward at the same `prefix_length`. A configuration with `quirks` makes a subclass that gives this
+    up where the original release did.
     """
 
     config_class = JRTConfig
@@ -96,16 +102,31 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"model.head.weight": "model.embedding.weight"}
     _no_split_modules: ClassVar[list[str]] = ["Block"]
+    computes_quirks: ClassVar[bool] = False
+
+    def __new__(cls, config: JRTConfig | None = None) -> Self:
+        """The subclass that computes quirks where the configuration has any, as `pathlib.Path()` is a `PosixPath`."""
+        if config is None or cls.computes_quirks or not Quirks.from_dict(config.quirks).active():
+            return super().__new__(cls)
+        found = next((subclass for subclass in cls.__subclasses__() if subclass.computes_quirks), None)
+        if found is None:
+            raise ValueError(f"{cls.__name__} computes no quirks: expected none, got {config.quirks}")
+        return super().__new__(found)
 
     def __init__(self, config: JRTConfig) -> None:
         super().__init__(config)
         self.core = config.core
         self.quirks = Quirks.from_dict(config.quirks)
-        self.model = LanguageModel(self.core)
-        self._sessions = Sessions()
+        self.tokens = config.vocab_tokens  # rows of the vocabulary that `generate` chooses from
+        self.model = self.language_model()
+        self.sessions = Sessions()  # of decoding
         self.post_init()
         if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
             self.model.init_weights()
+
+    def language_model(self) -> PaddedLanguageModel:
+        """The model without weights."""
+        return PaddedLanguageModel(self.core)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -134,15 +155,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, to the left of a row's tokens. Under the quirk
-                `blank_padding` it is the release's `attn_mask`: any (B, T), or (B, 1, T, T) to add to scores.
+            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, to the left of a row's tokens.
             past_key_values: the cache that an earlier call returned; it is moved on in place.
             use_cache: return a cache; by default outside training.
             labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Padding and each row's first
                 token are left out, and those inside a prefix, because the encoder has read them.
-            prefix_length: (B,) tokens of each row that the prefix encoder reads, on the first call; None: as many of
-                its own as enc_length allows.
-            blank_length: (B,) short-prompt pads at each row's start (set by `generate`).
+            prefix_length: (B,) tokens of each row that the prefix encoder reads, at most enc_length, on the first call;
+                None: as many of its own as enc_length allows.
+            blank_length: (B,) tokens at each row's start that fill up a short prompt (set by `generate`).
             logits_to_keep: compute logits of the last so many tokens only; 0: all.
             cache: `past_key_values` under the name that transformers gives it from 5.24 on.
 
@@ -158,20 +178,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             if kwargs.get(name):
                 raise ValueError(f"{name} is not supported: call the layers of `model.model.blocks`, or hook them")
         cache = _one_cache(past_key_values, cache)
-        state = self._past_state(cache)
-        self._check_ids(input_ids, state)
-        as_released = self.quirks.blank_padding
-        mask = (_released_mask if as_released else _own_mask)(attention_mask, input_ids, state)
+        state = _state_of(cache)
+        input_ids = check_ids(input_ids, self.core.vocab_rows, is_step=state is not None)
+        mask = self.own_tokens(attention_mask, input_ids, state)
         if state is None:
-            prefix_length = _checked_lengths("prefix_length", prefix_length, input_ids, mask)
-            blank_length = _checked_lengths("blank_length", blank_length, input_ids, None)
+            self._check_prefix(prefix_length, input_ids, mask)
+            check_lengths("blank_length", blank_length, input_ids, None)
         hidden, state = self.model.read(
-            input_ids,
-            state=state,
-            attention_mask=mask,
-            prefix_length=prefix_length,
-            blank_length=blank_length,
-            quirks=self.quirks,
+            input_ids, state=state, attention_mask=mask, prefix_length=prefix_length, blank_length=blank_length
         )
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             hidden = hidden[:, -logits_to_keep:]
@@ -187,6 +201,10 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
+    def own_tokens(self, attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:
+        """(B, T) bool, False for padding among the tokens of this call; None where none is."""
+        return own_mask(attention_mask, input_ids, 0 if state is None else state.seen)
+
     @torch.no_grad()
     def generate(
         self,
@@ -194,8 +212,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         short_prompt: str | None = None,
         prefix_length: Tensor | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """transformers' `generate`, after prompts shorter than the prefix encoder were filled up.
 
         Args:
@@ -215,36 +233,32 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         past = _one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if past is not None:
             kwargs[CACHE] = past
-        self._check_ids(input_ids, self._past_state(past))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        _check_tensor("attention_mask", mask, "a tensor (B, T)")
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}")
-        if self.quirks.ignore_batch_padding:
-            mask = torch.ones_like(mask)
-        if self.quirks.padded_rows is False and self.config.vocab_tokens < self.core.vocab_rows:
+        goes_on, encodes = _state_of(past) is not None, self.core.has("P")
+        check_ids(input_ids, self.core.vocab_rows, is_step=goes_on)
+        mask = self.prompt_mask(attention_mask, input_ids)
+        if self.tokens < self.core.vocab_rows:
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-            kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.config.vocab_tokens)])
-        if (past is not None and past.get_seq_length()) or not self.core.has("P"):
-            if short_prompt not in (None, "none") and not self.core.has("P"):
-                raise ValueError(
-                    f"short_prompt={short_prompt!r}: this model has no prefix encoder; expected None or 'none'"
-                )
+            kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.tokens)])
+        if not encodes and short_prompt not in (None, "none"):
+            raise ValueError(
+                f"short_prompt={short_prompt!r}: this model has no prefix encoder; expected None or 'none'"
+            )
+        if goes_on or not encodes:
             return super().generate(input_ids, attention_mask=mask, **kwargs)
-        own = _own_mask(mask, input_ids, None)
-        given = _checked_lengths("prefix_length", prefix_length, input_ids, own)
-        if given is not None and short_prompt not in (None, "none"):
+        own = own_mask(mask, input_ids, seen=0)
+        self._check_prefix(prefix_length, input_ids, own)
+        if prefix_length is not None and short_prompt not in (None, "none"):
             raise ValueError(f"prefix_length says what is encoded, and so does short_prompt={short_prompt!r}: give one")
         rule = self.config.short_prompt if short_prompt is None else short_prompt
         prompt = fill_short_prompts(
             input_ids,
             torch.ones_like(input_ids, dtype=torch.bool) if own is None else own,
             self.core.enc_length,
-            rule if given is None else "none",
+            rule if prefix_length is None else "none",
             self.config.short_prompt_token,
         )
-        if given is not None:
-            prompt = dataclasses.replace(prompt, prefix_length=given)
+        if prefix_length is not None:
+            prompt = dataclasses.replace(prompt, prefix_length=prefix_length)
         added = prompt.input_ids.shape[1] - input_ids.shape[1]
         if added:
             kwargs |= self._longer_limits(kwargs, added)
@@ -257,19 +271,32 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return _with_given_prompts(output, input_ids, prompt.input_ids.shape[1])
 
     def _sample(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **kwargs
-    ):  # fmt: skip
-        """Greedy and sampled decoding of `generate`: by `jrt.decoding`, or by transformers' loop where that cannot."""
-        use_cache = kwargs.get("use_cache")
-        reason = "a quirk of the release" if set(self.quirks.active()) & STEP_QUIRKS else None
-        reason = reason or loop.unsupported(
-            self.model, self._sessions, input_ids, stopping_criteria, generation_config, use_cache, synced_gpus
-        )
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """Greedy and sampled decoding: by `jrt.decoding`, or by transformers' loop where that names a reason."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        reason = loop.unsupported(
+            self.model, self.sessions, input_ids, stopping_criteria, generation_config, model_kwargs, synced_gpus
+        )
         if reason is None:
-            return loop.decode(self, self.model, self._sessions, *arguments, streamer, kwargs)
+            return loop.decode(self, self.model, self.sessions, *arguments, streamer, model_kwargs)
         log.debug("decoding by transformers' loop: %s", reason)
-        return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
+        return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+
+    def prompt_mask(self, attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
+        """The mask (B, T) of `generate`'s prompts, 0 for padding."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_tensor("attention_mask", mask, "a tensor (B, T)")
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}")
+        return mask
 
     def _longer_limits(self, given: dict, added: int) -> dict[str, int]:
         """The limits of `generate` that count the prompt, for one that is `added` tokens longer than the caller knows."""
@@ -285,119 +312,38 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             longer["max_new_tokens"] = 20  # transformers' default, which counts the prompt as it is now
         return longer
 
-    def _past_state(self, past_key_values) -> ModelState | None:
-        if past_key_values is None:
-            return None
-        if not isinstance(past_key_values, RecurrentCache):
-            kind = type(past_key_values).__name__
-            raise ValueError(f"past_key_values is a {kind}; expected the RecurrentCache that an earlier call returned")
-        return past_key_values.state
-
-    def _check_ids(self, input_ids: Tensor, state: ModelState | None) -> None:
-        _check_tensor("input_ids", input_ids, "a tensor of integers of shape (B, T)")
-        if input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
-            shape, dtype = tuple(input_ids.shape), input_ids.dtype
-            raise ValueError(
-                f"input_ids is {dtype} of shape {shape}; expected integers of shape (B, T), int64 or int32"
-            )
-        if input_ids.numel() == 0:
-            raise ValueError("input_ids is empty: expected at least one row and one token")
-        if input_ids.is_cuda and state is not None:
-            return  # reading the extremes back would stall the GPU at each step
-        low, high = input_ids.min().item(), input_ids.max().item()
-        if low < 0 or high >= self.core.vocab_rows:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the vocabulary; expected 0 to {self.core.vocab_rows - 1}")
+    def _check_prefix(self, prefix_length: Tensor | None, input_ids: Tensor, mask: Tensor | None) -> None:
+        most = self.core.enc_length if self.core.has("P") else None
+        check_lengths("prefix_length", prefix_length, input_ids, mask, most)
 
     def _loss(self, logits: Tensor, labels: Tensor, prefix_length: Tensor | None, state: ModelState) -> Tensor:
-        _check_tensor("labels", labels, "a tensor (B, T)")
-        if labels.shape != logits.shape[:2]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}")
-        if labels.dtype not in INTEGERS:
-            raise ValueError(f"labels are {labels.dtype}; expected int64 or int32")
-        told = labels[labels != IGNORED]
-        if told.numel() and (wrong := told[(told < 0) | (told >= self.core.vocab_rows)]).numel():
-            raise ValueError(
-                f"label {wrong[0].item()} is outside the vocabulary; expected 0 to {self.core.vocab_rows - 1}, or {IGNORED}"
-            )
+        check_labels(labels, logits.shape[:2], self.core.vocab_rows)
         own = state.lengths[:, None]  # (B, 1)
         position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
-        first = 1  # nothing but padding stands before a row's first token
+        first: int | Tensor = 1  # nothing but padding stands before a row's first token
         if self.core.has("P"):
             prefix = own.clamp(max=self.core.enc_length) if prefix_length is None else prefix_length[:, None]
             first = prefix.clamp(min=1)
-        labels = labels.long().masked_fill(position < first, IGNORED)
-        if self.core.has("P") and told.numel() and bool((labels == IGNORED).all()):
+        counted = labels.long().masked_fill(position < first, IGNORED)
+        if self.core.has("P") and bool((counted == IGNORED).all()) and bool((labels != IGNORED).any()):
             raise ValueError("all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length")
-        return mean_loss(logits[:, :-1], labels[:, 1:])
+        return mean_loss(logits[:, :-1], counted[:, 1:])
 
 
-def _check_tensor(name: str, value: object, expected: str) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}; expected {expected}")
-
-
-def _checked_lengths(name: str, lengths: Tensor | None, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
-    """(B,) counts of each row's own tokens. Raises ValueError for anything else."""
-    if lengths is None:
+def _state_of(cache: object) -> ModelState | None:
+    """The state in a cache; raises ValueError for a cache that is not ours."""
+    if cache is None:
         return None
-    expected = f"a tensor of integers of shape (B,) = ({input_ids.shape[0]},)"
-    _check_tensor(name, lengths, expected)
-    if lengths.shape != input_ids.shape[:1] or lengths.dtype not in INTEGERS:
-        raise ValueError(f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; expected {expected}")
-    own = input_ids.shape[1] if mask is None else mask.sum(1)
-    if bool(((lengths < 0) | (lengths > own)).any()):
-        raise ValueError(f"{name} counts each row's own tokens: expected between 0 and the row's length")
-    return lengths
+    if not isinstance(cache, RecurrentCache):
+        kind = type(cache).__name__
+        raise ValueError(f"past_key_values is a {kind}; expected the RecurrentCache that an earlier call returned")
+    return cache.state
 
 
 def _one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | None) -> RecurrentCache | None:
     if past_key_values is not None and cache is not None:
         raise ValueError("cache and past_key_values are two names of one argument: give one")
     return past_key_values if cache is None else cache
-
-
-def _own_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:
-    """(B, T) bool for the tokens of this call, or None where none is padding."""
-    if attention_mask is None:
-        return None
-    _check_tensor("attention_mask", attention_mask, "a tensor (B, T)")
-    batch, length = input_ids.shape
-    total = length + (0 if state is None else state.seen)
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in (length, total):
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask has shape {shape}; expected (B, T) = {(batch, length)} or {(batch, total)}")
-    if state is not None and length == 1:
-        return None  # a token that is generated is never padding
-    mask = attention_mask[:, -length:].bool()
-    if bool(mask.all()):
-        return None
-    if state is not None:
-        raise ValueError("padding after the first call: pad prompts on the left, before anything was read")
-    if not bool(mask.any(1).all()):
-        raise ValueError("a row of attention_mask is all padding: expected at least one token in each row")
-    if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        raise ValueError(
-            "attention_mask has padding to the right of tokens: expected left padding (padding_side='left')"
-        )
-    return mask
-
-
-def _released_mask(attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:
-    """(B, T) bool, False where the release zeroes keys; None where it looks at no mask (original_spec 4.2)."""
-    batch, length = input_ids.shape
-    if attention_mask is None or state is not None or length == 1:
-        return None
-    _check_tensor("attention_mask", attention_mask, "a tensor (B, T) or (B, 1, T, T)")
-    if attention_mask.ndim == 4:
-        attention_mask = attention_mask[:, 0, -1] == 0
-    if attention_mask.ndim == 2 and attention_mask.shape[1] > length:
-        return None  # longer than any encoder of this text
-    if attention_mask.shape not in ((batch, length), (1, length)):
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask has shape {shape}; expected (B, T) or (B, 1, T, T) with T = {length}")
-    mask = attention_mask.bool()
-    return None if bool(mask.all()) else mask.expand(batch, length)
 
 
 def _with_given_prompts(output, input_ids: Tensor, filled: int):

@@ -15,7 +15,7 @@ from jrt.checkpoints import keys
 from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
 from jrt.config import presets
 from jrt.configuration_jrt import JRTConfig
-from jrt.model import released_decay
+from jrt.model import fixed_decay
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.released import configurations
 from jrt.released.quirks import Quirks
@@ -266,7 +266,7 @@ def _build(
     decay = sources.pop("log_decay", None)
     weights = {name: _read(reader, source) for name, source in sources.items()}
     if core.decay_const is not None:  # always in fp32
-        exact = released_decay(core.decay_const, core.linear_heads).to(device)
+        exact = fixed_decay(core.decay_const, core.linear_heads).to(device)
         weights["log_decay"] = exact if decay is None else Reader(device, torch.float32).read(decay)
     model.model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FILE = "modeling_jrt.py"
-ROOTS = (("jrt.modeling_jrt", "JRTConfig"), ("jrt.modeling_jrt", "JRTForCausalLM"))
+ROOTS = (
+    ("jrt.modeling_jrt", "JRTConfig"),
+    ("jrt.modeling_jrt", "JRTForCausalLM"),
+    ("jrt.released.modeling", "ReleasedForCausalLM"),
+)
 AUTO_MAP = {"AutoConfig": "JRTConfig", "AutoModelForCausalLM": "JRTForCausalLM"}
 PORTABLE = ("linear_attention", "encode_prefix", "selective_scan")  # of jrt.ops, taken from jrt.ops.portable
 Definition = tuple[str, str]  # a module and a top-level name in it

@@ -29,8 +29,10 @@ from jrt.decoding.choice import Choice
 from jrt.decoding.session import RUN, CapturedSession, Session, Sessions
 from jrt.mixers import MIXERS
 from jrt.model import LanguageModel
+from jrt.padded_prompts import PaddedPrefixLinearAttention
 
 FEWEST = 16  # new tokens for which a capture pays
+STEPPED = {*MIXERS.values(), PaddedPrefixLinearAttention}  # mixers whose next token is what `jrt.decoding` computes
 # transformers 5.24 gave the cache a new name.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 
@@ -41,14 +43,14 @@ def unsupported(
     input_ids: Tensor,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
-    use_cache: bool | None,
+    model_kwargs: dict[str, Any],
     synced_gpus: bool,
 ) -> str | None:
     """Why transformers' own loop has to run this call of `_sample`, or None."""
     length = criteria.max_length
     if length is None:
         return "no limit to the length: states of a fixed size need one"
-    if not use_cache:
+    if not model_kwargs.get("use_cache"):
         return "use_cache is off"
     if synced_gpus or config.is_assistant or config.prefill_chunk_size is not None:
         return "synced GPUs, an assistant model or a prefill in chunks"
@@ -57,7 +59,7 @@ def unsupported(
     if len({tensor.device for tensor in model.parameters()}) > 1:
         return "the model is spread over several devices"
     for block in model.blocks:
-        if type(block.mixer) not in MIXERS.values():
+        if type(block.mixer) not in STEPPED:
             return f"no step for {type(block.mixer).__name__}"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "a module has forward hooks"

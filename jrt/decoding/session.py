@@ -176,7 +176,7 @@ def _captured_step(model: LanguageModel, rows: int, capacity: int) -> Step:
     if importlib.util.find_spec("triton") is not None:
         from jrt.decoding.fused import FusedStep, unsupported
 
-        reason = unsupported(model, rows)
+        reason = unsupported(model)
         if reason is None:
             return FusedStep(model, rows, capacity)
     log.debug("decoding without Triton kernels: %s", reason)

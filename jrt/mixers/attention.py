@@ -13,13 +13,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jrt.config import Config
-from jrt.mixers.reading import Reading
+from jrt.mixers.batch import TokenBatch
 
 MIN_BLOCK = 64  # fewer queries a block waste the matrix units on small windows
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of the tokens before, the newest last; a window keeps W columns, zeros where none was read."""
+    """Keys and values of the tokens before, the newest last; a window keeps W columns, zeros before the first token."""
 
     k: Tensor  # (B, K, H, D), rotated
     v: Tensor  # (B, K, H, D)
@@ -37,27 +37,22 @@ class Attention(nn.Module):
         self.Wqkv = nn.Linear(config.width, 3 * config.width, bias="attention.qkv" in config.biases)
         self.out_proj = nn.Linear(config.width, config.width, bias="attention.out" in config.biases)
 
-    def forward(self, x: Tensor, reading: Reading, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
-        q, k, v = self._rotated(x, reading)
+    def forward(self, x: Tensor, batch: TokenBatch, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        q, k, v = self.rotated(x, batch)
         if state is not None:
             k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, K, H, D)
-        o = full_attention(q, k, v, self._valid(k, reading), self.scale)
+        is_whole = batch.mask is None and state is None  # a text without padding from its start: every key counts
+        o = full_attention(q, k, v, None if is_whole else own_keys(batch, k.shape[1]), self.scale)
         return self.out_proj(o.flatten(2)), KeyValues(k, v)
 
-    def _rotated(self, x: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys with their positions, and values: (B, T, H, D) each."""
         qkv = self.Wqkv(x).unflatten(-1, (3 * self.heads, -1))  # (B, T, 3 H, D)
         qk, v = qkv.split([2 * self.heads, self.heads], dim=2)
-        if reading.rotary is not None:
-            qk = rotate(qk, *reading.rotary)
+        if batch.rotary is not None:
+            qk = rotate(qk, *batch.rotary)
         q, k = qk.chunk(2, dim=2)
         return q, k, v
-
-    def _valid(self, k: Tensor, reading: Reading) -> Tensor | None:
-        """(B, K) bool: which keys are tokens; padding can only stand to the left of all of them."""
-        if reading.mask is None and k.shape[1] == reading.positions.shape[1]:
-            return None
-        own = reading.positions[:, -1:] + 1  # (B, 1) own tokens up to now
-        return torch.arange(k.shape[1], device=k.device) >= k.shape[1] - own
 
 
 class WindowAttention(Attention):
@@ -67,16 +62,20 @@ class WindowAttention(Attention):
         super().__init__(config, layer)
         self.window = config.window_of(layer)
 
-    def forward(self, x: Tensor, reading: Reading, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
-        q, k, v = self._rotated(x, reading)
+    def forward(self, x: Tensor, batch: TokenBatch, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        q, k, v = self.rotated(x, batch)
         if state is None:
             empty = k.new_zeros(k.shape[0], self.window, *k.shape[2:])
             state = KeyValues(empty, empty)
         k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, W + T, H, D)
-        own = reading.positions[:, -1:] + 1
-        valid = torch.arange(k.shape[1], device=k.device) >= k.shape[1] - own  # (B, W + T)
-        o = window_attention(q, k, v, valid, self.window, self.scale)
+        o = window_attention(q, k, v, own_keys(batch, k.shape[1]), self.window, self.scale)
         return self.out_proj(o.flatten(2)), KeyValues(k[:, x.shape[1] :], v[:, x.shape[1] :])
+
+
+def own_keys(batch: TokenBatch, keys: int) -> Tensor:
+    """(B, K) bool, True for the row's own tokens among the last K keys: whatever is not stands before them."""
+    own = batch.positions[:, -1:] + 1  # (B, 1) own tokens up to now
+    return torch.arange(keys, device=own.device) >= keys - own
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jrt.config import Config
-from jrt.mixers.reading import Reading
+from jrt.mixers.batch import TokenBatch
 from jrt.ops import short_convolution
 
 
 class ShortConvolution(nn.Module):
-    """The mixer of all layers that hold no recall; its state is the last K - 1 inputs of the convolution."""
+    """Gated short convolution; its state is the last K - 1 inputs (B, K - 1, E) of the convolution."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -26,9 +26,9 @@ class ShortConvolution(nn.Module):
         )
         self.out_proj = nn.Linear(channels, config.width, bias=bias)
 
-    def forward(self, x: Tensor, reading: Reading, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, batch: TokenBatch, state: Tensor | None) -> tuple[Tensor, Tensor]:
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
-        if reading.mask is not None:
-            u = torch.where(reading.mask[..., None], u, 0)
+        if batch.mask is not None:
+            u = torch.where(batch.mask[..., None], u, 0)
         c, state = short_convolution(u, self.conv.weight[:, 0], self.conv.bias, state)
         return self.out_proj(F.silu(c) * gate), state  # the gate itself is linear

@@ -5,12 +5,11 @@ Shapes: B batch, T tokens, M prefix columns, E width, H heads, d feature_dim, D 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from jrt.config import Config
-from jrt.mixers.reading import Reading
-from jrt.ops import State, encode_prefix, linear_attention, taylor_features
+from jrt.mixers.batch import TokenBatch
+from jrt.ops import State, encode_prefix, linear_attention
 
 
 class LinearAttention(nn.Module):
@@ -19,8 +18,7 @@ class LinearAttention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.heads = config.linear_heads
-        self.has_gain = config.decay_projection
-        self.has_decay = config.decay_const is not None and self.has_gain
+        self.has_decay = config.decay_const is not None and config.decay_projection
         self.key_gain = (config.feature_dim / config.feature_scale) ** 0.25 if config.feature_scale else 1.0
         keys = config.linear_heads * config.feature_dim
         self.proj_q = nn.Linear(config.width, keys, bias=False)
@@ -30,21 +28,18 @@ class LinearAttention(nn.Module):
         if config.decay_projection:
             self.decay_proj = nn.Linear(config.width, config.linear_heads, bias=False)
 
-    def forward(self, x: Tensor, reading: Reading, state: State | None) -> tuple[Tensor, State]:
-        q, k = self.heads_of(self.proj_q(x)) * self.key_gain, self.heads_of(self.proj_k(x)) * self.key_gain
-        v = self.heads_of(self.proj_v(x))
-        is_step = state is not None and x.shape[1] == 1
-        by_step = is_step and reading.quirks.decay_in_steps
-        if reading.quirks.double_add and is_step:
-            state = _added_once_more(k, v, state)
-        log_decay = reading.log_decay if self.has_decay or by_step else None
-        o, after = linear_attention(q, k, v, initial_state=state, mask=reading.mask, log_decay=log_decay)
-        if reading.quirks.decay_in_steps and reading.log_decay is not None and log_decay is None:
-            _, after = linear_attention(q, k, v, initial_state=state, mask=reading.mask, log_decay=reading.log_decay)
-        state = after
-        if self.has_decay or (by_step and self.has_gain):
-            o = o * self.decay_proj(x)[..., None]  # the released numerator's dt: a gain per head and token
-        return self.out_proj(o.flatten(2)), stored(state, x, reading)
+    def forward(self, x: Tensor, batch: TokenBatch, state: State | None) -> tuple[Tensor, State]:
+        q, k, v = self.project(x, batch)
+        log_decay = batch.log_decay if self.has_decay else None
+        o, state = linear_attention(q, k, v, initial_state=state, mask=batch.mask, log_decay=log_decay)
+        if self.has_decay:
+            o = o * self.decay_proj(x)[..., None]  # a gain per head and token belongs to the decay
+        return self.out_proj(o.flatten(2)), state
+
+    def project(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (B, T, H, d), values (B, T, H, D) of all tokens."""
+        q, k, v = self.heads_of(self.proj_q(x)), self.heads_of(self.proj_k(x)), self.heads_of(self.proj_v(x))
+        return q * self.key_gain, k * self.key_gain, v
 
     def heads_of(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))  # (B, T, H, d or D)
@@ -58,30 +53,16 @@ class PrefixLinearAttention(LinearAttention):
         self.proj_k_enc = nn.Linear(config.width, config.linear_heads * config.feature_dim, bias=False)
         self.proj_v_enc = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, reading: Reading, state: State | None) -> tuple[Tensor, State]:
-        q = self.heads_of(self.proj_q(x)) * self.key_gain
-        k, v = self._keys(self.proj_k(x), reading.blank), self.heads_of(self.proj_v(x))
-        if reading.prefix_end:
-            prefix = x[:, : reading.prefix_end]  # (B, M, E)
-            blank = None if reading.blank is None else reading.blank[:, : reading.prefix_end]
-            k_enc, v_enc = self._keys(self.proj_k_enc(prefix), blank), self.heads_of(self.proj_v_enc(prefix))
-            state = encode_prefix(k_enc, v_enc, mask=reading.prefix_mask)
-        o, state = linear_attention(q, k, v, initial_state=state, mask=reading.mask)
-        return self.out_proj(o.flatten(2)), stored(state, x, reading)
+    def forward(self, x: Tensor, batch: TokenBatch, state: State | None) -> tuple[Tensor, State]:
+        q, k, v = self.project(x, batch)
+        if batch.prefix is not None:
+            k_enc, v_enc = self.project_prefix(x, batch)
+            state = encode_prefix(k_enc, v_enc, mask=batch.prefix.mask)
+        o, state = linear_attention(q, k, v, initial_state=state, mask=batch.mask)
+        return self.out_proj(o.flatten(2)), state
 
-    def _keys(self, k: Tensor, blank: Tensor | None) -> Tensor:
-        if blank is not None:
-            k = k.masked_fill(blank[..., None], 0)
-        return self.heads_of(k) * self.key_gain
-
-
-def stored(state: State, x: Tensor, reading: Reading) -> State:
-    """The state as it is kept for the next call."""
-    if not reading.quirks.half_states or x.dtype not in (torch.bfloat16, torch.float16):
-        return state
-    return State(state.S.to(x.dtype).to(state.S.dtype), state.z.to(x.dtype).to(state.z.dtype))
-
-
-def _added_once_more(k: Tensor, v: Tensor, state: State) -> State:
-    phi = taylor_features(k[:, 0].to(state.S.dtype))  # (B, H, F)
-    return State(state.S + phi[..., None] * v[:, 0].to(state.S.dtype)[..., None, :], state.z)
+    def project_prefix(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """The encoder's keys (B, M, H, d) and values (B, M, H, D)."""
+        assert batch.prefix is not None
+        prefix = batch.prefix.of(x)  # (B, M, E)
+        return self.heads_of(self.proj_k_enc(prefix)) * self.key_gain, self.heads_of(self.proj_v_enc(prefix))

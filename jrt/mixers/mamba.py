@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jrt.config import Config
-from jrt.mixers.reading import Reading
+from jrt.mixers.batch import TokenBatch
 from jrt.ops import selective_scan, short_convolution
 
 
@@ -37,10 +37,10 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(channels))
         self.out_proj = nn.Linear(channels, config.width, bias=False)
 
-    def forward(self, x: Tensor, reading: Reading, state: MambaState | None) -> tuple[Tensor, MambaState]:
+    def forward(self, x: Tensor, batch: TokenBatch, state: MambaState | None) -> tuple[Tensor, MambaState]:
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
-        if reading.mask is not None:
-            u = torch.where(reading.mask[..., None], u, 0)
+        if batch.mask is not None:
+            u = torch.where(batch.mask[..., None], u, 0)
         c, conv = short_convolution(
             u, self.conv1d.weight[:, 0], self.conv1d.bias, None if state is None else state.conv
         )
@@ -48,8 +48,8 @@ class Mamba(nn.Module):
         rank, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
         wide = torch.promote_types(u.dtype, torch.float32)
         delta = F.softplus(F.linear(rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias)  # (B, T, E)
-        if reading.mask is not None:
-            delta = torch.where(reading.mask[..., None], delta, 0)  # padding leaves the state as it was
+        if batch.mask is not None:
+            delta = torch.where(batch.mask[..., None], delta, 0)  # padding leaves the state as it was
         A = -self.A_log.to(wide).exp()
         ssm = None if state is None else state.ssm
         y, ssm = selective_scan(u, delta, A, B, C, self.D.to(wide), initial_state=ssm)

@@ -11,8 +11,6 @@ Shapes: B batch, H heads, D head size, R columns of the ring, C parts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,14 +22,6 @@ PROGRAMS = 264  # programs beyond which more parts do not help
 BLOCK = 64  # columns that are fetched at once
 
 
-class Rotary(NamedTuple):
-    """Angles of every position up to L, so that a step only looks them up."""
-
-    cos: Tensor  # (L, D) fp32, 1 where a dimension does not rotate
-    sin: Tensor  # (L, D) fp32, 0 where a dimension does not rotate, negative in the first half of those that do
-    half: int  # dimension i < half rotates with dimension i + half
-
-
 def parts(rows: int, heads: int, ring: int) -> int:
     """C, the number of parts that the ring is cut into."""
     return max(1, min(-(-ring // PART), PROGRAMS // (rows * heads), 64))
@@ -39,7 +29,7 @@ def parts(rows: int, heads: int, ring: int) -> int:
 
 def attention_step(
     qkv: Tensor, keys: Tensor, values: Tensor, column: Tensor, pads: Tensor,
-    rotary: Rotary | None, scale: float, partial: Tensor, o: Tensor,
+    rotary: tuple[Tensor, Tensor, int] | None, scale: float, partial: Tensor, o: Tensor,
 ) -> None:  # fmt: skip
     """Writes o (B, H D) for the token whose queries, keys and values stand in `qkv`, and its key and value in the ring.
 
@@ -48,7 +38,8 @@ def attention_step(
         keys, values: (B, H, R, D), updated in place.
         column: (1,) int64 columns before this token.
         pads: (B,) int64 columns before each row's first own token.
-        rotary: angles of all positions; None: no rotation.
+        rotary: cos and sin (L, D) fp32 of all positions, 1 and 0 where nothing rotates, sin negative in the first half of
+            those that do, and how many that half has; None: no rotation.
         scale: factor of the scores.
         partial: (B, H, C, D + 2) fp32 scratch.
         o: (B, H D).
@@ -56,7 +47,7 @@ def attention_step(
     batch, heads, ring, D = keys.shape
     C = partial.shape[2]
     BD = triton.next_power_of_2(D)
-    cos, sin, half = (qkv, qkv, 0) if rotary is None else (rotary.cos, rotary.sin, rotary.half)
+    cos, sin, half = (qkv, qkv, 0) if rotary is None else rotary
     options = early(qkv.device)
     _attention_kernel[(batch * heads, C)](
         qkv, keys, values, column, pads, cos, sin, partial, o, heads, ring, scale, half,
@@ -99,14 +90,14 @@ def _attention_kernel(
     q = _rotated(x, cos, sin, now - first, e, inside, half, D, ROTARY, dtype) * scale
     new = now % R
     is_first = part == 0  # takes the new token itself
-    k = _rotated(x + H * D, cos, sin, now - first, e, inside, half, D, ROTARY, dtype)
-    v = tl.load(x + 2 * H * D + e, mask=inside, other=0.0)
+    own_k = _rotated(x + H * D, cos, sin, now - first, e, inside, half, D, ROTARY, dtype)
+    own_v = tl.load(x + 2 * H * D + e, mask=inside, other=0.0)
     place = (pair * R + new) * D + e
-    tl.store(keys + place, k, mask=inside & is_first)
-    tl.store(values + place, v, mask=inside & is_first)
-    top = tl.where(is_first, tl.sum(q * k, 0), -float("inf"))
+    tl.store(keys + place, own_k, mask=inside & is_first)
+    tl.store(values + place, own_v, mask=inside & is_first)
+    top = tl.where(is_first, tl.sum(q * own_k, 0), -float("inf"))
     total = tl.where(is_first, 1.0, 0.0)
-    y = tl.where(is_first, v.to(tl.float32), 0.0)
+    y = tl.where(is_first, own_v.to(tl.float32), 0.0)
     used = tl.minimum(R, now + 1)  # columns of the ring that hold anything
     share = tl.cdiv(tl.cdiv(used, C), BR) * BR
     start = part * share

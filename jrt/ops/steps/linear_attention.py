@@ -8,9 +8,6 @@ Shapes: B batch, H heads, d query/key size, D value size, F features, C blocks o
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,24 +15,9 @@ from torch import Tensor
 from jrt.ops.steps.launch import after_previous, early, release_next
 
 
-def feature_table(d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(F,) rows i, columns j and weights w with phi(x)[f] = w x[i] x[j], where x[d] stands for 1.
-
-    The order is that of `jrt.ops.taylor_features`.
-    """
-    rows, columns = torch.triu_indices(d, d).unbind()
-    squares = torch.where(rows == columns, math.sqrt(0.5), 1.0) * d**-0.5
-    one = torch.full((1,), d)
-    i = torch.cat([one, torch.arange(d), rows])
-    j = torch.cat([one, one.expand(d), columns])
-    w = torch.cat([torch.ones(1), torch.full((d,), d**-0.25), squares.float()])
-    return i.to(device, torch.int32), j.to(device, torch.int32), w.to(device)
-
-
-def value_columns(rows: int, heads: int, value_dim: int) -> int:
-    """BD: few where there are few heads to share the work."""
-    widest = min(64, triton.next_power_of_2(value_dim))
-    return min(widest, 16) if rows * heads < 128 else widest
+def column_blocks(rows: int, heads: int, value_dim: int) -> int:
+    """C: more blocks where there are few heads to share the work."""
+    return triton.cdiv(value_dim, 16 if rows * heads < 128 else 64)
 
 
 def linear_attention_step(
@@ -46,7 +28,7 @@ def linear_attention_step(
     Args:
         qkv: (B, 2 H d + H D [+ H]): queries, keys, values and, where there is a decay projection, gains of the heads.
         S: (B, H, F, D) fp32; z: (B, H, C, F) fp32, C equal copies. Both are updated in place.
-        table: from `feature_table`.
+        table: row, column and weight (F,) of each feature, phi(x)[f] = weight x[row] x[column] with x[d] = 1; weight fp32.
         d: query and key size.
         gain: factor of queries and keys before the feature map.
         decay: (H,) gamma of S; None: 1.

@@ -1,0 +1,92 @@
+"""What `JRTForCausalLM` may be called with; each function raises ValueError with what was expected.
+
+These checks read values back from the GPU: they belong to the first call of a text, not to a step of decoding.
+
+Shapes: B batch, T tokens of a call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jrt.objective import IGNORED
+
+INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
+
+
+def check_tensor(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected {expected}")
+
+
+def check_ids(input_ids: Tensor | None, rows: int, is_step: bool) -> Tensor:
+    """input_ids (B, T), all below `rows`; their range is not checked in steps on a GPU, which it would stall."""
+    check_tensor("input_ids", input_ids, "a tensor of integers of shape (B, T)")
+    assert input_ids is not None
+    if input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
+        shape, dtype = tuple(input_ids.shape), input_ids.dtype
+        raise ValueError(f"input_ids is {dtype} of shape {shape}; expected integers of shape (B, T), int64 or int32")
+    if input_ids.numel() == 0:
+        raise ValueError("input_ids is empty: expected at least one row and one token")
+    if not (is_step and input_ids.is_cuda):
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= rows:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is outside the vocabulary; expected 0 to {rows - 1}")
+    return input_ids
+
+
+def check_lengths(
+    name: str, lengths: Tensor | None, input_ids: Tensor, mask: Tensor | None, most: int | None = None
+) -> None:
+    """lengths (B,): counts of each row's own tokens, at most `most`; None: not given."""
+    if lengths is None:
+        return
+    expected = f"a tensor of integers of shape (B,) = ({input_ids.shape[0]},)"
+    check_tensor(name, lengths, expected)
+    if lengths.shape != input_ids.shape[:1] or lengths.dtype not in INTEGERS:
+        raise ValueError(f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; expected {expected}")
+    own = input_ids.shape[1] if mask is None else mask.sum(1)
+    if bool(((lengths < 0) | (lengths > own)).any()):
+        raise ValueError(f"{name} counts each row's own tokens: expected between 0 and the row's length")
+    if most is not None and bool((lengths > most).any()):
+        raise ValueError(f"{name} is {int(lengths.max())}; expected at most {most}, the encoder's length (enc_length)")
+
+
+def check_labels(labels: Tensor, expected: torch.Size, rows: int) -> None:
+    """labels (B, T): ids below `rows`, or IGNORED."""
+    check_tensor("labels", labels, "a tensor (B, T)")
+    if labels.shape != expected:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(expected)}")
+    if labels.dtype not in INTEGERS:
+        raise ValueError(f"labels are {labels.dtype}; expected int64 or int32")
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= rows))]
+    if wrong.numel():
+        raise ValueError(f"label {wrong[0].item()} is outside the vocabulary; expected 0 to {rows - 1}, or {IGNORED}")
+
+
+def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Tensor | None:
+    """(B, T) bool for the tokens of this call, of which `seen` came before; None where none is padding."""
+    if attention_mask is None:
+        return None
+    check_tensor("attention_mask", attention_mask, "a tensor (B, T)")
+    batch, length = input_ids.shape
+    total = length + seen
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in (length, total):
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {shape}; expected (B, T) = {(batch, length)} or {(batch, total)}")
+    if seen and length == 1:
+        return None  # a token that is generated is never padding
+    mask = attention_mask[:, -length:].bool()
+    if bool(mask.all()):
+        return None
+    if seen:
+        raise ValueError("padding after the first call: pad prompts on the left, before anything was read")
+    if not bool(mask.any(1).all()):
+        raise ValueError("a row of attention_mask is all padding: expected at least one token in each row")
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        raise ValueError(
+            "attention_mask has padding to the right of tokens: expected left padding (padding_side='left')"
+        )
+    return mask
