@@ -57,7 +57,7 @@ class FusedStep(Step):
         super().__init__(model, rows, capacity)
         width, weight = model.config.width, model.embedding.weight
         x = torch.zeros(rows, width, device=weight.device)
-        self.stream = Stream(x, torch.zeros_like(x), [0])
+        self.stream = Stream(x, torch.zeros_like(x), [0], weight.new_zeros(rows, width))
         self.scratch: dict[tuple[str, int], Tensor] = {}
         self.launches: list[Launch] = []
         for block, buffers in zip(model.blocks, self.buffers, strict=True):

@@ -36,8 +36,9 @@ def tiles(rows: int, outputs: int, inputs: int, halves: int, itemsize: int) -> T
         return Tiles(1, 1, BN, BK, 1, 4)
     BM = min(64, max(16, triton.next_power_of_2(rows)))
     BN = 16 if itemsize < 4 and outputs // 32 * -(-rows // BM) < PROGRAMS else 32
-    BK = min(128 if itemsize < 4 else 32, max(16, triton.next_power_of_2(inputs)))
-    return Tiles(2, BM, BN, BK, 4 if itemsize < 4 else 2, 4)
+    widest = 32 if itemsize == 4 else 128 if BM == 16 else 64
+    BK = min(widest, max(16, triton.next_power_of_2(inputs)))
+    return Tiles(2, BM, BN, BK, 2 if itemsize == 4 else 4, 4)
 
 
 def _power_below(number: int) -> int:

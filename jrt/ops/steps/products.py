@@ -23,6 +23,7 @@ from torch import Tensor
 from jrt.ops.steps.launch import Tiles, after_previous, early, release_next, tiles
 
 NORM_BLOCK = 256  # columns of the residual stream that one program of `embed` writes
+FUSED_NORM_ROWS = 16  # beyond these a norm of its own costs less than the norm in every program of a product
 
 
 class Stream(NamedTuple):
@@ -31,6 +32,7 @@ class Stream(NamedTuple):
     x: Tensor  # (B, W) fp32
     squares: Tensor  # (B, most) fp32 partial sums of x^2; `parts` of a row are in use
     parts: list[int]  # [P], set by whoever wrote x last
+    normed: Tensor  # (B, W) in the dtype of the weights: scratch for many rows
 
 
 class Norm(NamedTuple):
@@ -60,12 +62,25 @@ def embed(ids: Tensor, table: Tensor, stream: Stream) -> None:
 
 def project(stream: Stream, norm: Norm, weights: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> None:
     """out (B, N) = norm(x) times each of up to four weights (N_i, W), side by side. A bias goes with one weight only."""
-    _launch_project(stream.x, stream, norm, weights, bias, out)
+    x, left = _normed(stream, norm)
+    _launch_project(x, stream, left, weights, bias, out)
 
 
 def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out (B, N) = x (B, K) times weight (N, K)."""
     _launch_project(x, None, None, [weight], None, out)
+
+
+def _normed(stream: Stream, norm: Norm) -> tuple[Tensor, Norm | None]:
+    """What a product reads, and the norm that is left for it to do."""
+    batch, width = stream.x.shape
+    if batch <= FUSED_NORM_ROWS:
+        return stream.x, norm
+    _norm_kernel[(batch,)](
+        stream.x, norm.weight, stream.squares, stream.normed, width, *_squares(stream), norm.eps,
+        PP=_lanes(stream), BW=triton.next_power_of_2(width), num_warps=4, **early(stream.x.device),
+    )  # fmt: skip
+    return stream.normed, None
 
 
 def _launch_project(
@@ -107,11 +122,12 @@ def _launch_gated(
     sizes = tiles(batch, channels, weight.shape[1], 2, weight.element_size())
     grid = (triton.cdiv(channels, sizes.BN), triton.cdiv(batch, sizes.BM))
     tap_bias = None if taps is None else taps.bias
+    x, left = _normed(stream, norm)
     _gated_kernel[grid](
-        stream.x, norm.weight, stream.squares, weight, weight if bias is None else bias, out,
+        x, norm.weight, stream.squares, weight, weight if bias is None else bias, out,
         out if gate is None else gate, out if taps is None else taps.state, weight if taps is None else taps.weight,
         weight if tap_bias is None else tap_bias, batch, weight.shape[1], channels, *_squares(stream), norm.eps,
-        MODE=mode, T=1 if taps is None else taps.weight.shape[1], NORM=True, BIAS=bias is not None,
+        MODE=mode, T=1 if taps is None else taps.weight.shape[1], NORM=left is not None, BIAS=bias is not None,
         TAP_BIAS=tap_bias is not None, PP=_lanes(stream), **_options(sizes, out.device),
     )  # fmt: skip
 
@@ -147,7 +163,7 @@ def _options(sizes: Tiles, device: torch.device) -> dict[str, int | bool]:
 def _inverse_norm(squares, row, B, stride, P, K, eps, PP: tl.constexpr):
     """1 / sqrt(mean(x^2) + eps) of each row (BM,), from its first P partial sums of squares."""
     part = tl.arange(0, PP)
-    inside = (row[:, None] < B) & (part[None, :] < P)
+    inside = (row < B)[:, None] & (part[None, :] < P)
     sums = tl.load(squares + row[:, None] * stride + part[None, :], mask=inside, other=0.0)
     return tl.rsqrt(tl.sum(sums, 1) / K + eps)
 
@@ -309,6 +325,21 @@ def _residual_kernel(
     tl.store(place, y, mask=inside)
     total = tl.sum(tl.where(inside, y * y, 0.0), 1)
     tl.store(squares + row * stride + tl.program_id(0), total, mask=row < B)
+
+
+@triton.jit
+def _norm_kernel(
+    x, norm, squares, out, W, stride, P, eps, PP: tl.constexpr, BW: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k = tl.arange(0, BW)
+    weight = tl.load(norm + k, mask=k < W, other=0.0).to(tl.float32)
+    after_previous(PDL)
+    release_next(PDL)
+    inverse = _inverse_norm(squares, row, row + 1, stride, P, W, eps, PP)
+    at = row[:, None] * W + k[None, :]
+    y = tl.load(x + at, mask=k[None, :] < W, other=0.0) * inverse[:, None] * weight[None, :]
+    tl.store(out + at, y, mask=k[None, :] < W)
 
 
 @triton.jit
