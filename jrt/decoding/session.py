@@ -71,8 +71,10 @@ class CapturedSession(Session):
         key = choice.key()
         if key is None:
             if self.reading is None:
+                self._rewind()
                 self.reading = _capture(lambda: self.step.advance(self.tokens), self.tokens.device)
         elif key not in self.choosing:
+            self._rewind()
             self.choosing.clear()
             own = replace(choice, end_tokens=_own(choice.end_tokens), pad_token=_own(choice.pad_token))
             self.choosing[key] = _capture(lambda: self._choose(own), self.tokens.device)
@@ -106,6 +108,12 @@ class CapturedSession(Session):
         self.step.position.seen += steps
         return self.chosen[:, :steps], self.unfinished
 
+    def _rewind(self) -> None:
+        """To the start of an empty text, so that the steps before a capture stay inside the buffers."""
+        self.step.position.load(0, torch.zeros_like(self.tokens))
+        self.tokens.zero_()
+        self.count.zero_()
+
     def _choose(self, choice: Choice) -> Tensor:
         logits = self.step.advance(self.tokens).float()
         scores = choice.processors(self.chosen, logits)
@@ -114,7 +122,8 @@ class CapturedSession(Session):
         self.count.add_(1)
         self.tokens.copy_(tokens)
         if choice.end_tokens is not None:
-            self.unfinished.logical_and_(torch.isin(tokens, choice.end_tokens).logical_not_())
+            is_end = (tokens[:, None] == choice.end_tokens).any(1)  # torch.isin may wait for the GPU
+            self.unfinished.logical_and_(is_end.logical_not_())
         return tokens
 
 
