@@ -177,7 +177,7 @@ def test_a_cache_that_was_given_goes_on_and_is_moved_on():
         with loop, torch.no_grad():
             cache = model(prompts["input_ids"][:, :-1], use_cache=True)[CACHE]
             arguments = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False}
-            sequences.append(model.generate(prompts["input_ids"][:, -1:], **arguments))
+            sequences.append(model.generate(prompts["input_ids"], **arguments))
             assert cache.get_seq_length() == PROMPT + NEW - 1
     assert torch.equal(*sequences)
 

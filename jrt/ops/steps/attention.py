@@ -19,7 +19,7 @@ from jrt.ops.steps.launch import after_previous, early, release_next
 
 PART = 256  # fewest columns of a part
 PROGRAMS = 264  # programs beyond which more parts do not help
-BLOCK = 64  # columns that are fetched at once
+WHOLE = 256  # columns of a ring that is fetched at once, so that a window costs one trip to memory
 
 
 def parts(rows: int, heads: int, ring: int) -> int:
@@ -48,10 +48,12 @@ def attention_step(
     C = partial.shape[2]
     BD = triton.next_power_of_2(D)
     cos, sin, half = (qkv, qkv, 0) if rotary is None else rotary
+    block = triton.next_power_of_2(ring) if ring <= WHOLE else 8192 // BD
+    warps = min(16, max(4, block * BD // 2048))
     options = early(qkv.device)
     _attention_kernel[(batch * heads, C)](
         qkv, keys, values, column, pads, cos, sin, partial, o, heads, ring, scale, half,
-        D=D, C=C, BD=BD, BR=min(BLOCK, triton.next_power_of_2(ring)), ROTARY=rotary is not None, num_warps=4, **options,
+        D=D, C=C, BD=BD, BR=block, ROTARY=rotary is not None, num_warps=warps, **options,
     )  # fmt: skip
     if C > 1:
         _combine_kernel[(batch * heads,)](
@@ -81,8 +83,8 @@ def _attention_kernel(
     b, h = pair // H, pair % H
     e = tl.arange(0, BD)
     inside = e < D
-    after_previous(PDL)
     release_next(PDL)
+    after_previous(PDL)
     dtype: tl.constexpr = keys.dtype.element_ty
     now = tl.load(column)
     first = tl.load(pads + b)
@@ -133,8 +135,8 @@ def _combine_kernel(
 ):
     pair = tl.program_id(0).to(tl.int64)
     c, e = tl.arange(0, BC), tl.arange(0, BD)
-    after_previous(PDL)
     release_next(PDL)
+    after_previous(PDL)
     place = partial + (pair * C + c) * (D + 2)
     top = tl.load(place + D, mask=c < C, other=-float("inf"))
     total = tl.load(place + D + 1, mask=c < C, other=0.0)

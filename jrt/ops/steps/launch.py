@@ -36,9 +36,8 @@ def tiles(rows: int, outputs: int, inputs: int, halves: int, itemsize: int) -> T
         return Tiles(1, 1, BN, BK, 1, 4)
     BM = min(64, max(16, triton.next_power_of_2(rows)))
     BN = 16 if itemsize < 4 and outputs // 32 * -(-rows // BM) < PROGRAMS else 32
-    widest = 32 if itemsize == 4 else 128 if BM == 16 else 64
-    BK = min(widest, max(16, triton.next_power_of_2(inputs)))
-    return Tiles(2, BM, BN, BK, 2 if itemsize == 4 else 4, 4)
+    BK = min(32 if itemsize == 4 else 128, max(16, triton.next_power_of_2(inputs)))
+    return Tiles(2, BM, BN, BK, 2 if itemsize == 4 else 4 if BM == 16 else 3, 4)
 
 
 def _power_below(number: int) -> int:
@@ -65,6 +64,6 @@ def after_previous(PDL: tl.constexpr):
 
 @triton.jit
 def release_next(PDL: tl.constexpr):
-    """Lets the next kernel start and wait: called as soon as this one's loads are on their way."""
+    """Lets the next kernel start, fetch its weights and wait; called as soon as this one has asked for its own weights."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

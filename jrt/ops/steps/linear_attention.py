@@ -60,8 +60,8 @@ def _linear_attention_kernel(
     w = tl.load(table_w + f, mask=feature, other=0.0)
     tile = S + pair * F * D + f[:, None] * D + e[None, :]
     inside = feature[:, None] & column[None, :]
-    after_previous(PDL)
     release_next(PDL)
+    after_previous(PDL)
     s = tl.load(tile, mask=inside, other=0.0)  # (BF, BD)
     sums = z + (pair * C + block) * F + f
     old_z = tl.load(sums, mask=feature, other=0.0)

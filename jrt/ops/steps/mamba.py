@@ -58,8 +58,8 @@ def _selective_kernel(
     skip = tl.load(D + e, mask=channel, other=0.0).to(tl.float32)
     shift = tl.load(bias + e, mask=channel, other=0.0).to(tl.float32)
     dtype: tl.constexpr = u.dtype.element_ty
-    after_previous(PDL)
     release_next(PDL)
+    after_previous(PDL)
     base = selected + b * (R + 2 * N)
     rank = tl.load(base + r, mask=r < R, other=0.0).to(tl.float32)
     reads = tl.load(base + R + n, mask=n < N, other=0.0).to(tl.float32)

@@ -200,19 +200,19 @@ def _sums(
         second_w = first_w
         if PAIR:
             second_w = _weights(w, second, k, N, K)
+        release_next(PDL)
         after_previous(PDL)
         inverse = row.to(tl.float32)
         if NORM:
             inverse = _inverse_norm(squares, row, B, stride, P, K, eps, PP)
         a = _inputs(x, norm, inverse, row, k, B, K, NORM, dtype).to(tl.float32)  # (1, BK)
-        release_next(PDL)
         first = tl.sum(first_w.to(tl.float32) * a, 1)[None, :]
         other = first
         if PAIR:
             other = tl.sum(second_w.to(tl.float32) * a, 1)[None, :]
     else:
-        after_previous(PDL)
         release_next(PDL)
+        after_previous(PDL)
         inverse = row.to(tl.float32)
         if NORM:
             inverse = _inverse_norm(squares, row, B, stride, P, K, eps, PP)
@@ -334,8 +334,8 @@ def _norm_kernel(
     row = tl.program_id(0) + tl.arange(0, 1)
     k = tl.arange(0, BW)
     weight = tl.load(norm + k, mask=k < W, other=0.0).to(tl.float32)
-    after_previous(PDL)
     release_next(PDL)
+    after_previous(PDL)
     inverse = _inverse_norm(squares, row, row + 1, stride, P, W, eps, PP)
     at = row[:, None] * W + k[None, :]
     y = tl.load(x + at, mask=k[None, :] < W, other=0.0) * inverse[:, None] * weight[None, :]
@@ -344,8 +344,8 @@ def _norm_kernel(
 
 @triton.jit
 def _embed_kernel(ids, table, x, squares, W, stride, BN: tl.constexpr, PDL: tl.constexpr):
-    after_previous(PDL)
     release_next(PDL)
+    after_previous(PDL)
     row, block = tl.program_id(1), tl.program_id(0)
     n = block * BN + tl.arange(0, BN)
     y = tl.load(table + tl.load(ids + row) * W + n, mask=n < W, other=0.0).to(tl.float32)
