@@ -2,7 +2,8 @@
 
 Models have random weights: time does not depend on them. JRT reads its prompt once; Based reads it twice, one copy after the
 other, as the paper's prompts do. A Llama-type model of transformers' own, of the same size, runs beside them, as it is and
-with a static cache, which transformers compiles. The floor of a step is the time to read the weights that it needs once and
+with a static cache, which transformers compiles. `ms_per_token` is everything after the prompt was read, over the tokens after the
+first: copying the states into place is part of it. The floor of a step is the time to read the weights that it needs once and
 to read and write its states, at the speed of a large copy on the same GPU.
 
 A method's first row also says how many of its bf16 tokens differ from those of transformers' own loop; in fp32 none do
@@ -34,7 +35,7 @@ from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.ops import feature_count
 
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1, 4096), (16, 8192), (1, 16384), (1, 65536))
-MODELS = ("jrt-360m", "based-360m", "attention-360m", "mamba-360m", "llama-360m", "jrt-1.3b", "based-1.3b", "mamba-1.3b")
+MODELS = ("jrt-360m", "jrt-1.3b", "mamba-360m", "llama-360m", "attention-360m", "based-360m", "mamba-1.3b", "based-1.3b")
 OWN_LOOP = " (transformers' loop)"
 LLAMAS = {"llama-360m": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24)}
 REPEATS = 3
@@ -149,6 +150,25 @@ def bytes_per_ms(device: str) -> float:
     return 2 * source.nbytes / (1e3 * seconds(lambda: target.copy_(source), device, 10))
 
 
+def timed(model: PreTrainedModel, method: Method, ids: Tensor, new: int) -> tuple[float, float]:
+    """Seconds to read the prompt, and seconds for everything after it."""
+    device, read = model.device.type, type(model)._prefill
+    ends: list[float] = []
+
+    def watched(*arguments, **named):
+        outputs = read(*arguments, **named)
+        synchronize(device)
+        ends.append(time.perf_counter())
+        return outputs
+
+    with mock.patch.object(type(model), "_prefill", watched):
+        synchronize(device)
+        start = time.perf_counter()
+        method.generate(model, ids, new)
+        synchronize(device)
+    return ends[0] - start, time.perf_counter() - ends[0]
+
+
 def measure(model: PreTrainedModel, method: Method, batch: int, length: int, new: int, speed: float) -> Row:
     device = model.device.type
     row = Row(method.name, {"B": batch, "N": length})
@@ -159,13 +179,12 @@ def measure(model: PreTrainedModel, method: Method, batch: int, length: int, new
         method.generate(model, ids, new)  # compiles and captures
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        first = seconds(lambda: method.generate(model, ids, 1), device, REPEATS)
-        whole = seconds(lambda: method.generate(model, ids, new), device, REPEATS)
+        first, rest = zip(*(timed(model, method, ids, new) for _ in range(REPEATS)), strict=True)
     except torch.cuda.OutOfMemoryError as error:
         row.reason = str(error).partition(".")[0]
         return row
-    step = 1e3 * (whole - first) / (new - 1)
-    row.first_token_ms, row.ms_per_token, row.tokens_per_s = 1e3 * first, step, 1e3 * batch / step
+    row.first_token_ms, step = 1e3 * statistics.median(first), 1e3 * statistics.median(rest) / (new - 1)
+    row.ms_per_token, row.tokens_per_s = step, 1e3 * batch / step
     row.floor_ms = step_bytes(model, batch, ids.shape[1]) / speed
     row.percent_of_floor = 100 * row.floor_ms / step
     row.peak_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else None

@@ -99,12 +99,13 @@ def decode(
     if not text.is_done():
         rows, length = input_ids.shape[0], text.ids.shape[1]
         session = sessions.find(model, rows, length) or sessions.make(model, rows, length)
+        runs_ahead = isinstance(session, CapturedSession) and text.can_run_ahead and not is_kept
         if isinstance(session, CapturedSession):
-            session.prepare(text.choice)
+            session.prepare(text.choice if runs_ahead else None)
         session.start(cache.state)
         if not is_kept:
             cache.state = None  # its memory is not needed any more
-        if isinstance(session, CapturedSession) and text.can_run_ahead and not is_kept:
+        if isinstance(session, CapturedSession) and runs_ahead:
             text.run(session)
         else:
             while not text.is_done():

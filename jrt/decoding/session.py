@@ -66,14 +66,18 @@ class CapturedSession(Session):
         self.reading: Graph | None = None
         self.choosing: dict[tuple, Graph] = {}
 
-    def prepare(self, choice: Choice) -> None:
-        """Captures what this choice needs and is not there yet. Before `start`: a capture overwrites the states."""
-        key = choice.key()
-        if key is None:
+    def prepare(self, choice: Choice | None) -> None:
+        """Captures what `run` needs for this choice, or what `read` needs if None, unless it is there already.
+
+        Before `start`, because a capture overwrites the states.
+        """
+        key = None if choice is None else choice.key()
+        if choice is None:
             if self.reading is None:
                 self._rewind()
                 self.reading = _capture(lambda: self.step.advance(self.tokens), self.tokens.device)
         elif key not in self.choosing:
+            assert key is not None
             self._rewind()
             self.choosing.clear()
             own = replace(choice, end_tokens=_own(choice.end_tokens), pad_token=_own(choice.pad_token))

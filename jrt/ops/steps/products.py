@@ -1,8 +1,8 @@
 """Products of a few vectors with one weight matrix, with the norm before them and the activation after them.
 
 Each program computes BN columns of the output for BM rows of the batch and sums over all of K itself, so that no two
-programs add into one place: results repeat bit for bit. With one row the whole tile of weights is fetched at once
-(ROWS = 1); with more, tiles along K go to the matrix units.
+programs add into one place: results repeat bit for bit. With one row the whole tile of weights is fetched at once, and
+the norm is part of the product (ROWS = 1); with more, a kernel of its own norms, and tiles along K go to the matrix units.
 
 The residual stream x is fp32. Whoever writes x also writes the sums of squares of its BN columns; the next product adds
 these up and has its RMSNorm without another pass over x.
@@ -23,7 +23,6 @@ from torch import Tensor
 from jrt.ops.steps.launch import Tiles, after_previous, early, release_next, tiles
 
 NORM_BLOCK = 256  # columns of the residual stream that one program of `embed` writes
-FUSED_NORM_ROWS = 16  # beyond these a norm of its own costs less than the norm in every program of a product
 
 
 class Stream(NamedTuple):
@@ -74,8 +73,8 @@ def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def _normed(stream: Stream, norm: Norm) -> tuple[Tensor, Norm | None]:
     """What a product reads, and the norm that is left for it to do."""
     batch, width = stream.x.shape
-    if batch <= FUSED_NORM_ROWS:
-        return stream.x, norm
+    if batch == 1:
+        return stream.x, norm  # with more rows, a norm in every program costs more than one of its own
     _norm_kernel[(batch,)](
         stream.x, norm.weight, stream.squares, stream.normed, width, *_squares(stream), norm.eps,
         PP=_lanes(stream), BW=triton.next_power_of_2(width), num_warps=4, **early(stream.x.device),
@@ -211,16 +210,13 @@ def _sums(
         if PAIR:
             other = tl.sum(second_w.to(tl.float32) * a, 1)[None, :]
     else:
-        release_next(PDL)
         after_previous(PDL)
-        inverse = row.to(tl.float32)
-        if NORM:
-            inverse = _inverse_norm(squares, row, B, stride, P, K, eps, PP)
+        release_next(PDL)  # not earlier: the next kernel's programs would crowd those of this one
         first = tl.zeros((row.shape[0], n.shape[0]), tl.float32)
         other = first
         for start in tl.range(0, K, BK, num_stages=STAGES):
             k = start + tl.arange(0, BK)
-            a = _inputs(x, norm, inverse, row, k, B, K, NORM, dtype)
+            a = _inputs(x, norm, first, row, k, B, K, False, dtype)
             first = tl.dot(a, tl.trans(_weights(w, n, k, N, K)), first, input_precision="ieee")
             if PAIR:
                 other = tl.dot(a, tl.trans(_weights(w, second, k, N, K)), other, input_precision="ieee")
