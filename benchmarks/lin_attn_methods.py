@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from jrt import ops
 from jrt.ops import chunked, cuda
+from jrt.ops.call import Call
 
 HEADS, DIM, VALUE_DIM = 16, 16, 64
 COMPILED = ((1, 32768), (16, 2048), (16, 8192), (16, 16384), (16, 32768))  # (B, N) of the method with torch.compile
@@ -160,7 +161,7 @@ def fla_parallel(x: Inputs) -> str | None:
 
 
 def our_kernel(x: Inputs) -> str | None:
-    return cuda.unsupported(x.q, x.k, x.v, None, None, None, True)
+    return cuda.unsupported(Call(x.q, x.k, x.v))
 
 
 def methods(thunderkittens: Path | None) -> list[Method]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from jrt import ops
 from jrt.ops import cuda
+from jrt.ops.call import Call
 
 BATCHES = [(batch, 16384) for batch in (1, 2, 4, 8, 16, 32, 64)]
 LENGTHS = [(16, length) for length in (2048, 4096, 8192, 16384, 32768, 65536, 131072)]
@@ -218,7 +219,7 @@ def measure_decode(batch: int, bandwidth: float) -> Row:
     q, k, v = tokens(1, DIM), tokens(1, DIM), tokens(1, VALUE_DIM)
     state = ops.encode_prefix(tokens(64, DIM), tokens(64, VALUE_DIM), backend="chunked")
     state = ops.State(*(x.contiguous() for x in state))
-    row.reason = cuda.unsupported(q, k, v, state, None, None, True) or ""
+    row.reason = cuda.unsupported(Call(q, k, v, state)) or ""
     if row.reason:
         return row
     exact, _ = ops.linear_attention(

@@ -1,6 +1,8 @@
-"""Writes the README's tables out of benchmarks/results/*.json.
+"""Writes the tables of README.md and docs/figures.md out of benchmarks/results/*.json.
 
-python benchmarks/readme_tables.py          # rewrites README.md
+A document marks the place of a table by `<!-- table: NAME -->` and `<!-- /table -->`; what stands between is rewritten.
+
+python benchmarks/readme_tables.py          # rewrites both documents
 python benchmarks/readme_tables.py --check  # exit status 1 where it would change anything
 """
 
@@ -15,8 +17,9 @@ from pathlib import Path
 
 import record
 
-README = Path(__file__).parent.parent / "README.md"
-MARKED = r"(<!-- table: {name} -->\n).*?(<!-- /table -->)"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "figures.md")
+MARKED = re.compile(r"(<!-- table: ([\w ,]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def load(name: str) -> dict:
@@ -73,6 +76,17 @@ def prefill() -> str:
     ]
     step_header = ["ms", *(f"B{row['shape']['B']:,}" for row in steps)]
     return rows_as_markdown(header, rows) + "\n" + rows_as_markdown(step_header, step_rows) + origin(report)
+
+
+def prefill_in_short() -> str:
+    report = load("lin_attn_profile")
+    found = {(row["method"], row["shape"]["B"], row["shape"]["N"]): row for row in report["rows"]}
+    methods, shapes = (
+        ("Based", "JRT-RNN", "FlashAttention-2", "fla fused_chunk_based"),
+        ((16, 2048), (16, 32768), (1, 32768)),
+    )
+    rows = [[method, *(f"{found[method, *shape]['ms']:.3g}" for shape in shapes)] for method in methods]
+    return rows_as_markdown(["ms", *(f"B{b} N{n:,}" for b, n in shapes)], rows) + origin(report)
 
 
 def whole_models() -> str:
@@ -133,6 +147,20 @@ def evaluation() -> str:
     return rows_as_markdown(header, rows) + "".join(map(origin, reports))
 
 
+def evaluation_in_short() -> str:
+    rows = []
+    reports = [load("recall_eval_gpu"), load("recall_eval_cpu")]
+    for name, report in zip(("H100", "two CPU cores"), reports, strict=True):
+        speedups: dict[str, list[float]] = {}
+        for row in report["rows"]:
+            if "speedup_of_jrt_eval" in row:
+                speedups.setdefault(row["method"], []).append(row["speedup_of_jrt_eval"])
+        found = (speedups.get(f"lm-eval, batch {size}") for size in (1, 16, "auto"))
+        rows.append([name, *("-" if each is None else f"{min(each):.2f} to {max(each):.2f} x" for each in found)])
+    header = ["`jrt eval`, times plain lm-eval", "batch 1", "batch 16", "batch auto"]
+    return rows_as_markdown(header, rows) + "".join(map(origin, reports))
+
+
 def set_disjointness() -> str:
     report = load("set_disjointness")
     models = list(dict.fromkeys((row["width"], row["feature_dim"]) for row in report["rows"]))
@@ -150,33 +178,33 @@ def set_disjointness() -> str:
     return rows_as_markdown(["", *sizes], rows) + note + origin(report)
 
 
-TABLES: dict[str, tuple[str, Callable[[], str]]] = {
-    "minis": ("recall_minis", minis),
-    "prefill": ("lin_attn_profile", prefill),
-    "whole models": ("model_prefill", whole_models),
-    "cpu": ("cpu_decode", cpu),
-    "evaluation": ("recall_eval_cpu", evaluation),
-    "set disjointness": ("set_disjointness", set_disjointness),
+TABLES: dict[str, Callable[[], str]] = {
+    "minis": minis,
+    "prefill": prefill,
+    "prefill, in short": prefill_in_short,
+    "whole models": whole_models,
+    "cpu": cpu,
+    "evaluation": evaluation,
+    "evaluation, in short": evaluation_in_short,
+    "set disjointness": set_disjointness,
 }
 
 
 def rewritten(text: str) -> str:
-    for name, (source, table) in TABLES.items():
-        if (record.RESULTS / f"{source}.json").is_file():
-            pattern = re.compile(MARKED.format(name=name), re.DOTALL)
-            text = pattern.sub(lambda match, table=table: match[1] + table() + match[2], text)
-    return text
+    """The document with each marked table made anew. Raises KeyError for a table that nothing here makes."""
+    return MARKED.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    old = README.read_text()
-    new = rewritten(old)
+    changed = {path: rewritten(path.read_text()) for path in DOCUMENTS}
+    changed = {path: text for path, text in changed.items() if text != path.read_text()}
     if arguments.check:
-        sys.exit(new != old)
-    README.write_text(new)
+        sys.exit(bool(changed))
+    for path, text in changed.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

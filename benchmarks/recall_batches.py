@@ -18,16 +18,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from recall_eval import LLAMA, write_llama
 
-from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, run
+from jrt.evaluate import LocalPool, ModelSpec, Request, open_model, plan, run
 from jrt.evaluate.demo import MINIS
 
 BATCHES = (1, 8, 32)
-WINDOW = 512
+TASK = "recall_reference_pages_512"
 
 
 def ours(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
     """Answers of `jrt eval` by item."""
-    chosen = plan(Request((spec,), ("reference_pages",), ("once",), f"pages-{WINDOW}", limit))
+    chosen = plan(Request((spec,), (TASK,), ("once",), None, limit))
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(chosen, LocalPool(), Path(folder) / "run", size)
     return {row["id"]: row["prediction"] for row in outcome.predictions}
@@ -35,12 +35,11 @@ def ours(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
 
 def theirs(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
     """Answers of lm-eval's hf class by item."""
-    subject = open_subject(spec)
-    lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=size, backend="causal")
-    name = f"recall_reference_pages_{WINDOW}"
+    opened = open_model(spec)
+    lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size, backend="causal")
     manager = TaskManager(include_path=str(task_folder()), include_defaults=False, metadata={"max_items": limit})
-    found = evaluator.evaluate(lm, manager.load([name])["tasks"], log_samples=True, bootstrap_iters=0)
-    return {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in found["samples"][name]}
+    found = evaluator.evaluate(lm, manager.load([TASK])["tasks"], log_samples=True, bootstrap_iters=0)
+    return {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in found["samples"][TASK]}
 
 
 def main() -> None:

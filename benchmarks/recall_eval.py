@@ -31,16 +31,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jrt.evaluate import LocalPool, ModelSpec, Request, open_subject, plan, run
+from jrt.evaluate import LocalPool, ModelSpec, Request, open_model, plan, run
 
 LLAMA = "llama-135m"
-TASKS = {  # lm-eval's name: ours, protocol
-    "recall_reference_pages_512": ("reference_pages", "pages-512"),
-    "recall_reference_pages_2048": ("reference_pages", "pages-2048"),
-    "qa_drop": ("qa_drop", None),
-    "qa_squad": ("qa_squad", None),
-    "qa_nq": ("qa_nq", None),
-}
+TASKS = ("recall_reference_pages_512", "recall_reference_pages_2048", "qa_drop", "qa_squad", "qa_nq")
 WARM_UP = "recall_reference_pages_512"
 DIFFERING = 0.01  # of the answers, at most, in fp32
 
@@ -80,8 +74,7 @@ def lm_eval_answers(lm: HFLM, name: str, limit: int) -> tuple[float, dict[str, s
 
 def jrt_answers(pool: LocalPool, spec: ModelSpec, name: str, limit: int) -> tuple[float, dict[str, str]]:
     """Seconds, and the answers by item."""
-    task, protocol = TASKS[name]
-    chosen = plan(Request((spec,), (task,), ("once",), protocol, limit))
+    chosen = plan(Request((spec,), (name,), ("once",), None, limit))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         outcome = run(chosen, pool, Path(folder) / "run")
@@ -92,13 +85,13 @@ def jrt_answers(pool: LocalPool, spec: ModelSpec, name: str, limit: int) -> tupl
 def measure(
     spec: ModelSpec, label: str, names: list[str], limit: int, ways: list[int | str], rounds: int
 ) -> list[dict]:
-    subject = open_subject(spec)
+    opened = open_model(spec)
     pool = LocalPool()
-    pool._subject = subject  # one copy of the weights serves all ways
+    pool._model = opened  # one copy of the weights serves all ways
 
     def lm_eval_way(size: int | str) -> Callable[[str, int], tuple[float, dict[str, str]]]:
         def answers(name: str, count: int) -> tuple[float, dict[str, str]]:
-            lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=size, backend="causal")
+            lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size, backend="causal")
             return lm_eval_answers(lm, name, count)
 
         return answers
@@ -145,7 +138,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mini-based", "mini-attention", LLAMA])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--limit", type=int, default=128, help="items a task")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way; the median counts")
     parser.add_argument("--batches", nargs="+", help="of lm-eval (default: 1 16, and auto on a GPU)")

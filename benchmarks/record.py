@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from jrt.files import write_json
+from jrt.provenance import commit, device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "lm-eval", "flash-linear-attention", "flash-attn")
 
 
-def device_name() -> str:
-    """The GPU, or the processor and how many threads PyTorch uses of it."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Python and those of PACKAGES that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        if importlib.util.find_spec(name.replace("-", "_")) or name == "flash-linear-attention":
-            try:
-                found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return found
-
-
-def commit() -> str:
-    """What JRT_COMMIT says, for a copy on another machine; else the checkout's commit, "+changes" where files differ from
-    it, or "unknown"."""
-    if told := os.environ.get("JRT_COMMIT"):
-        return told
-    here = Path(__file__).parent
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    if head.returncode:
-        return "unknown"
-    changes = subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+def without_machine(argument: str) -> str:
+    """The argument; of a path on this machine only its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def write(benchmark: str, rows: list[dict], path: Path | None = None, **more: object) -> Path:
@@ -61,14 +23,14 @@ def write(benchmark: str, rows: list[dict], path: Path | None = None, **more: ob
     path = path or RESULTS / f"{benchmark}.json"
     report = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(without_machine, sys.argv)]),
         "device": device_name(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": commit(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),
         **more,
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(path, report)
     return path

@@ -3,12 +3,19 @@
 A user's mistake is one line on stderr and exit status 2; what a command computes comes from the modules it imports.
 """
 
+from __future__ import annotations
+
 import argparse
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # the commands import what they need, so that `jrt --help` is quick
+    from jrt.evaluate import ModelSpec, Outcome, Plan
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -25,7 +32,7 @@ def main(given: Sequence[str] | None = None) -> int:
     return _reported(lambda: parsed.command(parsed), getattr(parsed, "kept", ""))
 
 
-def _reported(command, kept: str = "") -> int:
+def _reported(command: Callable[[], int | None], kept: str = "") -> int:
     """Runs a command; `kept` is what it says of its work when it is interrupted."""
     try:
         return command() or OK
@@ -46,11 +53,11 @@ def _reported(command, kept: str = "") -> int:
 class _Parser(argparse.ArgumentParser):
     """argparse with its errors on one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(
         prog="jrt", description="Recall of language models: evaluate it, and close the gap by reading twice."
     )
@@ -85,29 +92,34 @@ def _whole(text: str, least: int) -> int:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
-    parser.add_argument("--dtype", help="float32 (default), bfloat16, float16, float64")
-    parser.add_argument("--compat", choices=("released",), help="compute as the published numbers were measured")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    add("--dtype", help="float32 (default), bfloat16, float16, float64")
+    add("--compat", choices=("released",), help="compute as the published numbers were measured")
+    add(
         "--short-prompt", choices=("none", "pad", "repeat", "iterate"), help="rule for prompts shorter than the encoder"
     )
+
+
+def _spec(arguments: argparse.Namespace, name: str) -> ModelSpec:
+    """A model as the options of `_model_options` say how to compute with it."""
+    from jrt.evaluate import ModelSpec
+
+    return ModelSpec(name, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
 
 
 # demo
 
 
-def _add_demo(commands) -> None:
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("demo", help="the mini models on reference pages, read once and twice")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder (default: demo)")
-    parser.add_argument("--models", type=_names, help="other models, separated by commas")
-    parser.add_argument("--limit", type=_positive, help="items a cell")
-    parser.add_argument(
-        "--real", action="store_true", help="SmolLM2-135M, an off-the-shelf model, instead of the minis"
-    )
-    parser.add_argument(
-        "--passages", type=Path, help="with --real: folder of passages with questions, instead of pages"
-    )
-    parser.add_argument("--device", default="cpu")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("demo"), help="folder (default: demo)")
+    add("--models", type=_names, help="other models, separated by commas")
+    add("--limit", type=_positive, help="items for each model and strategy")
+    add("--real", action="store_true", help="SmolLM2-135M, an off-the-shelf model, instead of the minis")
+    add("--passages", type=Path, help="with --real: folder of passages with questions, instead of pages")
+    add("--device", default="cpu")
     parser.set_defaults(command=_demo, kept="; what was answered is kept: the same command goes on")
 
 
@@ -135,50 +147,40 @@ def _demo(arguments: argparse.Namespace) -> None:
 # eval
 
 
-def _add_eval(commands) -> None:
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("eval", help="recall of any causal language model")
-    parser.add_argument(
-        "--model", type=_names, required=True, help="mini-jrt, smollm2, folders, hub ids; separated by commas"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", type=_names, required=True, help="mini-jrt, smollm2, folders, hub ids; separated by commas")
+    add(
         "--tasks",
         type=_names,
         required=True,
-        help="swde, fda, squad, drop, triviaqa, nq_1024, reference_pages, qa_squad ...",
+        help="recall_fda (or fda), recall_nq_1024, recall_reference_pages_512, qa_squad ...",
     )
-    parser.add_argument(
-        "--strategy", type=_names, default=("once",), help="once, twice, question_first, 3x ...; separated by commas"
-    )
-    parser.add_argument("--protocol", help="jrt-table1, jrt-table2, full, w2000-a50 ... (default: the task's)")
-    parser.add_argument("--limit", type=_positive, help="items a cell (default: all)")
-    parser.add_argument("--batch-size", type=_positive, help="prompts at once (default: as suits the device)")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the same run in that folder")
-    parser.add_argument("--seed", type=_seed, default=0, help="choice of reference pages, bootstrap")
-    parser.add_argument(
-        "--data", type=Path, help="mirror folder of the published datasets (default: $JRT_DATA, then the hub)"
-    )
-    parser.add_argument("--passages", type=Path, help="folder of the qa_ tasks (default: $JRT_PASSAGES)")
-    parser.add_argument("--cut-with", help="another cutting tokenizer; renames the protocol")
-    parser.add_argument(
+    add("--strategy", type=_names, default=("once",), help="once, twice, question_first, 3x ...; separated by commas")
+    add("--protocol", help="jrt-table1, jrt-table2, full, w2000-a50 ... (default: the task's)")
+    add("--limit", type=_positive, help="items for each cell of the table (default: all)")
+    add("--batch-size", type=_positive, help="prompts at once (default: as suits the device)")
+    add("--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json")
+    add("--resume", action="store_true", help="go on with the same run in that folder")
+    add("--seed", type=_seed, default=0, help="choice of reference pages, bootstrap")
+    add("--data", type=Path, help="mirror folder of the published datasets (default: $JRT_DATA, then the hub)")
+    add("--passages", type=Path, help="folder of the qa_ tasks (default: $JRT_PASSAGES)")
+    add("--cut-with", help="another cutting tokenizer; renames the protocol")
+    add(
         "--text", type=Path, help="recall_perplexity: a text file, or a folder of .txt files (default: reference pages)"
     )
-    parser.add_argument("--workers", type=_positive, help="Ray actors, one model copy each (default: this process)")
-    parser.add_argument("--ray-address", help="an existing Ray cluster")
+    add("--workers", type=_positive, help="Ray actors, one model copy each (default: this process)")
+    add("--ray-address", help="an existing Ray cluster")
     _model_options(parser)
     parser.set_defaults(command=_eval, kept="; what was answered is kept: the same command with --resume goes on")
 
 
-def _eval(arguments: argparse.Namespace) -> None:
-    from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
+def _eval(arguments: argparse.Namespace) -> int:
+    from jrt.evaluate import LocalPool, Request, plan, run
     from jrt.evaluate.tables import comparisons_text, results_text
 
-    specs = tuple(
-        ModelSpec(name, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
-        for name in arguments.model
-    )
+    specs = tuple(_spec(arguments, name) for name in arguments.model)
     if "recall_perplexity" in arguments.tasks:
         return _perplexity(arguments, specs)
     if arguments.text is not None:
@@ -199,13 +201,14 @@ def _eval(arguments: argparse.Namespace) -> None:
         outcome = run(chosen, LocalPool(), arguments.output, arguments.batch_size, arguments.resume)
     else:
         outcome = _on_workers(arguments, chosen)
-    print(results_text(outcome.records, chosen.protocols()))
+    print(results_text(outcome.records, chosen.protocols(), outcome.failed))
     if outcome.comparisons:
         print(comparisons_text(outcome.comparisons))
     print(f"\nresults: {arguments.output / 'results.json'}   report: jrt report {arguments.output}")
+    return FAILED if outcome.failed else OK
 
 
-def _on_workers(arguments: argparse.Namespace, chosen):
+def _on_workers(arguments: argparse.Namespace, chosen: Plan) -> Outcome:
     from importlib.util import find_spec
 
     from jrt.evaluate import run
@@ -219,7 +222,7 @@ def _on_workers(arguments: argparse.Namespace, chosen):
         return run(chosen, pool, arguments.output, arguments.batch_size, arguments.resume)
 
 
-def _perplexity(arguments: argparse.Namespace, specs: tuple) -> None:
+def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> int:
     from jrt.evaluate import perplexity
 
     if len(arguments.tasks) > 1:
@@ -233,44 +236,39 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple) -> None:
     size = arguments.batch_size or 16
     records = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
     print(perplexity.table(records))
+    return OK
 
 
 # report
 
 
-def _add_report(commands) -> None:
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("report", help="tables, figures and an HTML page from finished runs")
-    parser.add_argument("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
-    parser.add_argument("--output", type=Path, help="folder (default: the first run's)")
-    parser.add_argument(
-        "--layout",
-        help="table1, 2, 3, 4, 8, 9, 13 or 14 of the paper, published values beside measured ones",
-    )
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
+    add("--output", type=Path, help="folder (default: the first run's)")
+    add("--layout", help="table1, 2, 3, 4, 8, 9, 13 or 14 of the paper, published values beside measured ones")
     parser.set_defaults(command=_report)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from jrt.evaluate import collect, super_glue
-    from jrt.evaluate.published import SUPER_GLUE_TABLES
+    from jrt.evaluate.report import collect
 
     output = arguments.output or arguments.runs[0]
-    if arguments.layout in SUPER_GLUE_TABLES:
-        print(super_glue.collect(arguments.runs, output, arguments.layout))
-        print(f"written to {output}: {', '.join(super_glue.FILES)}")
-        return
-    print(collect.collect(arguments.runs, output, arguments.layout))
-    print(f"\nwritten to {output}: {', '.join(collect.FILES)}")
+    text, files = collect(arguments.runs, output, arguments.layout)
+    print(f"{text}\nwritten to {output}: {', '.join(files)}")
 
 
 # generate
 
 
-def _add_generate(commands) -> None:
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("generate", help="a model's continuation of a prompt")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompt", help="the text (default: standard input)")
-    parser.add_argument("--twice", action="store_true", help="show the prompt twice, on lines of its own")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64)
+    add = parser.add_argument
+    add("--model", required=True)
+    add("--prompt", help="the text (default: standard input)")
+    add("--twice", action="store_true", help="show the prompt twice, on lines of its own")
+    add("--max-new-tokens", type=_positive, default=64)
     _model_options(parser)
     parser.set_defaults(command=_generate)
 
@@ -278,32 +276,34 @@ def _add_generate(commands) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
-    from jrt.evaluate.engine import encode
-    from jrt.evaluate.shared_prefix import left_padded
-    from jrt.evaluate.subjects import ModelSpec, open_subject
+    from jrt.evaluate.answering import encode, left_padded
+    from jrt.evaluate.models import open_model
 
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty: give --prompt TEXT, or text on standard input")
     if arguments.twice:
         prompt = f"{prompt}\n{prompt}"
-    spec = ModelSpec(arguments.model, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)
-    subject = open_subject(spec)
-    ids, mask = left_padded([encode(subject.tokenizer, [prompt], None)[0].ids], subject.pad_token_id, subject.device)
-    subject.model.generate(
+    opened = open_model(_spec(arguments, arguments.model))
+    (encoded,) = encode(opened.tokenizer, [prompt], None, opened.vocabulary)
+    if encoded.problem:
+        raise ValueError(f"the prompt cannot be read: {encoded.problem}")
+    ids, mask = left_padded([encoded.ids], opened.pad_token_id, opened.device)
+    generate: Any = opened.model.generate  # transformers gives it no type of its own
+    generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=False,
-        pad_token_id=subject.pad_token_id,
-        streamer=TextStreamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=opened.pad_token_id,
+        streamer=TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
 
 
 # info, doctor
 
 
-def _add_info(commands) -> None:
+def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("info", help="what a model is and costs")
     parser.add_argument("name", help="a preset, a mini, a folder or a hub id")
     parser.add_argument("--length", type=_positive, nargs="+", help="tokens read, where a figure depends on them")
@@ -316,14 +316,26 @@ def _info(arguments: argparse.Namespace) -> None:
     _print_pairs(describe(arguments.name, arguments.length or LENGTHS))
 
 
-def _add_doctor(commands) -> None:
-    commands.add_parser("doctor", help="versions, devices, backends, and what is missing").set_defaults(command=_doctor)
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("doctor", help="what is installed and works; with a model: what it gets wrong")
+    parser.add_argument("model", nargs="?", help="a mini, a folder or a hub id: probe it (default: this installation)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _model_options(parser)
+    parser.set_defaults(command=_doctor)
 
 
-def _doctor(arguments: argparse.Namespace) -> None:
-    from jrt.doctor import findings
+def _doctor(arguments: argparse.Namespace) -> int:
+    from jrt import doctor
+    from jrt.evaluate.models import open_model
 
-    _print_pairs(findings())
+    found: doctor.Installation | doctor.Examination
+    if arguments.model is None:
+        found = doctor.inspect_installation()
+    else:
+        opened = open_model(_spec(arguments, arguments.model))
+        found = doctor.examine(opened.model, arguments.model, opened.pad_token_id)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.text())
+    return OK if found.is_sound else FAILED
 
 
 def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
@@ -335,12 +347,12 @@ def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 # convert
 
 
-def _add_convert(commands) -> None:
+def _add_convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("convert", help="a released checkpoint into a Hugging Face folder")
     parser.add_argument("source", help="folder or hub id")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument(
-        "--self-contained", action="store_true", help="add a modelling file: loads where jrt is not installed"
+        "--self-contained", action="store_true", help="add the model's source files: loads where jrt is not installed"
     )
     parser.set_defaults(command=_convert)
 
@@ -355,7 +367,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 # data
 
 
-def _add_data(commands) -> None:
+def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("data", help="a local mirror of the published datasets")
     actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
     fetch = actions.add_parser("fetch", help="from the hub into the mirror")

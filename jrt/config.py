@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 from dataclasses import dataclass
+from functools import partial
 
 LETTERS = {
     "C": "gated short convolution",
@@ -45,9 +46,7 @@ class Config:
     mlp_width: int = 0  # hidden units of the SwiGLU MLP after each mixer; 0: no MLP
     heads: int = 16  # of A and S
     rotary_dim: int = 0  # rotated dimensions per head of A and S; an odd count rotates one more
-    window: int | tuple[int, ...] = (
-        128  # S: earlier keys a query sees besides its own; a tuple has one entry per S layer
-    )
+    window: int | tuple[int, ...] = 128  # S: earlier keys that a query sees besides its own; a tuple: one per S layer
     inverse_layer_scale: bool = False  # A and S: divide scores by (layer index + 1)
     linear_heads: int = 16  # of P and L
     feature_dim: int = 16  # P and L: query and key dimensions before the feature map
@@ -170,35 +169,43 @@ class Config:
         return cls(**fields)
 
 
-def _published() -> dict[str, Config]:
-    """The eight released sizes (original_spec section 1.1; paper Tables 15-18)."""
-    small = dict(width=1024, vocab_rows=50264, mlp_width=2048, rotary_dim=64)
-    large = dict(width=1792, vocab_rows=50264, mlp_width=3584, rotary_dim=112)
-    tail = "CC{0}SCC" + "CC{0}SC"
+def _published() -> dict[str, tuple[str, Config]]:
+    """{preset: (hub id of the released checkpoint, its architecture)}: the paper's eight models (Tables 15 to 18)."""
+    small = partial(Config, width=1024, vocab_rows=50264, mlp_width=2048, rotary_dim=64)
+    large = partial(Config, width=1792, vocab_rows=50264, mlp_width=3584, rotary_dim=112)
+    attention = partial(Config, vocab_rows=50272)
+    mamba = partial(Config, pattern="M" * 46, vocab_rows=50288)
+    first, last = "C{0}SCC" * 5, "CC{0}SCC" + "CC{0}SC"  # {0} is the letter of linear attention
     return {
-        "jrt-360m": Config(pattern="CPSCC" * 5 + "C", enc_length=1024, **small),
-        "jrt-1.3b": Config(pattern="CPSCC" * 5 + tail.format("P"), enc_length=1024, **large),
-        "based-360m": Config(pattern="CLSCC" * 5 + "CC", decay_const=-3, decay_projection=True, **small),
-        "based-1.3b": Config(pattern="CLSCC" * 5 + tail.format("L"), **large),
-        "attention-360m": Config(pattern="A" * 24, width=1024, vocab_rows=50272, mlp_width=2816, rotary_dim=32),
-        "attention-1.3b": Config(
-            pattern="A" * 36, width=1680, vocab_rows=50272, mlp_width=4608, heads=24, rotary_dim=35
+        "jrt-360m": ("hazyresearch/JRT-360M-30B", small(pattern=first.format("P") + "C", enc_length=1024)),
+        "jrt-1.3b": ("hazyresearch/JRT-1B-50B", large(pattern=(first + last).format("P"), enc_length=1024)),
+        "based-360m": (
+            "hazyresearch/based-360M-30B",
+            small(pattern=first.format("L") + "CC", decay_const=-3, decay_projection=True),
         ),
-        "mamba-360m": Config(pattern="M" * 46, width=1024, vocab_rows=50288),
-        "mamba-1.3b": Config(pattern="M" * 46, width=2048, vocab_rows=50288),
+        "based-1.3b": ("hazyresearch/based-1b-50b", large(pattern=(first + last).format("L"))),
+        "attention-360m": (
+            "hazyresearch/attn-360M-30B",
+            attention(pattern="A" * 24, width=1024, mlp_width=2816, rotary_dim=32),
+        ),
+        "attention-1.3b": (
+            "hazyresearch/attn-1b-50bn",
+            attention(pattern="A" * 36, width=1680, mlp_width=4608, heads=24, rotary_dim=35),
+        ),
+        "mamba-360m": ("hazyresearch/mamba-360M-30B", mamba(width=1024)),
+        "mamba-1.3b": ("hazyresearch/mamba-1b-50b", mamba(width=2048)),
     }
 
 
 def _small() -> dict[str, Config]:
-    """Models that train in minutes (mini-*) or seconds (debug); docs/minis.md says what they are for."""
-    mini = dict(
-        width=192, vocab_rows=4096, mlp_width=384, heads=4, linear_heads=4, rotary_dim=48, window=64, train_length=4608
-    )
+    """Models that train in minutes (mini-*, see docs/minis.md) or seconds (debug)."""
+    mini = partial(Config, width=192, vocab_rows=4096, train_length=4608)
+    hybrid = partial(mini, mlp_width=384, heads=4, linear_heads=4, rotary_dim=48, window=64)
     return {
-        "mini-attention": Config(pattern="CACCACCA", **mini),
-        "mini-mamba": Config(pattern="M" * 14, width=192, vocab_rows=4096, train_length=4608),
-        "mini-based": Config(pattern="CLSCCLSC", **mini),
-        "mini-jrt": Config(pattern="CPSCCPSC", enc_length=4608, **mini),
+        "mini-attention": hybrid(pattern="CACCACCA"),
+        "mini-mamba": mini(pattern="M" * 14),
+        "mini-based": hybrid(pattern="CLSCCLSC"),
+        "mini-jrt": hybrid(pattern="CPSCCPSC", enc_length=4608),
         "debug": Config(
             pattern="CPSLAM",
             width=32,
@@ -217,4 +224,9 @@ def _small() -> dict[str, Config]:
 
 def presets() -> dict[str, Config]:
     """Every named size: the eight published ones, `mini-*` and `debug`."""
-    return _published() | _small()
+    return {name: config for name, (_, config) in _published().items()} | _small()
+
+
+def releases() -> dict[str, str]:
+    """{hub id: preset} of the eight released checkpoints."""
+    return {hub_id: name for name, (hub_id, _) in _published().items()}

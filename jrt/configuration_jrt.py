@@ -12,6 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from jrt.config import Config, presets
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
+IN_PACKAGE = __name__.startswith("jrt.")  # not in a self-contained folder, whose classes transformers finds by itself
+
 
 class JRTConfig(PreTrainedConfig):
     """A `jrt.Config` and what else a folder has to say: quirks, the rule for short prompts, where it came from."""
@@ -26,12 +28,13 @@ class JRTConfig(PreTrainedConfig):
         short_prompt_token: int = SPACE_TOKEN,
         quirks: dict | None = None,
         source: str | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
+        bos_token_id: int | list[int] | None = None,
+        eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
         **kwargs,
     ) -> None:
-        importlib.import_module("jrt.released.modeling")  # the model classes, known to AutoModelForCausalLM from now on
+        if IN_PACKAGE:  # the model classes, known to AutoModelForCausalLM from now on
+            importlib.import_module("jrt.released.modeling")
         core = Config.from_dict(architecture) if architecture else presets()["debug"]
         check_short_prompt(short_prompt)
         self.architecture = core.to_dict()
@@ -46,12 +49,17 @@ class JRTConfig(PreTrainedConfig):
         self.use_cache = True
         self.vocab_size, self.hidden_size, self.num_hidden_layers = core.vocab_rows, core.width, len(core.pattern)
         self.max_position_embeddings = core.train_length
-        kwargs["tie_word_embeddings"] = core.tied
+        kwargs.setdefault("tie_word_embeddings", core.tied)
         super().__init__(**kwargs)
 
     @property
     def core(self) -> Config:
-        return Config.from_dict(self.architecture)
+        """The architecture, with the two fields that transformers may change by itself as they are now."""
+        return Config.from_dict(self.architecture | {"vocab_rows": self.vocab_size, "tied": self.tie_word_embeddings})
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"architecture": self.core.to_dict()}
 
 
-AutoConfig.register("jrt", JRTConfig, exist_ok=True)
+if IN_PACKAGE:
+    AutoConfig.register("jrt", JRTConfig, exist_ok=True)

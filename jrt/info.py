@@ -5,33 +5,13 @@ from pathlib import Path
 
 import torch
 
-from jrt.checkpoints.files import read_json
-from jrt.checkpoints.load import MINIS, RELEASED, has_tokenizer, load, resolve
-from jrt.config import LETTERS, Config, presets
-from jrt.configuration_jrt import JRTConfig
+from jrt.checkpoints.load import configuration, has_tokenizer
+from jrt.checkpoints.names import MINIS, Kind, find, kind_of_model, resolve
+from jrt.config import LETTERS, Config, presets, releases
 from jrt.model import LanguageModel
-from jrt.released.configurations import is_released
 from jrt.released.quirks import Quirks
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-_RELEASED_PRESETS = dict(
-    zip(
-        RELEASED,
-        (
-            "jrt-360m",
-            "based-360m",
-            "mamba-360m",
-            "attention-360m",
-            "jrt-1.3b",
-            "based-1.3b",
-            "mamba-1.3b",
-            "attention-1.3b",
-        ),
-        strict=True,
-    )
-)
-
-
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
 
 
@@ -69,19 +49,18 @@ def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str
 
     `lengths` are the tokens read for which states and operations are counted, where they depend on it. Raises
     ValueError for a name that leads to nothing."""
-    if name in _RELEASED_PRESETS and not _is_at_hand(name):
-        core, note = presets()[_RELEASED_PRESETS[name]], "weights are not here: from the preset"
-        return [("model", f"{name} ({note})"), *_ours(core, lengths), *_RELEASED_DEFAULTS, *_measured(core)]
-    if name in presets() and not (MINIS / name).is_dir():
-        core, note = presets()[name], "a preset: an architecture without weights"
-        measured = [*_RELEASED_DEFAULTS, *_measured(core)] if name in _RELEASED_PRESETS.values() else []
+    preset = releases().get(name, name)
+    if preset in presets() and find(name) is None:
+        core = presets()[preset]
+        note = (
+            "a preset: an architecture without weights" if preset == name else "weights are not here: from the preset"
+        )
+        measured = [*_RELEASED_DEFAULTS, *_measured(core)] if preset in releases().values() else []
         return [("model", f"{name} ({note})"), *_ours(core, lengths), *measured]
     folder = resolve(name)
-    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    ours = raw.get("model_type") == "jrt"
-    if not ours and not is_released(raw):
+    if kind_of_model(folder) is Kind.OTHER:
         return [("model", name), *_others(folder, lengths)]
-    config = JRTConfig.from_pretrained(folder) if ours else load(folder).config  # sizes from the shapes of the file
+    config = configuration(folder, name)
     tokenizer = "in the folder" if has_tokenizer(folder) else "not in the folder: GPT-2's"
     measured = _measured(config.core) if folder.parent != MINIS and config.source is not None else []
     found = [*_ours(config.core, lengths), ("tokenizer", tokenizer)]
@@ -173,9 +152,3 @@ def _flops(count, lengths: Sequence[int]) -> str:
     if len({count(length) for length in (*LENGTHS, *lengths)}) == 1:
         return f"{count(lengths[0]) / 1e6:,.1f} M at any length"
     return ", ".join(f"{count(length) / 1e6:,.1f} M at {length:,}" for length in lengths)
-
-
-def _is_at_hand(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)

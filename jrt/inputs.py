@@ -12,6 +12,8 @@ from torch import Tensor
 
 from jrt.objective import IGNORED
 
+# Arguments that `forward` may ignore: they say what is true of these models anyway, or `generate` hands them on.
+HARMLESS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "tokenizer", "assistant_tokenizer")
 INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
 
 
@@ -90,3 +92,20 @@ def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Ten
             "attention_mask has padding to the right of tokens: expected left padding (padding_side='left')"
         )
     return mask
+
+
+def check_unknown(given: dict[str, object]) -> None:
+    """Keyword arguments that `forward` has no use for: only those that cannot change its result may have a value."""
+    if given.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds is not supported: pass input_ids")
+    if given.get("output_attentions"):
+        raise ValueError("output_attentions is not supported: most layers here have no attention weights")
+    if given.get("is_causal") is False:
+        raise ValueError(
+            "is_causal=False is not supported: only a prefix is read without the causal mask (prefix_length)"
+        )
+    unknown = [
+        name for name, value in given.items() if value is not None and value is not False and name not in HARMLESS
+    ]
+    if unknown:
+        raise ValueError(f"forward knows no argument {', '.join(unknown)}: leave it out, it would change nothing here")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -74,19 +73,18 @@ class LanguageModel(nn.Module):
     Nothing here waits for the GPU, and no branch depends on the contents of a tensor.
     """
 
-    mixers: ClassVar[Mapping[str, type[nn.Module]]] = MIXERS
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mixers: Mapping[str, type[nn.Module]] = MIXERS) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_rows, config.width)
-        mixers = [self.mixers[letter](config, layer) for layer, letter in enumerate(config.pattern)]
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in mixers)
+        layers = enumerate(config.pattern)
+        self.blocks = nn.ModuleList(Block(config, mixers[letter](config, layer)) for layer, letter in layers)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_rows, bias=False)
         self.log_decay: Tensor | None
-        decays = config.decay_const is not None
-        self.register_buffer("log_decay", fixed_decay(config.decay_const, config.linear_heads) if decays else None)
+        self.register_buffer("log_decay", None)
+        if config.decay_const is not None:
+            self.log_decay = fixed_decay(config.decay_const, config.linear_heads)
         if config.tied:
             self.head.weight = self.embedding.weight
 

@@ -1,19 +1,21 @@
 """The models as transformers knows them: cache, `forward` and `generate`.
 
-Importing this module registers the model class; `jrt.configuration_jrt` does so as soon as a configuration is made, so that
-AutoModelForCausalLM loads a folder that `save_pretrained` wrote after nothing but `import jrt`.
+Importing this module makes the model class known to AutoModelForCausalLM. `jrt.configuration_jrt` does so with the first
+configuration, so that a folder that `save_pretrained` wrote loads after nothing but `import jrt`.
 
 Shapes: B batch, T tokens of a call, V vocabulary rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import (
@@ -27,47 +29,52 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
-from jrt.configuration_jrt import JRTConfig
-from jrt.decoding import loop
+from jrt.configuration_jrt import IN_PACKAGE, JRTConfig
+from jrt.decoding.loop import decode, unsupported
 from jrt.decoding.session import Sessions
-from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, own_mask
+from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, check_unknown, own_mask
+from jrt.mixers import TokenBatch
+from jrt.model import LanguageModel
 from jrt.objective import IGNORED, mean_loss
-from jrt.padded_prompts import PaddedLanguageModel
+from jrt.packed_rows import documents_of
 from jrt.released.quirks import Quirks
-from jrt.short_prompts import fill_short_prompts
+from jrt.short_prompts import PADDED_MIXERS, Prompt, check_short_prompt, fill_short_prompts, padded
 
 # transformers 5.24 gave this argument and output a new name; `forward` and `generate` here take both.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
-
 log = logging.getLogger(__name__)
 
 
 class RecurrentCache(Cache):
     """transformers' cache interface around one `ModelState`."""
 
-    is_compileable = is_croppable = False
-    is_linear = (False,)  # to `generate`: continuing takes the new tokens only, as many as `get_seq_length` leaves
+    is_compileable = False
+    is_croppable = False
 
     def __init__(self, state: ModelState | None = None) -> None:
         super().__init__(layers=[])
         self.state = state
 
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # to `generate`: continuing takes the new tokens only, as many as `get_seq_length` leaves
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.state is None else self.state.seen
 
-    def get_max_length(self) -> int | None:
-        return None
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # no bound
 
     get_max_cache_shape = get_max_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.state = self.state.select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state = self.state.repeat(repeats)
+        self.state = None if self.state is None else self.state.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.state = self.state.select(indices)
+        self.state = None if self.state is None else self.state.select(indices)
 
     def reset(self) -> None:
         self.state = None
@@ -100,9 +107,10 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _is_stateful = True
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.head.weight": "model.embedding.weight"}
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012 (transformers declares it so)
+    _no_split_modules = ["Block"]  # noqa: RUF012
     computes_quirks: ClassVar[bool] = False
+    mixers: ClassVar[Mapping[str, type[nn.Module]]] = PADDED_MIXERS
 
     def __new__(cls, config: JRTConfig | None = None) -> Self:
         """The subclass that computes quirks where the configuration has any, as `pathlib.Path()` is a `PosixPath`."""
@@ -117,16 +125,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.core = config.core
         self.quirks = Quirks.from_dict(config.quirks)
-        self.tokens = config.vocab_tokens  # rows of the vocabulary that `generate` chooses from
-        self.model = self.language_model()
+        self.token_rows = config.vocab_tokens  # the first rows of the vocabulary, which `generate` chooses from
+        # transformers ties the head by itself, when all weights are there: it would miss one that is tied before.
+        self.model = LanguageModel(dataclasses.replace(self.core, tied=False), self.mixers)
+        self.model.config = self.core
         self.sessions = Sessions()  # of decoding
         self.post_init()
         if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
             self.model.init_weights()
-
-    def language_model(self) -> PaddedLanguageModel:
-        """The model without weights."""
-        return PaddedLanguageModel(self.core)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -135,8 +141,24 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embedding
 
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        self.model.embedding = value
+
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.head
+
+    def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        self.model.head = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> torch.nn.Embedding:
+        """As in transformers; `generate` may then choose any of `new_num_tokens` tokens."""
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.config.vocab_tokens = self.token_rows = new_num_tokens
+        self.core = self.model.config = self.config.core
+        return embedding
 
     def forward(
         self,
@@ -147,9 +169,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         prefix_length: Tensor | None = None,
         blank_length: Tensor | None = None,
+        short_prompt: str | None = None,
+        prompt_columns: int | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: RecurrentCache | None = None,
-        **kwargs,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Reads tokens on top of `past_key_values`.
 
@@ -162,9 +189,18 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 token are left out, and those inside a prefix, because the encoder has read them.
             prefix_length: (B,) tokens of each row that the prefix encoder reads, at most enc_length, on the first call;
                 None: as many of its own as enc_length allows.
-            blank_length: (B,) tokens at each row's start that fill up a short prompt (set by `generate`).
+            blank_length: (B,) own tokens at each row's start that are pads of the rule "pad" (`jrt.short_prompts`).
+            short_prompt, prompt_columns: fill up the prompt, which is the first so many columns, by this rule before
+                anything is read (set by `generate`); the logits are those of the filled text.
             logits_to_keep: compute logits of the last so many tokens only; 0: all.
             cache: `past_key_values` under the name that transformers gives it from 5.24 on.
+            output_hidden_states: give the residual stream before each block and, last, what the head reads.
+            num_items_in_batch: labels of the whole batch of which these rows are a part; the loss is then a sum divided
+                by it, so that the losses of the parts add up to that of the whole, however it is split.
+            return_dict: False gives a tuple.
+            **kwargs: `position_ids` (B, T), `cu_seq_lens_q` (N + 1,) or `seq_idx` (B, T) where rows hold several
+                documents (`jrt.packed_rows`): each is then read by itself. Any other name is an error, unless its value
+                is None or False, or says what is true of this model anyway.
 
         Returns:
             logits (B, T, V) with all padded vocabulary rows, loss, and the cache; a tuple with `return_dict=False`.
@@ -172,38 +208,81 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the inputs do not fit; the message says what was expected.
         """
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds is not supported: pass input_ids")
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is not supported: call the layers of `model.model.blocks`, or hook them")
+        packing = {name: kwargs.pop(name, None) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")}
+        check_unknown(kwargs)
         cache = _one_cache(past_key_values, cache)
         state = _state_of(cache)
         input_ids = check_ids(input_ids, self.core.vocab_rows, is_step=state is not None)
-        mask = self.own_tokens(attention_mask, input_ids, state)
-        if state is None:
-            self._check_prefix(prefix_length, input_ids, mask)
-            check_lengths("blank_length", blank_length, input_ids, None)
-        hidden, state = self.model.read(
-            input_ids, state=state, attention_mask=mask, prefix_length=prefix_length, blank_length=blank_length
-        )
-        if isinstance(logits_to_keep, int) and logits_to_keep > 0:
-            hidden = hidden[:, -logits_to_keep:]
-        elif torch.is_tensor(logits_to_keep):
-            hidden = hidden[:, logits_to_keep]
-        logits = self.model.head(hidden)  # (B, T, V)
-        loss = None if labels is None else self._loss(logits, labels, prefix_length, state)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        documents = None
+        if any(given is not None for given in packing.values()):
+            documents = documents_of(input_ids, attention_mask, None if state is None else state.lengths, **packing)
+        if documents is not None:
+            if state is not None or blank_length is not None or short_prompt is not None or logits_to_keep != 0:
+                raise ValueError("rows of several documents: expected no cache, no rule for prompts and all logits")
+            alone = self.forward(
+                documents.apart(input_ids, 0),
+                documents.mask(input_ids.device),
+                use_cache=False,
+                labels=None if labels is None else documents.apart(labels, IGNORED),
+                prefix_length=prefix_length,
+                output_hidden_states=output_hidden_states,
+                num_items_in_batch=num_items_in_batch,
+                return_dict=True,
+            )
+            assert isinstance(alone, CausalLMOutputWithPast) and alone.logits is not None
+            alone.logits = documents.together(alone.logits, len(input_ids))
+            if alone.hidden_states is not None:
+                alone.hidden_states = tuple(documents.together(each, len(input_ids)) for each in alone.hidden_states)
+            return alone.to_tuple() if return_dict is False else alone
+        prompt = Prompt(input_ids, attention_mask, prefix_length, blank_length)
+        if short_prompt is not None and state is None:
+            prompt = self._filled(prompt, short_prompt, prompt_columns)
+        batch = self.token_batch(prompt, state)
+        with recorded(self.model.blocks if output_hidden_states else ()) as residuals:
+            hidden, after = self.model.read_batch(prompt.input_ids, batch, state)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.head(hidden[:, kept])  # (B, T, V); slice(0, None) keeps all
+        loss = None if labels is None else self._loss(logits, labels, prompt.prefix_length, after, num_items_in_batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        states = (*residuals, hidden) if output_hidden_states else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states)
         if use_cache:
             cache = RecurrentCache() if cache is None else cache
-            cache.state = state
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
-        return output.to_tuple() if kwargs.get("return_dict") is False else output
+            if state is None:
+                after.seen = input_ids.shape[1]  # `generate` counts the columns that it knows of
+            cache.state = after
+            output[CACHE] = cache
+        return output.to_tuple() if return_dict is False else output
 
-    def own_tokens(self, attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:
-        """(B, T) bool, False for padding among the tokens of this call; None where none is."""
-        return own_mask(attention_mask, input_ids, 0 if state is None else state.seen)
+    def token_batch(self, prompt: Prompt, state: ModelState | None) -> TokenBatch:
+        """What the layers need to know of this call's tokens; raises ValueError for inputs that do not fit."""
+        mask = own_mask(prompt.attention_mask, prompt.input_ids, 0 if state is None else state.seen)
+        if state is None:
+            self.check_lengths(prompt, mask)
+        batch = self.model.token_batch(prompt.input_ids, state, mask, prompt.prefix_length)
+        if prompt.blank_length is None or batch.prefix is None or not self.core.encoder_mask:
+            return batch
+        return padded(batch, prompt.blank_length)
+
+    def check_lengths(self, prompt: Prompt, mask: Tensor | None) -> None:
+        """Raises ValueError where lengths are not counts of each row's own tokens, which `mask` (B, T) tells."""
+        most = self.core.enc_length if self.core.has("P") else None
+        check_lengths("prefix_length", prompt.prefix_length, prompt.input_ids, mask, most)
+        check_lengths("blank_length", prompt.blank_length, prompt.input_ids, None)
+
+    def _filled(self, prompt: Prompt, rule: str, columns: int | None) -> Prompt:
+        """The text with its first so many columns, the prompt itself, filled up."""
+        ids, own = prompt.input_ids, own_mask(prompt.attention_mask, prompt.input_ids, seen=0)
+        own = torch.ones_like(ids, dtype=torch.bool) if own is None else own  # (B, T)
+        end = ids.shape[1] if columns is None else columns
+        enc_length, pad = self.core.enc_length, self.config.short_prompt_token
+        if rule == "pad" and not 0 <= pad < self.core.vocab_rows:
+            raise ValueError(f"short_prompt_token {pad} is outside the vocabulary of {self.core.vocab_rows} rows")
+        filled = fill_short_prompts(ids[:, :end], own[:, :end], enc_length, rule, pad)
+        return filled.followed_by(ids[:, end:], own[:, end:])
 
     @torch.no_grad()
     def generate(
@@ -214,7 +293,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         prefix_length: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`, after prompts shorter than the prefix encoder were filled up.
+        """transformers' `generate`; prompts shorter than the prefix encoder are filled up before they are read.
 
         Args:
             inputs: (B, T) prompt ids, padded on the left; `input_ids` is the same.
@@ -225,7 +304,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs: as in transformers.
 
         Returns:
-            What transformers returns; sequences start with the prompts as they were given.
+            What transformers returns; nothing that was filled in is part of it.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
@@ -235,40 +314,28 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs[CACHE] = past
         goes_on, encodes = _state_of(past) is not None, self.core.has("P")
         check_ids(input_ids, self.core.vocab_rows, is_step=goes_on)
-        mask = self.prompt_mask(attention_mask, input_ids)
-        if self.tokens < self.core.vocab_rows:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_tensor("attention_mask", mask, "a tensor (B, T)")
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}")
+        if self.token_rows < self.core.vocab_rows:
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-            kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.tokens)])
+            kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.token_rows)])
+        check_short_prompt(short_prompt)
         if not encodes and short_prompt not in (None, "none"):
             raise ValueError(
                 f"short_prompt={short_prompt!r}: this model has no prefix encoder; expected None or 'none'"
             )
-        if goes_on or not encodes:
-            return super().generate(input_ids, attention_mask=mask, **kwargs)
-        own = own_mask(mask, input_ids, seen=0)
-        self._check_prefix(prefix_length, input_ids, own)
-        if prefix_length is not None and short_prompt not in (None, "none"):
-            raise ValueError(f"prefix_length says what is encoded, and so does short_prompt={short_prompt!r}: give one")
         rule = self.config.short_prompt if short_prompt is None else short_prompt
-        prompt = fill_short_prompts(
-            input_ids,
-            torch.ones_like(input_ids, dtype=torch.bool) if own is None else own,
-            self.core.enc_length,
-            rule if prefix_length is None else "none",
-            self.config.short_prompt_token,
-        )
-        if prefix_length is not None:
-            prompt = dataclasses.replace(prompt, prefix_length=prefix_length)
-        added = prompt.input_ids.shape[1] - input_ids.shape[1]
-        if added:
-            kwargs |= self._longer_limits(kwargs, added)
-        for name in ("prefix_length", "blank_length"):
-            if getattr(prompt, name) is not None:
-                kwargs[name] = getattr(prompt, name)
-        if prompt.prefix_length is None:
+        if encodes and prefix_length is not None:
+            if short_prompt not in (None, "none"):
+                raise ValueError(f"prefix_length and short_prompt={short_prompt!r} both say what is encoded: give one")
+            kwargs["prefix_length"] = prefix_length
+        elif encodes and rule == "iterate":
             kwargs["use_cache"] = False
-        output = super().generate(prompt.input_ids, attention_mask=prompt.attention_mask.long(), **kwargs)
-        return _with_given_prompts(output, input_ids, prompt.input_ids.shape[1])
+        elif encodes:
+            kwargs |= {"short_prompt": rule, "prompt_columns": input_ids.shape[1]}
+        return super().generate(input_ids, attention_mask=mask, **kwargs)
 
     def _sample(
         self,
@@ -278,45 +345,26 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """Greedy and sampled decoding: by `jrt.decoding`, or by transformers' loop where that names a reason."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        reason = loop.unsupported(
+        reason = unsupported(
             self.model, self.sessions, input_ids, stopping_criteria, generation_config, model_kwargs, synced_gpus
         )
         if reason is None:
-            return loop.decode(self, self.model, self.sessions, *arguments, streamer, model_kwargs)
+            return decode(self, self.model, self.sessions, *arguments, streamer, model_kwargs)
         log.debug("decoding by transformers' loop: %s", reason)
         return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
-    def prompt_mask(self, attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
-        """The mask (B, T) of `generate`'s prompts, 0 for padding."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_tensor("attention_mask", mask, "a tensor (B, T)")
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}")
-        return mask
-
-    def _longer_limits(self, given: dict, added: int) -> dict[str, int]:
-        """The limits of `generate` that count the prompt, for one that is `added` tokens longer than the caller knows."""
-        settings = given.get("generation_config") or self.generation_config
-
-        def limit(name: str) -> int | None:
-            return given[name] if given.get(name) is not None else getattr(settings, name)
-
-        longer = {name: limit(name) + added for name in ("max_length", "min_length") if limit(name)}
-        if limit("max_new_tokens") is not None:
-            longer.pop("max_length", None)
-        elif "max_length" not in longer:
-            longer["max_new_tokens"] = 20  # transformers' default, which counts the prompt as it is now
-        return longer
-
-    def _check_prefix(self, prefix_length: Tensor | None, input_ids: Tensor, mask: Tensor | None) -> None:
-        most = self.core.enc_length if self.core.has("P") else None
-        check_lengths("prefix_length", prefix_length, input_ids, mask, most)
-
-    def _loss(self, logits: Tensor, labels: Tensor, prefix_length: Tensor | None, state: ModelState) -> Tensor:
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        prefix_length: Tensor | None,
+        state: ModelState,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
         check_labels(labels, logits.shape[:2], self.core.vocab_rows)
         own = state.lengths[:, None]  # (B, 1)
         position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
@@ -327,7 +375,19 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         counted = labels.long().masked_fill(position < first, IGNORED)
         if self.core.has("P") and bool((counted == IGNORED).all()) and bool((labels != IGNORED).any()):
             raise ValueError("all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length")
-        return mean_loss(logits[:, :-1], counted[:, 1:])
+        return mean_loss(logits[:, :-1], counted[:, 1:], num_items_in_batch)
+
+
+@contextlib.contextmanager
+def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that fills up with what each block is given, the residual stream (B, T, E), while the context lasts."""
+    residuals: list[Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, given: residuals.append(given[0])) for block in blocks]
+    try:
+        yield residuals
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _state_of(cache: object) -> ModelState | None:
@@ -346,15 +406,5 @@ def _one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | N
     return past_key_values if cache is None else cache
 
 
-def _with_given_prompts(output, input_ids: Tensor, filled: int):
-    """Sequences that start with the prompts as they came in, instead of the filled ones."""
-    sequences = output if torch.is_tensor(output) else output.sequences
-    given = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], dim=0)
-    sequences = torch.cat([given.to(sequences.device), sequences[:, filled:]], dim=1)
-    if torch.is_tensor(output):
-        return sequences
-    output.sequences = sequences
-    return output
-
-
-AutoModelForCausalLM.register(JRTConfig, JRTForCausalLM, exist_ok=True)
+if IN_PACKAGE:
+    AutoModelForCausalLM.register(JRTConfig, JRTForCausalLM, exist_ok=True)

@@ -1,54 +1,187 @@
-"""JRT-RNN's training objective: recover masked tokens in the prefix, predict the next token after it (equation 5).
+"""The training objective, once for all models: predict the next token, and recover hidden tokens of the prefix (equation 5).
 
-Shapes: B batch, T tokens, V vocabulary rows.
+Three names of it fit any layer pattern:
+
+    causal      the next token everywhere
+    prefix-lm   the next token after the prefix
+    jrt         the next token after the prefix, and hidden tokens inside it
+
+Shapes: B rows, T tokens of a row, V vocabulary rows.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jrt.config import Config
+
 IGNORED = -100
+KINDS = ("causal", "prefix-lm", "jrt")
 
 
-def mask_prefix(
-    input_ids: Tensor, prefix_length: Tensor, mask_token: int, probability: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Replaces a share of the prefix by the mask token (always the mask token: no 80/10/10 split).
+@dataclass(frozen=True)
+class Targets:
+    """What a model reads and what it has to say."""
+
+    input_ids: Tensor  # (B, T) with hidden tokens replaced
+    labels: Tensor  # (B, T) the token to predict at each place, IGNORED where nothing counts
+    masked: Tensor  # (B, T) bool: the label is the place's own hidden token, not the next one
+    prefix_length: Tensor | None  # (B,) for the model's encoder; None: the model has none
+    weights: Tensor | None = None  # (B, T) fp32 weight of each next-token label; None: all weigh 1
+
+    def totals(self) -> Tensor:
+        """(2,) fp32 weight of all next-token labels, and number of all masked labels."""
+        counted = self.labels != IGNORED
+        following = counted & ~self.masked
+        weight = following.sum() if self.weights is None else (self.weights * following).sum()
+        return torch.stack([weight.float(), (counted & self.masked).sum().float()])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How targets are made of token ids.
+
+    The loss is the mean over next-token labels plus `masked_weight` times the mean over masked labels. The paper divides
+    that sum by 1 + `masked_weight`; its released code, and this one, do not.
+    """
+
+    kind: str  # one of KINDS
+    mask_token: int  # id that stands for every hidden token
+    masked_weight: float = 0.25
+    masked_share: float = 0.15  # of a prefix's tokens; 0 leaves the masked loss out (the paper's Table 11)
+    masked_rows: float = 1.0  # share of rows with hidden tokens
+    predicts_first: bool = False  # the prefix's last place predicts the first token after it
+    ignored_token: int | None = None  # id that is hidden but never a masked label; the release's code skips id 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"objective {self.kind!r}: expected one of {', '.join(KINDS)}")
+        for name in ("masked_share", "masked_rows"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a share between 0 and 1")
+
+    def __call__(
+        self,
+        ids: Tensor,
+        prefix_length: Tensor | None,
+        generator: torch.Generator,
+        *,
+        weights: Tensor | None = None,
+        first_row: int = 0,
+        all_rows: int | None = None,
+    ) -> Targets:
+        """Draws what is hidden, on the device of `ids`.
+
+        Args:
+            ids: (B, T + 1) consecutive tokens.
+            prefix_length: (B,) tokens that the encoder reads; None without a prefix.
+            generator: on the device of `ids`.
+            weights: (B, T) weight of the prediction of each following token; None: all weigh 1.
+            first_row: rows of the same batch that stand before these, on other devices or in other passes.
+            all_rows: rows of the whole batch. Draws are made for all of them, so that a batch hides the same tokens
+                however it is split.
+        """
+        if self.kind != "jrt" or not self.masked_share or prefix_length is None:
+            return self.targets(ids, prefix_length, None, weights)
+        rows, length = ids.shape[0], ids.shape[1] - 1
+        total = first_row + rows if all_rows is None else all_rows
+        draw = torch.rand((total, length), generator=generator, device=ids.device)
+        hidden = draw[first_row : first_row + rows] < self.masked_share
+        if self.masked_rows < 1:
+            own = torch.rand((total, 1), generator=generator, device=ids.device)
+            hidden &= own[first_row : first_row + rows] < self.masked_rows
+        return self.targets(ids, prefix_length, hidden, weights)
+
+    def targets(
+        self, ids: Tensor, prefix_length: Tensor | None, hidden: Tensor | None, weights: Tensor | None = None
+    ) -> Targets:
+        """The same with the hidden places given: `hidden` (B, T) bool, read inside the prefix only."""
+        inputs, labels = ids[:, :-1], ids[:, 1:]  # (B, T)
+        nothing = torch.zeros_like(inputs, dtype=torch.bool)
+        if self.kind == "causal" or prefix_length is None:
+            return Targets(inputs, labels, nothing, prefix_length, weights)
+        columns = torch.arange(inputs.shape[1], device=ids.device)
+        inside = columns < prefix_length[:, None] - int(self.predicts_first)  # (B, T)
+        labels = labels.masked_fill(inside, IGNORED)
+        if hidden is None:
+            return Targets(inputs, labels, nothing, prefix_length, weights)
+        hidden = hidden & inside
+        counted = hidden if self.ignored_token is None else hidden & (inputs != self.ignored_token)
+        labels = torch.where(counted, inputs, labels)
+        return Targets(inputs.masked_fill(hidden, self.mask_token), labels, counted, prefix_length, weights)
+
+
+def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None = None) -> int:
+    """Tokens of each training sequence that are its prefix: 0 for `causal`, else what the model's encoder reads.
 
     Args:
-        input_ids: (B, T).
-        prefix_length: (B,) tokens of each row that its encoder reads.
-        mask_token: id that stands for a hidden token.
-        probability: share of prefix tokens that are hidden.
-        generator: source of the draw, on the device of `input_ids`.
+        config: the model; with P in its pattern, the prefix follows from it.
+        kind: one of KINDS.
+        length: tokens of a training sequence.
+        prefix_length: for patterns without P, which have no encoder to ask; or a shorter prefix.
 
-    Returns:
-        The inputs with masks, and labels (B, T): the original id at hidden places, IGNORED elsewhere.
+    Raises:
+        ValueError: model, objective and lengths contradict each other.
     """
-    draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    hidden = (draw < probability) & (columns < prefix_length[:, None])
-    return input_ids.masked_fill(hidden, mask_token), input_ids.masked_fill(~hidden, IGNORED)
+    if kind not in KINDS:
+        raise ValueError(f"objective {kind!r}: expected one of {', '.join(KINDS)}")
+    encodes = config.has("P")
+    if kind == "causal":
+        if encodes:
+            raise ValueError(
+                f"pattern {config.pattern!r} has a prefix encoder, which the objective 'causal' leaves without a prefix: "
+                "use 'jrt' or 'prefix-lm'"
+            )
+        if prefix_length:
+            raise ValueError(f"prefix_length is {prefix_length}: the objective 'causal' has no prefix")
+        return 0
+    prefix = prefix_length or (config.enc_length if encodes else 0)
+    if prefix < 1:
+        raise ValueError(
+            f"the objective {kind!r} needs a prefix, and pattern {config.pattern!r} has no encoder that says how long: "
+            "give prefix_length"
+        )
+    if encodes and prefix > config.enc_length:
+        raise ValueError(f"prefix_length is {prefix}, but the model's encoder reads at most {config.enc_length} tokens")
+    if prefix >= length:
+        raise ValueError(
+            f"sequences have {length} tokens and the prefix takes {prefix}: nothing is left to predict; "
+            "use longer sequences or a shorter encoder (enc_length)"
+        )
+    return prefix
 
 
-def prefix_loss(logits: Tensor, masked_labels: Tensor, next_labels: Tensor, masked_weight: float = 0.25) -> Tensor:
-    """Mean next-token loss + `masked_weight` x mean masked-token loss, as the release sums them (undivided).
+def mean_loss(logits: Tensor, labels: Tensor, items: int | Tensor | None = None) -> Tensor:
+    """Cross-entropy over the labels that count, in fp32; 0 where none does.
 
     Args:
-        logits: (B, T, V).
-        masked_labels: (B, T) from `mask_prefix`; each token at its own place.
-        next_labels: (B, T) the token after each place; IGNORED where it must not count (inside the prefix).
-        masked_weight: 0.25 in the paper.
-
-    Returns:
-        A scalar; a batch without masked (or without next-token) labels contributes 0 for that part.
+        logits: (..., V).
+        labels: (...), IGNORED where nothing counts.
+        items: what the sum is divided by; None: the number of labels that count.
     """
-    return mean_loss(logits, next_labels) + masked_weight * mean_loss(logits, masked_labels)
-
-
-def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over the labels that count, in fp32; 0 where none does."""
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    return total / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)
+
+
+def greedy_answers(likeliest: Tensor, targets: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Would greedy decoding be right? Returns (correct, total): answers whose tokens are all argmax, and all answers.
+
+    With the right beginning given, every token of an answer is the likeliest one exactly when greedy decoding gives
+    that answer, so one pass over prompt and answer is enough.
+
+    Args:
+        likeliest: (B, T) argmax of the logits at each place.
+        targets: (B, T) the token that follows each place.
+        answers: (B, T) 1, 2, ... for the tokens of each row's answers, 0 elsewhere.
+    """
+    rows = torch.arange(len(answers), device=answers.device)[:, None]
+    most = answers.max() + 1
+    number = torch.where(answers > 0, answers + most * rows, 0)  # (B, T) one number for each answer of the batch
+    asked = number.unique()
+    wrong = number[(likeliest != targets) & (answers > 0)].unique()
+    total = (asked > 0).sum()
+    return total - len(wrong), total

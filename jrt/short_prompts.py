@@ -8,10 +8,15 @@ Shapes: B batch, T prompt columns, T' columns after filling.
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from jrt.mixers import MIXERS, TokenBatch
+from jrt.mixers.linear_attention import PrefixLinearAttention
 
 SHORT_PROMPTS = {
     "none": "encode what is there",
@@ -27,9 +32,15 @@ class Prompt:
     """A batch of prompts as the model will read them."""
 
     input_ids: Tensor  # (B, T')
-    attention_mask: Tensor  # (B, T') bool, False: padding, to the left
+    attention_mask: Tensor | None  # (B, T') bool, False: padding, to the left; None: no padding
     prefix_length: Tensor | None  # (B,) tokens that each row's encoder reads; None: again as many as fit, at each step
-    blank_length: Tensor | None  # (B,) tokens of each row that fill it up; None: no such tokens
+    blank_length: Tensor | None  # (B,) own tokens at each row's start that are pads; None: no pads
+
+    def followed_by(self, input_ids: Tensor, mask: Tensor) -> Prompt:
+        """The prompts and what was generated after them, (B, S) each."""
+        ids = torch.cat([self.input_ids, input_ids], dim=1)
+        own = None if self.attention_mask is None else torch.cat([self.attention_mask, mask], dim=1)
+        return Prompt(ids, own, self.prefix_length, self.blank_length)
 
 
 def check_short_prompt(name: str | None) -> None:
@@ -58,22 +69,46 @@ def fill_short_prompts(
         return Prompt(input_ids, attention_mask, None, None)
     if short_prompt == "none":
         return Prompt(input_ids, attention_mask, own.clamp(max=enc_length), None)
-    rows = [ids[mask] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    filled = [_filled(row, enc_length, short_prompt, pad_token) for row in rows]
-    lengths = torch.tensor([len(row) for row in filled], device=input_ids.device)
-    width = int(lengths.max())
-    columns = torch.arange(width, device=input_ids.device)
-    ids = input_ids.new_full((len(rows), width), pad_token)
-    for target, row in zip(ids, filled, strict=True):
-        target[width - len(row) :] = row
-    blank = (enc_length - own).clamp(min=0) if short_prompt == "pad" else None
-    return Prompt(ids, columns >= width - lengths[:, None], lengths.clamp(max=enc_length), blank)
-
-
-def _filled(row: Tensor, enc_length: int, short_prompt: str, pad_token: int) -> Tensor:
-    missing = enc_length - len(row)
-    if missing <= 0:
-        return row
+    lengths = own.clamp(min=enc_length)  # (B,) after filling
+    back = torch.arange(int(lengths.max()) - 1, -1, -1, device=own.device)  # (T',) columns that follow each column
+    last = input_ids.shape[1] - 1
+    source = back % own[:, None] if short_prompt == "repeat" else back.clamp(max=last).expand(len(own), -1)  # (B, T')
+    ids = input_ids.gather(1, last - source)
     if short_prompt == "pad":
-        return torch.cat([row.new_full((missing,), pad_token), row])
-    return row.repeat(-(-enc_length // len(row)))[-enc_length:]
+        ids = ids.masked_fill(back >= own[:, None], pad_token)
+    blank = lengths - own if short_prompt == "pad" else None
+    return Prompt(ids, back < lengths[:, None], lengths.clamp(max=enc_length), blank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedBatch(TokenBatch):
+    """Tokens of which some have zero keys in prefix linear attention."""
+
+    blank: Tensor | None  # (B, T) bool, True: the key is zero; None: none is
+
+
+class PaddedPrefixLinearAttention(PrefixLinearAttention):
+    """Prefix linear attention in which blank tokens have zero keys, the encoder's and the decoder's.
+
+    A zero key is not nothing: phi(0) = [1, 0, ...], so each pad adds its value to the state with weight 1.
+    """
+
+    def project(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, batch)
+        if isinstance(batch, PaddedBatch) and batch.blank is not None:
+            k = k.masked_fill(batch.blank[..., None, None], 0)
+        return q, k, v
+
+    def project_prefix(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        k, v = super().project_prefix(x, batch)
+        if isinstance(batch, PaddedBatch) and batch.blank is not None and batch.prefix is not None:
+            k = k.masked_fill(batch.prefix.of(batch.blank[..., None])[..., None], 0)  # (B, M, 1, 1)
+        return k, v
+
+
+PADDED_MIXERS: MutableMapping[str, type[nn.Module]] = ChainMap({"P": PaddedPrefixLinearAttention}, MIXERS)
+
+
+def padded(batch: TokenBatch, pads: Tensor) -> PaddedBatch:
+    """The batch, in which each row's first own tokens, as many as `pads` (B,) says, have zero keys."""
+    return PaddedBatch(**vars(batch), blank=(batch.positions >= 0) & (batch.positions < pads[:, None]))

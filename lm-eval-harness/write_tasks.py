@@ -5,9 +5,7 @@ Run it after a change of the tables below: `python lm-eval-harness/write_tasks.p
 
 from pathlib import Path
 
-from jrt_recall.catalogue import PUBLISHED
-from jrt_recall.passages import TASKS as PASSAGES
-from jrt_recall.protocols import default
+from jrt_recall.protocols import PAGE_WINDOWS, PASSAGES, PUBLISHED, default
 from jrt_recall.super_glue import TASKS as SUPER_GLUE
 
 FOLDER = Path(__file__).parent / "jrt_recall" / "tasks"
@@ -42,6 +40,9 @@ metric_list:
     aggregation: !function jrt_recall.hooks.first
     higher_is_better: false
   - metric: lost
+    aggregation: !function jrt_recall.hooks.total
+    higher_is_better: false
+  - metric: unreachable
     aggregation: !function jrt_recall.hooks.total
     higher_is_better: false
   - metric: truncated
@@ -89,10 +90,10 @@ def task_files() -> dict[str, str]:
     """File name -> text, for all files of the folder."""
     files = {"_recall": BASE}
     tables = [(f"recall_{task}", task, default(task)) for task in PUBLISHED]
-    tables += [(f"recall_reference_pages_{size}", "reference_pages", f"pages-{size}") for size in (512, 1024, 2048)]
+    tables += [(f"recall_reference_pages_{size}", f"reference_pages_{size}", f"pages-{size}") for size in PAGE_WINDOWS]
     tables += [(task, task, default(task)) for task in PASSAGES]
     for name, task, protocol in tables:
-        family = "recall" if task in PUBLISHED else ("recall_pages" if task == "reference_pages" else "recall_passages")
+        family = "recall" if task in PUBLISHED else ("recall_passages" if task in PASSAGES else "recall_pages")
         for suffix, reading in READINGS.items():
             files[f"{name}{suffix}.yaml"] = task_file(f"{name}{suffix}", task, reading, protocol, f"{family}{suffix}")
     members = "".join(

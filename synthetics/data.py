@@ -1,17 +1,21 @@
-"""Set disjointness: two lists of tokens share exactly one; the model must name it after the second list.
+"""Examples of recall tasks, drawn on the device in whole tensors.
 
-One example with a first list of 2 and a second list of 3 (ids 0 to 3 are special):
+An example is a context, then a question. Some columns of the question have an answer that the context holds:
 
-    input   PREFIX  7  5  SEPARATE_LISTS  9  7  8  SEPARATE_ANSWER
-    label     -     -  -        -         -  -  -         7
+    context   PREFIX  7  5  SEPARATE_LISTS  9  7  8
+    question  SEPARATE_ANSWER
+    answer    7
 
-A recurrent model that reads once must keep the first list until the second comes: cheap if the first is the short one.
+`synthetics.readings` says in which order the model reads them. Ids 0 to 3 are special in every task.
+
+Shapes: N examples, C context tokens, Q question tokens, K answers an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,80 +24,104 @@ from torch import Tensor
 MASK, PREFIX, SEPARATE_LISTS, SEPARATE_ANSWER = range(4)
 SPECIAL_TOKENS = 4
 IGNORED = -100
+TRAIN, TEST = 0, 1
+ATTEMPTS = 100  # redraws of test examples that are also training examples
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A segment: N examples of one pair of list lengths."""
+    """N examples of one size, all of one length."""
 
-    inputs: Tensor  # (N, first + second + 3) int64
-    labels: Tensor  # the same shape: IGNORED but for the shared token, last
-    first: int
-    second: int
+    name: str  # of the size: "4_16" for lists of 4 and 16 tokens
+    context: Tensor  # (N, C) int64
+    question: Tensor  # (N, Q) int64
+    asked: Tensor  # (N, K) int64, columns of the question after which an answer is due
+    answers: Tensor  # (N, K) int64
+    other_order: Tensor  # (C,) int64, columns of the context that read its parts in the reverse order
 
-    def batches(self, size: int) -> Iterator[Examples]:
-        """In order; a batch never mixes segments."""
-        for start in range(0, len(self.inputs), size):
-            part = slice(start, start + size)
-            yield Examples(self.inputs[part], self.labels[part], self.first, self.second)
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def rows(self, index: Tensor | slice) -> Examples:
+        """The examples with these numbers."""
+        parts = (each[index] for each in (self.context, self.question, self.asked, self.answers))
+        return Examples(self.name, *parts, self.other_order)
 
 
 @dataclass(frozen=True)
-class Task:
-    """Which pairs of list lengths are trained on, and which are asked for."""
+class Split:
+    """What one seed draws of a task."""
 
-    vocab_size: int
-    train: tuple[tuple[int, int], ...]
-    train_examples: int
-    test: tuple[tuple[int, int], ...]
-    test_examples: int
-
-    def draw(self, seed: int) -> tuple[list[Examples], list[Examples]]:
-        """Training and test segments; their seeds come from two disjoint ranges, as the release drew them."""
-        random = np.random.RandomState(seed)
-
-        def segments(pairs: tuple[tuple[int, int], ...], examples: int, low: int, high: int) -> list[Examples]:
-            seeds = random.randint(low, high, len(pairs), dtype=np.int64).tolist()
-            return [
-                disjoint_sets(self.vocab_size, examples, first, second, own)
-                for (first, second), own in zip(pairs, seeds, strict=True)
-            ]
-
-        train = segments(self.train, self.train_examples, 0, 2**31)
-        return train, segments(self.test, self.test_examples, 2**31, 2**32)
+    train: list[Examples]
+    test: list[Examples]
 
 
-def read_twice(inputs: Tensor) -> Tensor:
-    """PREFIX A SEPARATE_LISTS B, once more, then SEPARATE_ANSWER: (N, T) to (N, 2 T - 1). JRT-Prompt."""
-    return torch.cat([inputs[:, :-1], inputs], dim=1)
+class Task(Protocol):
+    """A recall task: sizes to train on and sizes to test on."""
+
+    @property
+    def name(self) -> str:
+        """In results."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids, the special ones included."""
+
+    @property
+    def train_examples(self) -> int:
+        """Of each size."""
+
+    @property
+    def longest(self) -> int:
+        """C + Q of the longest example."""
+
+    def check(self) -> None:
+        """Raises ValueError, before anything is drawn, for sizes that cannot be drawn."""
+
+    def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
+        """Training and test examples; the same for the same seed and kind of device."""
 
 
-def disjoint_sets(vocab_size: int, examples: int, first: int, second: int, seed: int) -> Examples:
-    """Draws a segment, in the order of draws that the released generator has (original_spec section 9).
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator whose numbers depend on the whole key and on nothing else."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def fingerprints(examples: Examples) -> Tensor:
+    """(N,) int64, equal for equal examples; different ones share one with a chance of about 2^-63."""
+    text = torch.cat([examples.context, examples.question], dim=1)  # (N, C + Q)
+    weights = torch.randint(-(2**62), 2**62, (text.shape[1],), generator=torch.Generator().manual_seed(1)) | 1
+    return (text * weights.to(text.device)).sum(1)  # wraps around
+
+
+def draw_unseen(
+    draw: Callable[[int, torch.Generator], Examples], count: int, random: torch.Generator, seen: Tensor
+) -> Examples:
+    """Draws examples none of which is among those seen.
 
     Args:
-        vocab_size: ids, the four special ones included.
-        examples: N.
-        first, second: lengths of the lists; each list is drawn without repeats from its own part of the vocabulary.
-        seed: of NumPy's legacy generator.
+        draw: gives so many examples.
+        count: N.
+        random: what `draw` is called with.
+        seen: (S,) fingerprints.
 
     Raises:
-        ValueError: a list longer than its part of the vocabulary, or an empty one.
+        ValueError: nearly all that can be drawn was seen.
     """
-    parts = (vocab_size // 2, vocab_size - SPECIAL_TOKENS - vocab_size // 2)
-    if not (0 < first <= parts[0] and 0 < second <= parts[1]):
-        raise ValueError(f"lists of {first} and {second} tokens: expected 1 to {parts[0]} and 1 to {parts[1]}")
-    random = np.random.RandomState(seed)
-    rows, answers = [], []
-    for _ in range(examples):
-        tokens = random.permutation(np.arange(SPECIAL_TOKENS, vocab_size))
-        own = random.choice(tokens[: parts[0]], first, replace=False)
-        other = random.choice(tokens[parts[0] :], second, replace=False)
-        shared = own[random.randint(first)]
-        other[random.randint(second)] = shared
-        rows.append([PREFIX, *own, SEPARATE_LISTS, *other, SEPARATE_ANSWER])
-        answers.append(int(shared))
-    inputs = torch.tensor(np.array(rows), dtype=torch.int64)
-    labels = torch.full_like(inputs, IGNORED)
-    labels[:, -1] = torch.tensor(answers)
-    return Examples(inputs, labels, first, second)
+    examples = draw(count, random)
+    for _ in range(ATTEMPTS):
+        known = torch.isin(fingerprints(examples), seen)
+        if not known.any():
+            return examples
+        fresh = draw(int(known.sum()), random)
+        for old, new in zip(_tensors(examples), _tensors(fresh), strict=True):
+            old[known] = new
+    raise ValueError(
+        f"{examples.name}: training holds nearly all examples there are, so none is left to test on; "
+        "expected fewer training examples or a larger vocabulary"
+    )
+
+
+def _tensors(examples: Examples) -> tuple[Tensor, ...]:
+    return examples.context, examples.question, examples.asked, examples.answers

@@ -1,126 +1,113 @@
-"""Accuracy against state size, as in the paper's figure 2: ``python synthetics/plot.py FOLDER_OF_A_SWEEP``.
+"""Figures and tables of a sweep's folder: ``python -m synthetics.plot DIR``; running a sweep makes them too.
 
-Of the learning rates the one with the best mean over all pairs counts, in every panel; seeds are averaged.
+Set disjointness gives the panels of the paper's figure 2 and heat maps over both lengths; every task gives a frontier,
+accuracy against size of the state. Each figure is a PNG and an SVG file, each table a CSV file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
-PANELS = ("short list first", "long list first", "difference")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from synthetics.folder import read
+from synthetics.summary import OVERALL, PANELS, Line, markdown, pair_of, summarize, write_csv
 
 
-def read(folder: Path) -> list[dict]:
-    """Rows of a sweep's results.
-
-    Raises:
-        ValueError: there are none.
-    """
-    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+def draw_all(folder: Path) -> str:
+    """Draws what the folder's rows allow and returns the table; raises ValueError where there are no rows."""
+    rows = read(folder)["rows"]
     if not rows:
-        raise ValueError(f"{folder} holds no results: expected the folder of python synthetics/sweeps.py")
-    return rows
+        raise ValueError(f"{folder} has no results yet")
+    lines = summarize(rows)
+    write_csv(lines, folder / "summary.csv")
+    save(frontier(lines), folder / "frontier")
+    if set(PANELS) <= set(lines[0].panels):
+        save(by_order(lines), folder / "order")
+        save(heat_maps(lines), folder / "lengths")
+    return markdown(lines)
 
 
-def panels_of(row: dict) -> tuple[float, float, float]:
-    """Mean accuracy where the first list is the shorter one, where it is the longer one, and how much lower that is."""
-    pairs = {tuple(map(int, pair.split("_"))): each for pair, each in row["accuracy"].items()}
-    short = mean(each for (first, second), each in pairs.items() if first < second)
-    long = mean(each for (first, second), each in pairs.items() if first > second)
-    return short, long, short - long
+def save(figure: Figure, stem: Path) -> None:
+    """As STEM.png and STEM.svg."""
+    figure.savefig(stem.with_suffix(".png"), dpi=150)
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
-def spread(runs: list[dict]) -> float:
-    """How far apart the seeds' mean accuracies are."""
-    means = [mean(run["accuracy"].values()) for run in runs]
-    return max(means) - min(means)
-
-
-def best(rows: list[dict]) -> list[dict]:
-    """One line a method and state: best rate, mean over seeds; sorted."""
-    by_model: dict[tuple, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        by_model[row["method"], row["state_bytes"], row["width"], row["feature_dim"]][row["rate"]].append(row)
-    lines = []
-    for (method, state, width, feature_dim), by_rate in sorted(by_model.items()):
-        chosen = max(by_rate.values(), key=lambda runs: mean(mean(run["accuracy"].values()) for run in runs))
-        line = {
-            "method": method,
-            "state_bytes": state,
-            "width": width,
-            "feature_dim": feature_dim,
-            "seeds": len(chosen),
-            "spread": spread(chosen),
-        }
-        line |= dict(zip(PANELS, (mean(each) for each in zip(*map(panels_of, chosen), strict=True)), strict=True))
-        lines.append(line)
-    return lines
-
-
-def table(lines: list[dict]) -> str:
-    head = "| method | width | feature size | state, bytes | short list first | long list first | difference | seeds apart |"
-    body = [
-        f"| {line['method']} | {line['width']} | {line['feature_dim']} | {line['state_bytes']:,} | "
-        + " | ".join(f"{100 * line[panel]:.1f}" for panel in (*PANELS, "spread"))
-        + " |"
-        for line in lines
-    ]
-    return "\n".join([head, "|---" * 8 + "|", *body])
-
-
-def write(rows: list[dict], lines: list[dict], file: Path) -> None:
-    """All of a sweep in one file: the lines of its figure and every run behind them."""
-    first = rows[0]
-    report = {
-        "benchmark": "set_disjointness",
-        "command": shlex.join(["python", *sys.argv]),
-        **{name: first[name] for name in ("device", "versions", "commit", "date")},
-        "rows": lines,
-        "runs": rows,
-    }
-    file.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def draw(lines: list[dict], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, 3), PANELS, strict=True):
-        for method in sorted({line["method"] for line in lines}):
-            own = sorted((line["state_bytes"], 100 * line[panel]) for line in lines if line["method"] == method)
-            axes.plot(*zip(*own, strict=True), marker="o", label=method)
-        axes.set_xscale("log")
-        axes.set_xlabel("state, bytes")
+def by_order(lines: Sequence[Line]) -> Figure:
+    """The paper's figure 2: short list first, long list first and their difference against size of the state."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        _curves(axes, lines, panel)
         axes.set_title(panel)
-        axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("answers right, %")
-    figure.axes[0].legend()
-    figure.savefig(file, dpi=150)
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def frontier(lines: Sequence[Line]) -> Figure:
+    """Accuracy over all sizes against size of the state."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    _curves(axes, lines, OVERALL)
+    axes.set_ylabel("answers right, %")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
+    """A curve a method, with 95% intervals over seeds; models with one size of state are points above each other."""
+    for method in dict.fromkeys(line.method for line in lines):
+        own = sorted((line for line in lines if line.method == method), key=lambda line: line.state_bytes)
+        means = [100 * line.panels[panel].mean for line in own]
+        widths = [100 * (line.panels[panel].half_width or 0) for line in own]
+        states = [line.state_bytes for line in own]
+        axes.errorbar(states, means, widths, marker="o", markersize=4, capsize=2, linewidth=1, label=method)
+    axes.set_xscale("log")
+    axes.set_xlabel("state, bytes")
+    axes.grid(alpha=0.3)
+
+
+def heat_maps(lines: Sequence[Line]) -> Figure:
+    """Accuracy by length of the first and of the second list, a map a method.
+
+    Of the models the one is shown about which the methods differ most.
+    """
+    by_model: dict[tuple, list[Line]] = {}
+    for line in lines:
+        by_model.setdefault(line.model, []).append(line)
+
+    def spread(own: list[Line]) -> tuple[int, float]:
+        means = [line.panels[OVERALL].mean for line in own]
+        return len(own), max(means) - min(means)
+
+    shown = max(by_model.values(), key=spread)
+    pairs = [pair for size in shown[0].accuracy if (pair := pair_of(size))]
+    firsts, seconds = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
+    figure = Figure(figsize=(1 + 3 * len(shown), 3.6), layout="constrained")
+    for axes, line in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        cells = [[100 * line.accuracy.get(f"{a}_{b}", float("nan")) for b in seconds] for a in firsts]
+        image = axes.imshow(cells, vmin=0, vmax=100, origin="lower", cmap="viridis")
+        axes.set_xticks(range(len(seconds)), seconds)
+        axes.set_yticks(range(len(firsts)), firsts)
+        axes.set_xlabel("second list, tokens")
+        axes.set_title(f"{line.method}, {line.state_bytes:,} bytes", fontsize=9)
+    figure.axes[0].set_ylabel("first list, tokens")
+    figure.colorbar(image, ax=figure.axes, label="answers right, %")
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m synthetics.plot", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--figure", type=Path, help="default: set_disjointness.png in the folder")
-    parser.add_argument("--json", type=Path, help="also writes lines and runs to this file")
     arguments = parser.parse_args()
     try:
-        rows = read(arguments.folder)
+        print(draw_all(arguments.folder))
     except ValueError as error:
         parser.error(str(error))
-    lines = best(rows)
-    if arguments.json:
-        write(rows, lines, arguments.json)
-    file = arguments.figure or arguments.folder / "set_disjointness.png"
-    draw(lines, file)
-    print(table(lines))
-    print(file)
 
 
 if __name__ == "__main__":

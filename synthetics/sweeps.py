@@ -1,79 +1,90 @@
-"""Lists of runs, and a command that does those not done yet: ``python synthetics/sweeps.py laptop --workers 2``.
+"""Sweeps: lists of runs. Run one with ``python -m synthetics NAME --out DIR``, or build your own list.
 
-Each run's result is one JSON file, written when it ends; an interrupted run goes on from its last epoch.
+Of the learning rates of a model the best one counts; seeds give the interval.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # so that this file finds its package wherever it is started
+from synthetics.runs import METHODS, Run
+from synthetics.tasks import TASKS
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+RATES = (1e-4, 5e-4, 8e-4)  # paper appendix B.1
+SEEDS = (1, 2, 3)
+WIDTHS, FEATURES = (36, 48, 64, 96, 128), (4, 8, 16, 24)
 
-from synthetics.methods import METHODS  # noqa: E402
-from synthetics.train import Run, provenance, train  # noqa: E402
+# The paper's figure 2 (360 models), and reading twice at two of its widths (72 models).
+figure2 = [
+    Run(METHODS[method], TASKS["paper"], width, features, rate, seed)
+    for method, width, features, rate, seed in product(("causal", "prefix"), WIDTHS, FEATURES, RATES, SEEDS)
+] + [
+    Run(METHODS["twice"], TASKS["paper"], width, features, rate, seed)
+    for width, features, rate, seed in product((48, 96), FEATURES, RATES, SEEDS)
+]
 
-SWEEPS = {
-    # Figure 2: 60 models, two seeds; jrt-prompt is ours to add
-    "paper": [
-        Run(method, "paper", width, feature_dim, rate, epochs=48, seed=seed)
-        for method, width, feature_dim, rate, seed in product(
-            METHODS, (36, 48, 64, 96, 128), (4, 8, 16, 24), (1e-4, 5e-4, 8e-4), (123, 2)
-        )
-    ],
-    "laptop": [
-        Run(method, "laptop", width, feature_dim, rate=5e-3, epochs=12, seed=seed)
-        for width, feature_dim in ((16, 2), (24, 2), (16, 4), (32, 2), (24, 4), (32, 4))
-        for seed in (123, 2)
-        for method in METHODS
-    ],
-    "debug": [Run(method, "debug", width=8, feature_dim=2, rate=5e-3, epochs=1) for method in METHODS],
+# The same question in five minutes on two cores.
+figure2_small = [
+    Run(METHODS[method], TASKS["laptop"], width, features, rate=1e-2, seed=seed, epochs=6)
+    for (width, features), method, seed in product(((16, 2), (32, 2)), ("causal", "twice", "prefix"), SEEDS)
+]
+
+# Which mixer recalls how much out of how many bytes.
+mqar_frontier = [
+    Run(METHODS[method], TASKS["mqar"], width, features, rate, seed, window=window)
+    for method, sizes in {
+        "causal": [(width, features, 8) for width, features in product((32, 64, 128), (4, 8, 16))],
+        "prefix": [(width, features, 8) for width, features in product((32, 64, 128), (4, 8, 16))],
+        "twice": [(width, features, 8) for width, features in product((32, 64, 128), (4, 8, 16))],
+        "based": [(64, features, window) for features, window in product((4, 8, 16), (8, 32))],
+        "window": [(64, 4, window) for window in (4, 8, 16, 32, 64, 128)],
+        "attention": [(width, 4, 8) for width in (32, 64, 128)],
+        "mamba": [(width, 4, 8) for width in (32, 64, 128)],
+    }.items()
+    for (width, features, window), rate, seed in product(sizes, (5e-4, 1e-3, 3e-3), SEEDS)
+]
+
+# Every way to read, and two more layers, at one small and one large state; a heat map over both lengths.
+reading_order = [
+    Run(METHODS[method], TASKS["grid"], width, features, rate, seed)
+    for method, (width, features), rate, seed in product(
+        (
+            *("causal", "twice", "both-orders", "question-first", "prefix", "prefix-twice"),
+            *("causal-deep", "prefix-deep"),
+        ),
+        ((32, 4), (64, 8)),
+        (5e-4, 1e-3, 3e-3),
+        SEEDS,
+    )
+]
+
+# The same lists, from the smallest state to one that is large enough.
+state_size = [
+    Run(METHODS[method], TASKS["grid"], width, features, rate, seed)
+    for method, (width, features), rate, seed in product(
+        ("causal", "twice", "prefix"),
+        ((16, 2), (16, 4), (32, 4), (32, 8), (64, 8), (64, 16), (128, 16), (128, 24)),
+        (5e-4, 1e-3, 3e-3),
+        SEEDS,
+    )
+]
+
+# For tests: seconds.
+debug = [
+    Run(METHODS[method], TASKS["debug"], 8, 2, rate, seed, epochs=1)
+    for method, rate, seed in product(("causal", "twice", "prefix"), (5e-3, 1e-2), (1, 2))
+]
+mqar_debug = [
+    Run(METHODS[method], TASKS["mqar-debug"], 8, 2, 5e-3, seed, epochs=1)
+    for method, seed in product(("causal", "prefix", "based", "window", "attention", "mamba"), (1, 2))
+]
+
+SWEEPS: dict[str, list[Run]] = {
+    "figure2": figure2,
+    "figure2_small": figure2_small,
+    "mqar_frontier": mqar_frontier,
+    "reading_order": reading_order,
+    "state_size": state_size,
+    "debug": debug,
+    "mqar_debug": mqar_debug,
 }
-
-
-def result_file(output: Path, run: Run) -> Path:
-    return output / f"{run.name}.json"
-
-
-def do(run: Run, output: Path, accelerator: str) -> Path:
-    """Trains one model and writes its row, all of it or nothing."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    if accelerator == "cpu":
-        torch.set_num_threads(1)
-    row = train(run, output / "checkpoints" / run.name, accelerator, quiet=True)
-    file = result_file(output, run)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({**row, **provenance()}, indent=1) + "\n")
-    return part.replace(file)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sweep", choices=SWEEPS)
-    parser.add_argument("--output", type=Path, help="folder of the results; default: runs/synthetics/SWEEP")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--accelerator", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    if arguments.workers < 1:
-        parser.error(f"--workers is {arguments.workers}: expected at least 1")
-    output = arguments.output or Path("runs/synthetics") / arguments.sweep
-    output.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in SWEEPS[arguments.sweep] if not result_file(output, run).exists()]
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(do, run, output, arguments.accelerator) for run in missing]
-        for done in tqdm(as_completed(waiting), total=len(waiting), desc=arguments.sweep):
-            done.result()
-    print(f"{len(SWEEPS[arguments.sweep])} results in {output}; next: python synthetics/plot.py {output}")
-
-
-if __name__ == "__main__":
-    main()

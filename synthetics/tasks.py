@@ -1,34 +1,64 @@
-"""Which lists: the paper's sizes, sizes for a laptop, and a few for tests. Pairs are (first list, second list)."""
+"""Tasks by name: the paper's sizes, sizes for a laptop, and a few for tests. Pairs are (first list, second list)."""
+
+from itertools import product
 
 from synthetics.data import Task
+from synthetics.mqar import MQAR
+from synthetics.set_disjointness import SetDisjointness
 
-TASKS = {
-    # original_spec section 9, in the release's order, which the seeds follow
-    "paper": Task(
-        vocab_size=2048,
-        train=(
-            *((4, 16), (16, 4), (8, 32), (32, 8), (64, 16), (16, 64)),
-            *((4, 128), (128, 4), (16, 256), (256, 16), (4, 256), (256, 4)),
+LAPTOP_PAIRS = ((1, 4), (4, 1), (2, 8), (8, 2), (2, 16), (16, 2), (4, 16), (16, 4))
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        # The release's sizes (paper appendix B.1 and its code).
+        SetDisjointness(
+            name="paper",
+            vocab_size=2048,
+            train=(
+                *((4, 16), (16, 4), (8, 32), (32, 8), (64, 16), (16, 64)),
+                *((4, 128), (128, 4), (16, 256), (256, 16), (4, 256), (256, 4)),
+            ),
+            train_examples=20_000,
+            test=(
+                *((1, 32), (32, 1), (4, 32), (32, 4), (4, 128), (128, 4), (16, 256), (256, 16), (4, 256), (256, 4)),
+                *((16, 512), (512, 16), (4, 512), (512, 4), (8, 768), (768, 8)),
+                *((16, 768), (768, 16), (4, 768), (768, 4)),
+            ),
+            test_examples=1_000,
         ),
-        train_examples=20_000,
-        test=(
-            *((1, 32), (32, 1), (4, 32), (32, 4), (4, 128), (128, 4), (16, 256), (256, 16), (4, 256), (256, 4)),
-            *((16, 512), (512, 16), (4, 512), (512, 4), (8, 768), (768, 8), (16, 768), (768, 16), (4, 768), (768, 4)),
+        SetDisjointness(
+            name="grid",
+            vocab_size=256,
+            train=tuple(product((1, 4, 16, 64), repeat=2)),
+            train_examples=8_000,
+            test=tuple(product((1, 2, 4, 8, 16, 32, 64, 96), repeat=2)),
+            test_examples=250,
         ),
-        test_examples=1_000,
-    ),
-    "laptop": Task(
-        vocab_size=64,
-        train=((1, 4), (4, 1), (2, 8), (8, 2), (2, 16), (16, 2), (4, 16), (16, 4)),
-        train_examples=8_000,
-        test=((1, 8), (8, 1), (2, 16), (16, 2), (4, 16), (16, 4), (2, 24), (24, 2), (4, 24), (24, 4)),
-        test_examples=500,
-    ),
-    "debug": Task(
-        vocab_size=32,
-        train=((1, 4), (4, 1)),
-        train_examples=512,
-        test=((1, 4), (4, 1), (2, 6), (6, 2)),
-        test_examples=64,
-    ),
+        SetDisjointness(
+            name="laptop",
+            vocab_size=64,
+            train=LAPTOP_PAIRS,
+            train_examples=4_000,
+            test=tuple(product((1, 2, 4, 8, 16, 24), repeat=2)),
+            test_examples=100,
+        ),
+        SetDisjointness(
+            name="debug",
+            vocab_size=32,
+            train=((1, 4), (4, 1)),
+            train_examples=512,
+            test=((1, 4), (4, 1), (2, 6), (6, 2)),
+            test_examples=64,
+        ),
+        MQAR(
+            name="mqar",
+            vocab_size=1024,
+            train=(4, 8, 16, 32, 64),
+            train_examples=20_000,
+            test=(4, 8, 16, 32, 64, 96),
+            test_examples=500,
+        ),
+        MQAR(name="mqar-debug", vocab_size=64, train=(2, 4), train_examples=256, test=(2, 4, 6), test_examples=32),
+    )
 }

@@ -1,4 +1,4 @@
-"""A small quadratic reading of the released format, written from the specification alone (original_spec sections 1-4, 7).
+"""A small quadratic reading of the released format, written from its description alone (docs/released.md).
 
 Loops over layers and heads, full score matrices, the full feature map, fp64; no code of the package.
 """

@@ -148,7 +148,7 @@ def test_recall_perplexity(model, tmp_path, capsys):
     assert (tmp_path / "run" / "perplexity.json").read_bytes() == before
     capsys.readouterr()
     other = [*command[:-1], "1", "--output", str(tmp_path / "run"), "--resume"]
-    assert "another measurement" in refusal(capsys, other)
+    assert "another run" in refusal(capsys, other)
 
 
 def test_demo_writes_table_figures_and_page(model, tmp_path, capsys):
@@ -183,7 +183,7 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command, 
 
     monkeypatch.setattr("jrt.evaluate.plan", interrupted)
     monkeypatch.setattr("jrt.evaluate.demo.mini_plan", interrupted)
-    monkeypatch.setattr("jrt.evaluate.subjects.open_subject", interrupted)
+    monkeypatch.setattr("jrt.evaluate.models.open_model", interrupted)
     model = [] if command[0] == "demo" else ["--model", "mini-jrt"]
     assert main([*command, *model]) == 130
     assert said in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_info_on_models(model, capsys):
 def test_doctor_says_what_is_there_and_what_is_not(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert torch.__version__.split("+")[0] in text and "ops backends" in text and "mini models" in text
+    assert torch.__version__.split("+")[0] in text and "linear_attention: chunked" in text and "mini models" in text
 
 
 def test_data_imports_and_verifies(tmp_path, capsys):

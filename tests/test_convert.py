@@ -1,7 +1,7 @@
 """`jrt.checkpoints.convert`: what comes out equals what went in, loads elsewhere, and appears whole or not at all."""
 
 import ast
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import jrt
 from jrt.checkpoints.convert import convert, sha256
-from jrt.checkpoints.self_contained import modelling_source
+from jrt.checkpoints.self_contained import source_files
 from jrt.config import Config
 from jrt.configuration_jrt import JRTConfig
 from jrt.modeling_jrt import JRTForCausalLM
@@ -23,21 +23,27 @@ from jrt.modeling_jrt import JRTForCausalLM
 GOLDENS = ("jrt_main", "jrt_f16", "based_fla", "based_decay_legacy", "attn", "attn_oddrotary_m128", "mamba")
 
 # Loads folders with transformers alone and keeps what they compute; {prepare} decides whether jrt can be imported.
+# Each is loaded, saved by transformers, and loaded again from there.
 ELSEWHERE = """
 import sys
 {prepare}
 import torch
 from transformers import AutoModelForCausalLM
-for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, **{options}).eval()
-    ids = torch.load(folder + ".ids")
-    with torch.no_grad():
-        logits = model(ids).logits
-        batch = torch.cat([ids[:1, :20], torch.cat([ids.new_zeros(1, 8), ids[1:, :12]], 1)])
-        mask = torch.cat([torch.ones(1, 20), torch.cat([torch.zeros(1, 8), torch.ones(1, 12)], 1)]).long()
-        new = model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, -5:]
-    decay = model.model.state_dict().get("log_decay")
-    torch.save(dict(logits=logits, new=new, decay=decay, module=type(model).__module__), folder + ".found")
+for name in sys.argv[1:]:
+    ids = torch.load(name + ".ids")
+    for folder in (name, name + ".again"):
+        model = AutoModelForCausalLM.from_pretrained(folder, **{options}).eval()
+        with torch.no_grad():
+            logits = model(ids).logits
+            batch = torch.cat([ids[:1, :20], torch.cat([ids.new_zeros(1, 8), ids[1:, :12]], 1)])
+            mask = torch.cat([torch.ones(1, 20), torch.cat([torch.zeros(1, 8), torch.ones(1, 12)], 1)]).long()
+            masked = model(batch, attention_mask=mask).logits
+            new = model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, -5:]
+        decay = model.model.state_dict().get("log_decay")
+        found = dict(logits=logits, masked=masked, new=new, decay=decay, module=type(model).__module__)
+        torch.save(found, folder + ".found")
+        if folder == name:
+            model.save_pretrained(name + ".again")
 assert ("jrt" in sys.modules) == {jrt}
 """
 BLOCKED = """
@@ -58,12 +64,21 @@ def loaded_elsewhere(folders: dict[Path, torch.Tensor], tmp_path: Path, *, self_
         options={"trust_remote_code": True} if self_contained else {},
         jrt=not self_contained,
     )
+    run_elsewhere(script, [*map(str, folders)], tmp_path, isolated=self_contained)
+    found = [torch.load(f"{folder}.found") for folder in folders]
+    for folder, first in zip(folders, found, strict=True):
+        again = torch.load(f"{folder}.again.found")
+        assert torch.equal(again["logits"], first["logits"]) and torch.equal(again["new"], first["new"])
+    return found
+
+
+def run_elsewhere(script: str, arguments: list[str], tmp_path: Path, *, isolated: bool) -> None:
+    """Runs Python in another folder, offline; isolated: without this checkout on its path."""
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    if not self_contained:
+    if not isolated:
         environment["PYTHONPATH"] = str(Path(jrt.__file__).parents[1])
-    flags = ["-I"] if self_contained else []
     done = subprocess.run(
-        [sys.executable, *flags, "-c", script, *map(str, folders)],
+        [sys.executable, *(["-I"] if isolated else []), "-c", script, *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -71,7 +86,6 @@ def loaded_elsewhere(folders: dict[Path, torch.Tensor], tmp_path: Path, *, self_
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(f"{folder}.found") for folder in folders]
 
 
 def token_ids(model, batch: int = 2, length: int = 40) -> torch.Tensor:
@@ -79,10 +93,15 @@ def token_ids(model, batch: int = 2, length: int = 40) -> torch.Tensor:
     return torch.randint(0, rows, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def decoded(model, ids: torch.Tensor) -> torch.Tensor:
+def padded_batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows of 20 and 12 tokens."""
     batch = torch.cat([ids[:1, :20], torch.cat([ids.new_zeros(1, 8), ids[1:, :12]], 1)])
     mask = torch.cat([torch.ones(1, 20), torch.cat([torch.zeros(1, 8), torch.ones(1, 12)], 1)]).long()
-    return model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, -5:]
+    return {"input_ids": batch, "attention_mask": mask}
+
+
+def decoded(model, ids: torch.Tensor) -> torch.Tensor:
+    return model.generate(**padded_batch(ids), max_new_tokens=5, do_sample=False)[:, -5:]
 
 
 @pytest.mark.parametrize("golden", GOLDENS)
@@ -132,30 +151,98 @@ def test_loads_in_a_fresh_process(shared, tmp_path):
 
 
 def test_self_contained_folders_load_without_jrt(shared, tmp_path):
+    """And compute the same to the last bit, several in one process, with the quirks of one of them."""
     names = ("jrt_main", "based_decay_legacy", "attn_oddrotary_m128", "mamba")
     models = [jrt.load(shared / "golden" / name) for name in names]
     folders = [convert(shared / "golden" / name, tmp_path / name, self_contained=True) for name in names]
+    models.append(jrt.load(shared / "golden" / "jrt_main", compat="released"))
+    models[-1].save_pretrained(tmp_path / "quirks")
+    folders.append(convert(tmp_path / "quirks", tmp_path / "jrt_main_quirks", self_contained=True))
     tokens = {folder: token_ids(model) for folder, model in zip(folders, models, strict=True)}
     results = loaded_elsewhere(tokens, tmp_path, self_contained=True)
     for model, (folder, ids), found in zip(models, tokens.items(), results, strict=True):
         assert found["module"].startswith("transformers_modules")
         with torch.no_grad():
-            torch.testing.assert_close(found["logits"], model(ids).logits, rtol=1e-5, atol=1e-5)
+            assert torch.equal(found["logits"], model(ids).logits)
+            assert torch.equal(found["masked"], model(**padded_batch(ids)).logits)
             assert torch.equal(jrt.load(folder)(ids).logits, model(ids).logits)  # still a folder of this package
         assert torch.equal(found["new"], decoded(model, ids))
+    assert not torch.equal(results[0]["masked"], results[-1]["masked"])
 
 
-def test_the_modelling_file_names_nothing_of_this_package():
-    source = modelling_source("0")
-    for node in ast.walk(ast.parse(source)):
-        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        imported += [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert not {name.split(".")[0] for name in imported} & {"jrt", "jrt_kernels", "triton"}
-    assert 'import_module("jrt' not in source
+HUB = """
+import sys
+{prepare}
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("somebody/a-jrt.model", trust_remote_code=True)
+torch.save(model(torch.arange(20)[None]).logits, sys.argv[1])
+"""
 
 
-def test_the_modelling_file_trains(tmp_path):
-    """Gradients of the file's own scan equal those of the package's."""
+def test_a_self_contained_model_loads_from_the_hub_s_cache(shared, tmp_path):
+    """Where each file is a link, and transformers fetches what a file imports one by one."""
+    folder = convert(shared / "golden" / "based_fla", tmp_path / "model", self_contained=True)
+    cache, commit = (
+        tmp_path / "hf" / "hub" / "models--somebody--a-jrt.model",
+        "0123456789abcdef0123456789abcdef01234567",
+    )
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    (cache / "blobs").mkdir()
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        (cache / "snapshots" / commit / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    run_elsewhere(HUB.format(prepare=BLOCKED), [str(tmp_path / "logits")], tmp_path, isolated=True)
+    expected = jrt.load(shared / "golden" / "based_fla")(torch.arange(20)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+
+
+def test_a_self_contained_folder_leaves_this_package_s_classes_alone(shared, tmp_path):
+    """Its own classes load it until jrt is imported, jrt's from then on."""
+    plain = convert(shared / "golden" / "attn", tmp_path / "plain")
+    folder = convert(shared / "golden" / "attn", tmp_path / "folder", self_contained=True)
+    script = f"""
+from transformers import AutoModelForCausalLM
+def module(name, **options):
+    return type(AutoModelForCausalLM.from_pretrained(name, **options)).__module__.split(".")[0]
+assert module({str(folder)!r}, trust_remote_code=True) == "transformers_modules"
+import jrt
+assert module({str(plain)!r}) == module({str(folder)!r}) == module({str(folder)!r}, trust_remote_code=True) == "jrt"
+"""
+    run_elsewhere(script, [], tmp_path, isolated=False)
+
+
+def test_the_source_files_import_nothing_but_each_other_and_public_packages():
+    for module in ("jrt.modeling_jrt", "jrt.released.modeling"):
+        trees = {name.removesuffix(".py"): ast.parse(text) for name, text in source_files(module, "0").items()}
+        for name, tree in trees.items():
+            for node in ast.walk(tree):
+                imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    imported.append(node.module)
+                elif isinstance(node, ast.ImportFrom):
+                    missing = {alias.name for alias in node.names} - bound_names(trees[node.module])
+                    assert not missing, f"{name} imports {missing} from {node.module}, which are no names in it"
+                assert not {name.split(".")[0] for name in imported} & {"jrt", "jrt_kernels", "triton"}, name
+
+
+def bound_names(tree: ast.Module) -> set[str]:
+    """Names that a module's own statements bind."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            found |= {target.id for target in ast.walk(node) if isinstance(target, ast.Name)}
+    return found
+
+
+def test_the_source_files_train(tmp_path):
+    """Gradients of the files' own scan equal those of the package's."""
     bundled = imported(tmp_path)
     config = Config(pattern="MC", width=16, vocab_rows=32)
     torch.manual_seed(0)
@@ -166,16 +253,20 @@ def test_the_modelling_file_trains(tmp_path):
     ours.train()(ids, labels=ids).loss.backward()
     theirs.train()(ids, labels=ids).loss.backward()
     for (name, own), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(own.grad, other.grad), name
 
 
 def imported(folder: Path) -> ModuleType:
-    file = folder / "bundled.py"
-    file.write_text(modelling_source("0"))
-    spec = importlib.util.spec_from_file_location("bundled", file)
-    module = sys.modules["bundled"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The package of source files in a folder."""
+    (folder / "bundled").mkdir()
+    (folder / "bundled" / "__init__.py").touch()
+    for name, text in source_files("jrt.modeling_jrt", "0").items():
+        (folder / "bundled" / name).write_text(text)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("bundled.modeling_jrt")
+    finally:
+        sys.path.remove(str(folder))
 
 
 def test_large_results_are_sharded(shared, tmp_path, monkeypatch):
@@ -204,6 +295,19 @@ def test_a_tokenizer_comes_along(shared, tmp_path):
     out = convert(source, tmp_path / "out")
     text = "The quick brown fox; 東京"
     assert jrt.load_tokenizer(out)(text).input_ids == jrt.load_tokenizer(source)(text).input_ids
+
+
+def test_a_generation_configuration_comes_along_as_it_is(shared, tmp_path):
+    """Even one that transformers reads and would not write: a temperature without sampling."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in (shared / "golden" / "attn").iterdir():
+        (source / file.name).symlink_to(file)
+    text = json.dumps({"temperature": 0.5, "do_sample": False, "eos_token_id": [1, 2]})
+    (source / "generation_config.json").write_text(text)
+    out = convert(source, tmp_path / "out")
+    assert (out / "generation_config.json").read_text() == text
+    assert jrt.load(out).generation_config.to_dict() == jrt.load(source).generation_config.to_dict()
 
 
 def test_refuses_a_folder_that_holds_something(shared, tmp_path):

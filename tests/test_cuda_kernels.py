@@ -16,6 +16,7 @@ import torch
 
 from jrt import ops
 from jrt.ops import cuda
+from jrt.ops.call import Call
 from jrt.ops.feature_map import State
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,11 +222,11 @@ def test_a_row_does_not_depend_on_its_batch():
 
 @pytest.mark.hopper
 def test_padding_leaves_no_trace():
-    """Left padding with NaN-free junk: the same outputs and states as without it."""
+    """Left padding with junk: the same outputs and states as without it, also where keys and values are NaN."""
     torch.manual_seed(0)
     q, k, v = draw(2, 200, 3, 64)
-    junk = draw(2, 77, 3, 64)
-    padded = [torch.cat([x * 50, y], dim=1) for x, y in zip(junk, (q, k, v), strict=True)]
+    junk = [x * scale for x, scale in zip(draw(2, 77, 3, 64), (50, float("nan"), float("inf")), strict=True)]
+    padded = [torch.cat([x, y], dim=1) for x, y in zip(junk, (q, k, v), strict=True)]
     mask = torch.ones(2, 277, dtype=torch.bool, device=DEVICE)
     mask[:, :77] = False
     o, state = run("cuda", q, k, v)
@@ -281,14 +282,14 @@ def test_stream_and_graph():
 
 
 @pytest.mark.hopper
-def test_custom_ops_are_well_behaved():
-    q, k, v = draw(1, 70, 2, 64)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(cuda._prefill, (q, k, v, None, None, None, True), test_utils=tests)
-    torch.library.opcheck(cuda._encode, (k, v, None), test_utils=tests)
-    token = (q[:, :1], k[:, :1], v[:, :1], *draw_state(1, 2, 64), True)
-    torch.library.opcheck(cuda._decode_in_place, token, test_utils=tests)
-    torch.library.opcheck(cuda._decode, (*token[:5], None, True), test_utils=tests)
+def test_operators_are_well_behaved():
+    operators = torch.ops.jrt
+    q, k, v = (x.requires_grad_() for x in draw(1, 70, 2, 64))
+    torch.library.opcheck(operators.linear_attention_prefill.default, (q, k, v, None, None, None, True))
+    torch.library.opcheck(operators.encode_prefix.default, (k, v, None))
+    token = (*(x.detach()[:, :1] for x in (q, k, v)), *draw_state(1, 2, 64))
+    torch.library.opcheck(operators.linear_attention_decode.default, (*token, None, True))
+    torch.library.opcheck(operators.linear_attention_decode_in_place.default, (*token, True))
 
 
 @pytest.mark.hopper
@@ -296,9 +297,49 @@ def test_the_kernels_are_chosen_where_they_can_serve():
     q, k, v = draw(2, 100, 3, 64)
     chosen, _ = ops.linear_attention(q, k, v)
     assert torch.equal(chosen, run("cuda", q, k, v)[0])
-    q.requires_grad_()
-    ops.linear_attention(q, k, v)[0].sum().backward()  # falls back to a backend with a backward pass
-    assert q.grad is not None
+    assert torch.equal(ops.linear_attention(q.requires_grad_(), k, v)[0], chosen)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("tokens", [1, 1000])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_gradients_are_as_exact_as_eager(poisoned, tokens, with_mask):
+    """A prefix, then a text on top of it; the gradients come back through the state."""
+    inputs = (*draw(2, tokens, 3, 64), *draw(2, 300, 3, 64)[1:])
+    mask = draw_mask(2, tokens) if with_mask else None
+    weights = torch.randn(2, tokens, 3, 64, device=DEVICE)
+
+    def gradients(backend, dtype):
+        q, k, v, prefix_k, prefix_v = leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        state = ops.encode_prefix(prefix_k, prefix_v, backend=backend)
+        o, final = run(backend, q, k, v, state, mask)
+        return torch.autograd.grad((o * weights).sum() + final.S.sum() * 0.02, leaves)
+
+    found, eager = gradients("cuda", torch.bfloat16), gradients("chunked", torch.bfloat16)
+    for x, y, z in zip(found, eager, gradients("chunked", torch.float64), strict=True):
+        assert relative_error(x, z) <= FACTOR * relative_error(y, z) + torch.finfo(torch.bfloat16).eps / 4
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_compiled_without_a_graph_break(differentiated):
+    q, k, v = (x.requires_grad_(differentiated) for x in draw(2, 200, 2, 64))
+
+    def read(q, k, v):
+        return ops.linear_attention(q, k, v, initial_state=ops.encode_prefix(k, v, backend="cuda"), backend="cuda")[0]
+
+    compiled = torch.compile(read, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), read(q, k, v))
+    if differentiated:
+        found = torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v))
+        torch.testing.assert_close(found, torch.autograd.grad(read(q, k, v).square().sum(), (q, k, v)))
+
+
+@pytest.mark.hopper
+def test_memory_that_begins_anywhere_is_copied():
+    q, k, v = draw(1, 50, 2, 64)
+    shifted = [torch.cat([x.flatten()[:3], x.flatten()])[3:].view(x.shape) for x in (q, k, v)]
+    assert torch.equal(run("cuda", *shifted)[0], run("cuda", q, k, v)[0])
 
 
 @pytest.mark.hopper
@@ -310,7 +351,6 @@ def test_the_kernels_are_chosen_where_they_can_serve():
         (lambda q, k, v: (q, k, v[..., :60]), "D = 60"),
         (lambda q, k, v: (torch.stack([q, q], dim=-1)[..., 0], k, v), "last dimension must be contiguous"),
         (lambda q, k, v: (q, k[:1].expand(2, -1, -1, -1), v), "multiples of 8"),
-        (lambda q, k, v: (q.requires_grad_(), k, v), "requires grad"),
     ],
 )
 def test_what_the_kernels_cannot_serve_is_said(change, message):
@@ -328,7 +368,7 @@ def test_a_mask_elsewhere_is_refused():
 
 def test_on_a_cpu_the_reason_is_said():
     q, k, v = draw(1, 5, 2, 64, device="cpu")
-    assert "expected a CUDA device" in cuda.unsupported(q, k, v, None, None, None, True)
+    assert "expected a CUDA device" in cuda.unsupported(Call(q, k, v))
     with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call: tensors are on cpu"):
         run("cuda", q, k, v)
 
@@ -338,7 +378,7 @@ def probed(monkeypatch):
     """Lets a test say what device and extension there are."""
     for cached in (cuda._probe, cuda._module):
         cached.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     yield monkeypatch
     for cached in (cuda._probe, cuda._module):
         cached.cache_clear()
@@ -349,7 +389,7 @@ def test_what_is_missing_is_said(probed):
     assert "not built: install with JRT_BUILD_KERNELS=1" in cuda._missing(0)
     probed.undo()
     cuda._probe.cache_clear()
-    probed.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    probed.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert "need a Hopper GPU (compute capability 9.0), this one has 8.0" in cuda._missing(0)
 
 
@@ -400,27 +440,31 @@ def test_masks_that_32_bits_cannot_address_are_copied():
     assert cuda._contiguous_rows(torch.ones(2, 6, dtype=torch.bool)[:, ::2]).stride() == (3, 1)
 
 
-def test_gradients_of_either_kind_are_noticed():
-    x = torch.ones(2)
-    assert not cuda._is_differentiated(x)
-    assert cuda._is_differentiated(x.clone().requires_grad_())
+def test_a_derivative_that_cannot_be_had_is_a_reason(monkeypatch):
+    x = torch.ones(1, 2, 1, 16)
+    assert cuda._no_gradient(Call(x, x, x.clone().requires_grad_())) is None
     seen = []
-    torch.func.jvp(lambda y: (seen.append(cuda._is_differentiated(y)), y)[1], (x,), (x,))
+    torch.func.jvp(lambda y: (seen.append(cuda._no_gradient(Call(x, x, y))), y)[1], (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
-        seen.append(cuda._is_differentiated(torch.autograd.forward_ad.make_dual(x, x)))
-    assert seen == [True, True]
+        seen.append(cuda._no_gradient(Call(x, x, torch.autograd.forward_ad.make_dual(x, x))))
+    assert seen == ["a forward-mode derivative is wanted and the kernels have none"] * 2
+    monkeypatch.setattr(cuda.triton, "INSTALLED", False)
+    assert cuda._no_gradient(Call(x, x, x)) is None
+    assert "needs triton" in cuda._no_gradient(Call(x, x, x.clone().requires_grad_()))
 
 
 def test_shapes_are_known_without_a_device():
     """The fake kernels, on tensors that have no memory."""
     q, k, v = draw(2, 70, 3, 112, device="meta")
-    o, S, z = cuda._prefill(q, k, v, None, None, None, True)
+    operators = torch.ops.jrt
+    o, S, z = operators.linear_attention_prefill(q, k, v, None, None, None, True)
     assert o.shape == v.shape and o.dtype == v.dtype
     assert S.shape == (2, 3, 153, 112) and z.shape == (2, 3, 153) and S.dtype == z.dtype == torch.float32
-    assert [x.shape for x in cuda._encode(k, v, None)] == [S.shape, z.shape]
+    assert [x.shape for x in operators.encode_prefix(k, v, None)] == [S.shape, z.shape]
     token = (q[:, :1], k[:, :1], v[:, :1], S, z)
-    assert [x.shape for x in cuda._decode(*token, None, True)] == [(2, 1, 3, 112), S.shape, z.shape]
-    assert cuda._decode_in_place(*token, True).shape == (2, 1, 3, 112)
+    decoded = operators.linear_attention_decode(*token, None, True)
+    assert [x.shape for x in decoded] == [(2, 1, 3, 112), S.shape, z.shape]
+    assert operators.linear_attention_decode_in_place(*token, True).shape == (2, 1, 3, 112)
 
 
 @pytest.mark.parametrize(

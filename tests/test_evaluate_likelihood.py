@@ -1,15 +1,17 @@
 """Log-likelihoods: the prefix encoder never reads what is scored, unless the published quirk asks for it; and lm-eval agrees."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from jrt_recall import task_folder
 from jrt_recall.tokenizers import shipped_tokenizer
+from transformers import AutoTokenizer
 
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
-from jrt.evaluate.likelihood import log_likelihoods
+from jrt.evaluate.likelihood import filled_row, log_likelihoods
 from jrt.released.quirks import Quirks
 
 PAIRS = [([5, 6, 7, 8], [9, 10, 11]), ([12, 13], [14]), ([20, 21, 22, 23, 24, 25, 26], [27, 28])]
@@ -150,3 +152,26 @@ def test_lm_eval_scores_choices_without_a_leak(saved):
         assert score == pytest.approx(stepwise(harness.model, context, whole[len(context) :]), rel=1e-4)
     with pytest.raises(ValueError, match="does not fit"):
         harness._kept([5], list(range(2000)))
+
+
+def test_pairs_equal_the_published_ones(shared, tmp_path):
+    """The published evaluation pads context and continuation together to the encoder's 1,024 tokens."""
+    from jrt.evaluate.harness import JRTHarness
+
+    golden = json.loads((shared / "golden" / "tokenization.json").read_text(encoding="utf-8"))
+    config = dataclasses.replace(presets()["debug"], enc_length=1024).to_dict()
+    options = {"short_prompt": "pad", "short_prompt_token": golden["tokenizer"]["pad_token_id"]}
+    model = JRTForCausalLM(JRTConfig(architecture=config, quirks={"leak_continuation": True}, **options))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(shared / "gpt2").save_pretrained(tmp_path)
+    harness = JRTHarness(str(tmp_path))
+    for case in golden["encode_pair"]:
+        context, continuation = harness._encode_pair(case["context"], case["continuation"])
+        blank = 0
+        if case["decode_mode"] == "default_left_pad":
+            row = filled_row(harness.model, context, continuation)
+            context, blank = row.ids[: len(row.ids) + 1 - len(continuation)], row.blank
+        assert len(context) == case["n_ctx"] and continuation == case["cont"]
+        assert context[: len(case["ctx_head"])] == case["ctx_head"]
+        assert context[-len(case["ctx_tail"]) :] == case["ctx_tail"]
+        assert blank == (case["mask_zeros"] or 0)

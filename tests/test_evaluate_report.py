@@ -1,22 +1,30 @@
 """Tables, figures and pages: the paper's values stand where they may, and nothing that a model wrote can act in a page."""
 
 import csv
-import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 from jrt_recall import PROTOCOLS
 
-from jrt.evaluate import plots, super_glue
-from jrt.evaluate.collect import FILES, Collected, collect, frame, latex, layout_rows
-from jrt.evaluate.files import json_lines, write_json, write_text
+from jrt.evaluate import plots
 from jrt.evaluate.perplexity import slices
-from jrt.evaluate.published import TABLE1, TABLE2, TABLE4, TABLE8, TABLE9, TABLE13, TABLES, published_row
-from jrt.evaluate.report import marked, page, split_question
-from jrt.evaluate.results import comparisons
-from jrt.evaluate.tables import aligned, size
+from jrt.evaluate.report import FILES, Collected, collect, marked, page, split_question
+from jrt.evaluate.run import comparisons
+from jrt.evaluate.tables import (
+    SUPER_GLUE_SIZES,
+    SUPER_GLUE_TABLES,
+    aligned,
+    latex,
+    layout_rows,
+    published_row,
+    published_tables,
+    size,
+    super_glue_rows,
+)
+from jrt.files import json_lines, write_json, write_text
 
+TABLES = published_tables()
 NASTY = "<script>alert('x')</script> & <b>"
 
 
@@ -71,29 +79,41 @@ def write_run(
     return folder
 
 
+def rows_of(name: str) -> dict[str, tuple[float, ...]]:
+    return {model: values for (model, _), values in TABLES[name].rows.items()}
+
+
 def test_the_published_tables_are_whole():
+    assert list(TABLES) == ["table1", "table2", "table3", "table4", "table13", "table14", "table8", "table9"]
+    assert [len(table.rows) for table in TABLES.values()] == [16, 12, 8, 6, 3, 4, 12, 8]
     for table in TABLES.values():
         assert all(len(row) == len(table.columns) for row in table.rows.values())
-    gains = [sum(row[1::2]) / 6 - sum(row[::2]) / 6 for row in TABLE1.rows.values()]
+    gains = [sum(row[1::2]) / 6 - sum(row[::2]) / 6 for row in rows_of("table1").values()]
     assert sum(gains) / len(gains) == pytest.approx(11.04, abs=0.01)  # the paper's headline: 11.0
-    assert sum(TABLE2.rows["jrt-360m-30b"]) / 9 == pytest.approx(42.9, abs=0.05)
+    assert sum(rows_of("table2")["jrt-360m-30b"]) / 9 == pytest.approx(42.9, abs=0.05)
     # Table 13's modes are all wrong answers, so each block of three and Table 1's accuracy make 100.
-    for model, row in TABLE13.rows.items():
+    for model, row in rows_of("table13").items():
         for place, column in enumerate((0, 1, 2, 3, 6, 7)):
-            accuracy = TABLE1.rows[model][column]
+            accuracy = rows_of("table1")[model][column]
             assert sum(row[3 * place : 3 * place + 3]) + accuracy == pytest.approx(100, abs=8)
 
 
 def test_published_rows_are_found_by_id_and_rule():
-    assert published_row(TABLE1, "hazyresearch/based-1b-50b") == TABLE1.rows["based-1b-50b"]
-    assert published_row(TABLE1, "state-spaces/mamba-1.4b-hf") == TABLE1.rows["mamba-1.4b"]
-    assert published_row(TABLE4, "hazyresearch/JRT-360M-30B [repeat, released]") == (82.0, 43.3, 32.9)
-    assert published_row(TABLE1, "mini-based") is None
+    table1, table4 = TABLES["table1"], TABLES["table4"]
+    assert published_row(table1, "hazyresearch/based-1b-50b") == rows_of("table1")["based-1b-50b"]
+    assert published_row(table1, "state-spaces/mamba-1.4b-hf") == rows_of("table1")["mamba-1.4b"]
+    assert published_row(table4, "hazyresearch/JRT-360M-30B [repeat, released]") == (82.0, 43.3, 32.9)
+    assert published_row(table1, "mini-based") is None
+
+
+def rows_from(folder, name: str):
+    found = Collected([folder])
+    return layout_rows(TABLES[name], found.records, found.predictions)
 
 
 def test_published_values_stand_beside_measured_ones_of_the_same_model(tmp_path):
     write_run(tmp_path / "a", {"hazyresearch/based-1b-50b": {}, "mini-based": {}})
-    header, rows = layout_rows(TABLE1, Collected([tmp_path / "a"]))
+    header, rows = rows_from(tmp_path / "a", "table1")
     assert header == ("", "hazyresearch/based-1b-50b", "mini-based")
     cells = {row[0]: row[1:] for row in rows}
     assert cells["FDA once"] == ["50.0 (60.2)", "50.0"]
@@ -104,30 +124,30 @@ def test_published_values_stand_beside_measured_ones_of_the_same_model(tmp_path)
 
 def test_published_values_never_stand_beside_generated_documents(tmp_path):
     write_run(tmp_path / "a", {"hazyresearch/based-1b-50b": {}}, source="generated fixtures (seed 0)")
-    assert "(" not in str(layout_rows(TABLE1, Collected([tmp_path / "a"]))[1])
+    assert "(" not in str(rows_from(tmp_path / "a", "table1")[1])
 
 
 def test_super_glue_has_published_values_beside_whole_splits_alone():
-    for table, row in ((TABLE8, ("mamba-360m-30b", 5)), (TABLE8, ("jrt-360m-30b", 1))):
-        mean = sum(table.rows[row]) / len(table.columns)
-        assert mean == pytest.approx({5: 45.5, 1: 41.3}[row[1]], abs=0.05)  # the printed averages
-    assert all(len(row) == len(table.columns) for table in (TABLE8, TABLE9) for row in table.rows.values())
-    results = {task: {"acc,none": 0.5, "f1,none": 0.25, "em,none": 0.125} for task in super_glue.SIZES}
+    for name, row in (("table8", ("mamba-360m-30b", "5")), ("table8", ("jrt-360m-30b", "1"))):
+        mean = sum(TABLES[name].rows[row]) / len(TABLES[name].columns)
+        assert mean == pytest.approx({"5": 45.5, "1": 41.3}[row[1]], abs=0.05)  # the printed averages
+    assert set(SUPER_GLUE_TABLES) < set(TABLES)
+    results = {task: {"acc,none": 0.5, "f1,none": 0.25, "em,none": 0.125} for task in SUPER_GLUE_SIZES}
     found = {
         "model_name": "hazyresearch/JRT-360M-30B",
         "config": {"model_args": {"compat": "released"}, "limit": None},
-        "n-shot": dict.fromkeys(super_glue.SIZES, 5) | {"recall_super_glue": 0},
-        "n-samples": {task: {"effective": size} for task, size in super_glue.SIZES.items()} | {"wic": {"effective": 6}},
+        "n-shot": dict.fromkeys(SUPER_GLUE_SIZES, 5) | {"recall_super_glue": 0},
+        "n-samples": {task: {"effective": size} for task, size in SUPER_GLUE_SIZES.items()} | {"wic": {"effective": 6}},
         "results": results,
     }
-    header, rows = super_glue.table_rows(TABLE8, [found])
+    header, rows = super_glue_rows(TABLES["table8"], [found])
     assert rows[0][:4] == ["hazyresearch/JRT-360M-30B [released]", "5", "50.0 (49.1)", "50.0 (44.6)"]
     assert dict(zip(header, rows[0], strict=True))["WiC"] == "50.0"
 
 
 def test_error_modes_come_from_predictions(tmp_path):
     write_run(tmp_path / "a", {"state-spaces/mamba-1.4b": {}})
-    rows = dict(layout_rows(TABLE13, Collected([tmp_path / "a"]))[1])
+    rows = dict(rows_from(tmp_path / "a", "table13")[1])
     assert rows["FDA once irrelevant"] == "50.0 (23.0)" and rows["FDA once no answer"] == "0.0 (0.1)"
 
 
@@ -145,17 +165,17 @@ def test_collect_writes_every_file(tmp_path):
     import pandas
 
     write_run(tmp_path / "runs" / "a", {"mini-based": {}, "mini-jrt": {}})
-    text = collect([tmp_path / "runs"], tmp_path / "out", "table1")
+    text, files = collect([tmp_path / "runs"], tmp_path / "out", "table1")
+    assert files == FILES
     assert "Table 1" in text and "jrt-table1 v1" in text
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(FILES)
     with (tmp_path / "out" / "results.csv").open() as stream:
         assert [row["model"] for row in csv.DictReader(stream)] == ["mini-based"] * 2 + ["mini-jrt"] * 2
     assert len(pandas.read_parquet(tmp_path / "out" / "predictions.parquet")) == 40
-    assert frame([{"a": 1}]).shape == (1, 1)
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no finished run"):
         collect([tmp_path / "out"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"no run holds a cell of Table 2: .*fda under jrt-table2-512"):
+    with pytest.raises(ValueError, match=r"no run holds a cell of Table 2: .*recall_fda under jrt-table2-512"):
         collect([tmp_path / "runs"], tmp_path / "out", "table2")
     with pytest.raises(ValueError, match="unknown layout"):
         collect([tmp_path / "runs"], tmp_path / "out", "table99")
@@ -222,11 +242,3 @@ def test_recall_hits_are_pairs_seen_before():
     kinds = {key[:2] for key in found[1]}  # (1, 2) came four places before
     assert kinds == {("hit", "all"), ("hit", "distance"), ("hit", "frequency")}
     assert [keys[0][0] for keys in found] == ["other", "hit", "other", "other"]
-
-
-def test_json_never_holds_nan(tmp_path):
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "x.json", {"score": float("nan")})
-    assert not (tmp_path / "x.json").exists()
-    write_json(tmp_path / "x.json", [1])
-    assert json.loads((tmp_path / "x.json").read_text()) == [1]

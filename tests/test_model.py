@@ -10,7 +10,7 @@ from jrt import Config, JRTConfig, JRTForCausalLM, presets
 from jrt.config import LETTERS
 from jrt.model import LanguageModel
 
-PUBLISHED_PARAMETERS = {  # original_spec section 1.1
+PUBLISHED_PARAMETERS = {  # paper, Tables 15 to 18; docs/released.md
     "jrt-360m": 356_578_304,
     "jrt-1.3b": 1_375_143_168,
     "based-360m": 362_702_848,
@@ -300,7 +300,7 @@ BAD = [
     (lambda ids: dict(input_ids=ids, prefix_length=torch.tensor([5, 5, 41])), "own tokens"),
     (lambda ids: dict(input_ids=ids, labels=ids[:, 1:]), "labels have shape"),
     (lambda ids: dict(input_ids=ids, inputs_embeds=torch.zeros(1)), "inputs_embeds"),
-    (lambda ids: dict(input_ids=ids, output_hidden_states=True), "output_hidden_states is not supported"),
+    (lambda ids: dict(input_ids=ids, output_attentions=True), "output_attentions is not supported"),
     (lambda ids: dict(attention_mask=torch.ones_like(ids)), "input_ids is a NoneType; expected a tensor"),
     (lambda ids: dict(input_ids=ids, output_attentions=True), "output_attentions is not supported"),
 ]

@@ -1,12 +1,13 @@
 """Linear attention: every backend against fp64, and the properties that prefill, decoding and PLA rest on."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from jrt.ops import State, encode_prefix, feature_count, linear_attention, taylor_features
+from jrt.ops import BACKENDS, State, encode_prefix, feature_count, linear_attention, taylor_features
 
 BATCH, HEADS, DIM, VALUE = 2, 3, 8, 12
 LENGTHS = (1, 63, 64, 129, 1000)
@@ -139,6 +140,52 @@ def test_a_text_that_begins_with_padding_is_finite(backend):
     assert linear_attention(q, k, v, mask=mask, backend=backend)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("decays", [False, True])
+def test_packed_sequences_are_as_if_apart(backend, decays):
+    """One is empty, one a single token."""
+    ends = [0, 3, 3, 4, 200]
+    q, k, v = (x[:1] for x in inputs(200))
+    S, z = (torch.cat([part, part + 1]) for part in some_state())
+    arguments = dict(log_decay=torch.tensor([-0.01, -0.1, -1.0], dtype=torch.float64) if decays else None)
+    offsets = torch.tensor(ends)
+    o, state = linear_attention(
+        q, k, v, initial_state=State(S, z), cu_seqlens=offsets, mask=ragged_mask(200)[:1], backend=backend, **arguments
+    )
+    prefix = encode_prefix(k, v, cu_seqlens=offsets, backend=backend)
+    for n, (start, end) in enumerate(itertools.pairwise(ends)):
+        before = State(S[n : n + 1], z[n : n + 1])
+        if start == end:
+            torch.testing.assert_close(State(*(part[n : n + 1] for part in state)), before)
+            assert (prefix.S[n] == 0).all() and (prefix.z[n] == 0).all()
+            continue
+        part = [x[:, start:end] for x in (q, k, v)]
+        mask = ragged_mask(200)[:1, start:end]
+        alone, after = linear_attention(*part, initial_state=before, mask=mask, backend=backend, **arguments)
+        torch.testing.assert_close(o[:, start:end], alone)
+        torch.testing.assert_close(State(*(part[n : n + 1] for part in state)), after)
+        torch.testing.assert_close(State(*(x[n : n + 1] for x in prefix)), encode_prefix(*part[1:], backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_compiled_without_a_graph_break(backend):
+    q, k, v = (x.requires_grad_() for x in inputs(140))
+
+    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        state = encode_prefix(k, v, mask=ragged_mask(140), backend=backend)
+        return linear_attention(q, k, v, initial_state=state, backend=backend)[0].square().sum()
+
+    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+    torch.testing.assert_close(found, torch.autograd.grad(read(q, k, v), (q, k, v)))
+
+
+def test_backends_are_tried_in_order():
+    assert BACKENDS == ("cuda", "triton", "chunked", "reference")
+    q, k, v = inputs(30)
+    assert torch.equal(linear_attention(q, k, v)[0], linear_attention(q, k, v, backend="chunked")[0])
+
+
 @pytest.mark.parametrize("length", [1, 64, 300])
 def test_chunked_gradients_equal_those_of_the_reference(length):
     def gradients(backend: str) -> list[Tensor]:
@@ -199,7 +246,11 @@ def _eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         (dict(initial_state=State(None, None)), "initial_state.S is a NoneType"),
         (dict(initial_state=State(torch.zeros(2, 3, 45, 12), torch.zeros(2, 3, 45).long())), "floating-point"),
         (dict(k=torch.zeros(2, 5, 3, 8).long(), v=torch.zeros(2, 5, 3, 12).long()), "floating-point"),
+        (dict(cu_seqlens=torch.tensor([0, 5])), "expected all sequences in one"),
+        (dict(cu_seqlens=[0, 5]), "cu_seqlens is a list; expected a tensor"),
+        (dict(cu_seqlens=torch.zeros(3)), "expected int32 or int64"),
         (dict(backend="magic"), "expected one of"),
+        (dict(backend="triton"), "cannot serve"),
         (dict(backend="cuda"), "cannot serve"),
         (dict(k=torch.zeros(2, 0, 3, 8), v=torch.zeros(2, 0, 3, 12), q=torch.zeros(2, 0, 3, 8)), "at least one token"),
     ],
@@ -209,6 +260,17 @@ def test_bad_input_says_what_was_expected(change, said):
     arguments = dict(q=torch.zeros(2, 5, 3, 8), k=torch.zeros(2, 5, 3, 8), v=torch.zeros(2, 5, 3, 12)) | change
     with pytest.raises(ValueError, match=said):
         linear_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_packing_that_does_not_fit_the_tokens_is_said():
+    q, k, v = (x[:1] for x in inputs(9))
+    for ends in ([0, 4, 8], [1, 9], [0, 6, 4, 9]):
+        with pytest.raises(ValueError, match="expected to rise from 0 to T = 9"):
+            linear_attention(q, k, v, cu_seqlens=torch.tensor(ends))
+    with pytest.raises(ValueError, match="is it from another model"):
+        linear_attention(
+            q, k, v, cu_seqlens=torch.tensor([0, 4, 9]), initial_state=State(*(x[:1] for x in some_state()))
+        )
 
 
 def test_short_convolution_equals_conv1d_and_goes_on():

@@ -1,14 +1,16 @@
 """Mamba checkpoints of others, in both of their layouts, held to transformers' own Mamba."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM, MptConfig, T5Config
+from transformers import MambaConfig, MambaForCausalLM, MptConfig, PreTrainedConfig, T5Config
 
 import jrt
-from jrt.released.configurations import is_released
+from jrt.checkpoints.names import Kind, kind_of
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
@@ -54,7 +56,37 @@ def original_layout(model: MambaForCausalLM, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[hf_layout, original_layout])
+def released_layout(model: MambaForCausalLM, folder: Path) -> Path:
+    """As the original release's class writes it: all fields of its dataclass, GPT's among them, at their defaults."""
+    original_layout(model, folder)
+    config = {
+        "d_model": 48,
+        "n_layer": 3,
+        "vocab_size": 100,
+        "ssm_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 8,
+        "reorder_and_upcast_attn": False,
+        "scale_attn_by_inverse_layer_idx": False,
+        "n_positions": 2048,
+        "n_embd": 1024,
+        "n_head": 16,
+        "use_flash_attn": False,
+        "fused_dropout_add_ln": False,
+        "fused_mlp": False,
+        "fused_bias_fc": False,
+        "use_fast_path": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = torch.load(folder / "pytorch_model.bin")
+    counters = {f"{split}_metrics.num-tokens.count": torch.tensor(1) for split in ("train", "val", "test")}
+    torch.save({"model." + name: tensor for name, tensor in weights.items()} | counters, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[hf_layout, original_layout, released_layout])
 def ours(request, theirs, tmp_path_factory):
     return jrt.load(request.param(theirs, tmp_path_factory.mktemp("mamba") / "model"))
 
@@ -119,7 +151,115 @@ def test_mamba_2_is_refused(theirs, tmp_path):
         jrt.load(folder)
 
 
+# For each field of transformers' configuration another value. True: it may change the computation, and is refused.
+OTHER_VALUES = {
+    "hidden_act": ("gelu", True),
+    "use_bias": (True, True),
+    "use_conv_bias": (False, True),
+    "intermediate_size": (64, True),
+    "quantization_config": ({"quant_method": "gptq", "bits": 8}, True),
+    "hidden_size": (32, True),
+    "state_size": (8, True),
+    "num_hidden_layers": (2, True),
+    "expand": (3, True),
+    "conv_kernel": (3, True),
+    "time_step_rank": (2, True),
+    "vocab_size": (300, True),
+    "layer_norm_epsilon": (0.1, False),
+    "pad_token_id": (5, False),
+    "bos_token_id": (5, False),
+    "eos_token_id": ([5, 6], False),
+    "initializer_range": (0.5, False),
+    "residual_in_fp32": (False, False),
+    "time_step_scale": (2.0, False),
+    "time_step_min": (0.01, False),
+    "time_step_max": (0.2, False),
+    "time_step_init_scheme": ("constant", False),
+    "time_step_floor": (1e-3, False),
+    "rescale_prenorm_residual": (True, False),
+    "use_cache": (False, False),
+    "use_mambapy": (True, False),
+    "use_associative_scan": (False, False),
+    "tie_word_embeddings": (False, True),
+}
+
+
+def test_every_field_of_transformers_configuration_is_tried_here():
+    own = {field.name for field in dataclasses.fields(MambaConfig)} - {
+        field.name for field in dataclasses.fields(PreTrainedConfig)
+    }
+    assert own <= set(OTHER_VALUES)
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+@torch.no_grad()
+def test_a_field_is_computed_as_transformers_does_or_refused(name, theirs, tmp_path):
+    value, refused = OTHER_VALUES[name]
+    folder = hf_layout(theirs, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    if refused:
+        with pytest.raises(ValueError) as caught:
+            jrt.load(folder)
+        assert len(str(caught.value).splitlines()) == 1
+        return
+    expected = MambaForCausalLM(MambaConfig.from_pretrained(folder)).eval()
+    expected.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(jrt.load(folder)(token_ids()).logits, expected(token_ids()).logits, **TOLERANCE)
+
+
+def test_silu_has_two_names(theirs, tmp_path):
+    folder = hf_layout(theirs, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "swish"}))
+    assert jrt.load(folder).num_parameters() == theirs.num_parameters()
+
+
+def test_both_end_tokens_of_a_configuration_count(theirs, tmp_path):
+    folder = hf_layout(theirs, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 9]}))
+    assert jrt.load(folder).generation_config.eos_token_id == [7, 9]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"conv_bias": False}, "ssm_cfg.conv_bias"),
+        ({"bias": True}, "ssm_cfg.bias"),
+        ({"headdim": 64}, "ssm_cfg.headdim"),
+        ({"layer": "Mamba2"}, "Mamba-2"),
+        ({"layer": "Mamba3"}, "ssm_cfg.layer"),
+        ({"d_state": "16"}, "d_state"),
+        ({"dt_min": 0.01, "use_fast_path": False, "dt_rank": 3, "layer": "Mamba1"}, None),
+    ],
+)
+def test_settings_of_the_original_layout(settings, said, theirs, tmp_path):
+    folder = original_layout(theirs, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"ssm_cfg": settings}))
+    if said is None:
+        return torch.testing.assert_close(jrt.load(folder)(token_ids()).logits, theirs(token_ids()).logits, **TOLERANCE)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        jrt.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm": False}, {"d_intermediate": 96}, {"attn_layer_idx": [1]}, {"tie_embeddings": False}]
+)
+def test_what_else_the_original_layout_can_ask_for_is_refused(change, theirs, tmp_path):
+    folder = original_layout(theirs, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    if "tie_embeddings" in change:  # the file has both tensors, so an untied model is what it says
+        assert not jrt.load(folder).config.core.tied
+        return
+    with pytest.raises(ValueError, match=r"config\.json has"):
+        jrt.load(folder)
+
+
 @pytest.mark.parametrize("config", [MptConfig, T5Config])
 def test_a_model_with_a_d_model_is_not_mamba_for_that(config):
     raw = config().to_dict()
-    assert "d_model" in raw and not is_released(raw)
+    assert "d_model" in raw and kind_of(raw) is Kind.OTHER

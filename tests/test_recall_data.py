@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from jrt_recall import PUBLISHED, data, fixtures, items, passages
+from jrt_recall import PUBLISHED, data, fixtures, items
+from jrt_recall.protocols import PASSAGES
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.delenv(data.FOLDER_VARIABLE, raising=False)
-    monkeypatch.delenv(passages.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(data.PASSAGES_VARIABLE, raising=False)
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
@@ -81,9 +82,9 @@ def test_a_missing_dataset_says_how_to_get_it(offline, tmp_path):
     with pytest.raises(data.MissingDataset, match=r"hazyresearch/based-squad.*jrt data fetch squad.*JRT_DATA"):
         data.load("squad")
     with pytest.raises(data.MissingDataset, match="JRT_PASSAGES"):
-        passages.load("qa_squad")
+        data.load_passages("qa_squad")
     with pytest.raises(data.MissingDataset, match=r"squad\.jsonl is absent"):
-        passages.load("qa_squad", tmp_path)
+        data.load_passages("qa_squad", tmp_path)
     with pytest.raises(ValueError, match="no mirror folder"):
         data.verify()
 
@@ -104,19 +105,19 @@ def test_the_environment_names_the_mirror(monkeypatch, mirror):
 def test_damaged_lines_are_named(tmp_path):
     (tmp_path / "squad.jsonl").write_text('{"context": "c", "question": "q", "answers": ["a"]}\n{"context"\n')
     with pytest.raises(ValueError, match="line 2: not JSON"):
-        passages.load("qa_squad", tmp_path)
+        data.load_passages("qa_squad", tmp_path)
     (tmp_path / "squad.jsonl").write_text('{"context": "c", "answers": ["a"]}\n')
     with pytest.raises(ValueError, match=r"line 1 .* lacks question"):
-        passages.load("qa_squad", tmp_path)
+        data.load_passages("qa_squad", tmp_path)
 
 
 def test_passages_take_the_published_shapes(shared):
-    squad = passages.load("qa_squad", shared / "qa").rows
+    squad = data.load_passages("qa_squad", shared / "qa").rows
     assert squad[0]["text"] == f"{squad[0]['context']}\nQuestion: {squad[0]['question']}\nAnswer:"
-    fda = passages.load("qa_fda", shared / "qa").rows
+    fda = data.load_passages("qa_fda", shared / "qa").rows
     lines = (shared / "qa" / "fda.jsonl").read_text(encoding="utf-8").strip().split("\n")
     assert len(fda) == sum(len(json.loads(line)["attributes"]) for line in lines)
-    for task in passages.TASKS:
+    for task in PASSAGES:
         run = items(task, "twice", data=shared / "qa")
         assert run.protocol.name == "full" and run.lost == run.absent == 0
         assert all(item.position is not None for item in run.items)

@@ -3,7 +3,18 @@
 import json
 
 import pytest
-from jrt_recall import PROTOCOLS, PUBLISHED, data, fixtures, items, prompt, protocols
+from jrt_recall import (
+    PROTOCOLS,
+    PUBLISHED,
+    TASKS,
+    data,
+    fixtures,
+    items,
+    prompt,
+    protocols,
+    task_folder,
+    task_named,
+)
 from jrt_recall.tokenizers import is_gpt2
 from transformers import AutoTokenizer
 
@@ -48,6 +59,22 @@ def test_protocols_that_do_not_fit_are_refused(name, task, said):
         protocols.protocol_named(name, task)
 
 
+def test_a_task_has_one_name_here_and_in_lm_eval(mirror):
+    assert all((task_folder() / f"{task}.yaml").is_file() for task in TASKS)
+    for task in PUBLISHED:
+        assert task_named(task) == task_named(f"recall_{task}") == f"recall_{task}"
+    short, full = (items(name, "once", "full", limit=2, data=mirror) for name in ("fda", "recall_fda"))
+    assert short == full and short.task == "recall_fda" and short.items[0].id == "fda/0"
+    pages = [
+        items("reference_pages", "once", "pages-1024", limit=2),
+        items("reference_pages_1024", "once", limit=2),
+        items("recall_reference_pages_1024", "once", "pages", limit=2),
+    ]
+    assert pages[0] == pages[1] == pages[2] and pages[0].task == "recall_reference_pages_1024"
+    with pytest.raises(ValueError, match="pages-512 is not for reference_pages_1024: choose one of pages-1024"):
+        items("reference_pages_1024", "once", "pages-512")
+
+
 @pytest.mark.parametrize("task", PUBLISHED)
 @pytest.mark.parametrize("strategy", ["once", "twice", "3x", "question_first"])
 def test_every_task_and_strategy_runs_under_every_protocol(task, strategy, mirror, gpt2):
@@ -74,7 +101,7 @@ def test_documents_that_cannot_be_asked_are_counted_with_their_reason(tmp_path, 
     assert (len(run.items), run.documents, run.dropped, run.absent, run.lost) == (2, 7, 1, 1, 0)
     assert len(run.invalid) == 4
     reasons = " / ".join(run.invalid)
-    for said in ("document 1", "answers is empty", "'question' is empty", "empty string", "NoneType"):
+    for said in ("document 1", "answers is empty", "'question' is empty", "an answer is blank", "null"):
         assert said in reasons
     # Nothing is cut under `full`, so nothing is dropped for its length: as published.
     assert len(items("nq_512", "once", "full", data=tmp_path).items) == 3

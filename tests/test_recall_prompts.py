@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jrt_recall import PUBLISHED, contains, fixtures, prompt, strategy_named
-from jrt_recall.errors import IRRELEVANT, NO_ANSWER, REPETITION, error_kind
+from jrt_recall.scoring import IRRELEVANT, NO_ANSWER, REPETITION, error_kind
 
 TEXT = st.text(alphabet=st.sampled_from("ab .:\n?Question[PAR]é"), max_size=40)
 FILLED = st.text(alphabet=st.sampled_from("abc d:"), min_size=1, max_size=12).filter(lambda text: text.strip())
@@ -50,6 +50,12 @@ def test_n_times_repeats_the_context_of_the_twice_form(task):
     assert len(thrice) - len(twice) == repeated > 0
     assert thrice.count("\n") - twice.count("\n") == twice.count("\n") - first.count("\n") >= 1
     assert prompt(task, doc, "2x") == twice and prompt(task, doc, "1-times") == first
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_both_spellings_of_a_task_ask_the_same(task):
+    doc = fixtures.documents(task, 1, sentences=4)[0]
+    assert prompt(f"recall_{task}", doc, "twice") == prompt(task, doc, "twice")
 
 
 def test_squad_reads_the_uncut_context_first():
@@ -109,7 +115,7 @@ def test_any_document_ends_with_its_question_and_stays_as_it_was(text, question,
         ("squad", {"text": "a"}, "0x", "1 to"),
         ("squad", {"text": "a"}, "99shot", "1 to"),
         ("squad", {"text": "a"}, "2shot", "use jrt_recall.items"),
-        ("recall_squad", {"text": "a"}, "once", "unknown task"),
+        ("recall_squat", {"text": "a"}, "once", "unknown task"),
         ("squad", ["a"], "once", "dict"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from jrt_recall.statistics import bootstrap, paired_difference
+from jrt_recall.scoring import bootstrap, paired_difference
 
 
 def test_interval_agrees_with_the_normal_one_for_many_items():
@@ -31,7 +31,7 @@ def test_intervals_are_seeded():
 def test_blocks_do_not_change_a_result(monkeypatch):
     scores = np.arange(10) % 3
     whole = bootstrap(scores, resamples=999)
-    monkeypatch.setattr("jrt_recall.statistics._BLOCK", 50)
+    monkeypatch.setattr("jrt_recall.scoring._BLOCK", 50)
     assert bootstrap(scores, resamples=999) == whole
 
 

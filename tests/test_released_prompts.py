@@ -1,6 +1,6 @@
 """Masks, generation and log-likelihoods of released-format checkpoints, row by row against the quadratic reading.
 
-What the release would read for each row is written out here (original_spec sections 4.2, 7, 8.5), never taken from the package.
+What the release would read for each row is written out here (docs/released.md), never taken from the package.
 """
 
 import pytest

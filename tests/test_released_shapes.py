@@ -10,6 +10,7 @@ from released_reference import (
     BASE,
     BASED,
     LINEAR,
+    PREFIX,
     SLIDE,
     assert_close,
     random_weights,
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import jrt
 from jrt import Quirks
+from jrt.released import configurations
 
 
 @torch.no_grad()
@@ -152,23 +154,101 @@ def test_whatever_is_called_metrics_is_no_weight(extra, tmp_path):
     assert_same(write(tmp_path / "model", BASE, weights | {extra: torch.tensor(3)}), BASE, weights)
 
 
+# A value of each field with which the same weights would compute something else.
+OTHERS = {
+    "activation_function": "geglu",
+    "mlp_type": "sparse",
+    "rms_norm": False,
+    "prenorm": False,
+    "parallel_block": True,
+    "n_positions": 1024,
+    "rotary_emb_base": 500.0,
+    "rotary_emb_scale_base": 512,
+    "rotary_emb_interleaved": True,
+    "scale_attn_weights": False,
+    "attn_dwconv": True,
+    "word_embed_proj_dim": 16,
+    "quantization_config": {"bits": 8},
+}
+OTHERS_OF_ATTENTION = {
+    "use_alibi": True,
+    "window_size": [64, 0],
+    "lm_head_bias": True,
+    "mup_width_scale": 0.5,
+    "mup_embeddings_multiplier": 10.0,
+    "mup_output_multiplier": 2.0,
+    "mup_attn_multiplier": 2.0,
+    "mup_scale_qk_dot_by_d": True,
+}
+
+
+def test_every_field_of_the_tables_is_tried_here():
+    assert set(OTHERS) == set(configurations.GPT_FIXED)
+    assert set(OTHERS_OF_ATTENTION) == set(configurations.ATTENTION_FIXED)
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"n_positions": 1024},
+        *({name: value} for name, value in OTHERS.items()),
         {"max_position_embeddings": 1024},
-        {"parallel_block": True},
-        {"prenorm": False},
-        {"rotary_emb_base": 500.0},
-        {"rotary_emb_interleaved": True},
+        {"head_dim": 16},
+        {"n_head_kv": 2},
+        {"num_head_kv": 2},
+        {"rotary_emb_fraction": 2},
+        {"tie_word_embeddings": "no"},
+        {"scale_attn_by_inverse_layer_idx": "yes"},
+        {"eos_token_id": "<end>"},
+        {"alt_mixer": PREFIX | {"use_mask": "sometimes"}},
+        {"alt_mixer": LINEAR | {"head_dim": 16}},
         {"alt_mixer": LINEAR | {"feature_map": {"_target_": "a.SoftmaxMap", "input_dim": 8}}},
+        {"alt_mixer": LINEAR | {"feature_map": {"_target_": "a.TaylorExp", "input_dim": "8"}}},
+        {"alt_mixer": LINEAR | {"feature_map": "TaylorExp"}},
         {"mixer": LINEAR},
     ],
 )
 def test_what_would_compute_something_else_is_refused(change, tmp_path):
-    folder = write(tmp_path / "model", BASE | change, random_weights(BASE, hidden=64))
-    with pytest.raises(ValueError, match=r"config\.json has"):
+    write(tmp_path / "model", BASE | change, random_weights(BASE, hidden=64))
+    with pytest.raises(ValueError, match=r"config\.json has") as caught:
+        jrt.load(tmp_path / "model")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", OTHERS_OF_ATTENTION)
+def test_what_only_attention_models_know_counts_in_them_alone(name, tmp_path):
+    change = {name: OTHERS_OF_ATTENTION[name]}
+    write(tmp_path / "attention", ATTENTION | change, random_weights(ATTENTION, hidden=64))
+    with pytest.raises(ValueError, match=rf"config\.json has {name}"):
+        jrt.load(tmp_path / "attention")
+    weights = random_weights(BASE, hidden=64)
+    assert_same(write(tmp_path / "jrt", BASE | change, weights), BASE, weights)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({}, "causal"),  # flash-attn's own default is to look ahead
+        ({"causal": True}, "rotary_emb_dim"),
+        ({"causal": True, "rotary_emb_dim": 8, "num_heads": 2}, "num_heads"),
+        ({"causal": True, "rotary_emb_dim": 8, "num_heads": 4}, None),
+    ],
+)
+def test_attention_as_a_mixer_takes_nothing_from_the_fields_around_it(fields, wrong, tmp_path):
+    config = BASE | {"mixer": {"_target_": "flash_attn.modules.mha.MHA", **fields}}
+    weights = random_weights(config, hidden=64)
+    folder = write(tmp_path / "model", config, weights)
+    if wrong is None:
+        return assert_same(folder, config, weights)
+    with pytest.raises(ValueError, match=rf"config\.json has mixer\.{wrong}"):
         jrt.load(folder)
+
+
+@pytest.mark.parametrize("epsilon", [0, 0.5])
+def test_the_epsilon_is_the_file_s(epsilon, tmp_path):
+    weights = random_weights(BASE, hidden=64)
+    found = jrt.load(write(tmp_path / "model", BASE | {"layer_norm_epsilon": epsilon}, weights))
+    assert found.config.core.norm_eps == epsilon
+    assert {module.eps for module in found.modules() if type(module).__name__ == "RMSNorm"} == {epsilon}
 
 
 def renamed_conv1(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -276,7 +356,7 @@ def test_the_release_s_mask(use_mask, length, tmp_path):
 
 
 def released_steps(config: dict, weights: dict[str, Tensor], x: Tensor, first: int) -> Tensor:
-    """Based's mixer as the release runs it token by token after a prefill: (T - first, E) (original_spec 4.3)."""
+    """Based's mixer as the release runs it token by token after a prefill: (T - first, E) (docs/released.md)."""
     mixer = config["alt_mixer"]
     f, h, length = mixer["feature_dim"], mixer["num_heads"], len(x)
     size = x.shape[1] // h

@@ -1,149 +1,489 @@
-"""Set disjointness: the released generator's examples, and what they must be; runs, sweeps and the figure."""
+"""Recall tasks: what their examples are, readings, stacks of models, training, sweeps, folders, tables and figures."""
 
+import csv
 import json
-import runpy
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
-from synthetics import plot, sweeps
-from synthetics.data import IGNORED, disjoint_sets, read_twice
-from synthetics.methods import METHODS
+from jrt.ops import encode_prefix, linear_attention
+from synthetics import __main__ as command
+from synthetics import folder, plot, readings, sweeps
+from synthetics.data import IGNORED, PREFIX, SEPARATE_ANSWER, SEPARATE_LISTS, draw_unseen, fingerprints, generator
+from synthetics.mqar import MQAR, draw_pairs
+from synthetics.optimizer import StackedAdamW
+from synthetics.permutations import draw_distinct
+from synthetics.released import disjoint_sets
+from synthetics.runs import METHODS, Method, Run, groups
+from synthetics.set_disjointness import SetDisjointness, draw_pair
+from synthetics.stack import stack
+from synthetics.summary import PANELS, Estimate, summarize
 from synthetics.tasks import TASKS
-from synthetics.train import Run, SetDisjointness, train
+from synthetics.taylor import taylor_attention
+from synthetics.training import Training, train
 
-ROOT = Path(__file__).resolve().parent.parent
-DEBUG = sweeps.SWEEPS["debug"][0]
+CPU = torch.device("cpu")
+DEBUG = TASKS["debug"]
+TINY = SetDisjointness("tiny", 32, ((1, 3), (3, 1)), 64, ((1, 3), (3, 1), (2, 4)), 32)
 
 
-def test_examples_are_the_released_ones(shared):
+# ---- Data
+
+
+def test_released_generator_draws_the_released_examples(shared):
     cases = json.loads((shared / "golden" / "synthetic.json").read_text())["cases"]
     tensors = load_file(shared / "golden" / "synthetic.safetensors")
     for index, case in enumerate(cases):
-        drawn = disjoint_sets(
+        inputs, labels = disjoint_sets(
             case["vocab_size"], case["num_examples"], case["short_length"], case["long_length"], case["seed"]
         )
-        assert torch.equal(drawn.inputs, tensors[f"data{index}.inputs"])
-        assert torch.equal(drawn.labels, tensors[f"data{index}.labels"])
+        assert torch.equal(inputs, tensors[f"data{index}.inputs"])
+        assert torch.equal(labels, tensors[f"data{index}.labels"])
 
 
+def released(vocab_size: int, count: int, first: int, second: int) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, labels = disjoint_sets(vocab_size, count, first, second, seed=3)
+    assert (labels[:, :-1] == IGNORED).all()
+    return inputs, labels[:, -1]
+
+
+def vectorised(vocab_size: int, count: int, first: int, second: int) -> tuple[torch.Tensor, torch.Tensor]:
+    examples = draw_pair(vocab_size, count, (first, second), generator(3))
+    return readings.once(examples), examples.answers[:, 0]
+
+
+@pytest.mark.parametrize("draw", [released, vectorised])
 @pytest.mark.parametrize(("first", "second"), [(4, 16), (16, 4), (1, 28)])
-def test_exactly_one_token_is_shared(first, second):
-    drawn = disjoint_sets(64, 50, first, second, seed=3)
-    for row, label in zip(drawn.inputs.tolist(), drawn.labels, strict=True):
-        shared = set(row[1 : 1 + first]) & set(row[2 + first : -1])
-        assert shared == {label[-1].item()}
-        assert (label[:-1] == IGNORED).all()
+def test_two_lists_share_exactly_the_answer(draw, first, second):
+    inputs, answers = draw(64, 50, first, second)
+    assert inputs.shape == (50, first + second + 3)
+    assert (inputs[:, 0] == PREFIX).all() and (inputs[:, 1 + first] == SEPARATE_LISTS).all()
+    assert (inputs[:, -1] == SEPARATE_ANSWER).all()
+    for row, answer in zip(inputs.tolist(), answers.tolist(), strict=True):
+        own, other = row[1 : 1 + first], row[2 + first : -1]
+        assert len(set(own)) == first and len(set(other)) == second and min(own + other) > 3
+        assert set(own) & set(other) == {answer}
 
 
-def test_lists_longer_than_the_vocabulary_are_refused():
-    with pytest.raises(ValueError, match="expected 1 to"):
-        disjoint_sets(16, 2, 9, 2, seed=0)
+@pytest.mark.parametrize("draw", [released, vectorised])
+def test_shared_tokens_and_their_places_are_uniform(draw):
+    inputs, answers = draw(32, 4000, 3, 5)
+    first = (inputs[:, 1:4] == answers[:, None]).nonzero()[:, 1].bincount(minlength=3)
+    second = (inputs[:, 5:10] == answers[:, None]).nonzero()[:, 1].bincount(minlength=5)
+    tokens = answers.bincount(minlength=32)[4:]
+    elsewhere = inputs[:, 1].bincount(minlength=32)[4:]
+    for counts in (first, second, tokens, elsewhere):
+        assert chi_square(counts) < 2.5  # a uniform draw exceeds this once in 10,000 times or less (27 degrees)
 
 
-def test_a_task_draws_each_pair_from_seeds_of_its_own():
-    train_segments, test_segments = TASKS["debug"].draw(123)
-    assert [(each.first, each.second) for each in train_segments] == [(1, 4), (4, 1)]
-    assert [(each.first, each.second) for each in test_segments] == [(1, 4), (4, 1), (2, 6), (6, 2)]
-    assert not torch.equal(train_segments[0].inputs[:64], test_segments[0].inputs)
-    again, _ = TASKS["debug"].draw(123)
-    other, _ = TASKS["debug"].draw(2)
-    assert torch.equal(again[0].inputs, train_segments[0].inputs)
-    assert not torch.equal(other[0].inputs, train_segments[0].inputs)
-    sizes = [len(batch.inputs) for batch in train_segments[0].batches(200)]
-    assert sizes == [200, 200, 112]
+def chi_square(counts: torch.Tensor) -> float:
+    """Per degree of freedom: about 1 for a uniform draw."""
+    expected = counts.sum() / len(counts)
+    return float(((counts - expected) ** 2 / expected).sum() / (len(counts) - 1))
 
 
-def test_reading_twice_repeats_all_but_the_last_separator():
-    inputs = torch.tensor([[1, 7, 5, 2, 9, 7, 8, 3]])
-    assert read_twice(inputs).tolist() == [[1, 7, 5, 2, 9, 7, 8, 1, 7, 5, 2, 9, 7, 8, 3]]
+@pytest.mark.parametrize(("count", "choices"), [(5, 5), (3, 4), (5, 28), (30, 127), (30, 129), (40, 300), (40, 2044)])
+def test_distinct_numbers_are_distinct_and_uniform(count, choices):
+    drawn = draw_distinct(20_000, count, 10, 10 + choices, generator(1))
+    assert drawn.min() >= 10 and drawn.max() < 10 + choices
+    ordered = drawn.sort(1).values
+    assert (ordered[:, 1:] > ordered[:, :-1]).all()
+    for column in (0, count - 1):
+        assert chi_square((drawn[:, column] - 10).bincount(minlength=choices)) < 2.5
+    steps = ((drawn[:, 1] - drawn[:, 0]) % choices).bincount(minlength=choices)[1:]  # neighbours are independent
+    assert chi_square(steps) < 2.5
 
 
-def test_only_jrt_rnn_knows_the_second_list_while_it_reads_the_first():
-    inputs = disjoint_sets(32, 1, 4, 6, seed=0).inputs
-    for name, method in METHODS.items():
-        model = SetDisjointness(Run(name, "debug", width=8, feature_dim=2, rate=1e-3, epochs=1)).model
-        changed = inputs.clone()
-        changed[0, -2] = 31 if inputs[0, -2] != 31 else 30
-        prefix = torch.tensor([inputs.shape[1]]) if method.encodes else None
-        first, second = (model.read(each, prefix_length=prefix)[0][:, :5] for each in (inputs, changed))
-        assert torch.equal(first, second) == (name != "jrt-rnn")
+def test_distinct_numbers_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="5 distinct numbers of 4: expected at most 4"):
+        draw_distinct(2, 5, 0, 4, generator(1))
+
+
+@pytest.mark.parametrize("task", [DEBUG, TASKS["mqar-debug"]], ids=lambda task: task.name)
+def test_a_seed_decides_everything_and_no_test_example_is_trained_on(task):
+    split, again, other = task.draw(1), task.draw(1), task.draw(2)
+    three = ((*each.train, *each.test) for each in (split, again, other))
+    for own, same, different in zip(*three, strict=True):
+        assert torch.equal(fingerprints(own), fingerprints(same))
+        assert not torch.equal(fingerprints(own), fingerprints(different))
+    trained = torch.cat([fingerprints(each) for each in split.train])
+    assert not any(torch.isin(fingerprints(each), trained).any() for each in split.test)
+    assert {len(each) for each in split.train} == {task.train_examples}
+    assert {len(each) for each in split.test} == {task.test_examples}
+
+
+def test_examples_that_were_seen_are_drawn_again():
+    def draw(count, random):
+        return draw_pair(8, count, (1, 1), random)  # two tokens the same out of 4: 4 examples in all
+
+    examples = draw(200, generator(1))
+    some = examples.rows(examples.answers[:, 0] > 4)
+    unseen = draw_unseen(draw, 50, generator(2), fingerprints(some))
+    assert unseen.answers.unique().tolist() == [4] and (unseen.context[:, 1] == 4).all()
+    with pytest.raises(ValueError, match="1_1: training holds nearly all examples"):
+        draw_unseen(draw, 50, generator(2), fingerprints(examples))
+
+
+def test_every_key_of_mqar_is_asked_for_once_and_answered_by_its_value():
+    examples = draw_pairs(64, 40, 5, 12, generator(4))
+    assert examples.context.shape == (40, 11) and examples.question.shape == (40, 12)
+    for row in range(40):
+        pairs = dict(examples.context[row, 1:].view(5, 2).tolist())
+        assert len(pairs) == 5 and max(pairs) < 32 <= min(pairs.values())
+        question, asked = examples.question[row], examples.asked[row]
+        assert [pairs[key] for key in question[asked].tolist()] == examples.answers[row].tolist()
+        rest = torch.ones(12, dtype=torch.bool)
+        rest[asked] = False
+        assert rest.sum() == 7 and (question[rest] >= 32).all()
+
+
+def test_readings_of_any_task():
+    lists = draw_pair(64, 1, (2, 3), generator(5))
+    _, a1, a2, sep, b1, b2, b3 = lists.context[0].tolist()
+    context, swapped = [PREFIX, a1, a2, sep, b1, b2, b3], [PREFIX, b1, b2, b3, sep, a1, a2]
+    question = [SEPARATE_ANSWER]
+    expected = {
+        "once": context + question,
+        "twice": context + context + question,
+        "both-orders": context + swapped + question,
+        "other-order": swapped + question,
+        "question-first": question + context + question,
+    }
+    assert {name: reading(lists)[0].tolist() for name, reading in readings.READINGS.items()} == expected
+    pairs = draw_pairs(64, 1, 2, 3, generator(5))
+    _, k1, v1, k2, v2 = pairs.context[0].tolist()
+    question = pairs.question[0].tolist()
+    assert readings.other_order(pairs)[0].tolist() == [PREFIX, k2, v2, k1, v1, *question]
+    assert readings.question_first(pairs)[0].tolist() == question + pairs.context[0].tolist() + question
+
+
+# ---- Stacks of models
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_attention_by_scores_is_that_of_the_ops(prefixed):
+    random = torch.Generator().manual_seed(0)
+    q, k, k_enc = (torch.randn(2, 9, 3, 4, generator=random, dtype=torch.float64) for _ in range(3))
+    v, v_enc = (torch.randn(2, 9, 3, 5, generator=random, dtype=torch.float64) for _ in range(2))
+    inputs = [x.requires_grad_() for x in (q, k, v, k_enc, v_enc)][: 5 if prefixed else 3]
+    state = encode_prefix(k_enc, v_enc, backend="reference") if prefixed else None
+    expected, _ = linear_attention(q, k, v, initial_state=state, backend="reference")
+    found = taylor_attention(q, k, v, (k_enc, v_enc) if prefixed else None)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn(expected.shape, generator=random, dtype=torch.float64)
+    gradients = (torch.autograd.grad(each, inputs, direction, retain_graph=True) for each in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_attention_in_half_precision_adds_only_columns_that_count_nothing():
+    random = torch.Generator().manual_seed(0)
+    q, k, v, k_enc, v_enc = (torch.randn(2, 11, 2, 6, generator=random) for _ in range(5))
+    whole = taylor_attention(q, k, v, (k_enc, v_enc))
+    half = taylor_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), (k_enc.bfloat16(), v_enc.bfloat16()))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), whole, rtol=0.05, atol=0.05)
+
+
+def trained_alone(run: Run, batches: list, rate: float, dtype: torch.dtype) -> nn.Module:
+    """jrt's model with PyTorch's optimizer and clipping, step by step."""
+    model = run.model().to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+    for tokens, asked, answers in batches:
+        hidden, _ = model.read(tokens)
+        logits = model.head(hidden.take_along_dim(asked[..., None], dim=1))
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+STACKED = {  # task and steps
+    "causal": (TINY, 50),
+    "twice": (TINY, 50),
+    "prefix": (TINY, 50),
+    "attention": (TINY, 20),
+    "based": (TASKS["mqar-debug"], 10),
+    "mamba": (TINY, 5),
+}
+
+
+@pytest.mark.parametrize("method", STACKED)
+def test_a_model_in_a_stack_equals_itself_trained_alone(method):
+    task, steps = STACKED[method]
+    runs = [Run(METHODS[method], task, 16, 4, rate, seed, batch=8) for rate, seed in ((1e-4, 1), (5e-4, 2), (8e-4, 1))]
+    training = Training(runs, CPU)
+    order = (list(training.order()) * 50)[:steps]
+    for segment, part in order:
+        training.steps(*segment.batch(training.places, part))
+    segment = training.test[-1]
+    tokens, asked, _ = segment.batch(training.places, slice(0, 8))
+    with torch.no_grad():
+        together = training.logits(tokens, asked).unflatten(0, (3, -1))
+    for index, run in enumerate(runs):
+        place = training.places[index : index + 1]
+        alone = trained_alone(run, [each.batch(place, part) for each, part in order], run.rate, torch.float32)
+        tokens, asked, _ = segment.batch(place, slice(0, 8))
+        with torch.no_grad():
+            hidden, _ = alone.read(tokens)
+            logits = alone.head(hidden.take_along_dim(asked[..., None], dim=1))
+        torch.testing.assert_close(together[index], logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(training.model.embedding.weight[index], alone.embedding.weight, rtol=0, atol=1e-4)
+
+
+def test_optimizer_is_adamw_with_clipping_for_each_model_also_at_large_rates():
+    rates, random = (1e-2, 3e-2, 1e-1), torch.Generator().manual_seed(0)
+    method = Method("linear attention alone", "LL")
+    runs = [Run(method, TINY, 8, 2, rate, seed) for rate, seed in zip(rates, (1, 2, 3), strict=True)]
+    model = stack([run.model().double() for run in runs], torch.float64)
+    alone = [run.model().double() for run in runs]
+    ours = StackedAdamW(model, list(rates))
+    theirs = [
+        torch.optim.AdamW(each.parameters(), lr=rate, weight_decay=0.1) for each, rate in zip(alone, rates, strict=True)
+    ]
+    for step in range(5):
+        ours.factor.fill_(1 - step / 5)
+        for parameter, *copies in zip(model.parameters(), *(each.parameters() for each in alone), strict=True):
+            gradient = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            gradient *= torch.tensor([1e-4, 1e-2, 1.0]).view(3, *[1] * (gradient.ndim - 1))  # the last are clipped
+            parameter.grad.copy_(gradient)
+            for copy, own in zip(copies, gradient, strict=True):
+                copy.grad = own.clone()
+        ours.step()
+        for each, optimizer, rate in zip(alone, theirs, rates, strict=True):
+            torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / 5)
+            optimizer.step()
+    for parameter, *copies in zip(model.parameters(), *(each.parameters() for each in alone), strict=True):
+        torch.testing.assert_close(parameter, torch.stack(copies))
+        assert not parameter.grad.any()
+
+
+def test_models_that_leave_a_stack_change_nothing_for_the_others():
+    runs = [Run(METHODS["prefix"], TINY, 8, 2, rate, seed, epochs=4, batch=16) for rate, seed in ((1e-3, 1), (5e-3, 2))]
+    both, one = Training(runs, CPU), Training(runs[1:], CPU)
+    for training in (both, one):
+        training.epoch()
+    both.keep([1])
+    assert both.runs == runs[1:]
+    for training in (both, one):
+        training.epoch()
+    torch.testing.assert_close(both.optimizer.weights, one.optimizer.weights, rtol=0, atol=1e-5)
+    assert both.accuracy == one.accuracy
+
+
+def test_only_prefix_readers_know_the_second_list_while_they_read_the_first():
+    tokens = readings.once(draw_pair(32, 1, (4, 6), generator(0)))
+    changed = tokens.clone()
+    changed[0, -2] = 31 if tokens[0, -2] != 31 else 30
+    for name in ("causal", "prefix"):
+        model = Run(METHODS[name], DEBUG, 8, 2, 1e-3, 1).model()
+        first, second = (model.read(each)[0][:, :5] for each in (tokens, changed))
+        assert torch.equal(first, second) == (name == "causal")
+
+
+# ---- Training
+
+
+def test_a_model_learns_what_one_token_lists_ask():
+    task = SetDisjointness("easy", 32, ((1, 4),), 512, ((1, 4),), 64)
+    training = Training([Run(METHODS["causal"], task, 16, 4, rate, 1, 20, batch=32) for rate in (1e-9, 1e-2)], CPU)
+    for _ in range(20):
+        untrained, trained = training.epoch()
+    assert untrained < 0.2 and trained > 0.9  # by chance 1 in 28
+
+
+def test_training_ends_for_each_model_at_99_percent(monkeypatch):
+    runs = [Run(METHODS["causal"], TINY, 8, 2, 1e-3, seed, epochs=3, batch=32) for seed in (1, 2)]
+    solved = dict.fromkeys(("1_3", "3_1", "2_4"), 1.0)
+    poor = dict.fromkeys(solved, 0.5)
+    monkeypatch.setattr(Training, "test_accuracy", lambda self: [solved if r.seed == 2 else poor for r in self.runs])
+    rows = train(runs, CPU, None, None)
+    assert [row["epochs_read"] for row in rows] == [3, 1]
+    assert [row["run"] for row in rows] == [run.name for run in runs]
+
+
+def test_a_stopped_group_goes_on_as_if_nothing_had_happened(tmp_path):
+    runs = [Run(METHODS["prefix"], TINY, 8, 2, rate, 1, epochs=3, batch=32) for rate in (1e-3, 1e-2)]
+    whole = train(runs, CPU, tmp_path / "whole.pt", None)
+    over = time.monotonic() - 1  # each call does one epoch
+    assert train(runs, CPU, tmp_path / "parts.pt", over) is None
+    assert train(runs, CPU, tmp_path / "parts.pt", over) is None
+    parts = train(runs, CPU, tmp_path / "parts.pt", over)
+    for row in (*whole, *parts):
+        assert row.pop("seconds") >= 0
+    assert parts == whole
+    states = [
+        torch.load(tmp_path / f"{name}.pt", weights_only=True)["optimizer"]["weights"] for name in ("whole", "parts")
+    ]
+    assert torch.equal(*states)
+
+
+def test_states_are_counted_on_the_models():
+    for name in ("causal", "prefix", "mamba", "attention", "window"):
+        run = Run(METHODS[name], DEBUG, 8, 2, 1e-3, 1, window=3)
+        assert run.state_bytes() == run.config.state_bytes(DEBUG.longest - 1), name
+
+
+# ---- Sweeps and folders
 
 
 def test_every_run_of_every_sweep_can_be_built():
     for name, runs in sweeps.SWEEPS.items():
-        assert len({run.name for run in runs}) == len(runs), name
-        for run in runs:
-            METHODS[run.method].config(run.width, run.feature_dim, TASKS[run.task].vocab_size, 2048)
-    paper = [run for run in sweeps.SWEEPS["paper"] if run.method == "based" and run.seed == 123]
-    assert len(paper) == 60  # original_spec section 9
-    assert len(TASKS["paper"].train) == 12 and len(TASKS["paper"].test) == 20
-    with pytest.raises(ValueError, match="unknown method 'rwkv': expected one of based"):
-        Run("rwkv", "debug", width=8, feature_dim=2, rate=1e-3, epochs=1)
+        folder.check(name, runs)
+    assert len([run for run in sweeps.figure2 if run.method.name in ("causal", "prefix")]) == 360
+    assert {len(group) for group in groups(sweeps.figure2)} == {9}  # rates and seeds share a stack
+    assert {run.method.pattern for run in sweeps.mqar_frontier} == {"CLCL", "CPCP", "CLCS", "CSCS", "CACA", "MM"}
+    paper = TASKS["paper"]
+    assert len(paper.train) == 12 and len(paper.test) == 20 and paper.longest == 775
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    run = Run("jrt-rnn", "debug", width=8, feature_dim=2, rate=5e-3, epochs=2)
-    whole = train(run, tmp_path / "whole", "cpu", quiet=True)
-
-    def stop(module):
-        if module.current_epoch == 1:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SetDisjointness, "on_train_epoch_start", stop)
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(run, tmp_path / "cut", "cpu", quiet=True)
-    resumed = train(run, tmp_path / "cut", "cpu", quiet=True)
-    assert resumed == whole
-    weights = [torch.load(tmp_path / each / "last.ckpt", weights_only=True)["state_dict"] for each in ("whole", "cut")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert train(run, tmp_path / "cut", "cpu", quiet=True) == whole  # nothing left to do
+BAD = {
+    "lists of 15 and 2 tokens cannot share one token of 16 ids: expected 1 to 8": replace(
+        TINY, vocab_size=16, train=((15, 2),)
+    ),
+    "lists of 0 and 4 tokens cannot share": replace(TINY, test=((0, 4),)),
+    "40 pairs of key and value of 64 ids: expected 1 to 28": MQAR("m", 64, (40,), 8, (2,), 8),
+}
 
 
-def test_a_model_learns_what_one_token_lists_ask(tmp_path):
-    run = Run("based", "debug", width=16, feature_dim=4, rate=1e-2, epochs=20, batch=32)
-    accuracy = train(run, tmp_path, "cpu", quiet=True)["accuracy"]
-    assert accuracy["1_4"] > 0.9  # by chance 1 in 28
+@pytest.mark.parametrize("message", BAD)
+def test_impossible_tasks_are_refused_before_anything_is_written(message, tmp_path):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        folder.Folder(tmp_path / "out", "mine", [Run(METHODS["causal"], BAD[message], 8, 2, 1e-3, 1)], resume=False)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_does_what_is_missing_and_is_drawn(tmp_path, capsys, monkeypatch):
-    for run in sweeps.SWEEPS["debug"][1:]:
-        sweeps.do(run, tmp_path, "cpu")
-    before = sweeps.result_file(tmp_path, sweeps.SWEEPS["debug"][1]).stat().st_mtime_ns
-    command = [sys.executable, "synthetics/sweeps.py", "debug", "--output", str(tmp_path), "--accelerator", "cpu"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert sweeps.result_file(tmp_path, DEBUG).exists() and not list(tmp_path.glob("*.part"))
-    assert sweeps.result_file(tmp_path, sweeps.SWEEPS["debug"][1]).stat().st_mtime_ns == before
-    kept = tmp_path / "kept" / "all.json"
-    kept.parent.mkdir()
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--json", str(kept)])
-    runpy.run_path(str(ROOT / "synthetics" / "plot.py"), run_name="__main__")
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([], "mine is an empty sweep: expected at least one run"),
+        ([Run(METHODS["causal"], TINY, 9, 2, 1e-3, 1)], "width 9 is not a multiple of linear_heads 2"),
+        ([Run(METHODS["causal"], TINY, 8, 2, 1e-3, 1, epochs=0)], "expected at least one epoch"),
+        ([Run(METHODS["causal"], TINY, 8, 2, 1e-3, 1)] * 2, "mine has one run twice"),
+        ([Run(Method("mine", "QQ"), TINY, 8, 2, 1e-3, 1)], "expected one letter per layer"),
+    ],
+)
+def test_impossible_sweeps_are_refused_before_anything_is_written(runs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        folder.Folder(tmp_path / "out", "mine", runs, resume=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_readings_are_refused():
+    with pytest.raises(ValueError, match="mine reads 'thrice': expected one of once, twice"):
+        Method("mine", "CLCL", "thrice")
+
+
+def test_a_sweep_in_parts_is_the_sweep_and_is_drawn(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "debug"
+    monkeypatch.setitem(sweeps.SWEEPS, "debug", [run for run in sweeps.debug if run.rate == 1e-2])
+    arguments = ["debug", "--out", str(out), "--device", "cpu", "--workers", "1"]
+    assert command.main([*arguments, "--minutes", "1e-9"]) == 0
+    assert "0 of 6 runs are done" in capsys.readouterr().out
+    assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert all(f"| {name} | 8 | 2 | 608 |" in printed for name in METHODS)
-    report = json.loads(kept.read_text())
-    assert [line["method"] for line in report["rows"]] == ["based", "jrt-prompt", "jrt-rnn"] and len(
-        report["runs"]
-    ) == 3
-    assert (tmp_path / "set_disjointness.png").stat().st_size > 10_000
+    assert "6 of 6 runs are done" in printed
+    assert all(f"| {name} | 8 | 2 | - | 608 | 0.01 | 2 |" in printed for name in ("causal", "prefix", "twice"))
+    report = json.loads((out / "results.json").read_text())
+    assert {"device", "versions", "commit", "date"} <= set(report["rows"][0]) and not list(out.glob("*.part"))
+    for name in ("order", "frontier", "lengths"):
+        assert (out / f"{name}.png").stat().st_size > 10_000 and "<svg" in (out / f"{name}.svg").read_text()
+    with (out / "summary.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert [line["method"] for line in lines] == ["causal", "prefix", "twice"]
+    assert float(lines[0]["difference"]) == pytest.approx(
+        float(lines[0]["short list first"]) - float(lines[0]["long list first"])
+    )
+
+    assert command.main(arguments) == 2
+    assert "has 6 results of this sweep: add --resume" in capsys.readouterr().err
+    assert command.main([*arguments, "--resume"]) == 0
+    assert json.loads((out / "results.json").read_text()) == report
+    assert command.main(["mqar_debug", *arguments[1:], "--resume"]) == 2
+    assert "is the folder of another sweep (debug)" in capsys.readouterr().err
 
 
-def test_the_best_rate_counts_in_every_panel_and_seeds_are_averaged():
+def test_processes_do_what_is_missing_of_mqar(tmp_path):
+    out = tmp_path / "mqar"
+    done = subprocess.run(
+        [sys.executable, "-m", "synthetics", "mqar_debug", "--out", out, "--device", "cpu", "--workers", "2"],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "12 of 12 runs are done" in done.stdout and "| mamba | 8 | 2 | - |" in done.stdout
+    assert (out / "frontier.png").exists() and not (out / "order.png").exists()  # MQAR has no lists
+    assert not list((out / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure3"], "unknown sweep 'figure3': expected one of figure2, figure2_small"),
+        (["debug", "--device", "tpu"], "device 'tpu': expected cpu or cuda"),
+        (["debug", "--workers", "0"], "0 workers: expected at least 1"),
+        (["debug", "--minutes", "0"], "--minutes 0: expected more than 0"),
+    ],
+)
+def test_bad_commands_get_one_line_and_write_nothing(arguments, message, tmp_path, capsys):
+    assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not a sweep's folder: expected an empty or a new one"):
+        folder.Folder(tmp_path, "debug", sweeps.debug, resume=True)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="was not written by python -m synthetics"):
+        folder.Folder(tmp_path, "debug", sweeps.debug, resume=True)
+    with pytest.raises(ValueError, match="holds no results"):
+        plot.draw_all(tmp_path / "nowhere")
+
+
+# ---- Tables
+
+
+def test_the_best_rate_counts_in_every_panel_and_seeds_give_the_interval():
     def row(rate, seed, short, long):
-        accuracy = {"1_4": short, "4_1": long}
-        shape = {"method": "based", "state_bytes": 608, "width": 8, "feature_dim": 2}
-        return {**shape, "rate": rate, "seed": seed, "accuracy": accuracy}
+        model = {"method": "causal", "state_bytes": 608, "width": 8, "feature_dim": 2, "window": None}
+        return {**model, "rate": rate, "seed": seed, "seconds": 10, "accuracy": {"1_4": short, "4_1": long}}
 
     rows = [row(1e-3, 1, 0.9, 0.1), row(1e-3, 2, 0.7, 0.3), row(2e-3, 1, 0.6, 0.6), row(2e-3, 2, 0.6, 0.5)]
-    (line,) = plot.best(rows)
-    assert line["seeds"] == 2 and line["spread"] == pytest.approx(0.05)
-    assert [line[panel] for panel in plot.PANELS] == pytest.approx([0.6, 0.55, 0.05])
+    (line,) = summarize([*rows, row(3e-3, 1, 1.0, 1.0)])  # the last rate has one seed only
+    assert (line.rate, line.seeds, line.seconds) == (2e-3, 2, 50)
+    assert [line.panels[panel].mean for panel in PANELS] == pytest.approx([0.6, 0.55, 0.05])
+    assert line.panels["long list first"].half_width == pytest.approx(12.706 * 0.05)  # t for two, standard error 0.05
+    assert Estimate.of([0.5]).half_width is None and str(Estimate.of([0.5])) == "50.0"
 
 
-def test_an_empty_folder_is_said(tmp_path):
-    with pytest.raises(ValueError, match="holds no results"):
-        plot.read(tmp_path)
+# ---- The notebook
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_notebook_places_an_own_mixer_on_the_frontier():
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    root = Path(__file__).resolve().parent.parent
+    notebook = nbformat.read(root / "synthetics" / "own_mixer.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    settings.source = "EXAMPLES, EPOCHS, SEEDS, WIDTHS = 64, 1, (1, 2), (8,)"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(root)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    table = next(output.data["text/plain"] for output in outputs if output.output_type == "execute_result")
+    assert table.count("running average, twice") == 2 and "mqar" in table
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2

@@ -1,20 +1,16 @@
 """Recall sequences: what they ask stands in their context, and a batch is a function of (seed, step) alone."""
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from jrt_recall import reference_pages
 from jrt_recall.tokenizers import shipped_tokenizer
 
-from train.pages import Alphabet, Pages
-from train.sequences import Kind, Recipe, Sequences
+from jrt.objective import IGNORED, Objective
+from train.data.pages import Alphabet, Pages
+from train.data.sequences import Kind, Recipe, Sequences
 from train.tokenizer import encode
 
 RECIPE = Recipe(shapes=((384, 6, 0.5), (1024, 4, 0.5)))
@@ -59,7 +55,7 @@ def _spans(row):
 
 @pytest.mark.parametrize("renames", [False, True])
 def test_every_answer_stands_after_its_name_in_the_context_and_nowhere_else_so(pages, renames):
-    sequences, generator = Sequences(pages, RECIPE, 0, False), np.random.default_rng(1)
+    sequences, generator = Sequences(pages, RECIPE, 0), np.random.default_rng(1)
     checked = 0
     for _ in range(40):
         row = sequences.row(generator, 1024, renames)
@@ -76,7 +72,7 @@ def test_every_answer_stands_after_its_name_in_the_context_and_nowhere_else_so(p
 
 def test_renaming_makes_fresh_names(pages, tokenizer):
     recipe = Recipe(shapes=RECIPE.shapes, renamed_headings=0.5, renamed_text=0.5)
-    sequences, generator = Sequences(pages, recipe, 0, False), np.random.default_rng(2)
+    sequences, generator = Sequences(pages, recipe, 0), np.random.default_rng(2)
     whole = pages.tokens.astype(np.int64).tobytes()
     fresh = total = 0
     for _ in range(30):
@@ -88,7 +84,7 @@ def test_renaming_makes_fresh_names(pages, tokenizer):
 
 
 def test_a_prefix_is_the_context_or_a_prompt_that_ends_in_a_question(pages, tokenizer):
-    sequences, generator = Sequences(pages, RECIPE, 0, True), np.random.default_rng(3)
+    sequences, generator = Sequences(pages, RECIPE, 0), np.random.default_rng(3)
     kinds = []
     for _ in range(60):
         row = sequences.row(generator, 384)
@@ -100,35 +96,36 @@ def test_a_prefix_is_the_context_or_a_prompt_that_ends_in_a_question(pages, toke
     assert shortest < 250
 
 
-def test_batches_depend_on_seed_and_step_alone_and_families_read_the_same(pages):
-    one, other = Sequences(pages, RECIPE, 7, False), Sequences(pages, RECIPE, 7, False)
+def test_batches_depend_on_seed_and_step_alone(pages):
+    one, other = Sequences(pages, RECIPE, 7), Sequences(pages, RECIPE, 7)
     other.batch(3)  # what was read before leaves no trace
     for name, tensor in one.batch(5).items():
         assert torch.equal(tensor, other.batch(5)[name])
-    prefix = Sequences(pages, RECIPE, 7, True).batch(5)
-    hidden = prefix["input_ids"] == pages.alphabet.mask
-    assert hidden.any()
-    assert torch.equal(prefix["input_ids"][~hidden], one.batch(5)["input_ids"][~hidden])
-    assert not torch.equal(one.batch(5)["input_ids"], Sequences(pages, RECIPE, 8, False).batch(5)["input_ids"])
+    assert one.shape(5) == (one.batch(5)["ids"].shape[1] - 1, one.batch(5)["ids"].shape[0])
+    assert not torch.equal(one.batch(5)["ids"], Sequences(pages, RECIPE, 8).batch(5)["ids"])
 
 
-def test_weights_sum_to_the_parts_of_the_loss_and_never_leak_the_prefix(pages):
+def test_with_a_prefix_the_same_rows_are_read_and_nothing_leaks(pages):
+    objective = Objective("jrt", pages.alphabet.mask, masked_rows=0.5, predicts_first=True)
     for step in range(4):
-        causal, prefix = (Sequences(pages, RECIPE, 7, masks).batch(step) for masks in (False, True))
-        assert causal["weights"].sum() == pytest.approx(1, abs=1e-4)
-        hidden = prefix["input_ids"] == pages.alphabet.mask
-        assert prefix["weights"][hidden].sum() == pytest.approx(0.25, abs=1e-4)
-        inside = torch.arange(hidden.shape[1]) < prefix["prefix_length"][:, None] - 1
-        assert prefix["weights"][inside & ~hidden].abs().sum() == 0
-        assert prefix["weights"][~inside].sum() == pytest.approx(1, abs=1e-4)
-        targets_of_hidden = prefix["targets"][hidden]
-        assert (targets_of_hidden != pages.alphabet.mask).all()
+        batch = Sequences(pages, RECIPE, 7).batch(step)
+        targets = objective(batch["ids"], batch["prefix_length"], torch.Generator(), weights=batch["weights"])
+        hidden = targets.input_ids == pages.alphabet.mask
+        assert hidden.any() and torch.equal(targets.input_ids[~hidden], batch["ids"][:, :-1][~hidden])
+        inside = torch.arange(hidden.shape[1]) < batch["prefix_length"][:, None] - 1
+        assert not hidden[~inside].any()
+        assert (targets.labels[inside & ~hidden] == IGNORED).all()
+        assert torch.equal(targets.labels[~inside], batch["ids"][:, 1:][~inside])
+        torch.testing.assert_close(targets.totals()[0], batch["weights"][~inside].sum())
+        assert (targets.labels[hidden] != pages.alphabet.mask).all()
 
 
-def test_validation_asks_answers_only(pages):
-    batch = Sequences(pages, RECIPE, 7, True).questions(0)
-    assert ((batch["weights"] > 0) == (batch["answers"] > 0)).all()
-    assert (batch["input_ids"] != pages.alphabet.mask).all()
+def test_validation_asks_answers_after_the_prefix_only(pages):
+    batch = Sequences(pages, RECIPE, 7).questions(0)
+    assert ((batch["weights"] > 0) == (batch["answers"] > 0)).all() and batch["answers"].any()
+    inside = torch.arange(batch["answers"].shape[1]) < batch["prefix_length"][:, None] - 1
+    assert not batch["answers"][inside].any()
+    assert (batch["ids"] != pages.alphabet.mask).all()
 
 
 def test_a_corpus_without_facts_is_refused(tokenizer):

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import jrt
+from jrt.checkpoints.convert import convert
 from jrt.checkpoints.files import CheckpointError
 from jrt.config import Config
 from jrt.configuration_jrt import JRTConfig
@@ -279,6 +281,109 @@ def test_shards(folder):
     refused(folder, "not JSON")
 
 
+ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@pytest.mark.parametrize("first", range(len(ORDER)))
+def test_the_same_files_are_chosen_as_transformers_chooses(first, tmp_path):
+    """All that come after the first in this order are there too, with other weights."""
+    own_model().config.save_pretrained(tmp_path)
+    for number in range(first, len(ORDER)):
+        found = {name: torch.full_like(tensor, 1.0 + number) for name, tensor in own_weights().items()}
+        save, end = (save_file, "safetensors") if "safetensors" in ORDER[number] else (torch.save, "bin")
+        if ORDER[number].endswith("index.json"):
+            save(found, tmp_path / f"shard-1-of-1.{end}")
+            places = {"weight_map": dict.fromkeys(found, f"shard-1-of-1.{end}"), "metadata": {}}
+            (tmp_path / ORDER[number]).write_text(json.dumps(places))
+        else:
+            save(found, tmp_path / ORDER[number], **({"metadata": {"format": "pt"}} if end == "safetensors" else {}))
+    ours = jrt.load(tmp_path).model.norm.weight
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
+    assert ours.unique().tolist() == theirs.unique().tolist() == [1.0 + first]
+
+
+def own_weights() -> dict[str, torch.Tensor]:
+    """The tensors of `own_model`, the tied one once."""
+    return {name: tensor.clone() for name, tensor in own_model().state_dict().items() if name != "model.head.weight"}
+
+
+def own_model() -> JRTForCausalLM:
+    config = Config(pattern="AC", width=WIDTH, vocab_rows=ROWS, heads=2)
+    return JRTForCausalLM(JRTConfig(architecture=config.to_dict()))
+
+
+def test_a_whole_save_beside_older_shards(tmp_path):
+    old, new = own_model(), own_model()
+    old.save_pretrained(tmp_path, max_shard_size="1KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    new.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)
+    for name, tensor in jrt.load(tmp_path).state_dict().items():
+        assert torch.equal(tensor, new.state_dict()[name]), name
+
+
+def test_weights_that_a_configuration_names_are_not_looked_for(tmp_path):
+    own_model().save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"transformers_weights": "other.safetensors"}))
+    refused(tmp_path, "transformers_weights")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token_id": [0, 5]},
+        {"eos_token_id": 3, "pad_token_id": 4},
+        {"max_new_tokens": 7, "repetition_penalty": 1.5, "do_sample": True, "temperature": 0.5},
+        {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": None},
+        {},
+    ],
+)
+def test_the_generation_configuration_is_the_folder_s(fields, tmp_path):
+    own_model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    found, expected = (load(tmp_path).generation_config for load in (jrt.load, AutoModelForCausalLM.from_pretrained))
+    assert found.to_dict() == expected.to_dict()
+    ids = torch.tensor([[1, 2, 3]])
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).generate(ids, **options)
+    assert torch.equal(jrt.load(tmp_path).generate(ids, **options), theirs)
+
+
+def test_a_second_end_token_ends_a_generation_and_survives_a_conversion(tmp_path):
+    model, ids = own_model(), torch.tensor([[1, 2, 3]])
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
+    stop = model.generate(ids, max_new_tokens=1, **options)[0, -1].item()
+    model.generation_config.eos_token_id = [(stop + 1) % ROWS, stop]
+    model.save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "out")
+    for folder in (tmp_path / "model", tmp_path / "out"):
+        assert jrt.load(folder).generate(ids, max_new_tokens=9, **options).shape == (1, 4)
+    endless = jrt.load(tmp_path / "model", compat="released")  # whose loop had no end token
+    assert endless.generation_config.eos_token_id is None
+    assert endless.generate(ids, max_new_tokens=9, **options).shape == (1, 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "holds a list"),
+        ('{"eos_token_id": "end"}', "eos_token_id"),
+        ('{"eos_token_id": [1, [2]]}', "eos_token_id"),
+        ('{"pad_token_id": 1.5}', "pad_token_id"),
+        ('{"eos_token_id": 1' + "0" * 30 + "}", "eos_token_id"),
+        ('{"bos_token_id": true}', "bos_token_id"),
+        ('{"max_new_tokens": -1}', "generation configuration"),
+        ('{"cache_implementation": 3}', "generation configuration"),
+        ('{"a": [' + "[]," * (6 << 20) + "[]]}", "too large"),
+    ],
+)
+def test_generation_configurations_that_are_none(text, match, folder):
+    (folder / "generation_config.json").write_text(text)
+    refused(folder, match)
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -362,6 +467,9 @@ def test_configurations_that_do_not_fit(folder, change):
         "text",
         {"quirks": {"no_such_quirk": True}},
         {"short_prompt": "sometimes"},
+        {"eos_token_id": "end"},
+        {"eos_token_id": [1, None, {}]},
+        {"pad_token_id": 10**30},
         {"vocab_tokens": "x"},
         {"vocab_tokens": ROWS + 1},
         {"heads": 16, "rotary_dim": 4},
@@ -378,7 +486,13 @@ def test_own_configurations_that_do_not_fit(tmp_path, change):
     config = Config(pattern="AA", width=WIDTH, vocab_rows=ROWS, heads=2)
     JRTForCausalLM(JRTConfig(architecture=config.to_dict())).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    if isinstance(change, dict) and set(change) <= {"quirks", "short_prompt", "vocab_tokens"}:
+    if isinstance(change, dict) and set(change) <= {
+        "quirks",
+        "short_prompt",
+        "vocab_tokens",
+        "eos_token_id",
+        "pad_token_id",
+    }:
         raw |= change
     else:
         raw["architecture"] = raw["architecture"] | change if isinstance(change, dict) else change

@@ -1,2 +1,1 @@
-"""Training: Hydra configurations, Lightning loop, and the corpus of the mini models. Entry points are run.py and
-corpus.py."""
+"""Training: from text to an exported model. Entry points are run.py, prepare.py and, for the minis' text, corpus.py."""

@@ -1,116 +1,150 @@
-"""The trained model as a Hugging Face folder: bf16 weights, tokenizer, and a card that says where they come from."""
+"""The trained model as a Hugging Face folder: weights, tokenizer, and a card that says where they come from."""
+
+from __future__ import annotations
 
 import json
+import logging
 import platform
 import sys
 from pathlib import Path
 
 import torch
-from jrt_recall.tokenizers import shipped_tokenizer
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
 
-from jrt.modeling_jrt import JRTConfig, JRTForCausalLM
+from jrt.configuration_jrt import JRTConfig
+from jrt.modeling_jrt import JRTForCausalLM
 from train import recall
-from train.module import Training
+from train.distributed import whole_state
+from train.loop import Loop
 
+log = logging.getLogger(__name__)
 LICENSE = "apache-2.0"
 
 
-def export(task: Training, config: DictConfig, output: Path, metrics: dict[str, float]) -> None:
-    """Writes ``output/model`` (weights, tokenizer, README.md) and ``output/training.json`` (what the card says, for
-    programs)."""
-    folder = output / "model"
-    tokenizer = shipped_tokenizer()
-    model = JRTForCausalLM(
-        JRTConfig(architecture=task.model.config.to_dict(), vocab_tokens=len(tokenizer), source=config.name)
+def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Writes ``output/model`` (bf16 weights, tokenizer, README.md) and ``output/training.json`` (what the card says, for
+    programs). All processes call it; the first one writes. With a moving average, its weights are the model's."""
+    if loop.training.average is not None:
+        loop.training.average.exchange()
+    state = whole_state(loop.model)
+    if loop.training.average is not None:
+        loop.training.average.exchange()
+    if not loop.place.is_first:
+        return
+    folder = loop.output / "model"
+    settings = JRTConfig(
+        architecture=loop.config.to_dict(),
+        vocab_tokens=None if tokenizer is None else min(len(tokenizer), loop.config.vocab_rows),
+        source=config.name,
+        eos_token_id=None if tokenizer is None else tokenizer.eos_token_id,
     )
-    model.model.load_state_dict(task.model.state_dict())
-    weights = model.to(torch.bfloat16)
-    weights.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    record = _record(task, config, metrics)
-    if config.score_items:
-        scored = weights.float().model.to(_device(task)).eval()  # what is stored, computed in fp32
+    with torch.device("meta"):
+        model = JRTForCausalLM(settings)
+    model.model.load_state_dict(state, assign=True)
+    if loop.config.tied:
+        model.model.head.weight = model.model.embedding.weight
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    if tokenizer is None:
+        log.warning("the data does not say which tokenizer made it: %s has none; copy it there before use", folder)
+    else:
+        tokenizer.save_pretrained(folder)
+    record = _record(loop, config, tokenizer)
+    if config.score_items and tokenizer is not None:
+        scored = model.float().model.to(loop.place.device).eval()  # what is stored, computed in fp32
         record["recall"] = recall.score(scored, tokenizer, count=config.score_items)
-    (output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (loop.output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(record), encoding="utf-8")
 
 
-def _record(task: Training, config: DictConfig, metrics: dict[str, float]) -> dict:
-    device = _device(task)
-    manifest = Path(config.data.folder) / "manifest.json"
-    corpus = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict:
+    device = loop.place.device
+    progress = loop.progress
     return {
         "name": config.name,
-        "pattern": task.model.config.pattern,
-        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "pattern": loop.config.pattern,
+        "parameters": sum(p.numel() for p in loop.model.parameters()),
+        "objective": loop.objective.kind,
         "command": " ".join(
-            ["python", "train/run.py", *(a for a in sys.argv[1:] if not a.startswith(("output=", "data.folder=")))]
+            [
+                "python",
+                "train/run.py",
+                *(a for a in sys.argv[1:] if "/" not in a.partition("=")[2] or a.startswith("experiment=")),
+            ]
         ),
         "seed": config.seed,
-        "steps": task.trainer.global_step,
-        "tokens": task.tokens_read,
-        "seconds": round(task.seconds, 1),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "devices": loop.place.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "corpus": {key: corpus[key] for key in ("splits", "tokenizer sha256", "dropped") if key in corpus},
-        "metrics": metrics,
+        "corpus": _corpus(config),
+        "tokenizer entries": None if tokenizer is None else len(tokenizer),
+        "moving average": loop.trainer.ema,
+        "metrics": progress.metrics,
     }
 
 
-def _device(task: Training) -> torch.device:
-    """Where it was trained; Lightning moves the weights to the CPU afterwards."""
-    return task.trainer.strategy.root_device
+def _corpus(config: DictConfig) -> dict:
+    """What the data's manifest says, without paths."""
+    folder = config.data.get("folder")
+    manifest = Path(folder).expanduser() / "manifest.json" if folder else None
+    if manifest is None or not manifest.is_file():
+        return {}
+    told = json.loads(manifest.read_text(encoding="utf-8"))
+    kept = {key: told[key] for key in ("splits", "tokenizer", "tokenizer sha256", "dropped") if key in told}
+    if str(told.get("source", "")).startswith("hub:"):
+        kept["source"] = told["source"]
+    return kept
 
 
 def card(record: dict) -> str:
     """The model card as Markdown with the metadata block that the hub reads."""
     metadata = f"---\nlicense: {LICENSE}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     head = f"{metadata}\n# {record['name']}\n\n"
-    read = f"{record['tokens'] / 1e6:.0f} M tokens in {record['steps']} steps, seed {record['seed']}"
+    read = f"{record['tokens'] / 1e6:,.1f} M tokens in {record['steps']:,} steps, seed {record['seed']}, objective {record['objective']}"
     rows = {
         "pattern": f"`{record['pattern']}`",
         "parameters": f"{record['parameters']:,}",
         "trained on": read,
         "data": _data(record["corpus"]),
-        "hardware": f"{record['device']}, torch {record['versions']['torch']}; {record['seconds']:.0f} s by the clock, "
-        "compiling and other work on the device included",
+        "hardware": f"{record['devices']} x {record['device']}, torch {record['versions']['torch']}; {record['seconds']:.0f} s "
+        "by the clock, compiling and other work on the device included",
         "command": f"`{record['command']}`",
     }
+    if record["moving average"]:
+        rows["weights"] = f"moving average over the steps, {record['moving average']} of the old one at each"
     rows |= {
         name: f"{value:.4f}"
         for name, value in sorted(record["metrics"].items())
-        if "validation" in name or name == "train/loss"
+        if name.startswith("validation") or name == "train/loss"
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    measures = _MEASURES if "validation/right" in record["metrics"] else ""
-    return head + _WHAT + "\n".join(lines) + "\n" + measures + _scores(record)
+    return head + _WHAT + "\n".join(lines) + "\n" + _MEASURES + _scores(record)
 
 
 def _data(corpus: dict) -> str:
     if "splits" not in corpus:
         return "see the command"
     train = corpus["splits"]["train"]
-    return (
-        f"API text of Python packages: {train['tokens']:,} tokens in {train['documents']:,} documents, sha256 of "
-        f"train.bin {train['sha256'][:16]}; by train/corpus.py, packages and versions in train/corpus_manifest.json"
-    )
+    source = f"{corpus['source']}: " if "source" in corpus else ""
+    return f"{source}{train['tokens']:,} tokens in {train['documents']:,} documents, sha256 of train.bin {train['sha256'][:16]}"
 
 
 _WHAT = (
-    "A small model that answers, from the page in front of it, which arguments a function takes. It is made to\n"
-    "compare how architectures recall, and knows little else. Weights are stored in bf16 and computed in fp32.\n\n"
+    "A language model of the project jrt (*Just read twice*, arXiv 2407.05483). Weights are stored in bf16.\n"
+    "Load it with `jrt.load(folder)`, or after `import jrt` with transformers' `AutoModelForCausalLM`.\n\n"
 )
-
 _MEASURES = (
-    "\ntrain/loss is the last batch's, weighted as in train/sequences.py (with P in the pattern it also counts hidden\n"
-    "tokens, so it compares with no other pattern's). validation/loss is the mean over answer tokens, and\n"
-    "validation/right the share of answers all right, on packages that training never reads.\n"
+    "\ntrain/loss is the last batch's objective (with a masked part where the prefix is encoded, so it compares with no\n"
+    "other pattern's). validation/loss is the mean next-token loss on held-out text with nothing hidden;\n"
+    "validation/right is the share of held-out questions whose answer greedy decoding would give.\n"
 )
 _PAGES = (
-    "\nReference pages of the standard library of Python {python} (train/corpus.py says how that library's text was\n"
-    "kept out of training): percent of argument lists all right, as greedy decoding would give them, found by one\n"
-    "pass over prompt and answer on the device above.\n"
+    "\nReference pages of the standard library of Python {python}: percent of argument lists all right, as greedy decoding\n"
+    "would give them, found by one pass over prompt and answer on the device above.\n"
 )
 
 

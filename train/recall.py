@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from jrt.model import LanguageModel
+from jrt.objective import greedy_answers
 
 log = logging.getLogger(__name__)
 TOKENS_A_PASS = 65_536
@@ -40,9 +41,9 @@ def score(
             parts = range(0, len(pairs), rows)
             found = [
                 _right(model, pairs[i : i + rows], tokenizer, device)
-                for i in tqdm(parts, desc=f"{window} {strategy}", leave=False)
+                for i in tqdm(parts, desc=f"{window} {strategy}", leave=False, disable=None)
             ]
-            right = sum(map(sum, found))
+            right = sum(found)
             records.append(
                 {
                     "window": window,
@@ -63,16 +64,20 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, document: dict, strategy: str) 
 
 
 def _right(
-    model: LanguageModel, pairs: list[tuple[list[int], list[int]]], tokenizer, device: torch.device
-) -> list[bool]:
-    """One flag for each (prompt, answer); rows are padded at their end, where nothing looks."""
+    model: LanguageModel,
+    pairs: list[tuple[list[int], list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> int:
+    """How many of these (prompt, answer) pairs are right; rows are padded at their end, where nothing looks."""
     length = 64 * math.ceil(max(len(prompt) + len(answer) for prompt, answer in pairs) / 64)
-    ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
-    for row, (prompt, answer) in zip(ids, pairs, strict=True):
-        row[: len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+    padding = tokenizer.pad_token_id or 0
+    ids = torch.full((len(pairs), length), padding)
+    answers = torch.zeros((len(pairs), length), dtype=torch.long)
+    for row, (prompt, answer) in enumerate(pairs):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        answers[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = 1  # where the answer's tokens are predicted
     prefix = torch.tensor([len(prompt) for prompt, _ in pairs])
-    likeliest = model(ids.to(device), prefix.to(device)).argmax(-1).cpu()  # (R, T)
-    return [
-        likeliest[i, len(prompt) - 1 : len(prompt) + len(answer) - 1].tolist() == answer
-        for i, (prompt, answer) in enumerate(pairs)
-    ]
+    likeliest = model(ids.to(device), prefix_length=prefix.to(device)).argmax(-1).cpu()  # (R, T)
+    correct, _ = greedy_answers(likeliest, ids.roll(-1, dims=1), answers)
+    return int(correct)

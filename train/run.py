@@ -1,64 +1,294 @@
-"""Trains one model: ``python train/run.py experiment=mini/jrt [trainer.devices=1 ...]``.
+"""Trains one model: ``python train/run.py experiment=baselines/jrt-1b-50b trainer.devices=8``.
 
-An experiment file names a preset, its data and its schedule; Hydra composes the rest (``--cfg job`` shows the whole).
-Everything is written to ``output``: checkpoints (``output=... resume=true`` goes on from the last, bit for bit),
-metrics.csv, and at the end the model as a Hugging Face folder with a model card."""
+An experiment file names a model, its data and its schedule; Hydra composes the rest (``--cfg job`` shows the whole).
+Everything is written to ``output``: checkpoints, metrics.csv and its plot, and at the end the model as a Hugging Face folder.
+The same command again goes on from the newest checkpoint.
+"""
 
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # so that this file finds its package wherever it is started from
 
 import hydra  # noqa: E402
-import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.errors import InstantiationException  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from train.data import StepData  # noqa: E402
+from jrt.config import Config, presets  # noqa: E402
+from jrt.model import LanguageModel  # noqa: E402
+from jrt.objective import Objective, prefix_of  # noqa: E402
+from train import recall  # noqa: E402
+from train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
+from train.data.batches import Data  # noqa: E402
+from train.distributed import World, build, is_launched, launch, world  # noqa: E402
 from train.export import export  # noqa: E402
-from train.module import Training  # noqa: E402
+from train.loop import Loop, Trainer  # noqa: E402
+from train.optimizer import Schedule  # noqa: E402
+from train.report import loggers, plot  # noqa: E402
 
 log = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
+IDENTITY = ("preset", "model", "objective", "rate", "seed", "data", "batch", "precision", "ema", "code")
 
 
 def train(config: DictConfig) -> dict[str, float]:
-    """Runs a composed configuration and returns the last metrics.
+    """Runs a composed configuration in this process and returns the last metrics.
 
-    Raises: ValueError: the output folder holds another run's checkpoint and `resume` is false, or there is nothing to
-    resume."""
-    output = Path(config.output)
-    last = output / "checkpoints" / "last.ckpt"
-    if last.exists() and not config.resume:
-        raise ValueError(f"{output} holds a run already: resume=true goes on with it, output=FOLDER begins another")
-    if config.resume and not last.exists():
-        raise ValueError(f"nothing to resume: {last} does not exist")
+    Raises:
+        ValueError: a setting, the data or a checkpoint is wrong; the message says what was expected.
+    """
+    trainer = _made(config.trainer)
+    with world(trainer.accelerator, trainer.devices, trainer.nodes) as place:
+        return _train(config, trainer, place)
+
+
+def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, float]:
     torch.set_float32_matmul_precision("high")
-    data: StepData = instantiate(config.data)
-    task: Training = instantiate(config.task)
-    task.initialise(config.seed)
-    trainer: pl.Trainer = instantiate(
-        config.trainer, logger=instantiate(config.logger), callbacks=list(instantiate(config.callbacks).values())
+    output = Path(config.output).expanduser()
+    model_config = model_of(config)
+    schedule: Schedule = _made(config.task.schedule)
+    found = _checkpoint_before(config, output, place)
+    if found is not None:  # named here, before it contradicts the data
+        _check_same_run(found, {"preset": config.preset, "model": model_config.to_dict()}, config)
+    data: Data = _data(config, place)
+    objective, prefix = objective_of(config, model_config, data)
+    rows = trainer.global_batch or data.rows(0) or 0
+    trainer.passes(rows)
+    if data.windows is not None and data.windows < rows:
+        raise ValueError(f"the training text has {data.windows} windows of {data.length} tokens; a batch needs {rows}")
+    identity = identity_of(config, model_config, objective, schedule, data)
+    if found is not None:
+        _check_same_run(found, identity, config)
+    configured = [_made(config.logger)] if config.logger and place.is_first else []
+    model, module = build(
+        model_config,
+        objective.kind == "jrt" and objective.masked_share > 0,
+        place,
+        trainer.strategy,
+        config.seed if found is None else None,
+        trainer.compile,
+        trainer.activation_checkpointing,
     )
-    trainer.fit(
-        task, datamodule=data, ckpt_path=last if config.resume else None, weights_only=True if config.resume else None
+    loop = Loop(
+        trainer,
+        place,
+        model,
+        module,
+        data,
+        objective,
+        prefix,
+        schedule,
+        config.seed,
+        output,
+        identity,
+        _probe(config, data),
     )
-    if config.export and trainer.is_global_zero:
-        export(task, config, output, metrics(trainer))
-    return metrics(trainer)
+    if found is not None:
+        loop.resume(found)
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = output / "metrics.csv"
+    progress = loop.fit(loggers(configured, metrics, loop.progress.step) if place.is_first else [])
+    if place.is_first:
+        plot(metrics, output / "loss.png")
+    if config.export:
+        export(loop, config, data.tokenizer())
+    return progress.metrics
 
 
-def metrics(trainer: pl.Trainer) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+def model_of(config: DictConfig) -> Config:
+    """The preset, with the fields that `model` gives.
+
+    Raises:
+        ValueError: no such preset, or fields that no model can have.
+    """
+    fields = {name: value for name, value in _plain(config.model).items() if value is not None}
+    known = presets()
+    if config.preset is None:
+        return Config.from_dict(fields)
+    if config.preset not in known:
+        raise ValueError(f"unknown preset {config.preset!r}: expected one of {', '.join(known)}")
+    return Config.from_dict(known[config.preset].to_dict() | fields)
+
+
+def objective_of(config: DictConfig, model: Config, data: Data) -> tuple[Objective, int | None]:
+    """The objective, and how many tokens of a sequence are its prefix (None: each batch says). Both follow from the model
+    unless they are given.
+
+    Raises:
+        ValueError: they contradict the model or the data.
+    """
+    fields = {name: value for name, value in _plain(config.task.objective).items() if value is not None}
+    given = fields.pop("prefix_length", None)
+    kind = fields.pop("kind", "jrt" if model.has("P") else "causal")
+    objective = Objective(kind, fields.pop("mask_token", model.vocab_rows - 1), **fields)
+    prefix = None if data.tells_prefix else prefix_of(model, kind, data.length, given)
+    if data.tells_prefix and model.has("P") and model.enc_length < data.length:
+        raise ValueError(
+            f"prefixes of this data have up to {data.length} tokens, and the model's encoder reads {model.enc_length}: raise "
+            "model.enc_length, or shorten the sequences"
+        )
+    tokenizer = data.tokenizer()
+    if tokenizer is not None and len(tokenizer) > model.vocab_rows:
+        raise ValueError(
+            f"the data's tokenizer has {len(tokenizer)} entries, the model {model.vocab_rows} rows: raise model.vocab_rows"
+        )
+    if tokenizer is not None and objective.kind == "jrt" and objective.mask_token < len(tokenizer):
+        own = tokenizer.mask_token_id
+        if own != objective.mask_token:
+            raise ValueError(
+                f"the mask token {objective.mask_token} is a word of the data's tokenizer: give task.objective.mask_token "
+                f"({'none of its entries is a mask' if own is None else f'its mask is {own}'}) or a larger model.vocab_rows"
+            )
+    return objective, prefix
+
+
+def identity_of(
+    config: DictConfig, model: Config, objective: Objective, schedule: Schedule, data: Data
+) -> dict[str, Any]:
+    """What a run is: two that agree in it compute the same. Kept in checkpoints, and compared before one goes on."""
+    found = {
+        "preset": config.preset,
+        "model": model.to_dict(),
+        "objective": dataclasses.asdict(objective),
+        "rate": dataclasses.asdict(schedule),
+        "seed": config.seed,
+        "data": data.identity(),
+        "batch": config.trainer.global_batch,
+        "precision": config.trainer.precision,
+        "ema": config.trainer.ema,
+        "code": code_version(),
+    }
+    assert tuple(found) == IDENTITY
+    return found
+
+
+def code_version() -> str:
+    """Hash of the sources of model and training, and PyTorch's version."""
+    digest = hashlib.sha256()
+    for folder in ("jrt", "train"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return f"{digest.hexdigest()[:12]}, torch {torch.__version__}"
+
+
+def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkpoint | None:
+    """The newest whole checkpoint of `output`, if there is one.
+
+    Raises:
+        ValueError: there is one and it must not be gone on with, or `accept` names nothing that runs differ in.
+    """
+    unknown = sorted(set(config.accept) - set(IDENTITY))
+    if unknown:
+        raise ValueError(f"accept={','.join(unknown)}: expected names out of {', '.join(IDENTITY)}")
+    found = Checkpoints(output / "checkpoints", place).latest()
+    if found is not None and not config.resume:
+        raise ValueError(
+            f"{output} holds a run already: leave out resume=false to go on with it, or choose another output"
+        )
+    return found
+
+
+def _check_same_run(found: Checkpoint, now: dict, config: DictConfig) -> None:
+    before, now = found.facts["identity"], json.loads(json.dumps(now))
+    changed = [name for name in now if before.get(name) != now[name] and name not in config.accept]
+    if changed:
+        told = "; ".join(f"{name}: {_shown(before.get(name), now[name])}" for name in changed)
+        raise ValueError(
+            f"{config.output} was begun with another {' and '.join(changed)} ({told}): choose another output, or go on all the same "
+            f"with accept=[{','.join(changed)}]"
+        )
+
+
+def _shown(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in now if before.get(name) != now[name]]
+        return ", ".join(f"{name} {before.get(name)}, now {now[name]}" for name in names)
+    return f"{before}, now {now}"
+
+
+def _data(config: DictConfig, place: World) -> Data:
+    """The first process goes first: it may have to make the data."""
+    found = _made(config.data) if place.is_first else None
+    place.wait()
+    return found if found is not None else _made(config.data)
+
+
+def _probe(config: DictConfig, data: Data) -> Callable[[LanguageModel], float] | None:
+    tokenizer = data.tokenizer()
+    if not config.trainer.probe_every:
+        return None
+    if config.trainer.strategy != "ddp":
+        raise ValueError("trainer.probe_every needs the whole model on each device: use trainer.strategy=ddp")
+    if tokenizer is None:
+        raise ValueError("trainer.probe_every asks questions, and the data does not say which tokenizer made it")
+
+    def probe(model: LanguageModel) -> float:
+        records = recall.score(model, tokenizer, windows=(256,), strategies=("once",), count=64)
+        return records[0]["score"]
+
+    return probe
+
+
+def _made(config: DictConfig) -> Any:
+    """What a `_target_` builds; errors of its own stay what they are."""
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _plain(config: DictConfig) -> dict:
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    return {str(name): value for name, value in found.items()}
+
+
+def _run(config: DictConfig) -> None:
+    """This process's part, or one process for each device."""
+    trainer = _made(config.trainer)
+    if is_launched() or trainer.devices == 1:
+        if is_launched() and not _is_first():
+            logging.getLogger().setLevel(logging.WARNING)
+        train(config)
+        return
+    if trainer.nodes > 1:
+        raise ValueError(
+            "trainer.nodes > 1: start train/run.py with torchrun on each machine, as train/README.md shows"
+        )
+    trainer.passes(trainer.global_batch or 0)
+    arguments = [*HydraConfig.get().overrides.task, f"hydra.run.dir={HydraConfig.get().runtime.output_dir}"]
+    arguments = [a for a in arguments if not a.startswith("output=")] + [f"output={config.output}"]
+    code = launch(str(Path(__file__).resolve()), arguments, trainer.devices)
+    if code:
+        sys.exit(code)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK") == "0"
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
+    if not any(override.startswith("output=") for override in HydraConfig.get().overrides.task):
+        config.output = HydraConfig.get().runtime.output_dir
     try:
-        train(config)
+        _run(config)
     except ValueError as error:
         log.error("%s", error)
         sys.exit(2)

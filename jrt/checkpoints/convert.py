@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from jrt import __version__
 from jrt.checkpoints.files import files
-from jrt.checkpoints.load import load, resolve
+from jrt.checkpoints.load import load
+from jrt.checkpoints.names import origin, resolve
 from jrt.checkpoints.self_contained import make_self_contained
 from jrt.modeling_jrt import JRTForCausalLM
 
@@ -45,7 +47,7 @@ def convert(
         source: anything that `jrt.load` takes: a folder, a hub id, a mini model's name.
         out: a folder that is new or empty.
         dtype: of the weights in the result; None keeps the source's.
-        self_contained: add a modelling file: the folder then loads with `trust_remote_code=True` where jrt is missing.
+        self_contained: add the model's source files: the folder then loads with `trust_remote_code=True` where jrt is missing.
 
     Returns:
         The folder.
@@ -53,11 +55,10 @@ def convert(
     Raises:
         ValueError: `out` holds something, the disk is too full, or the source cannot be loaded: nothing is written.
     """
-    out = Path(out).expanduser()
-    _check_out(out)
+    out = _checked_out(out)
     folder = resolve(source)
     model = load(source, dtype=dtype)
-    model.config.source = _origin(source)
+    model.config.source = origin(source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -65,13 +66,15 @@ def convert(
         raise ValueError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
     try:
         _check_space(out.parent, model)
+        model.generation_config = GenerationConfig.from_model_config(model.config)  # the source's own is copied
         model.save_pretrained(partial, max_shard_size=SHARD)
         tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-        for name in tokenizer:
+        copied = tokenizer + [name for name in ("generation_config.json",) if (folder / name).is_file()]
+        for name in copied:
             shutil.copyfile(folder / name, partial / name)
         if self_contained:
-            make_self_contained(partial, __version__)
-        sources = [folder / "config.json", *files(folder), *(folder / name for name in tokenizer)]
+            make_self_contained(partial, type(model), __version__)
+        sources = [folder / "config.json", *files(folder), *(folder / name for name in copied)]
         card = _card(model, source, sources, sorted(partial.iterdir()), bool(tokenizer), self_contained)
         (partial / "README.md").write_text(card)
         partial.chmod(0o755)  # mkdtemp's own mode would hide the result from everybody else
@@ -82,16 +85,15 @@ def convert(
     return out
 
 
-def _check_out(out: Path) -> None:
+def _checked_out(given: str | Path) -> Path:
+    out = Path(os.path.expanduser(given))
+    if str(out).startswith("~"):
+        raise ValueError(f"{out}: there is no user of that name on this machine")
     if os.path.isdir(out) and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder, or empty this one")
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file: expected a new or empty folder")
-
-
-def _origin(source: str | Path) -> str:
-    """A name for the record that tells nothing of this machine's folders."""
-    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+    return out
 
 
 def _check_space(folder: Path, model: JRTForCausalLM) -> None:
@@ -120,10 +122,10 @@ def _card(
     """The folder's README.md: what it is, how it loads, where it came from."""
     config, core = model.config, model.config.core
     parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
-    origin = _origin(source)
+    name = origin(source)
     quirks = ", ".join(config.quirks) or "none (correct computation)"
     other_way = (
-        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs `modeling_jrt.py`."
+        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs the `.py` files of this folder."
         if alone
         else "For a folder that loads without jrt, convert with `--self-contained`."
     )
@@ -133,7 +135,7 @@ pipeline_tag: text-generation
 tags: [jrt, recurrent, linear-attention]
 ---
 
-# {origin}, converted by jrt
+# {name}, converted by jrt
 
 ```python
 import jrt
@@ -158,7 +160,7 @@ The weights are the source's under other names, and so is their licence.
 
 ## Provenance
 
-Converted from `{origin}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
+Converted from `{name}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
 
 Source files:
 

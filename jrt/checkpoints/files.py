@@ -13,14 +13,17 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-SINGLE = ("model.safetensors", "pytorch_model.bin")
+CHOICE = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # the first that is there, whole or sharded, as transformers chooses
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 FLOATING = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 LARGEST_JSON = 16 << 20  # Python objects take up to twenty times the text
@@ -96,7 +99,7 @@ class Reader:
     def __init__(self, device: str | torch.device, dtype: torch.dtype | None) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self._file: Path | None = None
-        self._content = None
+        self._content: Any = None
         self._touched = 0
 
     def read(self, entry: Entry) -> Tensor:
@@ -146,7 +149,7 @@ def read_json(file: Path) -> dict:
     if file.stat().st_size > LARGEST_JSON:
         raise CheckpointError(f"{file} is too large for a configuration or index: {file.stat().st_size} bytes")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({_first_line(error)})") from error
     if not isinstance(content, dict):
@@ -154,7 +157,7 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def _opened(file: Path):
+def _opened(file: Path) -> Any:
     if file.suffix == ".safetensors":
         return safe_open(file, framework="pt")
     content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -162,15 +165,14 @@ def _opened(file: Path):
 
 
 def files(folder: Path) -> list[Path]:
-    """The weight files of a folder; raises CheckpointError as `entries`."""
-    for name in SINGLE:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _shards(index)
+    """The weight files of a folder, chosen as transformers chooses; raises CheckpointError as `entries`."""
+    for name in CHOICE:
         if (folder / name).is_file():
             return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return _shards(index)
     raise CheckpointError(
-        f"{folder} holds no weights: expected one of {', '.join(SINGLE)}, or an .index.json of shards"
+        f"{folder} holds no weights: expected one of {', '.join(CHOICE)}, or an .index.json of shards"
     )
 
 
@@ -243,11 +245,11 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
     return found
 
 
-def _check_pickles(stream: BinaryIO, count: int, file: Path) -> None:
+def _check_pickles(stream: IO[bytes], count: int, file: Path) -> None:
     """Refuses the one thing that `weights_only` still makes as large as a file asks for."""
     for _ in range(count):
         for operation, argument, _ in pickletools.genops(stream):
-            if operation.name == "GLOBAL" and argument.endswith(" bytearray"):
+            if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):
                 raise CheckpointError(f"{file.name} holds a bytearray; expected named tensors only")
 
 

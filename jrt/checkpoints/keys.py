@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 
-# Prefix-linear-attention, Based and attention checkpoints (original_spec section 2), after a leading "model." is cut.
-GPT = (
+Table = tuple[tuple[str, str], ...]
+
+# The released JRT, Based and attention checkpoints, after a leading "model." is cut.
+GPT: Table = (
     (r"transformer\.embeddings\.word_embeddings\.weight", "embedding.weight"),
     (r"transformer\.layers\.(\d+)\.(norm[12])\.weight", r"blocks.\1.\2.weight"),
     (r"transformer\.layers\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
@@ -20,8 +22,8 @@ GPT = (
     (r"lm_head\.weight", "head.weight"),
 )
 
-# state-spaces/mamba-*, both layouts, and the released mamba-* (original_spec section 2).
-MAMBA = (
+# The released mamba-*, and state-spaces/mamba-* in both layouts.
+MAMBA: Table = (
     (r"backbone\.embeddings?\.weight", "embedding.weight"),
     (r"backbone\.layers\.(\d+)\.norm\.weight", r"blocks.\1.norm1.weight"),
     (r"backbone\.layers\.(\d+)\.mixer\.(A_log|D)", r"blocks.\1.mixer.\2"),
@@ -32,13 +34,13 @@ MAMBA = (
 )
 
 # Folders that this package wrote.
-OWN = ((r"model\.(.+)", r"\1"),)
+OWN: Table = ((r"model\.(.+)", r"\1"),)
 
 # Counters of the trainer and tables that follow from the configuration: no weights.
 NOT_WEIGHTS = (r".*metrics.*", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.feature_map\..+")
 
 
-def renamed(names: list[str], table: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], list[str]]:
+def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
     """Looks each name of a file up in a table.
 
     Returns:

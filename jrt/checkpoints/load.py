@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from jrt.checkpoints import keys
 from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
-from jrt.config import presets
+from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
+from jrt.config import LARGEST
 from jrt.configuration_jrt import JRTConfig
 from jrt.model import fixed_decay
 from jrt.modeling_jrt import JRTForCausalLM
@@ -21,19 +24,16 @@ from jrt.released import configurations
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
-MINIS = Path(__file__).parent.parent / "minis"
-RELEASED = (
-    "hazyresearch/JRT-360M-30B",
-    "hazyresearch/based-360M-30B",
-    "hazyresearch/mamba-360M-30B",
-    "hazyresearch/attn-360M-30B",
-    "hazyresearch/JRT-1B-50B",
-    "hazyresearch/based-1b-50b",
-    "hazyresearch/mamba-1b-50b",
-    "hazyresearch/attn-1b-50bn",
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model")
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+Source = tuple[Entry, ...]  # of one tensor; several entries are stacked along the first dimension
+Translate = Callable[[dict, configurations.Shapes, str], JRTConfig]
+TRANSLATIONS: dict[Kind, tuple[keys.Table, Translate]] = {
+    Kind.RELEASED_GPT: (keys.GPT, configurations.released_gpt),
+    Kind.MAMBA_SSM: (keys.MAMBA, configurations.mamba_ssm),
+    Kind.MAMBA_TRANSFORMERS: (keys.MAMBA, configurations.mamba_transformers),
+}
 
 
 def load(
@@ -55,7 +55,7 @@ def load(
             checkpoint's own, "pad" for released JRT models.
 
     Returns:
-        The model; `model.config.source` says where it came from.
+        The model; `model.config.source` says where it came from. Its `generation_config` is the folder's, if it has one.
 
     Raises:
         ValueError: an unknown name, a checkpoint that cannot be read or does not fit, an unknown option, a device
@@ -66,34 +66,30 @@ def load(
     dtype = None if dtype is None else checked_dtype(dtype)
     quirks = Quirks.of(compat)
     folder = resolve(name_or_path)
-    raw = _read_config(folder)
-    described = entries(folder)
-    if raw.get("model_type") == "jrt":
-        config = _own_config(raw)
-        if compat is not None:
-            config.quirks = {name: True for name in quirks.active()}
-        sources = _matched(described, keys.OWN)
-    elif configurations.is_released(raw):
-        table = keys.MAMBA if configurations.is_mamba(raw) else keys.GPT
-        sources = _matched(_modern(described, raw), table)
-        if "embedding.weight" not in sources and "head.weight" in sources:
-            sources["embedding.weight"] = sources.pop("head.weight")  # the other name of a tied tensor
-        shapes = {name: _shape(source) for name, source in sources.items()}
-        config = _translated(raw, shapes, quirks, str(name_or_path))
-        if config.core.decay_const is None:
-            sources.pop("log_decay", None)  # the release writes it beside mixers that do not use it, too
-    else:
-        kind = raw.get("model_type", "unknown")
-        raise CheckpointError(
-            f"{name_or_path} is a {kind} model; expected JRT, Based, attention or Mamba: use transformers for others"
-        )
+    config, sources = _described(folder, str(name_or_path))
+    if compat is not None:
+        config.quirks = {name: True for name in quirks.active()}
     if short_prompt is not None:
         config.short_prompt = short_prompt
     if quirks.ignore_end_token:
         config.eos_token_id = None
     if folder.parent == MINIS and dtype is None:
         dtype = torch.float32
-    return _build(config, sources, device, dtype)
+    model = _built(config, sources, device, dtype)
+    model.generation_config = _generation_config(folder, config)
+    if quirks.ignore_end_token:
+        model.generation_config.eos_token_id = None
+    return model
+
+
+def configuration(folder: Path, source: str) -> JRTConfig:
+    """The configuration of a folder that `load` reads; a released folder's shapes are looked at, no weights are read.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    raw = read_config(folder)
+    return _own_config(raw) if kind_of(raw) is Kind.JRT else _described(folder, source)[0]
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -132,7 +128,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype of a name, one that models compute in. Raises ValueError for another."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}: expected {', '.join(DTYPES)} (or torch.float32, ...)")
     return found
 
@@ -142,45 +138,35 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
-def resolve(name_or_path: str | Path) -> Path:
-    """The folder behind a mini's name, a path or a hub id (downloaded, or taken from the hub's cache).
-
-    Raises:
-        ValueError: there is none.
-    """
-    name = str(name_or_path)
-    if os.path.isfile(MINIS / name / "config.json"):  # unlike Path.is_file, False for what cannot be a path
-        return MINIS / name
-    if os.path.isdir(name):
-        return Path(name)
-    if name in presets():
-        raise ValueError(f"{name} is an architecture without weights here; minis with weights: {', '.join(_minis())}")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"no model {name!r}: expected one of {', '.join(_minis())}, a folder, or a hub id like {RELEASED[4]}"
+def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
+    """A folder's configuration, and for each tensor of the model the entries of its files."""
+    raw = read_config(folder)
+    kind = kind_of(raw)
+    if kind is Kind.OTHER:
+        raise CheckpointError(
+            f"{name} is a {raw.get('model_type', 'unknown')} model; expected JRT, Based, attention or Mamba: "
+            "use transformers for others"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    if raw.get("transformers_weights") is not None:
+        raise CheckpointError("config.json has transformers_weights: expected the weights in model.safetensors")
+    described: dict[str, Source] = {tensor: (entry,) for tensor, entry in entries(folder).items()}
+    if kind is Kind.JRT:
+        return _own_config(raw), _matched(described, keys.OWN)
+    table, translate = TRANSLATIONS[kind]
+    sources = _matched(_modern(described, raw), table)
+    if "embedding.weight" not in sources and "head.weight" in sources:
+        sources["embedding.weight"] = sources.pop("head.weight")  # the other name of a tied tensor
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"{name} is neither in the hub's cache nor reachable: download it where there is a network"
-        ) from error
-
-
-def _minis() -> list[str]:
-    return sorted(folder.name for folder in MINIS.glob("*/") if (folder / "config.json").is_file())
-
-
-def _read_config(folder: Path) -> dict:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: expected a model folder")
-    return read_json(folder / "config.json")
+        config = translate(raw, {tensor: _shape(source) for tensor, source in sources.items()}, name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if config.core.decay_const is None:
+        sources.pop("log_decay", None)  # the release writes it beside mixers that do not use it, too
+    return config, sources
 
 
 def _own_config(raw: dict) -> JRTConfig:
+    _check_tokens(raw, "config.json")
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}  # transformers' own fields can ask for memory
     try:
         config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
@@ -190,34 +176,48 @@ def _own_config(raw: dict) -> JRTConfig:
     return config
 
 
-def _translated(raw: dict, shapes: configurations.Shapes, quirks: Quirks, source: str) -> JRTConfig:
+def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
+    """As transformers reads it: from generation_config.json, or from the configuration where there is none."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return GenerationConfig.from_model_config(config)
+    raw = read_json(file)
+    _check_tokens(raw, file.name)
     try:
-        return configurations.translate(raw, shapes, quirks, source)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        return GenerationConfig.from_dict(raw)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file.name} is no generation configuration ({error})") from error
 
 
-Source = Entry | tuple[Entry, ...]  # a tuple: stacked along the first dimension
+def _check_tokens(raw: dict, file: str) -> None:
+    """Raises CheckpointError for a special token that is no id and no list of ids."""
+    for name in TOKEN_FIELDS:
+        value = raw.get(name)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and not (type(token) is int and abs(token) < LARGEST):
+                raise CheckpointError(
+                    f"{file} has {name}: {reprlib.repr(value)}; expected a token id or a list of them"
+                )
 
 
-def _modern(described: dict[str, Entry], raw: dict) -> dict[str, Source]:
-    """Entries under the names of the released layout, from the older layouts."""
+def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
+    """Sources under the names of the released layout, from the older layouts."""
     renames = keys.modern_norms(list(described))
     found: dict[str, Source] = {}
-    for name, entry in described.items():
+    for name, source in described.items():
         if renames[name] in found:
-            raise CheckpointError(f"the tensors {found[renames[name]].name} and {name} are both {renames[name]}")
-        found[renames[name]] = entry
+            raise CheckpointError(f"the tensors {found[renames[name]][0].name} and {name} are both {renames[name]}")
+        found[renames[name]] = source
     if raw.get("mlp_type") == "alt":
         for name in [name for name in found if ".mlp.fc3." in name]:
             gate = name.replace(".fc3.", ".fc1.")
             if gate not in found:
                 raise CheckpointError(f"{name} has no {gate} beside it")
-            found[gate] = (found.pop(name), found[gate])  # values above gates
+            found[gate] = found.pop(name) + found[gate]  # values above gates
     return found
 
 
-def _matched(described: dict[str, Source], table) -> dict[str, Source]:
+def _matched(described: Mapping[str, Source], table: keys.Table) -> dict[str, Source]:
     found, unknown = keys.renamed(list(described), table)
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors have no place in the model: {', '.join(sorted(unknown)[:8])}")
@@ -225,16 +225,16 @@ def _matched(described: dict[str, Source], table) -> dict[str, Source]:
 
 
 def _shape(source: Source) -> tuple[int, ...]:
-    if isinstance(source, Entry):
-        return source.shape
-    if len({part.shape[1:] for part in source}) != 1:
-        raise CheckpointError(
-            f"{source[0].name} and {source[1].name} cannot be stacked: {source[0].shape}, {source[1].shape}"
-        )
-    return (sum(part.shape[0] for part in source), *source[0].shape[1:])
+    first = source[0].shape
+    if len(source) == 1:
+        return first
+    if len({part.shape[1:] for part in source}) != 1 or not first:
+        names, shapes = " and ".join(part.name for part in source), ", ".join(str(part.shape) for part in source)
+        raise CheckpointError(f"{names} cannot be stacked: {shapes}")
+    return (sum(part.shape[0] for part in source), *first[1:])
 
 
-def _build(
+def _built(
     config: JRTConfig, sources: dict[str, Source], device: torch.device, dtype: torch.dtype | None
 ) -> JRTForCausalLM:
     """Checks names and shapes on the meta device, then fills the model tensor by tensor."""
@@ -261,28 +261,25 @@ def _build(
             raise CheckpointError(f"{name} has shape {_shape(source)}; expected {expected[name]} from config.json")
     reader = Reader(device, _one_dtype(sources) if dtype is None else dtype)
     head = sources.pop("head.weight", None) if core.tied else None
-    if head is not None and not reader.equal(head, sources["embedding.weight"]):
+    if head is not None and not reader.equal(head[0], sources["embedding.weight"][0]):
         raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
     decay = sources.pop("log_decay", None)
     weights = {name: _read(reader, source) for name, source in sources.items()}
     if core.decay_const is not None:  # always in fp32
         exact = fixed_decay(core.decay_const, core.linear_heads).to(device)
-        weights["log_decay"] = exact if decay is None else Reader(device, torch.float32).read(decay)
+        weights["log_decay"] = exact if decay is None else _read(Reader(device, torch.float32), decay)
     model.model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig.from_model_config(config)
     return model.requires_grad_(True).eval()
 
 
 def _one_dtype(sources: dict[str, Source]) -> torch.dtype | None:
     """The widest of a file's floating-point dtypes where it mixes them; None where it has one."""
-    parts = [source for name, source in sources.items() if name != "log_decay"]
-    stored = [entry for part in parts for entry in (part if isinstance(part, tuple) else (part,))]
-    kinds = {entry.dtype for entry in stored if entry.dtype in FLOATING}
+    stored = {entry.dtype for name, source in sources.items() if name != "log_decay" for entry in source}
+    kinds = stored & set(FLOATING)
     return functools.reduce(torch.promote_types, kinds) if len(kinds) > 1 else None
 
 
-def _read(reader: Reader, source: Source) -> torch.Tensor:
-    if isinstance(source, Entry):
-        return reader.read(source)
-    return torch.cat([reader.read(part) for part in source])
+def _read(reader: Reader, source: Source) -> Tensor:
+    parts = [reader.read(entry) for entry in source]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

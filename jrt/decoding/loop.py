@@ -29,10 +29,10 @@ from jrt.decoding.choice import Choice
 from jrt.decoding.session import RUN, CapturedSession, Session, Sessions
 from jrt.mixers import MIXERS
 from jrt.model import LanguageModel
-from jrt.padded_prompts import PaddedPrefixLinearAttention
+from jrt.short_prompts import PADDED_MIXERS
 
 FEWEST = 16  # new tokens for which a capture pays
-STEPPED = {*MIXERS.values(), PaddedPrefixLinearAttention}  # mixers whose next token is what `jrt.decoding` computes
+STEPPED = {*MIXERS.values(), *PADDED_MIXERS.values()}  # mixers whose next token is what `jrt.decoding` computes
 # transformers 5.24 gave the cache a new name.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 
@@ -54,6 +54,8 @@ def unsupported(
         return "use_cache is off"
     if synced_gpus or config.is_assistant or config.prefill_chunk_size is not None:
         return "synced GPUs, an assistant model or a prefill in chunks"
+    if config.output_hidden_states or config.output_attentions:
+        return "hidden states or attentions are wanted: a step keeps none"
     if input_ids.device != model.embedding.weight.device or input_ids.device.type not in ("cpu", "cuda"):
         return f"input_ids on {input_ids.device}, the model on {model.embedding.weight.device}"
     if len({tensor.device for tensor in model.parameters()}) > 1:

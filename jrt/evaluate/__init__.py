@@ -1,24 +1,23 @@
 """Recall evaluation: which share of the answers that stand in its context does a model find.
 
-`plan` makes a request definite, `run` answers it into a folder, `results` and `report` make numbers, tables and pages of
-what the folder holds. Importing `jrt.evaluate.harness` registers our models with lm-eval as `--model jrt`.
+`plan` makes a request definite, `run` answers it into a folder, `tables` and `report` make text, figures and pages of what the
+folder holds. Importing `jrt.evaluate.harness` registers our models with lm-eval as `--model jrt`.
 """
 
-from jrt.evaluate.folder import read_run
-from jrt.evaluate.plan import Cell, Plan, Request, plan
-from jrt.evaluate.pools import LocalPool
-from jrt.evaluate.run import Outcome, run
-from jrt.evaluate.subjects import ModelSpec, Subject, open_subject
+from jrt.evaluate.folder import Cell, read_run
+from jrt.evaluate.models import ModelSpec, OpenModel, open_model
+from jrt.evaluate.run import Outcome, Plan, Request, plan, run
+from jrt.evaluate.workers import LocalPool
 
 __all__ = [
     "Cell",
     "LocalPool",
     "ModelSpec",
+    "OpenModel",
     "Outcome",
     "Plan",
     "Request",
-    "Subject",
-    "open_subject",
+    "open_model",
     "plan",
     "read_run",
     "run",

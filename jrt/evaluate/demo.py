@@ -6,16 +6,14 @@ join through the same code.
 
 from pathlib import Path
 
-from jrt.evaluate import plots
-from jrt.evaluate.files import write_text
 from jrt.evaluate.folder import read_run
-from jrt.evaluate.plan import Plan, Request, plan
-from jrt.evaluate.pools import LocalPool
-from jrt.evaluate.report import page
-from jrt.evaluate.run import Outcome, run
-from jrt.evaluate.subjects import SMOLLM2, ModelSpec
+from jrt.evaluate.models import SMOLLM2, ModelSpec
+from jrt.evaluate.report import write_page
+from jrt.evaluate.run import Outcome, Plan, Request, plan, run
+from jrt.evaluate.workers import LocalPool
 
 MINIS = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt")
+PAGES = "recall_reference_pages_512"
 STRATEGIES = ("once", "twice")
 ITEMS = 160
 REAL_ITEMS = 24  # of a task: SmolLM2 reads some hundred tokens a second on two cores
@@ -25,14 +23,14 @@ BATCH = 32
 def mini_plan(models: tuple[str, ...] = MINIS, limit: int = ITEMS, device: str = "cpu") -> Plan:
     """The minis on reference pages of 512 tokens."""
     specs = tuple(ModelSpec(name, device) for name in models)
-    return plan(Request(specs, ("reference_pages",), STRATEGIES, "pages-512", limit))
+    return plan(Request(specs, (PAGES,), STRATEGIES, limit=limit))
 
 
 def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu") -> Plan:
     """SmolLM2 on real passages where a folder is given, else on reference pages."""
     spec = ModelSpec(SMOLLM2, device)
     if passages is None:
-        return plan(Request((spec,), ("reference_pages",), STRATEGIES, "pages-512", limit))
+        return plan(Request((spec,), (PAGES,), STRATEGIES, limit=limit))
     tasks = tuple(f"qa_{name}" for name in ("squad", "nq", "drop") if (passages / f"{name}.jsonl").is_file())
     if not tasks:
         raise ValueError(f"{passages} holds none of squad.jsonl, nq.jsonl, drop.jsonl")
@@ -44,9 +42,6 @@ def demo(chosen: Plan, output: Path, title: str) -> Outcome:
 
     A folder that holds the same demo, whole or in part, is gone on with."""
     outcome = run(chosen, LocalPool(), output, BATCH, resume=True)
-    figures = plots.draw(outcome.records, outcome.predictions)
-    plots.save(figures, output)
     manifest = read_run(output)[2]
-    html = page(title, outcome.records, outcome.comparisons, outcome.predictions, manifest, figures.values())
-    write_text(output / "report.html", html)
+    write_page(title, output, outcome.records, outcome.comparisons, outcome.predictions, manifest)
     return outcome

@@ -1,26 +1,39 @@
 """The folder of one run: a manifest of what was asked, predictions as they come, results at the end.
 
     manifest.json       identity of the run, versions, models' hashes, whether it is complete
-    predictions.jsonl   one line per item; appended a batch at a time, put in order at the end
-    results.json        one record per cell
+    predictions.jsonl   one line for each item; appended a batch at a time, put in order at the end
+    results.json        one record for each cell
     comparisons.json    paired differences
     run.lock            held while a process writes
 
 A folder belongs to one run: another run is refused, the same one goes on where it stopped.
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
-from jrt.evaluate.files import json_lines, write_json, write_text
-from jrt.evaluate.plan import Cell
+from jrt_recall import task_named
+from jrt_recall.protocols import PAGES
+
+from jrt.files import json_lines, write_json, write_text
 
 MANIFEST, PREDICTIONS, RESULTS, COMPARISONS = "manifest.json", "predictions.jsonl", "results.json", "comparisons.json"
 _LOCK = "run.lock"
+
+
+class Cell(NamedTuple):
+    """One number of a table, by names."""
+
+    model: str
+    task: str
+    strategy: str
+    protocol: str
 
 
 class RunFolder:
@@ -38,7 +51,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict, resume: bool) -> None:
         self.path = path
         try:
-            former = _checked(path, manifest["identity"], resume)
+            former = former_manifest(path, manifest["identity"], resume)
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
         except OSError as error:
@@ -50,22 +63,22 @@ class RunFolder:
             write_text(path / PREDICTIONS, json_lines(self.rows))
         self._stream = (path / PREDICTIONS).open("a", encoding="utf-8", newline="\n")
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
         self._lock.close()
         (self.path / _LOCK).unlink(missing_ok=True)
 
-    def note_model(self, facts: dict) -> None:
-        """Records a model's facts. Raises ValueError where the run was begun with other weights under that name."""
-        known = self.manifest["models"].get(facts["name"])
-        if known is not None and known["sha256"] != facts["sha256"]:
+    def note_model(self, info: dict) -> None:
+        """Records what a model is. Raises ValueError where the run was begun with other weights under that name."""
+        known = self.manifest["models"].get(info["name"])
+        if known is not None and known["sha256"] != info["sha256"]:
             raise ValueError(
-                f"{facts['name']} has other weights than when the run in {self.path} began: choose another folder"
+                f"{info['name']} has other weights than when the run in {self.path} began: choose another folder"
             )
-        self.manifest["models"][facts["name"]] = facts
+        self.manifest["models"][info["name"]] = info
         write_json(self.path / MANIFEST, self.manifest)
 
     def done(self, cell: Cell) -> set[str]:
@@ -79,12 +92,17 @@ class RunFolder:
         os.fsync(self._stream.fileno())
         self.rows.extend(rows)
 
-    def finish(self, rows: list[dict], records: list[dict], comparisons: list[dict]) -> None:
-        """Puts predictions in order and writes the results: the same files whoever answered what and when."""
+    def finish(
+        self, rows: list[dict], records: list[dict], comparisons: list[dict], failed: dict[Cell, str] | None = None
+    ) -> None:
+        """Puts predictions in order and writes the results: the same files whoever answered what and when.
+
+        failed: cells without a number, and why; the manifest keeps them, and the run stays open for them."""
         write_text(self.path / PREDICTIONS, json_lines(rows))
         write_json(self.path / COMPARISONS, comparisons)
         write_json(self.path / RESULTS, records)
-        self.manifest["complete"] = True
+        self.manifest["failed"] = [{**cell._asdict(), "reason": reason} for cell, reason in (failed or {}).items()]
+        self.manifest["complete"] = not failed
         write_json(self.path / MANIFEST, self.manifest)
 
 
@@ -102,7 +120,7 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
         raise ValueError(
             f"{path} holds no finished run ({', '.join(missing)} absent): go on with `jrt eval ... --resume`"
         )
-    records, manifest = _read_json(files[0]), _read_json(files[2])
+    records, manifest = _renamed(_read_json(files[0])), _read_json(files[2])
     predictions = _read_predictions(files[1])
     counted = Counter(map(cell_of, predictions))
     for record in records:
@@ -114,8 +132,10 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
     return records, predictions, manifest
 
 
-def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
-    """The manifest of the same run, or None for an empty or absent folder."""
+def former_manifest(path: Path, identity: dict, resume: bool) -> dict | None:
+    """The manifest of the same run, None for an empty or absent folder.
+
+    Raises ValueError where the folder holds something else, or the same run and `resume` is False."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: --output names a folder")
     if not path.is_dir() or not any(entry.name != _LOCK for entry in path.iterdir()):
@@ -126,16 +146,32 @@ def _checked(path: Path, identity: dict, resume: bool) -> dict | None:
             f"{path} is not empty and holds no run of `jrt eval` ({MANIFEST} absent): choose another folder"
         )
     former = _read_json(file)
+    known = former.get("identity", {})
+    known = {**known, "cells": _renamed(known.get("cells", []))}
     identity = json.loads(json.dumps(identity))
-    if different := [key for key in identity if former.get("identity", {}).get(key) != identity[key]]:
+    if different := [key for key in identity if known.get(key) != identity[key]]:
         raise ValueError(f"{path} holds another run (it differs in {', '.join(different)}): choose another folder")
     if not resume:
         state = "finished" if former.get("complete") else "unfinished"
-        raise ValueError(f"{path} holds the same run, {state}: add --resume to go on with it, or choose another folder")
+        raise ValueError(
+            f"{path} already holds this run, {state}: add --resume to go on with it, or choose another folder"
+        )
     return former
 
 
-def _read_json(file: Path):
+def _renamed(rows: list[dict]) -> list[dict]:
+    """Rows under the one name of their task. Version 0.1 wrote `fda` for recall_fda, and `reference_pages` beside the
+    protocol pages-512 for recall_reference_pages_512."""
+    found = []
+    for row in rows:
+        task = task_named(row["task"])
+        if task == PAGES:
+            task += "_" + row["protocol"].split("+")[0].removeprefix("pages-")
+        found.append({**row, "task": task})
+    return found
+
+
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -165,4 +201,4 @@ def _read_predictions(file: Path) -> list[dict]:
         except json.JSONDecodeError as error:
             if number + 1 < len(lines):
                 raise ValueError(f"{file}, line {number + 1}: not JSON ({error.msg})") from error
-    return rows
+    return _renamed(rows)

@@ -1,22 +1,26 @@
-"""Our models in stock lm-eval: importing this module registers `--model jrt`; nothing in lm-eval is changed.
+"""Our models in stock lm-eval: importing this module registers `--model jrt`. Nothing in lm-eval is changed.
 
-lm-eval has no entry points for models, so some program has to import this: `jrt lm-eval ...` does, and is `lm_eval ...`
-otherwise (with the recall tasks on its include path).
+lm-eval has no entry points for models, so a program has to import this module. `jrt lm-eval ...` does; otherwise it is
+`lm_eval ...` with the recall tasks on its include path.
 """
 
+import inspect
 import logging
-import sys
+from typing import Any
 
 import torch
-from jrt_recall.harness import arguments
+from jrt_recall import PROTOCOLS, settings
+from jrt_recall.harness import arguments, command_line
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from jrt.evaluate.likelihood import log_likelihoods
-from jrt.evaluate.subjects import ModelSpec, open_subject
+from jrt.evaluate.models import ModelSpec, open_model
 
 logger = logging.getLogger(__name__)
+
+ANSWER_TOKENS = max(protocol.max_new_tokens for protocol in PROTOCOLS.values())
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -28,7 +32,7 @@ class JRTHarness(HFLM):
     Args:
         pretrained: what `jrt.load` takes.
         device, dtype, compat, short_prompt: as in `jrt.load`.
-        batch_size: rows at once; lm-eval's "auto" is not supported for log-likelihoods and means 16 there.
+        batch_size: prompts at once; lm-eval's "auto" means 16 for log-likelihoods.
         max_batch_size: accepted because lm-eval always passes it; unused.
         max_length: tokens kept of a prompt with its continuation; None: the length of the training sequences.
     """
@@ -47,12 +51,12 @@ class JRTHarness(HFLM):
         if device.startswith("cuda") and not torch.cuda.is_available():
             logger.warning("no GPU here: computing on the CPU")  # lm-eval asks for cuda:0 unless told otherwise
             device = "cpu"
-        subject = open_subject(ModelSpec(pretrained, device, dtype, compat, short_prompt))
-        if not subject.is_ours:
+        opened = open_model(ModelSpec(pretrained, device, dtype, compat, short_prompt))
+        if not opened.ours:
             raise ValueError(f"{pretrained} is no model of this project: use --model hf")
         super().__init__(
-            pretrained=subject.model,
-            tokenizer=subject.tokenizer,
+            pretrained=opened.model,
+            tokenizer=opened.tokenizer,
             batch_size=batch_size,
             max_length=max_length,
             backend="causal",
@@ -67,16 +71,17 @@ class JRTHarness(HFLM):
     ) -> list[tuple[float, bool]]:
         pairs = [self._kept(context, continuation) for _, context, continuation in requests]
         size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
-        found = []
+        found: list[tuple[float, bool]] = []
         chunk = 16 * size  # sorted by length within a chunk
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as progress:
             for start in range(0, len(pairs), chunk):
-                found += log_likelihoods(self.model, pairs[start : start + chunk], size)
+                scored = log_likelihoods(self.model, pairs[start : start + chunk], size)
+                found += [(one.log_likelihood, one.is_greedy) for one in scored]
                 progress.update(min(chunk, len(pairs) - start))
-        for (text, _, _), scored in zip(requests, found, strict=True):
+        for (text, _, _), one in zip(requests, found, strict=True):
             if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, tuple(scored))
-        return [tuple(scored) for scored in found]
+                self.cache_hook.add_partial("loglikelihood", text, one)
+        return found
 
     def _kept(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         room = self.max_length + 1 - len(continuation)
@@ -89,11 +94,21 @@ class JRTHarness(HFLM):
 
 def command(given: list[str]) -> int:
     """`lm_eval` with our models and the recall tasks; returns the exit status."""
-    from lm_eval.__main__ import cli_evaluate
-
-    recall = logging.getLogger("jrt_recall")  # says protocol, source and counts of each task
-    recall.addHandler(logging.StreamHandler())
-    recall.setLevel(logging.INFO)
-    sys.argv = ["lm_eval", *arguments(given)]
-    cli_evaluate()
+    command_line(arguments(given), _check_model)
     return 0
+
+
+def _check_model(found: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of `--model jrt` that it does not know, or that leave no room for a prompt."""
+    if found.get("model") != "jrt":
+        return
+    options = settings.as_dict("model_args", found.get("model_args"))
+    known = list(inspect.signature(JRTHarness.__init__).parameters)[1:]
+    if unknown := [str(name) for name in options if name not in known]:
+        raise ValueError(f"--model_args: --model jrt has no {', '.join(unknown)}; expected {', '.join(known)}")
+    if "pretrained" not in options:
+        raise ValueError("--model_args: name the model with pretrained=NAME")
+    if options.get("max_length") is not None:
+        length = settings.whole_number("max_length", options["max_length"], least=1)
+        if any(map(settings.is_recall, settings.names_of(found.get("tasks")))) and length <= ANSWER_TOKENS:
+            raise ValueError(f"max_length={length} leaves no prompt beside the {ANSWER_TOKENS} new tokens of an answer")

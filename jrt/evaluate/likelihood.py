@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations that do not show the prefix encoder what is being scored.
+"""Log-likelihoods of continuations, with a prefix encoder that never reads what is being scored.
 
-lm-eval pads such batches on the right and says nothing of lengths or masks: a prefix encoder would read padding and, worse,
-the continuation itself. Here the encoder ends where the context ends. The quirk `leak_continuation` gives the published way,
-in which all but the last token of a continuation were visible (original_spec 8.5).
+lm-eval pads such batches on the right and gives the model neither lengths nor a mask, so a prefix encoder would read padding
+and, worse, the continuation itself. Here the encoder ends where the context ends. The quirk `leak_continuation` computes as
+the published numbers were measured: the encoder reads all but the last token of a continuation (docs/released.md).
 
 Shapes: B pairs, T their longest row, K the longest continuation, V vocabulary rows.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from jrt.evaluate.shared_prefix import left_padded
+from jrt.evaluate.answering import left_padded
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.short_prompts import fill_short_prompts
 
@@ -25,11 +25,19 @@ class Scored(NamedTuple):
     is_greedy: bool
 
 
-class _Row(NamedTuple):
-    ids: list[int]  # context, as filled up, and continuation without its last token
+class Row(NamedTuple):
+    """A pair as the model reads it.
+
+    Args:
+        ids: the context, filled up where it is short, and the continuation without its last token.
+        prefix: how many of the ids the encoder reads.
+        blank: how many of these are pads at the start.
+    """
+
+    ids: list[int]
     continuation: list[int]
-    prefix: int  # tokens that the encoder reads
-    blank: int  # of these, pads at the start
+    prefix: int
+    blank: int
 
 
 def log_likelihoods(
@@ -44,8 +52,8 @@ def log_likelihoods(
             raise ValueError(f"pair {number}: context and continuation need at least one token each")
     if model.core.has("P") and model.config.short_prompt == "iterate":
         return _iterated(model, pairs, batch_size, pad_token_id)
-    rows = [_row(model, list(context), list(continuation)) for context, continuation in pairs]
-    found: list[Scored | None] = [None] * len(rows)
+    rows = [filled_row(model, list(context), list(continuation)) for context, continuation in pairs]
+    found: dict[int, Scored] = {}
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
     # The release reads pads as tokens, so its rows only meet rows of their own length.
     alone = model.quirks.blank_padding or model.quirks.ignore_batch_padding
@@ -53,14 +61,14 @@ def log_likelihoods(
         indices = list(members)
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            for index, scored in zip(batch, _scores(model, [rows[i] for i in batch], pad_token_id), strict=True):
-                found[index] = scored
-    return found
+            found |= zip(batch, _scores(model, [rows[index] for index in batch], pad_token_id), strict=True)
+    return [found[index] for index in range(len(rows))]
 
 
-def _row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> _Row:
+def filled_row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> Row:
+    """A pair as the model reads it, its context filled up by the model's rule for short prompts."""
     if not model.core.has("P"):
-        return _Row(context + continuation[:-1], continuation, 0, 0)
+        return Row(context + continuation[:-1], continuation, 0, 0)
     leak = model.quirks.leak_continuation
     shown = torch.tensor([context + continuation if leak else context])
     rule, pad = model.config.short_prompt, model.config.short_prompt_token
@@ -68,11 +76,12 @@ def _row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> 
     ids = filled.input_ids[0].tolist()
     ids = ids[:-1] if leak else ids + continuation[:-1]
     blank = 0 if filled.blank_length is None else int(filled.blank_length)
-    return _Row(ids, continuation, min(int(filled.prefix_length), len(ids)), blank)
+    assert filled.prefix_length is not None  # as it is for all rules but "iterate"
+    return Row(ids, continuation, min(int(filled.prefix_length), len(ids)), blank)
 
 
 @torch.no_grad()
-def _scores(model: JRTForCausalLM, rows: list[_Row], pad_token_id: int) -> list[Scored]:
+def _scores(model: JRTForCausalLM, rows: list[Row], pad_token_id: int) -> list[Scored]:
     device = model.model.embedding.weight.device
     ids, mask = left_padded([row.ids for row in rows], pad_token_id, device)  # (B, T)
     options = {}
@@ -98,13 +107,15 @@ def _scores(model: JRTForCausalLM, rows: list[_Row], pad_token_id: int) -> list[
     return found
 
 
-def _iterated(model: JRTForCausalLM, pairs, batch_size: int, pad_token_id: int) -> list[Scored]:
-    """Everything so far is encoded again before each token of a continuation."""
+def _iterated(
+    model: JRTForCausalLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, pad_token_id: int
+) -> list[Scored]:
+    """Scores for the rule "iterate": the encoder reads all tokens so far before each token of a continuation."""
     rows, owners = [], []
     for number, (context, continuation) in enumerate(pairs):
         for end in range(len(continuation)):
             ids = [*context, *continuation[:end]]
-            rows.append(_Row(ids, [continuation[end]], min(model.core.enc_length, len(ids)), 0))
+            rows.append(Row(ids, [continuation[end]], min(model.core.enc_length, len(ids)), 0))
             owners.append(number)
     found = [Scored(0.0, True)] * len(pairs)
     for start in range(0, len(rows), batch_size):

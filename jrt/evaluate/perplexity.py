@@ -4,8 +4,10 @@ A hit is the last token of a pair of tokens that the sequence has shown before. 
 a prefix model's encoder reads the first half. The paper counts pairs over ten million training documents; here frequency is
 a pair's count in all other sequences of the text, so the bins are not the paper's, and its figure has no printed values.
 
-Shapes: B sequences, T their tokens.
+Shapes: B sequences, T their tokens, V vocabulary rows.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -15,22 +17,28 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
+import jrt_recall
 import torch
 from jrt_recall.data import digest
 from jrt_recall.reference_pages import library_pages
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from jrt.evaluate.files import write_json
-from jrt.evaluate.folder import MANIFEST
-from jrt.evaluate.run import versions
-from jrt.evaluate.subjects import ModelSpec, Subject, open_subject
+import jrt
+from jrt.evaluate.folder import MANIFEST, former_manifest
+from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 from jrt.evaluate.tables import aligned
+from jrt.files import write_json
+from jrt.provenance import code_sha256, versions
 
 LENGTH = 2048
 DISTANCES = (64, 256, 512, 1024)
 FREQUENCIES = (1, 10, 100, 1000)
 FAR = 1024  # frequency bins hold hits from at least this far, as in the paper
 RESULT = "perplexity.json"
+
+Slice = tuple[str, str, str]
+"""What is averaged: "hit" or "other", by "all", "distance" or "frequency", and the bin's name."""
 
 
 def texts(path: Path | None) -> list[str]:
@@ -60,45 +68,35 @@ def run(
         "text": digest({"text": document} for document in documents),
         "limit": limit,
     }
-    records = _held(output, identity, resume)
+    records: list[dict] = []
+    if former_manifest(output, identity, resume) is not None and (output / RESULT).is_file():
+        records = json.loads((output / RESULT).read_text(encoding="utf-8"))
     for spec in specs:
         if any(record["model"] == spec.name for record in records):
             continue
-        subject = open_subject(spec)
-        records += [{"model": spec.name, **found} for found in measure(subject, documents, limit, batch_size)]
+        found = measure(open_model(spec), documents, limit, batch_size)
+        records += [{"model": spec.name, **record} for record in found]
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / MANIFEST, {"identity": identity, "versions": versions()})
+        provenance = {**versions(), "code": code_sha256(jrt, jrt_recall)}
+        write_json(output / MANIFEST, {"identity": identity, "versions": provenance, "complete": spec == specs[-1]})
         write_json(output / RESULT, records)
     return records
 
 
-def _held(output: Path, identity: dict, resume: bool) -> list[dict]:
-    """The records of the same measurement that a folder holds."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return []
-    files = [output / RESULT, output / MANIFEST]
-    if not resume or not all(file.is_file() for file in files):
-        raise ValueError(f"{output} already holds something: add --resume to go on with it, or choose another folder")
-    records, manifest = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    if manifest.get("identity") != identity:
-        raise ValueError(f"{output} holds another measurement: choose another folder")
-    return records
-
-
-def measure(subject: Subject, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
+def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
     """Records with slice ("hit" or "other"), by ("all", "distance" or "frequency"), bin, perplexity and tokens."""
-    bound = subject.facts().max_length
+    bound = model.info().max_length
     length = LENGTH if bound is None else min(LENGTH, bound)
-    rows = sequences(subject.tokenizer, documents, length)[:limit]
+    rows = sequences(model.tokenizer, documents, length)[:limit]
     if not rows:
         raise ValueError(f"the text is shorter than one sequence of {length} tokens")
     counts = Counter(pair for row in rows for pair in pairwise(row))
-    sums: dict[tuple[str, str, str], float] = defaultdict(float)
-    sizes: Counter[tuple[str, str, str]] = Counter()
-    batch_size = max(1, batch_size // 4)  # logits of whole sequences take room
-    for start in tqdm(range(0, len(rows), batch_size), desc=subject.spec.name, unit="batch"):
+    sums: dict[Slice, float] = defaultdict(float)
+    sizes: Counter[Slice] = Counter()
+    batch_size = max(1, batch_size // 4 if model.mode.batches else 1)  # logits of whole sequences take room
+    for start in tqdm(range(0, len(rows), batch_size), desc=model.spec.name, unit="batch"):
         batch = rows[start : start + batch_size]
-        for row, losses in zip(batch, _losses(subject, batch), strict=True):
+        for row, losses in zip(batch, _losses(model, batch), strict=True):
             for keys, loss in zip(slices(row, counts), losses, strict=True):
                 for key in keys:
                     sums[key] += loss
@@ -109,16 +107,16 @@ def measure(subject: Subject, documents: Sequence[str], limit: int | None, batch
     ]
 
 
-def sequences(tokenizer, documents: Sequence[str], length: int) -> list[list[int]]:
+def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> list[list[int]]:
     """The documents as one stream of ids, cut into sequences of `length`; the rest is left out."""
-    stream = [
-        token for document in documents for token in tokenizer(document + "\n", add_special_tokens=False)["input_ids"]
-    ]
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document + "\n", add_special_tokens=False)["input_ids"]
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
-def slices(row: Sequence[int], counts: Counter) -> list[list[tuple[str, str, str]]]:
-    """For each token of the second half: the slices it belongs to."""
+def slices(row: Sequence[int], counts: Counter) -> list[list[Slice]]:
+    """For each token of the second half: the slices it belongs to. counts: of the pairs in all sequences."""
     last: dict[tuple[int, int], int] = {}
     own = Counter(pairwise(row))
     found = []
@@ -126,47 +124,38 @@ def slices(row: Sequence[int], counts: Counter) -> list[list[tuple[str, str, str
         if place >= len(row) // 2:
             keys = [("other", "all", "")]
             if pair in last:
-                gap = place - last[pair]
-                elsewhere = counts[pair] - own[pair]
-                keys = [("hit", "all", ""), ("hit", "distance", _bin(gap, DISTANCES))]
-                if gap >= min(FAR, len(row) // 2):
-                    keys.append(("hit", "frequency", _bin(elsewhere, FREQUENCIES)))
+                distance = place - last[pair]
+                keys = [("hit", "all", ""), ("hit", "distance", _bin(distance, DISTANCES))]
+                if distance >= min(FAR, len(row) // 2):
+                    keys.append(("hit", "frequency", _bin(counts[pair] - own[pair], FREQUENCIES)))
             found.append(keys)
         last[pair] = place
     return found
 
 
 @torch.no_grad()
-def _losses(subject: Subject, rows: list[list[int]]) -> list[list[float]]:
+def _losses(model: OpenModel, rows: list[list[int]]) -> list[list[float]]:
     """Negative log-likelihoods of the second half's tokens."""
-    ids = torch.tensor(rows, device=subject.device)  # (B, T)
+    ids = torch.tensor(rows, device=model.device)  # (B, T)
     half = ids.shape[1] // 2
     options = {}
-    if subject.is_ours and subject.model.core.has("P"):
-        options["prefix_length"] = torch.full(ids.shape[:1], half, device=ids.device).clamp(
-            max=subject.model.core.enc_length
-        )
-    kept = ids.shape[1] - half + 1
-    logits = subject.model(
-        input_ids=ids, use_cache=False, logits_to_keep=kept, **options
-    ).logits  # (B, T - half + 1, V)
-    targets = ids[:, half:]
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-    return losses.tolist()
+    if model.ours and model.ours.core.has("P"):
+        prefix = min(half, model.ours.core.enc_length)
+        options["prefix_length"] = torch.full(ids.shape[:1], prefix, device=ids.device)  # (B,)
+    output = model.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half + 1, **options)
+    logits = output.logits[:, :-1].float()  # (B, T - half, V)
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, half:], reduction="none").tolist()
 
 
 def table(records: Sequence[dict]) -> str:
     """Perplexities as text, models as columns."""
     models = list(dict.fromkeys(record["model"] for record in records))
-    by_slice: dict[tuple[str, str, str], dict[str, dict]] = {}
+    by_slice: dict[Slice, dict[str, str]] = {}
     for record in records:
-        by_slice.setdefault((record["slice"], record["by"], record["bin"]), {})[record["model"]] = record
+        text = f"{record['perplexity']:.2f} ({record['tokens']})"
+        by_slice.setdefault((record["slice"], record["by"], record["bin"]), {})[record["model"]] = text
     rows = [
-        [
-            " ".join(filter(None, key)),
-            *(f"{found[m]['perplexity']:.2f} ({found[m]['tokens']})" if m in found else "-" for m in models),
-        ]
-        for key, found in by_slice.items()
+        [" ".join(filter(None, key)), *(found.get(model, "-") for model in models)] for key, found in by_slice.items()
     ]
     return "recall_perplexity: second half of each sequence; perplexity (tokens)\n" + aligned(("slice", *models), rows)
 

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from jrt.evaluate.files import write_bytes, write_text
 from jrt.evaluate.tables import size
+from jrt.files import write_bytes, write_text
 
 POSITION_BINS = 5
 _MARKERS = "osD^vPX"
@@ -26,47 +26,43 @@ _LINE = "#333333"
 
 
 def by_strategy(records: Sequence[dict]) -> Figure:
-    """Bars: one group a model, one bar a strategy, with 95% intervals; one panel for each task and protocol."""
-    panels, strategies = _panels(records), _unique(records, "strategy")
-    figure, axes = _figure(len(panels))
-    for axis, ((task, protocol), found) in zip(axes, panels.items(), strict=True):
+    """Bars: one group for each model, one bar for each strategy, with 95% intervals."""
+    strategies = _unique(records, "strategy")
+    width = 0.8 / len(strategies)
+    colors = [colormaps["viridis"](0.85 - 0.7 * n / max(1, len(strategies) - 1)) for n in range(len(strategies))]
+    figure, panels = _panels(records)
+    for axis, found in panels:
         models = _unique(found, "model")
-        width = 0.8 / len(strategies)
         for number, strategy in enumerate(strategies):
             members = [r for r in found if r["strategy"] == strategy]
             places = [models.index(r["model"]) + (number - (len(strategies) - 1) / 2) * width for r in members]
-            color = _strategy_color(number, len(strategies))
-            axis.bar(places, [r["score"] for r in members], width, color=color)
-            axis.errorbar(
-                places, [r["score"] for r in members], yerr=_errors(members), fmt="none", ecolor=_LINE, capsize=2
-            )
+            scores = [r["score"] for r in members]
+            axis.bar(places, scores, width, color=colors[number])
+            axis.errorbar(places, scores, yerr=_errors(members), fmt="none", ecolor=_LINE, capsize=2)
         axis.set_xticks(range(len(models)), [_short(model) for model in models], rotation=20, ha="right")
-        _finish(axis, f"{task}, {protocol}")
-    _legend(figure, [Patch(color=_strategy_color(n, len(strategies)), label=s) for n, s in enumerate(strategies)])
+    _legend(figure, [Patch(color=color, label=s) for s, color in zip(strategies, colors, strict=True)])
     return figure
 
 
 def by_state(records: Sequence[dict]) -> Figure:
     """Points: accuracy against the bytes that a sequence leaves behind, a line through a model's strategies."""
-    panels = _panels(records)
     models, strategies = _unique(records, "model"), _unique(records, "strategy")
-    figure, axes = _figure(len(panels))
-    for axis, ((task, protocol), found) in zip(axes, panels.items(), strict=True):
+    figure, panels = _panels(records)
+    for axis, found in panels:
         for model in _unique(found, "model"):
             members = [r for r in found if r["model"] == model]
             color = _model_color(models.index(model))
             axis.plot([r["state_bytes"] for r in members], [r["score"] for r in members], color=color, alpha=0.5)
             for record in members:
+                marker = _marker(strategies.index(record["strategy"]))
                 place = ([record["state_bytes"]], [record["score"]])
-                style = {"fmt": _marker(strategies.index(record["strategy"])), "color": color, "capsize": 2}
-                axis.errorbar(*place, yerr=_errors([record]), clip_on=False, **style)
+                axis.errorbar(*place, yerr=_errors([record]), fmt=marker, color=color, capsize=2, clip_on=False)
         axis.set_xscale("log", base=2)
         axis.margins(x=0.15)
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value).replace(".0", "")))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("state after the prompt, a sequence")
-        _finish(axis, f"{task}, {protocol}")
     marks = [Line2D([], [], color=_LINE, ls="", marker=_marker(n), label=s) for n, s in enumerate(strategies)]
     _legend(figure, [*_model_patches(models), *marks])
     return figure
@@ -75,24 +71,22 @@ def by_state(records: Sequence[dict]) -> Figure:
 def by_position(predictions: Sequence[dict]) -> Figure:
     """Lines: accuracy against the answer's place in the context read (0: start, 1: end), in five equal bins."""
     rows = [row for row in predictions if row["position"] is not None]
-    panels, models, strategies = _panels(rows), _unique(rows, "model"), _unique(rows, "strategy")
-    figure, axes = _figure(max(1, len(panels)))
-    for axis, ((task, protocol), found) in zip(axes, panels.items(), strict=False):
-        for model, strategy in dict.fromkeys((row["model"], row["strategy"]) for row in found):
-            binned: dict[int, list[int]] = {}
-            for row in found:
-                if (row["model"], row["strategy"]) == (model, strategy):
-                    place = min(POSITION_BINS - 1, int(row["position"] * POSITION_BINS))
-                    binned.setdefault(place, []).append(row["score"])
+    models, strategies = _unique(rows, "model"), _unique(rows, "strategy")
+    figure, panels = _panels(rows)
+    for axis, found in panels:
+        lines: dict[tuple[str, str], dict[int, list[int]]] = {}
+        for row in found:
+            place = min(POSITION_BINS - 1, int(row["position"] * POSITION_BINS))
+            lines.setdefault((row["model"], row["strategy"]), {}).setdefault(place, []).append(row["score"])
+        for (model, strategy), binned in lines.items():
             places = [(place + 0.5) / POSITION_BINS for place in sorted(binned)]
             means = [sum(binned[place]) / len(binned[place]) for place in sorted(binned)]
-            style = {"color": _model_color(models.index(model)), "ls": _dashes(strategies.index(strategy))}
-            axis.plot(places, means, marker="o", markersize=3, clip_on=False, **style)
+            color, dashes = _model_color(models.index(model)), _dashes(strategies.index(strategy))
+            axis.plot(places, means, marker="o", markersize=3, clip_on=False, color=color, ls=dashes)
         axis.set_xlim(0, 1)
         axis.set_xlabel("place of the answer in the context (0 start, 1 end)")
-        _finish(axis, f"{task}, {protocol}")
-    lines = [Line2D([], [], color=_LINE, ls=_dashes(n), label=s) for n, s in enumerate(strategies)]
-    _legend(figure, [*_model_patches(models), *lines])
+    keys = [Line2D([], [], color=_LINE, ls=_dashes(n), label=s) for n, s in enumerate(strategies)]
+    _legend(figure, [*_model_patches(models), *keys])
     return figure
 
 
@@ -129,36 +123,31 @@ def _drawn(heading: str, figure: Figure) -> Drawn:
     return Drawn(heading, png.getvalue(), text[text.index("<svg") :])
 
 
-def _panels(rows: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
-    found: dict[tuple[str, str], list[dict]] = {}
+def _panels(rows: Sequence[dict]) -> tuple[Figure, list[tuple[Axes, list[dict]]]]:
+    """A figure with one panel for each task and protocol, and the rows that belong there."""
+    groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        found.setdefault((row["task"], row["protocol"]), []).append(row)
-    return found
-
-
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    columns = min(2, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[panels:]:
+        groups.setdefault((row["task"], row["protocol"]), []).append(row)
+    columns = max(1, min(2, len(groups)))
+    lines = max(1, -(-len(groups) // columns))
+    figure = Figure(figsize=(5.2 * columns, 3.8 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[len(groups) :]:
         axis.set_axis_off()
-    return figure, axes[:panels]
-
-
-def _finish(axis: Axes, title: str) -> None:
-    axis.set_title(title, fontsize="medium")
-    axis.set_ylabel("accuracy (contains)")
-    axis.set_ylim(0, 1)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", alpha=0.3)
+    for axis, (task, protocol) in zip(axes, groups, strict=False):
+        axis.set_title(f"{task}, {protocol}", fontsize="medium")
+        axis.set_ylabel("accuracy (contains)")
+        axis.set_ylim(0, 1)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.3)
+    return figure, list(zip(axes, groups.values(), strict=False))
 
 
 def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """One for all panels, below them: what a model or a strategy looks like is the same in each."""
+    """One legend below all panels: a model or a strategy looks the same in each."""
     if handles:
-        inches = 0.55 + 0.07 * max(len(handle.get_label()) for handle in handles)
+        inches = 0.55 + 0.07 * max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(4, len(handles), int(figure.get_figwidth() / inches)))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
@@ -167,12 +156,8 @@ def _model_patches(models: Sequence[str]) -> list[Patch]:
     return [Patch(color=_model_color(number), label=_short(model)) for number, model in enumerate(models)]
 
 
-def _model_color(number: int) -> tuple[float, ...]:
+def _model_color(number: int) -> tuple[float, float, float, float]:
     return colormaps["tab10"](number % 10)
-
-
-def _strategy_color(number: int, count: int) -> tuple[float, ...]:
-    return colormaps["viridis"](0.85 - 0.7 * number / max(1, count - 1))
 
 
 def _marker(number: int) -> str:

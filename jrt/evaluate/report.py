@@ -1,183 +1,257 @@
-"""A run as one HTML file that needs nothing else: tables, figures, and items to read with the found answer marked.
+"""`jrt report`: from finished runs to the paper's tables, figures and one HTML page; or SuperGLUE's tables from lm-eval's files.
 
-All text that came from a dataset or a model is escaped. `page(...)` gives the file's text.
+The page needs no other file: tables, figures, and items to read with the found answer marked. The template escapes all text
+that came from a dataset or a model.
 """
 
+from __future__ import annotations
+
+import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
-from jrt.evaluate.plots import Drawn
-from jrt.evaluate.tables import HEADER, comparison_row, counts_line, notes, protocols_of, result_row
+from markupsafe import Markup, escape
 
+from jrt.evaluate import plots
+from jrt.evaluate.folder import RESULTS, cell_of, read_run
+from jrt.evaluate.run import comparisons
+from jrt.evaluate.tables import (
+    HEADER,
+    SUPER_GLUE_SIZES,
+    SUPER_GLUE_TABLES,
+    TITLES,
+    Rows,
+    aligned,
+    comparison_row,
+    counts_line,
+    latex,
+    layout_rows,
+    notes,
+    percent,
+    protocols_of,
+    published_tables,
+    result_row,
+    results_text,
+    super_glue_rows,
+)
+from jrt.files import write_bytes, write_text
+
+FILES = (
+    "results.csv",
+    "table.tex",
+    "predictions.parquet",
+    *(f"{name}.{kind}" for name in ("accuracy", "state", "position") for kind in ("png", "svg")),
+    "report.html",
+)
+SUPER_GLUE_FILES = ("super_glue.tex", "super_glue.csv")
 SHOWN_ITEMS = 100
-_STYLE = """
-:root{color-scheme:light dark;--text:#1b1f24;--soft:#57606a;--line:#d8dee4;--field:#f6f8fa;--bar:#9ec5e8;--right:#116329;--wrong:#a40e26}
-@media(prefers-color-scheme:dark){:root{--text:#e6edf3;--soft:#9aa4af;--line:#373e47;--field:#161b22;--bar:#2f5d87;--right:#6fdd8b;--wrong:#ff9492}
-body{background:#0d1117}}
-body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:var(--text)}
-h2{margin:2.2rem 0 .3rem}.note{color:var(--soft);margin:.2rem 0}.wide{overflow-x:auto;margin:.6rem 0}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
-thead th{color:var(--soft);font-weight:600}th:first-child,td.name{text-align:left}tbody.group{border-top:2px solid var(--line)}
-td.text,th.text{text-align:left;white-space:pre-wrap;min-width:16rem;overflow-wrap:anywhere}
-.bar{display:inline-block;position:relative;width:9rem;height:.8rem;margin-right:.6rem;background:var(--field);vertical-align:middle}
-.bar i{position:absolute;inset:0 auto 0 0;background:var(--bar)}.bar b{position:absolute;top:45%;height:2px;background:var(--text)}
-.bar+span{display:inline-block;min-width:2.6rem}.clear td:nth-child(n+3){font-weight:600}
-.names th:nth-child(2),#items th{text-align:left}figure{margin:1rem 0;overflow-x:auto;background:#fff;border-radius:6px}
-figure svg{display:block;max-width:100%;height:auto}@media(max-width:42rem){figure svg{max-width:none}}
-.figures{display:flex;flex-wrap:wrap;gap:0 2rem}.figures>div{min-width:0;max-width:100%}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--field);padding:.7rem;max-height:20rem;overflow:auto;font-size:13px}
-mark{background:#ffe28a;color:#1b1f24}.right{color:var(--right)}.wrong{color:var(--wrong)}
-details{border:1px solid var(--line);border-radius:6px;margin:.4rem 0;padding:.4rem .7rem}summary{cursor:pointer;overflow-wrap:anywhere}
-summary small{color:var(--soft)}select,input{font:inherit;margin:.2rem .6rem .2rem 0}
-"""
-_SCRIPT = """
-const items=[...document.querySelectorAll('#items>details')],text=document.getElementById('text'),kind=document.getElementById('kind');
-function choose(){let shown=0;items.forEach(d=>{d.hidden=(kind.value&&!d.dataset.kinds.split(' ').includes(kind.value))||
-!d.textContent.toLowerCase().includes(text.value.toLowerCase());shown+=!d.hidden});document.getElementById('shown').textContent=shown+' shown'}
-text.addEventListener('input',choose);kind.addEventListener('change',choose);choose();
-items.forEach(d=>d.addEventListener('toggle',()=>{const p=d.querySelector('pre'),m=p.querySelector('mark');
-if(m)p.scrollTop=m.offsetTop-p.offsetTop-p.clientHeight/2}));
-"""
+MEASURED_PUBLISHED = "measured (published), percent"
+
+
+class Collected:
+    """Records and predictions of several runs, as one. Raises ValueError where two runs hold the same cell."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.records: list[dict] = []
+        self.predictions: list[dict] = []
+        protocols: dict[tuple[str, int], dict] = {}
+        manifests: dict[str, dict] = {}
+        for folder in folders:
+            records, predictions, manifest = read_run(folder)
+            labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}
+            self.records += [{**record, "model": labels[record["model"]]} for record in records]
+            self.predictions += [{**row, "model": labels[row["model"]]} for row in predictions]
+            known = manifest["identity"]["protocols"]
+            protocols |= {(one["name"], one["version"]): one for one in known}
+            manifests[folder.name] = manifest
+        cells = [cell_of(record) for record in self.records]
+        if repeated := sorted({cell for cell in cells if cells.count(cell) > 1}):
+            raise ValueError(f"two runs hold {', '.join(repeated[0])}: collect one of them")
+        self.manifest = {"identity": {"protocols": list(protocols.values())}, "runs": manifests}
+        """All manifests, and the protocols that the tables name."""
+
+
+def _label(model: dict) -> str:
+    """A model's name with what else decides its scores."""
+    extras = [model[key] for key in ("short_prompt", "compat") if model[key]]
+    if model["dtype"] != "float32":
+        extras.append(model["dtype"])
+    return f"{model['name']} [{', '.join(extras)}]" if extras else model["name"]
+
+
+def runs_in(folders: Sequence[Path]) -> list[Path]:
+    """The folders themselves where they hold results, else the runs below them."""
+    found = []
+    for folder in folders:
+        below = [folder] if (folder / RESULTS).is_file() else sorted(file.parent for file in folder.rglob(RESULTS))
+        if not below:
+            raise ValueError(
+                f"{folder} holds no finished run ({RESULTS} absent): make one with `jrt eval --output {folder}`"
+            )
+        found += below
+    return found
+
+
+def collect(folders: Sequence[Path], output: Path, layout: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """Writes tables, figures and a page to `output`; returns the tables as text, and the files' names.
+
+    folders: runs, or folders that hold runs. layout: one of the paper's tables; None: tables of what was measured.
+    Raises ValueError where a folder holds no finished run, or two runs the same cell."""
+    if layout is not None and layout not in TITLES:
+        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TITLES)}")
+    if layout in SUPER_GLUE_TABLES:
+        return _collect_super_glue(folders, output, layout), SUPER_GLUE_FILES
+    found = Collected(runs_in(folders))
+    text = results_text(found.records, protocols_of(found.manifest))
+    if layout is None:
+        title, (header, rows) = None, _plain_rows(found.records)
+    else:
+        table = published_tables()[layout]
+        title, (header, rows) = table.title, layout_rows(table, found.records, found.predictions)
+        if not rows:
+            cells = dict.fromkeys(f"{column.task} under {column.protocol}" for column in table.columns)
+            raise ValueError(f"no run holds a cell of {title}; it is made of {', '.join(cells)}")
+        text = f"{title}\n{MEASURED_PUBLISHED}\n\n{aligned(header, rows)}\n\n{text}"
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "results.csv", _csv(found.records))
+    write_text(output / "table.tex", latex(header, rows))
+    write_bytes(output / "predictions.parquet", _parquet(found.predictions))
+    paper = None if title is None else (title, (header, rows))
+    write_page(
+        "Recall report", output, found.records, comparisons(found.predictions), found.predictions, found.manifest, paper
+    )
+    return text, FILES
+
+
+def _plain_rows(records: Sequence[dict]) -> Rows:
+    header = ("model", "task", "strategy", "protocol", "accuracy")
+    rows = [
+        [
+            *(record[name] for name in header[:4]),
+            f"{percent(record['score'])} ({percent(record['low'])} to {percent(record['high'])})",
+        ]
+        for record in records
+    ]
+    return header, rows
+
+
+def _collect_super_glue(folders: Sequence[Path], output: Path, layout: str) -> str:
+    results = []
+    for file in (file for folder in folders for file in sorted(folder.rglob("results_*.json"))):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if SUPER_GLUE_SIZES.keys() & content.get("results", {}).keys():
+            results.append(content)
+    if not results:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue.sh")
+    header, rows = super_glue_rows(published_tables()[layout], results)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / SUPER_GLUE_FILES[0], latex(header, rows))
+    write_text(output / SUPER_GLUE_FILES[1], _csv([dict(zip(header, row, strict=True)) for row in rows]))
+    return f"{TITLES[layout]}\n{MEASURED_PUBLISHED}\n\n{aligned(header, rows)}\n"
+
+
+def _csv(rows: Sequence[dict]) -> str:
+    import pandas
+
+    return pandas.DataFrame(list(rows)).to_csv(index=False, lineterminator="\n")
+
+
+def _parquet(rows: Sequence[dict]) -> bytes:
+    import pandas
+
+    stream = io.BytesIO()
+    pandas.DataFrame(list(rows)).to_parquet(stream)
+    return stream.getvalue()
+
+
+# The page
+
+
+def write_page(
+    title: str,
+    output: Path,
+    records: Sequence[dict],
+    compared: Sequence[dict],
+    predictions: Sequence[dict],
+    manifest: dict,
+    paper: tuple[str, Rows] | None = None,
+) -> None:
+    """Writes report.html and the figures, each as PNG and SVG, to `output`. paper: a table of the paper with its title."""
+    figures = plots.draw(records, predictions)
+    plots.save(figures, output)
+    text = page(title, records, compared, predictions, manifest, figures.values(), paper)
+    write_text(output / "report.html", text)
 
 
 def page(
     title: str,
     records: Sequence[dict],
-    comparisons: Sequence[dict],
+    compared: Sequence[dict],
     predictions: Sequence[dict],
     manifest: dict,
-    figures: Iterable[Drawn],
-    extra: str = "",
+    figures: Iterable[plots.Drawn],
+    paper: tuple[str, Rows] | None = None,
     items: int = SHOWN_ITEMS,
 ) -> str:
-    """The report's text. extra: HTML that goes between the results and the figures (published tables)."""
-    parts = [f"<h1>{escape(title)}</h1>", _results(records, manifest), extra]
-    drawn = "".join(f"<div><h2>{escape(f.heading)}</h2><figure>{f.svg}</figure></div>" for f in figures)
-    parts.append(f"<div class=figures>{drawn}</div>")
-    if comparisons:
-        parts.append(_differences(comparisons))
-    parts += [_browser(predictions, items), _manifest(manifest)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}<script>{_SCRIPT}</script></body></html>\n"
+    """The page's text. items: how many questions are shown with all their answers."""
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"marked": marked, "comparison_row": comparison_row, "result_row": result_row}
+    shown, total, tasks = _chosen_items(predictions, items)
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        header=HEADER,
+        tables=_tables(records, manifest),
+        paper=paper,
+        paper_note=MEASURED_PUBLISHED,
+        figures=[(figure.heading, Markup(figure.svg)) for figure in figures],
+        compared=compared,
+        items=shown,
+        total=total,
+        tasks=tasks,
+        manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; all cells are escaped."""
-    body = "".join(f"<tr><td class=name>{'<td>'.join(map(escape, row))}" for row in rows)
-    return _table(header, f"<tbody>{body}</tbody>")
-
-
-def _table(header: Sequence[str], bodies: str, names: bool = False) -> str:
-    """names: the second column holds names as well."""
-    head = "<th>".join(map(escape, header))
-    kind = " class=names" if names else ""
-    return f"<div class=wide><table{kind}><thead><tr><th>{head}</tr></thead>{bodies}</table></div>"
-
-
-def _results(records: Sequence[dict], manifest: dict) -> str:
-    groups: dict[tuple[str, str], list[dict]] = {}
+def _tables(records: Sequence[dict], manifest: dict) -> list[dict[str, Any]]:
+    """For each task and protocol: what stands above and below its table, and its records by model."""
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for record in records:
-        groups.setdefault((record["task"], record["protocol"]), []).append(record)
-    described = {protocol.name: protocol.describe() for protocol in protocols_of(manifest)}
-    parts = []
-    for (task, protocol), members in groups.items():
-        words = described[protocol]
-        parts.append(f"<h2>{escape(task)}</h2><p class=note>{escape(words)}<br>{escape(counts_line(members[0]))}</p>")
-        parts.append(_table(HEADER, "".join(_model_rows(found) for found in _by_model(members)), names=True))
-        parts += [f"<p class=note>{escape(note)}</p>" for note in notes(members)]
-    return "".join(parts)
+        models = groups.setdefault((record["task"], record["protocol"]), {})
+        models.setdefault(record["model"], []).append(record)
+    found = []
+    for (task, protocol), models in groups.items():
+        members = [record for rows in models.values() for record in rows]
+        above = [described[protocol, members[0].get("version", 1)], counts_line(members[0])]
+        found.append({"task": task, "above": above, "models": list(models.values()), "below": notes(members)})
+    return found
 
 
-def _by_model(records: Sequence[dict]) -> list[list[dict]]:
-    found: dict[str, list[dict]] = {}
-    for record in records:
-        found.setdefault(record["model"], []).append(record)
-    return list(found.values())
+def _chosen_items(predictions: Sequence[dict], count: int) -> tuple[list[dict[str, Any]], int, list[str]]:
+    """Items with all their answers, how many there are, and the tasks.
 
-
-def _model_rows(records: Sequence[dict]) -> str:
-    """The rows of one model: its name once, accuracy also as a bar with its interval."""
-    rows = []
-    for number, record in enumerate(records):
-        name, strategy, accuracy, *rest = map(escape, result_row(record))
-        low, score, high = (f"{100 * record[key]:.1f}%" for key in ("low", "score", "high"))
-        bar = (
-            f"<span class=bar><i style='width:{score}'></i><b style='left:{low};right:calc(100% - {high})'></b></span>"
-        )
-        shown = "" if number and name == escape(result_row(records[number - 1])[0]) else name
-        rows.append(
-            f"<tr><td class=name>{shown}<td class=name>{strategy}<td>{bar}<span>{accuracy}</span><td>{'<td>'.join(rest)}"
-        )
-    return f"<tbody class=group>{''.join(rows)}</tbody>"
-
-
-def _differences(comparisons: Sequence[dict]) -> str:
-    """Strategies of one model in sight, models against each other folded."""
-    header = ("task, protocol", "what", "points", "95% interval", "items")
-
-    def rows(between: str) -> str:
-        found = []
-        for one in comparisons:
-            if one["between"] == between:
-                clear = " class=clear" if one["low"] > 0 or one["high"] < 0 else ""
-                cells = [*map(escape, comparison_row(one))]
-                found.append(f"<tr{clear}><td class=name>{cells[0]}<td class=name>{'<td>'.join(cells[1:])}")
-        return "".join(found)
-
-    parts = [
-        "<h2>Paired differences</h2><p class=note>Over the same items; bold where the interval leaves zero out.</p>"
-    ]
-    if strategies := rows("strategy"):
-        parts.append(_table(header, f"<tbody>{strategies}</tbody>", names=True))
-    if models := rows("model"):
-        body = _table(header, f"<tbody>{models}</tbody>", names=True)
-        parts.append(f"<details><summary>model against model</summary>{body}</details>")
-    return "".join(parts)
-
-
-def _browser(predictions: Sequence[dict], count: int) -> str:
-    """Items with all answers: of each task in turn one, those first on which cells disagree."""
+    The tasks take turns, and each gives first the items on which its cells disagree."""
     tasks: dict[str, dict[tuple[str, str], list[dict]]] = {}
     for row in predictions:
         tasks.setdefault(row["task"], {}).setdefault((row["protocol"], row["id"]), []).append(row)
-    total = sum(map(len, tasks.values()))
-    sorted_ = [sorted(items.values(), key=lambda rows: len({r["score"] for r in rows}) < 2) for items in tasks.values()]
-    chosen = [rows for turn in zip_longest(*sorted_) for rows in turn if rows is not None][:count]
-    options = "".join(
-        f"<option value='{escape(kind)}'>{escape(kind)}</option>" for kind in (*tasks, "differ", "right", "wrong")
-    )
-    return (
-        f"<h2>Items to read</h2><p class=note>{len(chosen)} of {total} items; of each task those first on which answers "
-        "differ in rightness. The answer is marked where it stands.</p>"
-        f"<p><select id=kind><option value=''>all</option>{options}</select><input id=text placeholder='search'>"
-        f"<span id=shown class=note></span></p><div id=items>{''.join(map(_item, chosen))}</div>"
-    )
+    queues = [sorted(items.values(), key=lambda rows: len({r["score"] for r in rows}) < 2) for items in tasks.values()]
+    turns = [rows for turn in zip_longest(*queues) for rows in turn if rows is not None]
+    return [_shown(rows) for rows in turns[:count]], len(turns), list(tasks)
 
 
-def _item(rows: list[dict]) -> str:
-    first = rows[0]
-    scores = {row["score"] for row in rows}
-    kinds = " ".join([first["task"], "differ" if len(scores) > 1 else ("right" if scores == {1} else "wrong")])
+def _shown(rows: list[dict]) -> dict[str, Any]:
+    first, scores = rows[0], {row["score"] for row in rows}
+    kind = "differ" if len(scores) > 1 else ("right" if scores == {1} else "wrong")
     context, question = split_question(first["prompt"])
-    lines = "".join(
-        f"<tr><td class=name>{escape(row['model'])}<td class=name>{escape(row['strategy'])}"
-        f"<td class='text {'right' if row['score'] else 'wrong'}'>{marked(row['prediction'].strip(), row['answers']) or '(nothing)'}"
-        for row in rows
-    )
-    table = _table(("model", "strategy", "went on with"), f"<tbody>{lines}</tbody>", names=True)
-    return (
-        f"<details data-kinds='{escape(kinds)}'><summary>{escape(first['id'])} <small>{escape(first['protocol'])}, "
-        f"{sum(row['score'] for row in rows)} of {len(rows)} right</small></summary><pre>{marked(context, first['answers'])}</pre>"
-        f"<p><b>Question</b> {escape(question)}<br><b>Answer</b> {escape(' | '.join(dict.fromkeys(first['answers'])))}</p>"
-        f"{table}</details>"
-    )
+    return {"first": first, "rows": rows, "kinds": f"{first['task']} {kind}", "context": context, "question": question}
 
 
 def split_question(prompt: str) -> tuple[str, str]:
@@ -192,15 +266,12 @@ def split_question(prompt: str) -> tuple[str, str]:
     return (context + stop, last) if stop else ("", prompt)
 
 
-def marked(text: str, answers: Sequence[str]) -> str:
+def marked(text: str, answers: Sequence[str]) -> Markup:
     """`text` escaped, with the first answer that stands in it marked at each of its places."""
     for answer in answers:
-        pieces = re.split(f"({re.escape(answer)})", text, flags=re.IGNORECASE) if answer else [text]
-        if len(pieces) > 1:
-            return "".join(f"<mark>{escape(p)}</mark>" if number % 2 else escape(p) for number, p in enumerate(pieces))
+        parts = re.split(f"({re.escape(answer)})", text, flags=re.IGNORECASE) if answer else [text]
+        if len(parts) > 1:
+            return Markup("").join(
+                Markup("<mark>{}</mark>").format(p) if n % 2 else escape(p) for n, p in enumerate(parts)
+            )
     return escape(text)
-
-
-def _manifest(manifest: dict) -> str:
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    return f"<h2>How it was made</h2><details><summary>manifest</summary><pre>{escape(text)}</pre></details>"

@@ -1,50 +1,163 @@
-"""A run from request to results: `run(plan, pool, output)`.
+"""A run from a request to results: `plan(request)` says what is asked, `run(plan, pool, output)` answers it into a folder.
 
-Batches are written as they come; everything else is computed from what was written, so a run that was interrupted,
-went on elsewhere or was spread over workers ends with the same files.
+Everything that can be wrong with a request is found by `plan`, before a model is opened or a file written. Batches are
+written as they come, and everything else is computed from what was written. So a run that was interrupted, went on
+elsewhere or was spread over workers ends with the same files.
 """
 
-import hashlib
-import logging
-import platform
-from collections.abc import Iterator
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 
 import jrt_recall
-from jrt_recall import contains
+from jrt_recall import Protocol, TaskItems, contains, items, strategy_named, task_named
+from jrt_recall.protocols import PAGES, PASSAGES
+from jrt_recall.protocols import cells as protocols_of
+from jrt_recall.scoring import bootstrap, paired_difference
 from tqdm import tqdm
 
 import jrt
-from jrt.evaluate.batching import Limits, batches
-from jrt.evaluate.engine import Encoded, Generation, encode, prompt_limit
-from jrt.evaluate.folder import RunFolder
-from jrt.evaluate.plan import Cell, Plan
-from jrt.evaluate.pools import Job, Pool
-from jrt.evaluate.results import comparisons, record
-from jrt.evaluate.subjects import ModelSpec, open_tokenizer
+from jrt.evaluate.answering import Encoded, Generation, Limits, batches, encode, prompt_limit, reachable
+from jrt.evaluate.folder import Cell, RunFolder, cell_of
+from jrt.evaluate.models import ModelSpec, open_tokenizer
+from jrt.evaluate.workers import Failure, Job, Pool
+from jrt.provenance import code_sha256, versions
 
-logger = logging.getLogger(__name__)
-
-ON_CPU = Limits(
-    size=16,
-    tokens=8192,  # what more of them need falls out of a processor's caches, and small models read slower
-    overhead=1024,
-)
-CPU_ALONE = 1024  # tokens: masked attention over padded rows costs more than decoding them together saves
+CPU_TOKENS = 8192  # of a batch: what more of them need falls out of a processor's caches, and small models read slower
+ON_CPU = Limits(size=16, tokens=CPU_TOKENS)
+CPU_ALONE = 1024  # tokens: masked attention over longer padded rows costs more than decoding them together saves
 ON_GPU = Limits(size=128)  # halved wherever it does not fit
-_RECORDED = ("jrt", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Args:
+        protocol: a protocol or a family of them; None: each task's default.
+        limit: items for each cell; None: all.
+        data: mirror folder of the published datasets; None: what the environment names.
+        passages: folder of the `qa_*` tasks; None: what the environment names.
+        cut_with: another cutting tokenizer, which renames the protocol.
+    """
+
+    models: tuple[ModelSpec, ...]
+    tasks: tuple[str, ...]
+    strategies: tuple[str, ...] = ("once",)
+    protocol: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    data: Path | None = None
+    passages: Path | None = None
+    cut_with: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request made definite: the items of each (task, strategy, protocol), the same for all models."""
+
+    request: Request
+    questions: dict[tuple[str, str, str], TaskItems] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """All cells, model by model."""
+        return [Cell(spec.name, *key) for spec in self.request.models for key in self.questions]
+
+    def items(self, cell: Cell) -> TaskItems:
+        return self.questions[cell.task, cell.strategy, cell.protocol]
+
+    def protocols(self) -> list[Protocol]:
+        """Each protocol that is used, once."""
+        return list({found.protocol.label(): found.protocol for found in self.questions.values()}.values())
+
+    def identity(self) -> dict:
+        """What makes two runs the same run, as plain values. Batches, devices and workers are no part of it."""
+        request = self.request
+        return {
+            "models": [
+                {"name": m.name, "dtype": m.dtype or "float32", "compat": m.compat, "short_prompt": m.short_prompt}
+                for m in request.models
+            ],
+            "limit": request.limit,
+            "seed": request.seed,
+            "cells": [found.summary() for found in self.questions.values()],
+            "protocols": [protocol.as_dict() for protocol in self.protocols()],
+        }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with; the same as stands in its folder."""
+    """What a run ends with; the same as stands in its folder. failed: cells without a number, and why."""
 
     records: list[dict]
     comparisons: list[dict]
     predictions: list[dict]
+    failed: dict[Cell, str]
+
+
+def plan(request: Request) -> Plan:
+    """Loads the questions of a request.
+
+    Raises ValueError for unknown or repeated names (models too), a negative seed, a protocol that does not fit a task, and
+    missing datasets."""
+    tasks = [task_named(name) for name in request.tasks]
+    strategies = [strategy_named(name) for name in request.strategies]
+    named = {
+        "model": [spec.name for spec in request.models],
+        "task": tasks,
+        "strategy": [strategy.name for strategy in strategies],
+    }
+    for kind, names in named.items():
+        if not names:
+            raise ValueError(f"name at least one {kind}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"the same {kind} is named twice: {', '.join(names)}")
+    if request.seed < 0:
+        raise ValueError(f"a seed is at least 0, got {request.seed}")
+    _check_folders(request, tasks)
+    wanted = [(task, protocol) for task in request.tasks for protocol in protocols_of(request.protocol, task)]
+    _first_that_opens(request.models, lambda spec: open_tokenizer(spec.name))
+    questions = {}
+    for task, protocol in wanted:
+        folder = request.passages if task in PASSAGES else request.data
+        for strategy in strategies:
+            found = items(task, strategy, protocol, request.cut_with, request.limit, request.seed, folder)
+            questions[found.task, found.strategy, found.protocol.name] = found
+    return Plan(request, questions)
+
+
+def _first_that_opens(specs: Sequence[ModelSpec], opened: Callable[[ModelSpec], object]) -> None:
+    """Opens one model. Those that cannot be opened beside it are rows of the table with their reason.
+
+    Raises ValueError where none can: there is nothing to run."""
+    problems = []
+    for spec in specs:
+        try:
+            opened(spec)
+            return
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _check_folders(request: Request, tasks: list[str]) -> None:
+    """A folder that is not there, or that no task reads, is a mistake in the request."""
+    if request.passages is not None:
+        if not any(task in PASSAGES for task in tasks):
+            raise ValueError("a folder of passages is named, but no task reads it: qa_squad, qa_nq ... do")
+        if not Path(request.passages).is_dir():
+            raise ValueError(f"the folder of passages, {request.passages}, is not there")
+    if request.data is not None:
+        if all(task in PASSAGES or task.startswith(PAGES) for task in tasks):
+            raise ValueError("a mirror folder is named, but no task reads it: recall_swde, recall_fda ... do")
+        if not Path(request.data).is_dir():
+            raise ValueError(
+                f"the datasets' mirror, {request.data}, is not there: `jrt data fetch --folder FOLDER` makes one"
+            )
 
 
 def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, resume: bool = False) -> Outcome:
@@ -54,10 +167,10 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, res
     Raises ValueError for models that cannot be opened, a batch size below 1, and a folder that holds another run."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one item, got {batch_size}")
-    pool.facts(plan.request.models[0])  # a model that cannot be opened fails before anything is written
+    _first_that_opens(plan.request.models, pool.info)  # before anything is written
     manifest = {
         "identity": plan.identity(),
-        "versions": versions(),
+        "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with RunFolder(output, manifest, resume) as folder:
@@ -66,47 +179,82 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, res
 
 def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> Outcome:
     prompts: dict[Cell, list[Encoded]] = {}
-    state_bytes: dict[Cell, int] = {}
+    measured: dict[Cell, dict[str, int]] = {}
+    failed: dict[Cell, str] = {}
     cells = plan.cells()
     missing = {cell: _missing(plan, cell, folder) for cell in cells}
 
     def jobs() -> Iterator[Job]:
         for spec in plan.request.models:
-            facts = pool.facts(spec)
-            folder.note_model(facts)
-            tokenizer = open_tokenizer(spec.name)
-            for cell in (cell for cell in cells if cell.model == spec.name):
+            mine = [cell for cell in cells if cell.model == spec.name]
+            try:
+                info, tokenizer = pool.info(spec), open_tokenizer(spec.name)
+            except ValueError as error:
+                failed.update(dict.fromkeys(mine, str(error)))
+                continue
+            folder.note_model(info)
+            for cell in mine:
                 found = plan.items(cell)
-                limit = prompt_limit(found.protocol, facts["max_length"])
-                encoded = prompts[cell] = encode(tokenizer, [item.prompt for item in found.items], limit)
-                state_bytes[cell] = pool.state_bytes(spec, round(sum(len(e.ids) for e in encoded) / len(encoded)))
-                for batch in batches([encoded[index].ids for index in missing[cell]], _limits(spec, facts, batch_size)):
-                    chosen = [missing[cell][index] for index in batch]
+                try:
+                    limit = prompt_limit(found.protocol, info["max_length"])
+                except ValueError as error:
+                    failed[cell] = str(error)
+                    continue
+                encoded = prompts[cell] = encode(
+                    tokenizer, [item.prompt for item in found.items], limit, info["vocabulary"]
+                )
+                lengths = [len(one.ids) for one in encoded if not one.problem]
+                if not lengths:
+                    failed[cell] = f"no item can be asked: the prompt of {found.items[0].id}: {encoded[0].problem}"
+                    continue
+                measured[cell] = {
+                    "state_bytes": pool.state_bytes(spec, round(sum(lengths) / len(lengths))),
+                    "unreachable": sum(
+                        not reachable(tokenizer, item.answers, found.protocol.stop) for item in found.items
+                    ),
+                }
+                open_items = [index for index in missing[cell] if not encoded[index].problem]
+                for batch in batches([encoded[index].ids for index in open_items], _limits(spec, info, batch_size)):
+                    chosen = [open_items[index] for index in batch]
                     yield Job(spec, cell, found.protocol, [encoded[index].ids for index in chosen], chosen)
+                    if cell in failed:
+                        break
 
     with tqdm(total=sum(map(len, missing.values())), unit="item", smoothing=0.05) as progress:
         for job, generations in pool.answers(jobs()):
             progress.set_description(f"{job.cell.model} {job.cell.task} {job.cell.strategy}", refresh=False)
+            if isinstance(generations, Failure):
+                failed[job.cell] = generations.reason
+                continue
             folder.append(_predictions(plan, job, prompts[job.cell], generations))
             progress.update(len(generations))
 
-    rows = _ordered(plan, cells, folder.rows)
+    done = [cell for cell in cells if cell not in failed]
+    if not done:
+        raise ValueError(next(iter(failed.values())))
+    rows = _ordered(plan, done, folder.rows)
     models = folder.manifest["models"]
-    records = [record(plan, cell, rows[cell], models[cell.model], state_bytes[cell]) for cell in cells]
-    every = [row for cell in cells for row in rows[cell]]
+    records = []
+    for cell in done:
+        invalid = [one for one in prompts[cell] if one.problem]
+        more = {**measured[cell], "beyond_the_model": [one.problem for one in invalid]}
+        records.append(record(plan, cell, rows[cell], models[cell.model], more))
+    every = [row for cell in done for row in rows[cell]]
     compared = comparisons(every, plan.request.seed)
-    folder.finish(every, records, compared)
-    return Outcome(records, compared, every)
+    folder.finish(every, records, compared, failed)
+    return Outcome(records, compared, every, failed)
 
 
-def _limits(spec: ModelSpec, facts: dict, batch_size: int | None) -> Limits:
+def _limits(spec: ModelSpec, info: dict, batch_size: int | None) -> Limits:
     if batch_size is not None:
         limits = Limits(batch_size)
     elif spec.device.startswith("cuda"):
         limits = ON_GPU
     else:
-        limits = ON_CPU._replace(alone=CPU_ALONE if facts["attends_to_all"] else None)
-    return limits._replace(shares=facts["shares_beginnings"])
+        limits = ON_CPU._replace(alone=CPU_ALONE if info["attends_to_all"] else None)
+    if not info["batches"]:
+        limits = limits._replace(size=1)
+    return limits._replace(shares=info["shares_beginnings"], pads=info["pads"])
 
 
 def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:
@@ -142,27 +290,74 @@ def _ordered(plan: Plan, cells: list[Cell], rows: list[dict]) -> dict[Cell, list
     """Predictions by cell, in the order of the items; of an item that was answered twice, the first."""
     found: dict[Cell, dict[str, dict]] = {cell: {} for cell in cells}
     for row in rows:
-        found[Cell(row["model"], row["task"], row["strategy"], row["protocol"])].setdefault(row["id"], row)
-    return {cell: [found[cell][item.id] for item in plan.items(cell).items] for cell in cells}
+        found.get(cell_of(row), {}).setdefault(row["id"], row)
+    return {cell: [found[cell][item.id] for item in plan.items(cell).items if item.id in found[cell]] for cell in cells}
 
 
-def versions() -> dict[str, str]:
-    """Versions that a number depends on; `code` names the very sources that ran."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _RECORDED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return {**found, "code": _code_sha256()}
+def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict) -> dict:
+    """The record of one cell. score, low and high lie between 0 and 1; seconds is compute time summed over batches.
+
+    truncated: items that lost prompt tokens to a limit; nan: items whose logits had a NaN (they count as wrong);
+    unreachable: items of whose answers the model can write none.
+
+    measured: state_bytes and unreachable of the cell; beyond_the_model: why prompts could not be asked of this model."""
+    found = plan.items(cell)
+    interval = bootstrap([row["score"] for row in rows], seed=plan.request.seed)
+    longest = max(row["prompt_tokens"] for row in rows)
+    train_length = info["train_length"]
+    return {
+        **cell._asdict(),
+        "score": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "n": len(rows),
+        "documents": found.documents,
+        "dropped": found.dropped,
+        "invalid": len(found.invalid) + len(measured["beyond_the_model"]),
+        "lost": found.lost,
+        "unreachable": measured["unreachable"],
+        "absent": found.absent,
+        "truncated": sum(row["truncated"] > 0 for row in rows),
+        "nan": sum(not row["finite"] for row in rows),
+        "prompt_tokens": sum(row["prompt_tokens"] for row in rows) / len(rows),
+        "seconds": sum(row["seconds"] for row in rows),
+        "state_bytes": measured["state_bytes"],
+        "beyond_training": train_length is not None and longest > train_length,
+        "source": found.source,
+        "version": found.protocol.version,
+        "notes": [
+            *info["notes"],
+            *(f"not asked: {problem}" for problem in dict.fromkeys(measured["beyond_the_model"])),
+        ],
+    }
 
 
-def _code_sha256() -> str:
-    """sha256 over the Python and task files of jrt and jrt_recall, by their paths within the packages."""
-    digest = hashlib.sha256()
-    for package in (jrt, jrt_recall):
-        root = Path(package.__file__).parent
-        for file in sorted(file for kind in ("*.py", "*.yaml") for file in root.rglob(kind)):
-            digest.update(f"{package.__name__}/{file.relative_to(root).as_posix()}\n".encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+def comparisons(rows: list[dict], seed: int = 0) -> list[dict]:
+    """Paired differences over the same items: strategies of one model, then models under one strategy.
+
+    difference = second - first, in score units, with its 95% interval."""
+    cells: dict[Cell, dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault(cell_of(row), {})[row["id"]] = row["score"]
+    found = []
+    for first, second in combinations(cells, 2):
+        differing = [name for name in Cell._fields if getattr(first, name) != getattr(second, name)]
+        if differing not in (["strategy"], ["model"]):
+            continue
+        shared = [item for item in cells[first] if item in cells[second]]
+        if not shared:
+            continue
+        before, after = ([cells[cell][item] for item in shared] for cell in (first, second))
+        interval = paired_difference(before, after, seed=seed)
+        found.append(
+            {
+                "between": differing[0],
+                "first": first._asdict(),
+                "second": second._asdict(),
+                "difference": interval.mean,
+                "low": interval.low,
+                "high": interval.high,
+                "n": len(shared),
+            }
+        )
+    return found

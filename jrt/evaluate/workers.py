@@ -1,27 +1,93 @@
-"""`RayPool`: the jobs of a run on several processes or machines, one model copy in each.
+"""Who computes: this process (`LocalPool`), or Ray actors on several processes or machines (`RayPool`).
 
-A worker that dies is replaced and its job asked again; rows do not depend on who answers them, so the result is that of
-a single process.
+Both answer the same jobs with the same code. Rows do not depend on who answers them, so the results are the same.
 """
+
+from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from typing import Protocol as Interface
 
-import ray
-from ray.exceptions import RayActorError
+from jrt_recall import Protocol
 
-from jrt.evaluate.engine import Generation
-from jrt.evaluate.pools import Job, Worker
-from jrt.evaluate.subjects import ModelSpec
+from jrt.evaluate.answering import Generation, answer
+from jrt.evaluate.folder import Cell
+from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 
 
+@dataclass(frozen=True)
+class Job:
+    """One batch of one cell: prompts as ids, and which items of the cell they ask."""
+
+    spec: ModelSpec
+    cell: Cell
+    protocol: Protocol
+    rows: list[list[int]]
+    items: list[int]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A batch that could not be answered, and why: the model's code failed."""
+
+    reason: str
+
+
+class Pool(Interface):
+    """What a run needs of whoever computes."""
+
+    def info(self, spec: ModelSpec) -> dict: ...
+
+    def state_bytes(self, spec: ModelSpec, length: int) -> int: ...
+
+    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]: ...
+
+
+class Worker:
+    """Keeps one model open at a time and answers jobs."""
+
+    def __init__(self) -> None:
+        self._model: OpenModel | None = None
+
+    def info(self, spec: ModelSpec) -> dict:
+        return asdict(self._opened(spec).info())
+
+    def state_bytes(self, spec: ModelSpec, length: int) -> int:
+        return self._opened(spec).state_bytes(length)
+
+    def answer(self, job: Job) -> list[Generation] | Failure:
+        try:
+            return answer(self._opened(job.spec), job.rows, job.protocol)
+        except ValueError as error:
+            return Failure(str(error))
+
+    def _opened(self, spec: ModelSpec) -> OpenModel:
+        if self._model is None or self._model.spec != spec:
+            self._model = None  # the former model's memory is freed before the next is read
+            self._model = open_model(spec)
+        return self._model
+
+
+class LocalPool(Worker):
+    """Everything in this process, one job after the other."""
+
+    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
+        for job in jobs:
+            yield job, self.answer(job)
+
+
 class RayPool:
-    """Ray actors; a context manager that ends them.
+    """Ray actors with one model copy each; a context manager that ends them.
+
+    A worker that dies is replaced, and its job is asked again.
 
     Args:
         workers: how many, each with one CPU.
@@ -29,41 +95,44 @@ class RayPool:
         gpus: GPUs of each worker.
 
     Raises:
-        ValueError: the cluster cannot be reached.
+        ValueError: no worker is asked for, or the cluster cannot be reached.
     """
 
     def __init__(self, workers: int, address: str | None = None, gpus: float = 0) -> None:
+        import ray
+
         if workers < 1:
             raise ValueError(f"at least one worker is needed, got {workers}")
-        options = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        options: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except ConnectionError as error:
             raise ValueError(
                 f"no Ray cluster answers at {address!r}; one that asks for a token needs RAY_AUTH_MODE=token here, too"
             ) from error
-        self._actor_class = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
+        self._ray = ray
+        self._actor_class: Any = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
         self.actors = [self._actor_class.remote() for _ in range(workers)]
 
-    def __enter__(self) -> "RayPool":
+    def __enter__(self) -> RayPool:
         return self
 
-    def __exit__(self, *_) -> None:
-        ray.shutdown()
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
 
-    def facts(self, spec: ModelSpec) -> dict:
-        return self._asked("facts", spec)
+    def info(self, spec: ModelSpec) -> dict:
+        return self._asked("info", spec)
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
         return self._asked("state_bytes", spec, length)
 
-    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation]]]:
+    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
         """Answers as they come; each worker has one job at a time.
 
         Raises RuntimeError where a job has ended its worker several times."""
-        coming, again = iter(jobs), deque()
+        coming, again = iter(jobs), deque[Job]()
         failures: dict[int, int] = {}
-        running = {}
+        running: dict[Any, tuple[Job, int]] = {}  # by the reference of the answer: the job and its worker's place
         while True:
             busy = {place for _, place in running.values()}
             for place in range(len(self.actors)):
@@ -75,11 +144,11 @@ class RayPool:
                 running[self.actors[place].answer.remote(job)] = (job, place)
             if not running:
                 return
-            (done,), _ = ray.wait(list(running), num_returns=1)
+            (done,), _ = self._ray.wait(list(running), num_returns=1)
             job, place = running.pop(done)
             try:
-                found = ray.get(done)
-            except RayActorError as error:
+                found = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
                 failures[id(job)] = failures.get(id(job), 0) + 1
                 if failures[id(job)] >= ATTEMPTS:
                     raise RuntimeError(f"{ATTEMPTS} workers died of the same {len(job.rows)} prompts") from error
@@ -88,13 +157,13 @@ class RayPool:
                 continue
             yield job, found
 
-    def _asked(self, method: str, *arguments):
+    def _asked(self, method: str, spec: ModelSpec, *more: int) -> Any:
         for _ in range(ATTEMPTS):
             try:
-                return ray.get(getattr(self.actors[0], method).remote(*arguments))
-            except RayActorError:
+                return self._ray.get(getattr(self.actors[0], method).remote(spec, *more))
+            except self._ray.exceptions.RayActorError:
                 self._replace(0)
-        raise RuntimeError(f"{ATTEMPTS} workers died while they opened {arguments[0].name}")
+        raise RuntimeError(f"{ATTEMPTS} workers died while they opened {spec.name}")
 
     def _replace(self, place: int) -> None:
         logger.warning("worker %d died: another takes its place", place)

@@ -56,7 +56,21 @@ def decay(log_decay: Tensor, k: Tensor) -> None:
         raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected (H,) = ({k.shape[2]},)")
 
 
-def state(given: State, k: Tensor, v: Tensor) -> None:
+def packing(cu_seqlens: Tensor, k: Tensor) -> None:
+    tensor("cu_seqlens", cu_seqlens, k.device)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; expected int32 or int64 (N + 1,) for N sequences"
+        )
+    if k.shape[0] != 1:
+        raise ValueError(f"cu_seqlens is given and k has B = {k.shape[0]} rows; expected all sequences in one")
+    if k.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != k.shape[1] or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected to rise from 0 to T = {k.shape[1]}")
+
+
+def state(given: State, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> None:
     if not isinstance(given, State):
         raise ValueError(f"initial_state is a {type(given).__name__}; expected a jrt.ops.State(S, z), or None")
     for name, part in zip(("S", "z"), given, strict=True):
@@ -64,6 +78,7 @@ def state(given: State, k: Tensor, v: Tensor) -> None:
         if part.dtype not in FLOATING:
             raise ValueError(f"initial_state.{name} is {part.dtype}; expected a floating-point dtype")
     batch, _, heads, d = k.shape
+    batch = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     expected = (batch, heads, feature_count(d), v.shape[-1])
     if tuple(given.S.shape) != expected or tuple(given.z.shape) != expected[:3]:
         raise ValueError(

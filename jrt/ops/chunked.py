@@ -12,39 +12,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jrt.ops.call import Call
 from jrt.ops.feature_map import State, taylor_features
+from jrt.ops.packing import attend_apart, encode_apart
 
 CHUNK = 128
 # Chunks of a segment are computed side by side, segments one after another: the states between them may take this.
 SEGMENT_STATE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 
 
-def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
+def unsupported(call: Call) -> None:
+    """PyTorch serves every call."""
+
+
+def encode_prefix(call: Call) -> State:
     """The state that a prefix leaves; no scores, no order, no queries (equation 3, encoder sums)."""
+    if call.cu_seqlens is not None:
+        return encode_apart(encode_prefix, call)
+    _, k, v, _, mask, *_ = call.without_padding()
     length = k.shape[1]
     k, v = _to_compute_dtype(k), _to_compute_dtype(v)
     piece = _segment_tokens(k, v)
-    S = z = None
+    states: list[State] = []
     for start in range(0, length, piece):
         phi = taylor_features(k[:, start : start + piece].transpose(1, 2))  # (B, H, M, F)
         if mask is not None:
             phi = phi * mask[:, None, start : start + piece, None]
         dS = (phi.transpose(-1, -2) @ v[:, start : start + piece].transpose(1, 2)).to(_state_dtype(k))  # (B, H, F, D)
         dz = phi.sum(-2, dtype=_state_dtype(k))  # (B, H, F)
-        S, z = (dS, dz) if S is None else (S + dS, z + dz)
-    return State(S, z)
+        states = [State(states[0].S + dS, states[0].z + dz) if states else State(dS, dz)]
+    return states[0]
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial_state: State | None,
-    mask: Tensor | None,
-    log_decay: Tensor | None,
-    normalize: bool,
-) -> tuple[Tensor, State]:
+def linear_attention(call: Call) -> tuple[Tensor, State]:
     """The function of `reference.linear_attention`, in T / C steps."""
+    if call.cu_seqlens is not None:
+        return attend_apart(linear_attention, call)
+    q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
+    assert q is not None
     dtype = v.dtype
     q, k, v = _to_compute_dtype(q), _to_compute_dtype(k), _to_compute_dtype(v)
     state = initial_state
@@ -64,6 +69,7 @@ def linear_attention(
         o, state = _segment(q[:, part], k[:, part], v[:, part], state, part_mask, log_decay, normalize)
         outputs.append(o.to(dtype))
         start += tokens
+    assert state is not None
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
 
 

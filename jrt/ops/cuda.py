@@ -1,4 +1,6 @@
-"""Hopper kernels for linear attention as torch custom ops: prefill, prefix encoder, decode step. Forward only.
+"""Hopper kernels for linear attention as torch operators: prefill, prefix encoder, decode step.
+
+The backward of the first two is that of `jrt.ops.triton`, which needs nothing of the forward but its output.
 
 The kernels live in the extension module `jrt_kernels` (kernels/, built by JRT_BUILD_KERNELS=1); this file checks what
 they can serve, allocates, and passes addresses. Where they cannot, `unsupported` says why.
@@ -16,27 +18,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from jrt.ops import checks
+from jrt.ops import checks, triton
+from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
+from jrt.ops.registration import register
+from jrt.ops.triton import gradients_of_call, gradients_of_prefix, save_call, save_prefix
 
 DIM = 16
 FEATURES = feature_count(DIM)
 INTERFACE = 2  # of jrt_kernels
 LONGEST = 2**30  # tokens: kernels count them in 32 bits
-VECTOR_BYTES = 16  # decoding moves the state in these
+VECTOR_BYTES = 16  # copies and decoding move these at once
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial_state: State | None,
-    mask: Tensor | None,
-    log_decay: Tensor | None,
-    normalize: bool,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
     """Why the kernels cannot serve this call, or None. Safe without CUDA and without the extension."""
+    q, k, v, mask = call.k if call.q is None else call.q, call.k, call.v, call.mask
     if q.device.type != "cuda":
         return f"tensors are on {q.device}; expected a CUDA device"
     if reason := _missing(q.device.index):
@@ -47,15 +45,15 @@ def unsupported(
         return f"query size d = {q.shape[-1]}: the kernels are built for {DIM}"
     if v.shape[-1] % 8:
         return f"value size D = {v.shape[-1]}: expected a multiple of 8"
-    if log_decay is not None:
+    if call.log_decay is not None:
         return "log_decay is not implemented in the kernels"
-    states = () if initial_state is None else tuple(initial_state)
-    if torch.is_grad_enabled() and any(_is_differentiated(x) for x in (q, k, v, *states)):
-        return "an input requires grad and the kernels have no derivative"
+    if call.cu_seqlens is not None:
+        return "packed sequences are not implemented in the kernels"
+    states = () if call.initial_state is None else tuple(call.initial_state)
+    if reason := _no_gradient(call):
+        return reason
     if any(x.dtype != torch.float32 for x in states):
         return f"initial_state is {' and '.join(str(x.dtype) for x in states)}; expected float32"
-    if any(x.device != q.device for x in (k, v, *states, *(() if mask is None else (mask,)))):
-        return f"a tensor is not on {q.device}, as q is"
     if q.shape[1] > LONGEST or (mask is not None and q.shape[0] * q.shape[1] >= 2**31):
         return f"{q.shape[0]} x {q.shape[1]} tokens: the kernels count them in 32 bits"
     for name, x in (("k" if q is k else "q", q), ("k", k), ("v", v)):
@@ -64,18 +62,21 @@ def unsupported(
     return None
 
 
-def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: State | None, mask: Tensor | None, normalize: bool
-) -> tuple[Tensor, State]:
+def linear_attention(call: Call) -> tuple[Tensor, State]:
     """`jrt.ops.linear_attention` for calls that `unsupported` lets pass."""
-    S, z = (None, None) if initial_state is None else (x.contiguous() for x in initial_state)
-    o, S, z = (_decode if q.shape[1] == 1 else _prefill)(q, k, v, S, z, _contiguous_rows(mask), normalize)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in call.tensors())
+    call = call.without_padding()
+    S, z = (None, None) if call.initial_state is None else call.initial_state
+    one_token = call.k.shape[1] == 1 and not wants_gradient
+    operator = torch.ops.jrt.linear_attention_decode if one_token else torch.ops.jrt.linear_attention_prefill
+    o, S, z = operator(call.q, call.k, call.v, S, z, call.mask, call.normalize)
     return o, State(S, z)
 
 
-def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
+def encode_prefix(call: Call) -> State:
     """`jrt.ops.encode_prefix` for calls that `unsupported` lets pass."""
-    return State(*_encode(k, v, _contiguous_rows(mask)))
+    call = call.without_padding()
+    return State(*torch.ops.jrt.encode_prefix(call.k, call.v, call.mask))
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool = True) -> Tensor:
@@ -94,12 +95,16 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool =
     checks.keys_and_values(k, v, None)
     checks.queries(q, k)
     checks.state(state, k, v)
-    if reason := unsupported(q, k, v, state, None, None, normalize):
+    if reason := unsupported(Call(q, k, v, state, normalize=normalize)):
         raise ValueError(f"decode_step: {reason}")
-    return _decode_in_place(q, k, v, state.S, state.z, normalize)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state)):
+        raise ValueError("decode_step: an input requires grad and a state that is updated in place has no gradient")
+    return torch.ops.jrt.linear_attention_decode_in_place(q, k, v, state.S, state.z, normalize)
 
 
-@torch.library.custom_op("jrt::linear_attention_prefill", mutates_args=(), device_types="cuda")
+# ---- the operators
+
+
 def _prefill(
     q: Tensor,
     k: Tensor,
@@ -113,22 +118,18 @@ def _prefill(
     return o, *_launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize)
 
 
-@_prefill.register_fake
-def _(q, k, v, initial_S, initial_z, mask, normalize):
+def _prefill_fake(q, k, v, initial_S, initial_z, mask, normalize):
     return v.new_empty(v.shape), *_empty_state(v)
 
 
-@torch.library.custom_op("jrt::encode_prefix", mutates_args=(), device_types="cuda")
 def _encode(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return _launch_prefill(None, k, v, None, None, None, mask, True)
 
 
-@_encode.register_fake
-def _(k, v, mask):
+def _encode_fake(k, v, mask):
     return _empty_state(v)
 
 
-@torch.library.custom_op("jrt::linear_attention_decode", mutates_args=(), device_types="cuda")
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -139,17 +140,9 @@ def _decode(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     S, z = _empty_state(v)
-    if initial_S is not None and initial_S.data_ptr() % VECTOR_BYTES:
-        initial_S = initial_S.clone()
-    return _launch_decode(q, k, v, initial_S, initial_z, S, z, mask, normalize), S, z
+    return _launch_decode(q, k, v, _aligned(initial_S), initial_z, S, z, mask, normalize), S, z
 
 
-@_decode.register_fake
-def _(q, k, v, initial_S, initial_z, mask, normalize):
-    return v.new_empty(v.shape), *_empty_state(v)
-
-
-@torch.library.custom_op("jrt::linear_attention_decode_in_place", mutates_args=("S", "z"), device_types="cuda")
 def _decode_in_place(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, normalize: bool) -> Tensor:
     if v.shape[1] != 1:
         raise ValueError(f"decode_step takes one token, got T = {v.shape[1]}")
@@ -161,13 +154,46 @@ def _decode_in_place(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, norm
     return _launch_decode(q, k, v, S, z, S, z, None, normalize)
 
 
-@_decode_in_place.register_fake
-def _(q, k, v, S, z, normalize):
+def _decode_in_place_fake(q, k, v, S, z, normalize):
     return v.new_empty(v.shape)
+
+
+def _save_prefill(ctx, inputs, output) -> None:
+    q, k, v, S, z, mask, normalize = inputs
+    save_call(ctx, (q, k, v, S, z, mask, None, None, normalize), output)
+
+
+def _prefill_gradients(ctx, do: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    return *gradients_of_call(ctx, do, dS, dz)[:5], None, None
+
+
+def _save_encode(ctx, inputs, output) -> None:
+    save_prefix(ctx, (*inputs, None), output)
+
+
+def _encode_gradients(ctx, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients_of_prefix(ctx, dS, dz)[:3]
+
+
+_CALL = "Tensor q, Tensor k, Tensor v, Tensor? initial_S, Tensor? initial_z, Tensor? mask, bool normalize"
+register("linear_attention_prefill", f"({_CALL}) -> (Tensor, Tensor, Tensor)", _prefill, _prefill_fake)
+register("linear_attention_decode", f"({_CALL}) -> (Tensor, Tensor, Tensor)", _decode, _prefill_fake)
+register("encode_prefix", "(Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)", _encode, _encode_fake)
+register(
+    "linear_attention_decode_in_place",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) S, Tensor(b!) z, bool normalize) -> Tensor",
+    _decode_in_place,
+    _decode_in_place_fake,
+)
+torch.library.register_autograd("jrt::linear_attention_prefill", _prefill_gradients, setup_context=_save_prefill)
+torch.library.register_autograd("jrt::encode_prefix", _encode_gradients, setup_context=_save_encode)
 
 
 def _launch_decode(q, k, v, old_S, old_z, S, z, mask, normalize) -> Tensor:
     batch, _, heads, value_dim = v.shape
+    q, k, v, mask = _aligned(q), _aligned(k), _aligned(v), _contiguous_rows(mask)
+    if old_S is not None:
+        old_S, old_z = old_S.contiguous(), old_z.contiguous()
     o, device = v.new_empty(v.shape), v.device.index
     _module().decode_step(
         _view(q), _view(k), _view(v), _view(o), _mask_view(mask),
@@ -179,6 +205,9 @@ def _launch_decode(q, k, v, old_S, old_z, S, z, mask, normalize) -> Tensor:
 
 def _launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize) -> tuple[Tensor, Tensor]:
     kernels, device = _module(), v.device.index
+    q, k, v, mask = _aligned(q), _aligned(k), _aligned(v), _contiguous_rows(mask)
+    if initial_S is not None:
+        initial_S, initial_z = initial_S.contiguous(), initial_z.contiguous()
     batch, tokens, heads, value_dim = v.shape
     S, z = _empty_state(v)
     pieces = kernels.prefill_pieces(batch, tokens, heads, value_dim, q is None, _multiprocessors(device))
@@ -201,7 +230,10 @@ def _empty_state(v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _view(x: Tensor | None) -> tuple[int, int, int, int]:
     """Address, and strides of batch, token and head."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    if x is None:
+        return 0, 0, 0, 0
+    batch, token, head, _ = x.stride()
+    return x.data_ptr(), batch, token, head
 
 
 def _mask_view(mask: Tensor | None) -> tuple[int, int]:
@@ -216,9 +248,21 @@ def _contiguous_rows(mask: Tensor | None) -> Tensor | None:
     return mask.contiguous()
 
 
-def _is_differentiated(x: Tensor) -> bool:
-    """Whether a gradient or a forward-mode tangent is wanted with respect to it."""
-    return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
+def _no_gradient(call: Call) -> str | None:
+    """Why the derivative that is wanted cannot be had."""
+    if not torch.is_grad_enabled():
+        return None
+    # The compiler cannot trace this question, and compiles no forward-mode derivatives.
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in call.tensors()):
+        return "a forward-mode derivative is wanted and the kernels have none"
+    if not triton.INSTALLED and any(x.requires_grad for x in call.tensors()):
+        return "an input requires grad and the backward needs triton, which is not installed"
+    return None
+
+
+def _aligned(x: Tensor | None) -> Tensor | None:
+    """A tensor that begins where the copies can: at a multiple of 16 bytes. What a slice leaves elsewhere is copied."""
+    return x if x is None or x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
 
 
 def _address(x: Tensor | None) -> int:
@@ -233,8 +277,8 @@ def _unsuitable_layout(name: str, x: Tensor) -> str | None:
     if x.stride(-1) != 1:
         return f"{name} has strides {x.stride()}: its last dimension must be contiguous"
     strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    if any(stride % 8 or stride <= 0 for stride in strides) or x.storage_offset() % 8:
-        return f"{name} has strides {x.stride()} and offset {x.storage_offset()}: expected positive multiples of 8 elements"
+    if any(stride % 8 or stride <= 0 for stride in strides):
+        return f"{name} has strides {x.stride()}: expected positive multiples of 8 elements"
     return None
 
 
@@ -244,7 +288,7 @@ def _missing(device: int) -> str | None:
 
 
 # torch.compiler.assume_constant_result, less its import of the compiler: torch.compile cannot trace the probing.
-_missing._dynamo_marked_constant = True
+vars(_missing)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

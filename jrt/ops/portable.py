@@ -1,7 +1,7 @@
 """The ops without a choice of backend: plain PyTorch, any device, nothing compiled and nothing registered.
 
-`jrt.checkpoints.self_contained` puts these in place of `jrt.ops` into the modelling file of a self-contained folder, which must load
-anywhere, and more than once in a process. Shapes and errors: `jrt.ops`, which the functions follow.
+This file is `jrt.ops` in a self-contained folder (`jrt.checkpoints.self_contained`), which must load anywhere, and more
+than once in a process. It computes what `jrt.ops` computes on a CPU; shapes and errors are told there.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
 from jrt.ops.chunked import linear_attention as chunked_attention
-from jrt.ops.feature_map import State
-from jrt.ops.selective_scan import _chunked_forward as chunked_scan
-from jrt.ops.selective_scan import _reference as stepwise_scan
+from jrt.ops.feature_map import State, taylor_features
+from jrt.ops.selective_scan_pytorch import chunked_backward, chunked_forward, stepwise
+from jrt.ops.short_convolution import short_convolution
+
+__all__ = ["State", "encode_prefix", "linear_attention", "selective_scan", "short_convolution", "taylor_features"]
 
 
 def linear_attention(
@@ -25,14 +28,15 @@ def linear_attention(
     mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Causal linear attention with the Taylor feature map, from an optional state."""
-    return chunked_attention(q, k, v, initial_state, mask, log_decay, normalize)
+    return chunked_attention(Call(q, k, v, initial_state, mask, log_decay, normalize, cu_seqlens))
 
 
-def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> State:
+def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> State:
     """The state that a prefix leaves, every token of it seen by every later query."""
-    return chunked_prefix(k, v, mask)
+    return chunked_prefix(Call(None, k, v, mask=mask, cu_seqlens=cu_seqlens))
 
 
 def selective_scan(
@@ -45,9 +49,29 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba's recurrence; step by step where gradients are needed, in chunks elsewhere."""
+    """Mamba's recurrence."""
     inputs = (u, delta, A, B, C, D, initial_state)
-    if u.shape[1] == 1 or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        return stepwise_scan(*inputs)
-    y, state, _ = chunked_scan(*inputs, keep=False)
-    return y, state
+    return stepwise(*inputs) if u.shape[1] == 1 else ChunkedScan.apply(*inputs)
+
+
+class ChunkedScan(torch.autograd.Function):
+    """The scan in chunks; only the states between chunks are kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
+        keep = any(ctx.needs_input_grad)
+        with torch.autocast(u.device.type, enabled=False):
+            y, state, between = chunked_forward(u, delta, A, B, C, D, initial_state, keep)
+        ctx.save_for_backward(u, delta, A, B, C, D, between)
+        ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        return y, state
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, A, B, C, D, between = ctx.saved_tensors
+        skip = A.new_zeros(A.shape[0]) if D is None else D
+        with torch.autocast(u.device.type, enabled=False):
+            du, ddelta, dA, dB, dC, dD, dh = chunked_backward(u, delta, A, B, C, skip, between, dy, dstate)
+        skipped = None if D is None else dD.to(D.dtype)
+        before = None if ctx.state_dtype is None else dh.to(ctx.state_dtype)
+        return du, ddelta, dA.to(A.dtype), dB, dC, skipped, before

@@ -8,25 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jrt.ops import packing
+from jrt.ops.call import Call
 from jrt.ops.feature_map import State, taylor_features
 
 
-def encode_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> State:
+def unsupported(call: Call) -> None:
+    """The definition serves every call."""
+
+
+def encode_prefix(call: Call) -> State:
     """S = sum_j phi(k_j) v_j^T and z = sum_j phi(k_j), over all tokens at once (equation 3, encoder sums)."""
-    phi = _masked_features(k, mask)  # (B, M, H, F)
-    return State(S=torch.einsum("bmhf,bmhe->bhfe", phi, v.to(phi.dtype)), z=phi.sum(1).contiguous())
+    if call.cu_seqlens is not None:
+        return packing.encode_apart(encode_prefix, call)
+    call = call.without_padding()
+    phi = _masked_features(call.k, call.mask)  # (B, M, H, F)
+    return State(S=torch.einsum("bmhf,bmhe->bhfe", phi, call.v.to(phi.dtype)), z=phi.sum(1).contiguous())
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial_state: State | None,
-    mask: Tensor | None,
-    log_decay: Tensor | None,
-    normalize: bool,
-) -> tuple[Tensor, State]:
+def linear_attention(call: Call) -> tuple[Tensor, State]:
     """y_i = phi(q_i) (S_0 + sum_{j<=i} phi(k_j) v_j^T) / phi(q_i) . (z_0 + sum_{j<=i} phi(k_j)), as T^2 scores."""
+    if call.cu_seqlens is not None:
+        return packing.attend_apart(linear_attention, call)
+    q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
+    assert q is not None
     dtype = torch.promote_types(q.dtype, torch.float32)
     steps = torch.arange(q.shape[1], device=q.device)
     age = steps[:, None] - steps[None, :]  # (T, T): i - j

@@ -14,8 +14,12 @@ import os
 import torch
 from torch import Tensor
 
+from jrt.ops.registration import register
+from jrt.ops.selective_scan_pytorch import CHUNK as PYTORCH_CHUNK
+from jrt.ops.selective_scan_pytorch import between_shape, chunked_backward, chunked_forward, state_dtype, stepwise
+
 BACKENDS = ("reference", "chunked", "triton")
-CHUNK = {"chunked": 32, "triton": 16}  # steps between two states kept for the backward
+CHUNK = {"chunked": PYTORCH_CHUNK, "triton": 16}  # steps between two states kept for the backward
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -61,7 +65,7 @@ def selective_scan(
     if backend is None:
         backend = "triton" if u.is_cuda and not one_step and reason is None else "chunked"
     if backend == "reference" or (backend == "chunked" and one_step):  # one step of decoding is the definition itself
-        return _reference(*inputs)
+        return stepwise(*inputs)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, state, _ = torch.ops.jrt.selective_scan(*inputs, backend, keep)
     return y, state
@@ -73,8 +77,10 @@ def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
         return "triton is not installed; use 'chunked'"
     if any(x is not None and x.dtype == torch.float64 for x in inputs):
         return "it computes in fp32 and an input is fp64; use 'chunked'"
-    if not inputs[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs CUDA tensors, these are on {inputs[0].device}; use 'chunked'"
+    u = inputs[0]
+    assert u is not None
+    if not u.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs CUDA tensors, these are on {u.device}; use 'chunked'"
     return None
 
 
@@ -106,139 +112,7 @@ def _check(u, delta, A, B, C, D, initial_state) -> None:
             raise ValueError(f"selective_scan: expected {name} on u's device {u.device}, got {x.device}")
 
 
-def _state_dtype(*inputs: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
-
-
-def _cast(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    dtype = _state_dtype(*inputs)
-    return tuple(None if x is None else x.to(dtype) for x in inputs)
-
-
-def _reference(u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
-    """The definition, step by step; autograd gives its gradients."""
-    dtype = u.dtype
-    u, delta, A, B, C, D, h = _cast(u, delta, A, B, C, D, initial_state)
-    if h is None:
-        h = u.new_zeros(u.shape[0], *A.shape)  # (B, E, N)
-    y = []
-    for t in range(u.shape[1]):
-        decay = torch.exp(delta[:, t, :, None] * A)  # (B, E, N)
-        h = decay * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
-        y.append((h * C[:, t, None, :]).sum(-1))  # (B, E)
-    y = torch.stack(y, dim=1)  # (B, T, E)
-    if D is not None:
-        y = y + D * u
-    return y.to(dtype), h
-
-
-# ---- "chunked": as many chunks as fit a budget run side by side as lanes, each from zero, position by position; then the
-# states are carried from lane to lane and added. Products are of decays only, so that every factor lies in [0, 1] and
-# nothing is ever divided by a product that may have vanished.
-
-LANE_ELEMENTS = 1 << 21  # states (B x L x E x N) that the lanes of one segment may hold
-
-
-def _lanes(batch: int, A: Tensor, steps: int) -> int:
-    """Chunks that run side by side: whole ones, at least one."""
-    length = CHUNK["chunked"]
-    return max(1, min(LANE_ELEMENTS // (batch * length * A.numel()), steps // length))
-
-
-def _scan_forwards(decay: Tensor, value: Tensor, h: Tensor, lanes: int) -> Tensor:
-    """h_t = decay_t h_{t-1} + value_t along dim 1 from the state h. Overwrites decay and value, and returns value."""
-    decay, value = (x.unflatten(1, (lanes, -1)) for x in (decay, value))  # (B, K, L, E, N)
-    value[:, 0, 0].addcmul_(decay[:, 0, 0], h)
-    for t in range(1, value.shape[2]):
-        value[:, :, t].addcmul_(decay[:, :, t], value[:, :, t - 1])
-    if lanes > 1:
-        for t in range(1, value.shape[2]):
-            decay[:, :, t] *= decay[:, :, t - 1]
-        for k in range(1, lanes):  # what each lane has to add at its end is all that the next one waits for
-            value[:, k, -1].addcmul_(decay[:, k, -1], value[:, k - 1, -1])
-        value[:, 1:, :-1].addcmul_(decay[:, 1:, :-1], value[:, :-1, -1:])
-    return value.flatten(1, 2)
-
-
-def _scan_backwards(decay: Tensor, value: Tensor) -> Tensor:
-    """g_t = decay_t g_{t+1} + value_t along dim 1, g_L = 0. Overwrites both arguments and returns value."""
-    span = 1
-    while span < value.shape[1]:
-        value[:, :-span] += decay[:, :-span] * value[:, span:]
-        decay[:, :-span] = decay[:, :-span] * decay[:, span:]
-        span *= 2
-    return value
-
-
-def _states(u, delta, A, B, h, lanes: int) -> Tensor:
-    """States of one segment (B, lanes L, E, N), after the state h (B, E, N)."""
-    decay = (delta[..., None] * A).exp_()
-    value = (delta * u)[..., None] * B[:, :, None, :]
-    return _scan_forwards(decay, value, h, lanes)
-
-
-def _chunked_forward(u, delta, A, B, C, D, initial_state, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _state_dtype(u, delta, A, B, C, D, initial_state)
-    A, D, h = (None if x is None else x.to(dtype) for x in (A, D, initial_state))
-    batch, steps, length = u.shape[0], u.shape[1], CHUNK["chunked"]
-    h = A.new_zeros(batch, *A.shape) if h is None else h  # (B, E, N)
-    y = u.new_empty(u.shape)  # (B, T, E)
-    between = A.new_empty(_between_shape(u, A, "chunked", keep))  # (B, K, N, E)
-    start = 0
-    while start < steps:
-        lanes = _lanes(batch, A, steps - start)
-        now = slice(start, min(steps, start + lanes * length))  # the last chunk may be a short one, alone
-        u_k, delta_k, B_k, C_k = (x[:, now].to(A.dtype) for x in (u, delta, B, C))
-        states = _states(u_k, delta_k, A, B_k, h, lanes)  # (B, K L, E, N)
-        if keep:
-            first = start // length
-            between[:, first] = h.mT
-            between[:, first + 1 : first + lanes] = states[:, length - 1 : -1 : length].mT
-        y_k = torch.matmul(states, C_k[..., None])[..., 0]  # (B, K L, E)
-        y[:, now] = y_k if D is None else y_k + D * u_k
-        h = states[:, -1]
-        start = now.stop
-    return y, h.clone(memory_format=torch.contiguous_format), between
-
-
-def _chunked_backward(u, delta, A, B, C, D, between, dy, dstate) -> tuple[Tensor, ...]:
-    """Gradients from the last chunk to the first; g (B, L, E, N) is the gradient of the loss by the states h."""
-    A, D = (x.to(between.dtype) for x in (A, D))
-    steps, length = u.shape[1], CHUNK["chunked"]
-    du, ddelta, dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta, B, C))
-    dA, dD = torch.zeros_like(A), torch.zeros_like(D)
-    dh = dstate.to(A.dtype)  # (B, E, N), by the state that a chunk hands on
-    for k in reversed(range(between.shape[1])):
-        now = slice(k * length, min(steps, (k + 1) * length))
-        u_k, delta_k, B_k, C_k, dy_k = (x[:, now].to(A.dtype) for x in (u, delta, B, C, dy))
-        h_in = between[:, k].mT  # (B, E, N)
-        decay = torch.exp(delta_k[..., None] * A)
-        states = _states(u_k, delta_k, A, B_k, h_in, lanes=1)
-        before = torch.cat([h_in[:, None], states[:, :-1]], dim=1)  # h_{t-1}
-        g = dy_k[..., None] * C_k[:, :, None, :]
-        g[:, -1] += dh
-        g = _scan_backwards(torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1), g)
-        dh = decay[:, 0] * g[:, 0]
-
-        through = g * decay * before  # by delta_t A
-        dA += (through * delta_k[..., None]).sum((0, 1))
-        by_input = torch.matmul(g, B_k[..., None])[..., 0]  # (B, L, E), by delta_t u_t
-        ddelta[:, now] = (through * A).sum(-1) + by_input * u_k
-        du[:, now] = by_input * delta_k + D * dy_k
-        dB[:, now] = (g * (delta_k * u_k)[..., None]).sum(2)
-        dC[:, now] = (states * dy_k[..., None]).sum(2)
-        dD += (dy_k * u_k).sum((0, 1))
-    return du, ddelta, dA, dB, dC, dD, dh
-
-
-# ---- the operator, forward and backward. `torch.library.custom_op` would read shorter, but its first call imports
-# torch._dynamo, seconds that a process which compiles nothing need not wait.
-
-
-def _between_shape(u: Tensor, A: Tensor, backend: str, keep: bool) -> tuple[int, ...]:
-    """(B, K, N, E): the state before each chunk, channels last so that the GPU reads it in whole lines."""
-    chunks = (u.shape[1] + CHUNK[backend] - 1) // CHUNK[backend] if keep else 0
-    return u.shape[0], chunks, A.shape[1], A.shape[0]
+# ---- the operator, forward and backward.
 
 
 def _forward(u, delta, A, B, C, D, initial_state, backend: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,14 +121,14 @@ def _forward(u, delta, A, B, C, D, initial_state, backend: str, keep: bool) -> t
             from jrt.ops import selective_scan_triton
 
             y, state, between = selective_scan_triton.forward(u, delta, A, B, C, D, initial_state, CHUNK["triton"])
-            return y, state, between if keep else between.new_empty(_between_shape(u, A, backend, keep))
-        return _chunked_forward(u, delta, A, B, C, D, initial_state, keep)
+            return y, state, between if keep else between.new_empty(between_shape(u, A, CHUNK[backend], keep))
+        return chunked_forward(u, delta, A, B, C, D, initial_state, keep)
 
 
 def _forward_fake(u, delta, A, B, C, D, initial_state, backend: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _state_dtype(u, delta, A, B, C, D, initial_state)
+    dtype = state_dtype(u, delta, A, B, C, D, initial_state)
     state = u.new_empty((u.shape[0], *A.shape), dtype=dtype)
-    return u.new_empty(u.shape), state, u.new_empty(_between_shape(u, A, backend, keep), dtype=dtype)
+    return u.new_empty(u.shape), state, u.new_empty(between_shape(u, A, CHUNK[backend], keep), dtype=dtype)
 
 
 def _backward(u, delta, A, B, C, D, between, dy, dstate, backend: str) -> tuple[Tensor, ...]:
@@ -264,7 +138,7 @@ def _backward(u, delta, A, B, C, D, between, dy, dstate, backend: str) -> tuple[
             from jrt.ops import selective_scan_triton
 
             return selective_scan_triton.backward(u, delta, A, B, C, D, between, dy, dstate, CHUNK["triton"])
-        return _chunked_backward(u, delta, A, B, C, D, between, dy, dstate)
+        return chunked_backward(u, delta, A, B, C, D, between, dy, dstate)
 
 
 def _backward_fake(u, delta, A, B, C, D, between, dy, dstate, backend: str) -> tuple[Tensor, ...]:
@@ -291,20 +165,14 @@ def _gradients(ctx, dy: Tensor, dstate: Tensor, dbetween: Tensor) -> tuple[Tenso
     return du, ddelta, dA.to(A.dtype), dB, dC, dD, dh, None, None
 
 
-def _register(name: str, signature: str, kernel, fake) -> None:
-    torch.library.define(f"jrt::{name}", signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"jrt::{name}", "default", kernel)
-    torch.library.register_fake(f"jrt::{name}", fake)
-
-
-_register(
+register(
     "selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, str backend, bool keep)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-_register(
+register(
     "selective_scan_backward",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor between, Tensor dy, Tensor dstate,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

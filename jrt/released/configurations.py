@@ -1,5 +1,5 @@
-"""Turns the configurations of other releases into a `JRTConfig`: the eight JRT, Based, attention and Mamba
-checkpoints, their older layouts (original_spec sections 0-4), and state-spaces/mamba in both of its layouts.
+"""Turns the configurations of other packages into a `JRTConfig`: the eight released checkpoints and their older layouts,
+and state-spaces/mamba as its authors and as transformers write it (docs/released.md).
 
 What the files' own shapes tell (MLP width, optional biases, vocabulary rows) is taken from there, within the bounds
 that the configuration allows, so that a file can never ask for more memory than its configuration does.
@@ -7,14 +7,18 @@ that the configuration allows, so that a file can never ask for more memory than
 
 from __future__ import annotations
 
-from jrt.config import Config
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jrt.config import LARGEST, Config
 from jrt.configuration_jrt import JRTConfig
-from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN
 
 Shapes = dict[str, tuple[int, ...]]
+Fixed = dict[str, tuple[object, ...]]
 
-# Class names at the end of a Hydra target, whatever module path stands before them.
+# Class names at the end of a mixer's `_target_`, whatever module stands before them.
 CLASSES = (
     ("BaseConv", "C"),
     ("PrefixLinearAttention", "P"),
@@ -23,198 +27,256 @@ CLASSES = (
     ("MHA", "A"),
     ("MultiheadAttention", "A"),
 )
-# What each field must be where it is given; null counts as not given.
-NUMBERS = ("layer_norm_epsilon", "rotary_emb_fraction", "decay_const")
-COUNTS = ("vocab_size", "n_inner", "enc_length", "ff_mult", "state_size", "expand", "conv_kernel", "d_state", "d_conv")
-MIXER_COUNTS = ("num_heads", "feature_dim", "scale_dim", "enc_length", "window_size", "expand_proj", "kernel_size")
-# GPT2Config's other names of the same fields.
+# GPT2Config's other names of the same fields; where a configuration has both, the alias counts, as in transformers.
 ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-# Fields that would change the computation; null counts as not given.
-ALWAYS = {
-    "rms_norm": True,
-    "activation_function": "swiglu",
-    "scale_attn_weights": True,
-    "n_positions": 0,
-    "prenorm": True,
-    "parallel_block": False,
-    "attn_dwconv": False,
-    "rotary_emb_base": 10000,
-    "rotary_emb_scale_base": False,
-    "rotary_emb_interleaved": False,
+# The values for which the computation is the one here; with any other, the same weights would compute something else.
+# In all tables null counts as not given.
+GPT_FIXED: Fixed = {
+    "activation_function": ("swiglu",),
+    "mlp_type": ("base", "alt"),
+    "rms_norm": (True,),
+    "prenorm": (True,),
+    "parallel_block": (False,),
+    "n_positions": (0,),
+    "rotary_emb_base": (10000,),
+    "rotary_emb_scale_base": (False,),
+    "rotary_emb_interleaved": (False,),
+    "scale_attn_weights": (True,),
+    "attn_dwconv": (False,),
+    "word_embed_proj_dim": (),
+    "quantization_config": (),
 }
-LARGEST = 1 << 31  # no size of a model comes near it
+# Of flash-attn's own GPT, which the attention models are; the release's class for the others does not know them.
+ATTENTION_FIXED: Fixed = {
+    "use_alibi": (False,),
+    "window_size": ([-1, -1],),
+    "lm_head_bias": (False,),
+    "mup_width_scale": (1,),
+    "mup_embeddings_multiplier": (1,),
+    "mup_output_multiplier": (1,),
+    "mup_attn_multiplier": (1,),
+    "mup_scale_qk_dot_by_d": (False,),
+}
+MAMBA_SSM_FIXED: Fixed = {"rms_norm": (True,), "d_intermediate": (0,), "attn_layer_idx": ([],)}
+SSM_FIXED: Fixed = {"layer": ("Mamba1", "Mamba"), "conv_bias": (True,), "bias": (False,)}
+SSM_SIZES = ("d_state", "d_conv", "expand", "dt_rank")
+SSM_WITHOUT_EFFECT = ("use_fast_path", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")  # once it is trained
+MAMBA_TRANSFORMERS_FIXED: Fixed = {
+    "hidden_act": ("silu", "swish"),
+    "use_bias": (False,),
+    "use_conv_bias": (True,),
+    "quantization_config": (),
+}
 MLP_ROUNDING = 256  # flash-attn rounded hidden sizes up to 256, later to 128
 VOCABULARY_ROUNDING = 128
+GPT2_END = 50256  # GPT-2's end of text, which the release's configurations may leave out
 
 
-def is_mamba(raw: dict) -> bool:
-    """Whether a configuration describes Mamba, as transformers (`model_type`) or its authors (`d_model`) write it."""
-    if "model_type" in raw:
-        return raw["model_type"] == "mamba"
-    return ("d_model" in raw or "ssm_cfg" in raw) and "n_embd" not in raw
-
-
-def is_released(raw: dict) -> bool:
-    """Whether a configuration is one that `translate` knows."""
-    if is_mamba(raw):
-        return True
-    return raw.get("model_type", "gpt2") == "gpt2" and any(
-        key in raw for key in ("alt_mixer", "alt_mixer_2", "mixer", "rotary_emb_fraction")
-    )
-
-
-def translate(raw: dict, shapes: Shapes, compat: str | Quirks | None, source: str) -> JRTConfig:
-    """The configuration of a released checkpoint.
+def released_gpt(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
+    """The configuration of a released JRT, Based or attention checkpoint.
 
     Args:
         raw: its config.json.
         shapes: the shapes of its tensors, under the names of this package.
-        compat: as in `jrt.load`.
         source: where it came from, kept for the record.
 
     Raises:
         ValueError: something that no released model has; the message names it.
     """
-    quirks = Quirks.of(compat)
-    _check_types(raw)
-    core, tokens = _mamba(raw, shapes) if is_mamba(raw) else _gpt(raw, shapes)
-    return JRTConfig(
-        architecture=core.to_dict(),
-        vocab_tokens=tokens,
-        short_prompt="pad" if core.has("P") else "none",
-        quirks={name: True for name in quirks.active()},
-        source=source,
-        bos_token_id=_token(raw, "bos_token_id", core),
-        eos_token_id=_token(raw, "eos_token_id", core),
-        pad_token_id=SPACE_TOKEN,
-    )
-
-
-def _token(raw: dict, name: str, core: Config) -> int | None:
-    token = raw.get(name, 50256)  # GPT-2's end of text
-    return token if isinstance(token, int) and token < core.vocab_rows else None
-
-
-def _gpt(raw: dict, shapes: Shapes) -> tuple[Config, int]:
-    raw = _without_aliases(raw)
-    layers, width, heads = _of(raw, "n_layer"), _of(raw, "n_embd"), _of(raw, "n_head")
-    _refuse(raw)
+    raw = raw | {name: raw[alias] for alias, name in ALIASES.items() if raw.get(alias) is not None}
+    _check_fixed(raw, GPT_FIXED)
+    layers, width, heads = (_count(raw, name) for name in ("n_layer", "n_embd", "n_head"))
     _check_layers(layers, shapes)
-    mixers = [_mixer_of(raw, layer) for layer in range(layers)]
-    pattern = "".join(_letter(mixer) for mixer in mixers)
-    linear, conv = _only(mixers, pattern, "PL"), _only(mixers, pattern, "C")
+    for name, value in (("head_dim", width // heads), ("n_head_kv", heads), ("num_head_kv", heads)):
+        _check_fixed(raw, {name: (value,)})
+    head_rotary = int(_number(raw, "rotary_emb_fraction", 0, most=1) * (width // heads))
+    mixers = _mixers(raw, layers)
+    if not any(mixers):
+        _check_fixed(raw, ATTENTION_FIXED)
+    letters = [_letter(mixer) for mixer in mixers]
+    pattern = "".join(letters)
+    for mixer, letter in zip(mixers, letters, strict=True):
+        if letter == "A" and mixer:  # flash-attn's class itself, which takes nothing from the fields around it
+            given = {"causal": False, "num_heads": None, "rotary_emb_dim": 0} | mixer
+            _check_fixed(given, {"causal": (True,), "num_heads": (heads,), "rotary_emb_dim": (head_rotary,)}, "mixer.")
+    linear, conv = _the_one(mixers, pattern, "PL"), _the_one(mixers, pattern, "C")
     windows = tuple(_window(mixer, layer) for layer, mixer in enumerate(mixers) if pattern[layer] == "S")
-    linear_heads, feature_dim = _linear_sizes(linear, shapes)
-    scale = linear.get("scale_dim") if "P" in pattern else (linear.get("feature_map") or {}).get("input_dim")
-    tokens = raw.get("vocab_size") or 50257
-    has_gain = any(name.endswith("decay_proj.weight") for name in shapes)
-    has_decay = "L" in pattern and (bool(raw.get("fixed_decay")) or "log_decay" in shapes)
+    linear_heads, feature_dim = _linear_sizes(linear, width, shapes)
+    feature_map = _part(linear, "feature_map")
+    if not str(feature_map.get("_target_", "TaylorExp")).endswith("TaylorExp"):
+        raise ValueError(f"config.json has feature_map {feature_map['_target_']!r}; expected TaylorExp")
+    scale = _count_or(linear, "scale_dim") if "P" in pattern else _count_or(feature_map, "input_dim")
+    encoder = _count_or(linear, "enc_length") or _count_or(raw, "enc_length") or 1024
+    tokens = _count_or(raw, "vocab_size") or 50257
+    decays = "L" in pattern and (_flag(raw, "fixed_decay", False) or "log_decay" in shapes)
+    gains = "L" in pattern and _flag(linear, "use_decay_proj", False)
     core = Config(
         pattern=pattern,
         width=width,
         vocab_rows=_rows(shapes, tokens),
         mlp_width=_mlp_width(raw, width, shapes),
         heads=heads,
-        rotary_dim=int((raw.get("rotary_emb_fraction") or 0.0) * (width // heads)),
+        rotary_dim=head_rotary,
         window=windows[0] if len(set(windows)) == 1 else windows or 128,
-        inverse_layer_scale=bool(raw.get("scale_attn_by_inverse_layer_idx", False)),
+        inverse_layer_scale=_flag(raw, "scale_attn_by_inverse_layer_idx", False),
         linear_heads=linear_heads,
         feature_dim=feature_dim,
         feature_scale=scale if scale != feature_dim else None,
-        enc_length=(linear.get("enc_length") or raw.get("enc_length") or 1024) if "P" in pattern else 0,
-        encoder_mask=bool(linear.get("use_mask", True)),
-        decay_const=raw.get("decay_const", -3) if has_decay else None,
-        decay_projection=("L" in pattern and bool(linear.get("use_decay_proj"))) or has_gain,
+        enc_length=encoder if "P" in pattern else 0,
+        encoder_mask=_flag(linear, "use_mask", True),
+        decay_const=_number(raw, "decay_const", -3, least=-LARGEST) if decays else None,
+        decay_projection=gains or any(name.endswith("decay_proj.weight") for name in shapes),
         conv_expand=_expand(conv, width, shapes) / 2,
-        conv_kernel=conv.get("kernel_size") or 3,
+        conv_kernel=_count_or(conv, "kernel_size") or 3,
         biases=_biases(shapes, pattern),
-        norm_eps=raw.get("layer_norm_epsilon") or 1e-5,
-        tied=raw.get("tie_word_embeddings", True),
+        norm_eps=_number(raw, "layer_norm_epsilon", 1e-5),
+        tied=_flag(raw, "tie_word_embeddings", True),
         train_length=2048,
     )
-    return core, tokens
+    return _configuration(core, tokens, raw, GPT2_END, source)
 
 
-def _mamba(raw: dict, shapes: Shapes) -> tuple[Config, int]:
-    settings = raw.get("ssm_cfg") or {}
-    if settings.get("layer", "Mamba1") not in ("Mamba1", "Mamba"):
-        raise ValueError(
-            f"ssm_cfg.layer {settings['layer']!r} is not supported; expected Mamba1: use transformers for Mamba-2"
-        )
-    if raw.get("attn_layer_idx"):
-        raise ValueError("Mamba checkpoints with attention layers (attn_layer_idx) are not supported")
-    if not raw.get("rms_norm", True):
-        raise ValueError("rms_norm: false is not supported; expected RMSNorm")
-    width = _of(raw, "d_model", "hidden_size", default=1024)
-    layers = _of(raw, "n_layer", "num_hidden_layers", default=64)
-    _check_layers(layers, shapes)
-    tokens = raw.get("vocab_size") or 50277
-    core = Config(
-        pattern="M" * layers,
+def mamba_ssm(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
+    """As `released_gpt`, for Mamba as its authors' package and the release write it: `d_model` and `ssm_cfg`.
+
+    The release's class saves fields of its GPT models beside them (n_embd, n_head, n_positions), which Mamba does not use.
+    """
+    settings = _part(raw, "ssm_cfg")
+    if settings.get("layer") == "Mamba2":
+        raise ValueError("config.json has ssm_cfg.layer 'Mamba2'; expected Mamba1: use transformers for Mamba-2")
+    _check_fixed(raw, MAMBA_SSM_FIXED)
+    _check_fixed(settings, SSM_FIXED, "ssm_cfg.")
+    unknown = sorted(set(settings) - {*SSM_FIXED, *SSM_SIZES, *SSM_WITHOUT_EFFECT})
+    if unknown:
+        raise ValueError(f"config.json has ssm_cfg.{unknown[0]}, which Mamba's first version does not have")
+    tokens = _count_or(raw, "vocab_size") or 50277
+    core = _mamba(
+        shapes,
+        tokens,
+        layers=_count(raw, "n_layer"),
+        width=_count(raw, "d_model"),
+        state_dim=_count_or(settings, "d_state") or 16,
+        mamba_expand=_count_or(settings, "expand") or 2,
+        mamba_kernel=_count_or(settings, "d_conv") or 4,
+        dt_rank=_rank(settings, "dt_rank"),
+        tied=_flag(raw, "tie_embeddings", True),
+    )
+    return _configuration(core, tokens, raw, GPT2_END, source)
+
+
+def mamba_transformers(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
+    """As `released_gpt`, for Mamba as transformers writes it, whose own defaults stand where a field is not given."""
+    _check_fixed(raw, MAMBA_TRANSFORMERS_FIXED)
+    width, expand = _count_or(raw, "hidden_size") or 768, _count_or(raw, "expand") or 2
+    _check_fixed(raw, {"intermediate_size": (expand * width,)})
+    tokens = _count_or(raw, "vocab_size") or 50280
+    core = _mamba(
+        shapes,
+        tokens,
+        layers=_count_or(raw, "num_hidden_layers") or 32,
         width=width,
-        vocab_rows=_rows(shapes, tokens),
-        state_dim=raw.get("state_size", settings.get("d_state", 16)),
-        mamba_expand=raw.get("expand", settings.get("expand", 2)),
-        mamba_kernel=raw.get("conv_kernel", settings.get("d_conv", 4)),
-        dt_rank=_rank(raw.get("time_step_rank", settings.get("dt_rank", "auto"))),
-        norm_eps=raw.get("layer_norm_epsilon") or 1e-5,
-        tied=raw.get("tie_word_embeddings", raw.get("tie_embeddings", True)),
-        train_length=2048,
+        state_dim=_count_or(raw, "state_size") or 16,
+        mamba_expand=expand,
+        mamba_kernel=_count_or(raw, "conv_kernel") or 4,
+        dt_rank=_rank(raw, "time_step_rank"),
+        norm_eps=_number(raw, "layer_norm_epsilon", 1e-5),
+        tied=_flag(raw, "tie_word_embeddings", True),
     )
-    return core, tokens
+    return _configuration(core, tokens, raw, 0, source)
 
 
-def _check_types(raw: dict) -> None:
-    """Raises ValueError for a field whose value no release could have written."""
-    parts = {name: raw.get(name) for name in ("mixer", "alt_mixer", "alt_mixer_2", "ssm_cfg")}
-    for name, part in parts.items():
-        if part is not None and not isinstance(part, dict):
-            raise ValueError(f"config.json has {name}: {part!r}; expected an object")
-        for count in MIXER_COUNTS if name != "ssm_cfg" else COUNTS:
-            _check_count(part or {}, count, name)
-        feature_map = (part or {}).get("feature_map")
-        if feature_map is not None:
-            if not isinstance(feature_map, dict):
-                raise ValueError(f"config.json has {name}.feature_map: {feature_map!r}; expected an object")
-            _check_count(feature_map, "input_dim", f"{name}.feature_map")
-            if not str(feature_map.get("_target_", "TaylorExp")).endswith("TaylorExp"):
-                raise ValueError(f"config.json has {name}.feature_map {feature_map['_target_']!r}; expected TaylorExp")
-    for name in ("alt_mixer_layers", "alt_mixer_2_layers"):
-        layers = raw.get(name)
-        if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-            raise ValueError(f"config.json has {name}: {layers!r}; expected a list of layer numbers")
-    for name in COUNTS:
-        _check_count(raw, name, "")
-    for name in NUMBERS:
-        value = raw.get(name)
-        if value is not None and not (type(value) in (int, float) and abs(value) < LARGEST):
-            raise ValueError(f"config.json has {name}: {value!r}; expected a number below {LARGEST}")
-    if not 0 <= (raw.get("rotary_emb_fraction") or 0) <= 1:
-        raise ValueError(f"config.json has rotary_emb_fraction: {raw['rotary_emb_fraction']!r}; expected 0 to 1")
+def _mamba(shapes: Shapes, tokens: int, layers: int, **sizes) -> Config:
+    _check_layers(layers, shapes)
+    return Config(pattern="M" * layers, vocab_rows=_rows(shapes, tokens), train_length=2048, **sizes)
 
 
-def _check_count(fields: dict, name: str, where: str) -> None:
+def _configuration(core: Config, tokens: int, raw: dict, end: int, source: str) -> JRTConfig:
+    return JRTConfig(
+        architecture=core.to_dict(),
+        vocab_tokens=tokens,
+        short_prompt="pad" if core.has("P") else "none",
+        source=source,
+        bos_token_id=_token(raw, "bos_token_id", end, core),
+        eos_token_id=_token(raw, "eos_token_id", end, core),
+        pad_token_id=SPACE_TOKEN,
+    )
+
+
+# ---- fields of config.json: each is read and checked by one of these
+
+
+def _check_fixed(fields: dict, fixed: Fixed, where: str = "") -> None:
+    """Raises ValueError for a field that is given and has none of its allowed values."""
+    for name, allowed in fixed.items():
+        if fields.get(name) is not None and fields[name] not in allowed:
+            expected = " or ".join(repr(value) for value in allowed) or "nothing"
+            raise ValueError(f"config.json has {where}{name}: {reprlib.repr(fields[name])}; expected {expected}")
+
+
+def _value(fields: dict, name: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
+    """A field's value, `default` where it is not given. Raises ValueError for another kind of value."""
     value = fields.get(name)
-    if value is not None and not (type(value) is int and 0 < value < LARGEST):
-        path = f"{where}.{name}" if where else name
-        raise ValueError(f"config.json has {path}: {value!r}; expected an integer from 1 to {LARGEST - 1}")
-
-
-def _without_aliases(raw: dict) -> dict:
-    """GPT-2's own names; where a configuration has both, its alias counts, because transformers sets it last."""
-    return raw | {name: raw[alias] for alias, name in ALIASES.items() if raw.get(alias) is not None}
-
-
-def _of(raw: dict, *names: str, default: int | None = None) -> int:
-    value = next((raw[name] for name in names if raw.get(name) is not None), default)
-    if type(value) is not int or not 0 < value < LARGEST:
-        raise ValueError(f"config.json has no valid {' or '.join(names)}: found {value!r}, expected a positive integer")
+    if value is None:
+        return default
+    if not is_valid(value):
+        raise ValueError(f"config.json has {name}: {reprlib.repr(value)}; expected {expected}")
     return value
+
+
+def _count_or(fields: dict, name: str) -> int | None:
+    return _value(
+        fields, name, None, lambda n: type(n) is int and 0 < n < LARGEST, f"an integer from 1 to {LARGEST - 1}"
+    )
+
+
+def _count(fields: dict, name: str) -> int:
+    value = _count_or(fields, name)
+    if value is None:
+        raise ValueError(f"config.json has no {name}; expected a positive integer")
+    return value
+
+
+def _number(fields: dict, name: str, default: float, least: float = 0, most: float = LARGEST) -> float:
+    def is_valid(value: Any) -> bool:
+        return type(value) in (int, float) and least <= value <= most
+
+    return _value(fields, name, default, is_valid, f"a number from {least} to {most}")
+
+
+def _flag(fields: dict, name: str, default: bool) -> bool:
+    return _value(fields, name, default, lambda x: x in (True, False), "true or false")
+
+
+def _part(fields: dict, name: str) -> dict:
+    return _value(fields, name, {}, lambda x: isinstance(x, dict), "an object")
+
+
+def _layer_numbers(fields: dict, name: str) -> list[int]:
+    def is_valid(value: object) -> bool:
+        return isinstance(value, list) and all(type(layer) is int for layer in value)
+
+    return _value(fields, name, [], is_valid, "a list of layer numbers")
+
+
+def _rank(fields: dict, name: str) -> int | None:
+    return None if fields.get(name) == "auto" else _count_or(fields, name)
+
+
+def _token(raw: dict, name: str, default: int, core: Config) -> int | list[int] | None:
+    """A token id, or a list of them as transformers allows; ids that the embedding does not have are left out."""
+
+    def is_valid(value: object) -> bool:
+        return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
+
+    value = _value({name: default} | raw, name, None, is_valid, "a token id or a list of them")
+    if isinstance(value, list):
+        return [token for token in value if 0 <= token < core.vocab_rows] or None
+    return value if value is not None and 0 <= value < core.vocab_rows else None
 
 
 def _check_layers(layers: int, shapes: Shapes) -> None:
@@ -222,19 +284,14 @@ def _check_layers(layers: int, shapes: Shapes) -> None:
         raise ValueError(f"config.json has {layers} layers and the file only {len(shapes)} tensors")
 
 
-def _refuse(raw: dict) -> None:
-    for name, value in ALWAYS.items():
-        if raw.get(name) not in (None, value):
-            raise ValueError(f"config.json has {name}: {raw[name]!r}; the released models have {value!r} only")
+# ---- mixers of the release
 
 
-def _mixer_of(raw: dict, layer: int) -> dict:
-    """The first of alt_mixer_2, alt_mixer and mixer that claims the layer; {} for plain attention."""
-    if layer in (raw.get("alt_mixer_2_layers") or ()):
-        return raw.get("alt_mixer_2") or {}
-    if layer in (raw.get("alt_mixer_layers") or ()):
-        return raw.get("alt_mixer") or {}
-    return raw.get("mixer") or {}
+def _mixers(raw: dict, layers: int) -> list[dict]:
+    """Each layer's mixer, {} for plain attention: the first of alt_mixer_2, alt_mixer and mixer that claims the layer."""
+    mixer, first, second = (_part(raw, name) for name in ("mixer", "alt_mixer", "alt_mixer_2"))
+    in_first, in_second = (set(_layer_numbers(raw, f"{name}_layers")) for name in ("alt_mixer", "alt_mixer_2"))
+    return [second if layer in in_second else first if layer in in_first else mixer for layer in range(layers)]
 
 
 def _letter(mixer: dict) -> str:
@@ -244,49 +301,48 @@ def _letter(mixer: dict) -> str:
     for start, letter in CLASSES:
         if name.startswith(start):
             return letter
-    raise ValueError(
-        f"mixer target {mixer.get('_target_')!r}: expected a class named {', '.join(c for c, _ in CLASSES)}"
-    )
+    expected = ", ".join(start for start, _ in CLASSES)
+    raise ValueError(f"config.json has a mixer {mixer.get('_target_')!r}; expected a class named {expected}")
 
 
-def _only(mixers: list[dict], pattern: str, letters: str) -> dict:
-    """The one mixer of these letters, {} where there is none; what tells layers apart does not count."""
+def _the_one(mixers: Sequence[dict], pattern: str, letters: str) -> dict:
+    """The mixer of these letters, {} where there is none."""
     found = [mixer for mixer, letter in zip(mixers, pattern, strict=True) if letter in letters]
     if any(mixer != found[0] for mixer in found):
         raise ValueError(f"config.json has two different mixers of the kinds {letters}; the released models have one")
     return found[0] if found else {}
 
 
+def _first_rows(shapes: Shapes, end: str) -> int | None:
+    return next((shape[0] for name, shape in shapes.items() if name.endswith(end) and shape), None)
+
+
 def _expand(conv: dict, width: int, shapes: Shapes) -> int:
     """`expand_proj`; where it is not given, the file's own rows tell."""
-    rows = next((shape[0] for name, shape in shapes.items() if name.endswith("mixer.in_proj.weight") and shape), 0)
-    return conv.get("expand_proj") or max(1, rows // width)
+    return _count_or(conv, "expand_proj") or max(1, (_first_rows(shapes, "mixer.in_proj.weight") or 0) // width)
 
 
-def _linear_sizes(linear: dict, shapes: Shapes) -> tuple[int, int]:
+def _linear_sizes(linear: dict, width: int, shapes: Shapes) -> tuple[int, int]:
     """Heads and feature dimension of linear attention; where one is not given, the file's queries tell."""
-    heads, feature_dim = linear.get("num_heads"), linear.get("feature_dim")
-    rows = next((shape[0] for name, shape in shapes.items() if name.endswith("mixer.proj_q.weight") and shape), None)
-    if rows is not None and heads is None:
-        heads = max(1, rows // (feature_dim or 16))
-    if rows is not None and feature_dim is None:
-        feature_dim = max(1, rows // heads)
+    heads, feature_dim = _count_or(linear, "num_heads"), _count_or(linear, "feature_dim")
+    rows = _first_rows(shapes, "mixer.proj_q.weight")
+    if rows is not None:
+        heads = heads or max(1, rows // (feature_dim or 16))
+        feature_dim = feature_dim or max(1, rows // heads)
+    _check_fixed(linear, {"head_dim": (width // (heads or 16),)})
     return heads or 16, feature_dim or 16
 
 
 def _window(mixer: dict, layer: int) -> int:
-    size = mixer.get("window_size") or 128  # the release's own default
+    """Earlier keys that a query sees: half of `window_size`."""
+    size = _count_or(mixer, "window_size") or 128  # the release's own default
     if size == 4096 and layer in (7, 17):
-        size = 256  # the release replaces this one size on these two layers (original_spec 4.4)
+        size = 256  # the release replaces this one size on these two layers
     return size // 2
 
 
-def _rank(rank: int | str) -> int | None:
-    return None if rank == "auto" else rank
-
-
 def _rows(shapes: Shapes, tokens: int) -> int:
-    rows = shapes["embedding.weight"][0] if "embedding.weight" in shapes else tokens
+    rows = _first_rows(shapes, "embedding.weight") or tokens
     if not tokens <= rows < tokens + VOCABULARY_ROUNDING:
         raise ValueError(
             f"the embedding has {rows} rows for a vocabulary of {tokens}; expected up to {VOCABULARY_ROUNDING} more"
@@ -296,11 +352,11 @@ def _rows(shapes: Shapes, tokens: int) -> int:
 
 def _mlp_width(raw: dict, width: int, shapes: Shapes) -> int:
     """The file's own width, if it is what the configuration asks for rounded up as some flash-attn did."""
-    least = raw.get("n_inner") or int(8 * width / 3)
+    least = _count_or(raw, "n_inner") or int(8 * width / 3)
     if raw.get("mlp_type") == "alt":
-        least = int(2 * width * raw.get("ff_mult", 4) / 3)
-    stored = next((shape[0] // 2 for name, shape in shapes.items() if name.endswith("mlp.fc1.weight") and shape), None)
-    hidden = -(-least // MLP_ROUNDING) * MLP_ROUNDING if stored is None else stored
+        least = int(2 * width * (_count_or(raw, "ff_mult") or 4) / 3)
+    stored = _first_rows(shapes, "mlp.fc1.weight")
+    hidden = -(-least // MLP_ROUNDING) * MLP_ROUNDING if stored is None else stored // 2
     if not least <= hidden < least + MLP_ROUNDING:
         raise ValueError(
             f"the MLP has {hidden} hidden units; expected {least} rounded up to a multiple of at most {MLP_ROUNDING}"

@@ -1,15 +1,17 @@
-"""Models that compute as the release did where their configuration's quirks say so (docs/released.md).
+"""Models that compute as the release did, one quirk at a time (docs/released.md tells the quirks).
 
-Importing this module is all that `JRTForCausalLM` needs to find the class; `jrt.configuration_jrt` imports it.
+`JRTForCausalLM(config)` makes the class here where the configuration has quirks; `jrt.configuration_jrt` imports it.
 
-Shapes: B batch, T tokens of a call.
+Shapes: B batch, T tokens of a call, H heads, d query/key size, D value size, F features.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import ChainMap
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,85 +20,144 @@ from jrt.cache import ModelState
 from jrt.config import Config
 from jrt.configuration_jrt import JRTConfig
 from jrt.inputs import check_tensor
-from jrt.mixers import MIXERS, Prefix
+from jrt.mixers import Prefix, TokenBatch
+from jrt.mixers.linear_attention import LinearAttention
 from jrt.modeling_jrt import JRTForCausalLM
-from jrt.padded_prompts import PaddedLanguageModel
-from jrt.released.mixers import ReleasedBatch, ReleasedLinearAttention, ReleasedPrefixLinearAttention
+from jrt.ops import State, linear_attention, taylor_features
 from jrt.released.quirks import Quirks
+from jrt.short_prompts import PADDED_MIXERS, PaddedBatch, PaddedPrefixLinearAttention, Prompt
+
+HALF = (torch.bfloat16, torch.float16)
 
 
-class ReleasedLanguageModel(PaddedLanguageModel):
-    """A language model that hands its quirks to the mixers and, under `blank_padding`, reads padding as tokens."""
+@dataclass(frozen=True, kw_only=True)
+class ReleasedBatch(PaddedBatch):
+    """Tokens, and the quirks that they are computed with; the mixers here compute any other batch correctly."""
 
-    mixers: ClassVar[Mapping[str, type[nn.Module]]] = ChainMap(
-        {"L": ReleasedLinearAttention, "P": ReleasedPrefixLinearAttention}, MIXERS
-    )
+    quirks: Quirks
 
-    def __init__(self, config: Config, quirks: Quirks) -> None:
-        super().__init__(config)
-        self.quirks = quirks
 
-    def read(
-        self,
-        input_ids: Tensor,
-        *,
-        state: ModelState | None = None,
-        attention_mask: Tensor | None = None,
-        prefix_length: Tensor | None = None,
-        blank_length: Tensor | None = None,
-    ) -> tuple[Tensor, ModelState]:
-        """As `PaddedLanguageModel.read`; under `blank_padding` the mask is any (B, T), and blanks keys only."""
-        keep = attention_mask if self.quirks.blank_padding else None  # the mask of a model that reads pads
-        batch = self.token_batch(input_ids, state, attention_mask if keep is None else None, prefix_length)
-        own, prefix, blank = batch.positions, batch.prefix, None
-        if keep is not None:
-            own = own - keep.long().argmax(1, keepdim=True)  # counts from a row's first token that is no padding
-        if keep is not None and prefix is not None and prefix_length is not None:
-            prefix = Prefix(prefix.length, None, own[:, : prefix.length] < prefix_length[:, None])
-        if prefix is not None and self.config.encoder_mask:
-            if blank_length is not None:
-                blank = (own >= 0) & (own < blank_length[:, None])
-            elif keep is not None and input_ids.shape[1] <= self.config.enc_length:
-                blank = ~keep  # the release drops a mask that is longer than its encoder
-        fields = vars(batch) | {"prefix": prefix}
-        return self.read_batch(input_ids, ReleasedBatch(**fields, blank=blank, quirks=self.quirks), state)
+class ReleasedLinearAttention(LinearAttention):
+    """Based's mixer with `double_add`, `decay_in_steps` and `half_states`."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.has_gain = config.decay_projection
+
+    def forward(self, x: Tensor, batch: TokenBatch, state: State | None) -> tuple[Tensor, State]:
+        if not isinstance(batch, ReleasedBatch):
+            return super().forward(x, batch, state)
+        q, k, v = self.project(x, batch)
+        step = state if x.shape[1] == 1 else None  # what a one-token step goes on from
+        if batch.quirks.double_add and step is not None:
+            state = added_once_more(k, v, step)
+        in_state = batch.log_decay if self.has_decay or batch.quirks.decay_in_steps else None
+        in_output = in_state if self.has_decay or step is not None else None
+        o, after = linear_attention(q, k, v, initial_state=state, mask=batch.mask, log_decay=in_output)
+        if in_state is not in_output:  # a decay without a gain: the parallel form decays the state only
+            _, after = linear_attention(q, k, v, initial_state=state, mask=batch.mask, log_decay=in_state)
+        if self.has_decay or (batch.quirks.decay_in_steps and step is not None and self.has_gain):
+            o = o * self.decay_proj(x)[..., None]
+        return self.out_proj(o.flatten(2)), stored(after, x, batch.quirks)
+
+
+class ReleasedPrefixLinearAttention(PaddedPrefixLinearAttention):
+    """Prefix linear attention with `half_states`, and with the keys that `blank_padding` zeroes."""
+
+    def forward(self, x: Tensor, batch: TokenBatch, state: State | None) -> tuple[Tensor, State]:
+        y, after = super().forward(x, batch, state)
+        return y, stored(after, x, batch.quirks) if isinstance(batch, ReleasedBatch) else after
+
+
+def added_once_more(k: Tensor, v: Tensor, state: State) -> State:
+    """The state with the token of k (B, 1, H, d) and v (B, 1, H, D) added to S, but not to z."""
+    phi = taylor_features(k[:, 0].to(state.S.dtype))  # (B, H, F)
+    return State(state.S + phi[..., None] * v[:, 0].to(state.S.dtype)[..., None, :], state.z)
+
+
+def stored(state: State, x: Tensor, quirks: Quirks) -> State:
+    """The state as it is kept for the next call: under `half_states`, rounded to the dtype of x if that is half."""
+    if not quirks.half_states or x.dtype not in HALF:
+        return state
+    return State(state.S.to(x.dtype).to(state.S.dtype), state.z.to(x.dtype).to(state.z.dtype))
 
 
 class ReleasedForCausalLM(JRTForCausalLM):
-    """A JRTForCausalLM with the quirks of its configuration; `JRTForCausalLM(config)` makes it where there are any."""
+    """A JRTForCausalLM with the quirks of its configuration.
+
+    Under `blank_padding`, `forward` takes the release's masks: any (B, T), 0 where keys are zeroed, or (B, 1, T, T) to
+    add to scores.
+    """
 
     computes_quirks: ClassVar[bool] = True
+    mixers: ClassVar[Mapping[str, type[nn.Module]]] = ChainMap(
+        {"L": ReleasedLinearAttention, "P": ReleasedPrefixLinearAttention}, PADDED_MIXERS
+    )
 
     def __init__(self, config: JRTConfig) -> None:
         super().__init__(config)
         if self.quirks.padded_rows:
-            self.tokens = self.core.vocab_rows
+            self.token_rows = self.core.vocab_rows
 
-    def language_model(self) -> ReleasedLanguageModel:
-        return ReleasedLanguageModel(self.core, self.quirks)
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        short_prompt: str | None = None,
+        prefix_length: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in JRTForCausalLM; under `ignore_batch_padding` every column counts."""
+        mask = None if self.quirks.ignore_batch_padding else attention_mask
+        return super().generate(inputs, mask, short_prompt, prefix_length, **kwargs)
 
-    def own_tokens(self, attention_mask: Tensor | None, input_ids: Tensor, state: ModelState | None) -> Tensor | None:
-        """The mask as `read` takes it; under `blank_padding` (B, T) bool, False where the release zeroes keys.
+    def token_batch(self, prompt: Prompt, state: ModelState | None) -> ReleasedBatch:
+        """As in JRTForCausalLM, with the quirks."""
+        if self.quirks.blank_padding and state is None:
+            batch, blank = self._padding_read(prompt)
+        else:
+            mask = None if self.quirks.blank_padding else prompt.attention_mask
+            batch = super().token_batch(dataclasses.replace(prompt, attention_mask=mask), state)
+            blank = batch.blank if isinstance(batch, PaddedBatch) else None
+        return ReleasedBatch(**vars(batch) | {"blank": blank}, quirks=self.quirks)
 
-        The release looks at no mask that is longer than the text, comes after the first call, or is for one token.
-        """
-        if not self.quirks.blank_padding:
-            return super().own_tokens(attention_mask, input_ids, state)
-        batch, length = input_ids.shape
-        if attention_mask is None or state is not None or length == 1:
-            return None
-        check_tensor("attention_mask", attention_mask, "a tensor (B, T) or (B, 1, T, T)")
-        if attention_mask.ndim == 4:
-            attention_mask = attention_mask[:, 0, -1] == 0
-        if attention_mask.ndim == 2 and attention_mask.shape[1] > length:
-            return None
-        if attention_mask.shape not in ((batch, length), (1, length)):
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask has shape {shape}; expected (B, T) or (B, 1, T, T) with T = {length}")
-        mask = attention_mask.bool()
-        return None if bool(mask.all()) else mask.expand(batch, length)
+    def _padding_read(self, prompt: Prompt) -> tuple[TokenBatch, Tensor | None]:
+        """The batch in which padding counts as tokens, and which tokens have zero keys, (B, T) bool."""
+        ids, lengths = prompt.input_ids, prompt.prefix_length
+        keep = released_mask(prompt.attention_mask, ids)
+        self.check_lengths(prompt, keep)
+        batch = self.model.token_batch(ids, None, None, None)
+        if batch.prefix is None:
+            return batch, None
+        start = 0 if keep is None else keep.long().argmax(1, keepdim=True)  # (B, 1) the first token that is no padding
+        own = batch.positions - start
+        if lengths is not None:
+            columns = batch.prefix.length
+            batch = dataclasses.replace(batch, prefix=Prefix(columns, None, own[:, :columns] < lengths[:, None]))
+        if not self.core.encoder_mask:
+            return batch, None
+        if prompt.blank_length is not None:
+            return batch, (own >= 0) & (own < prompt.blank_length[:, None])
+        if keep is None or ids.shape[1] > self.core.enc_length:  # a mask that is longer than the encoder is dropped
+            return batch, None
+        return batch, ~keep
 
-    def prompt_mask(self, attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
-        """(B, T), 0 for padding; all 1 under `ignore_batch_padding`."""
-        mask = super().prompt_mask(attention_mask, input_ids)
-        return torch.ones_like(mask) if self.quirks.ignore_batch_padding else mask
+
+def released_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """(B, T) bool, False where keys are zeroed; None where the release looks at no mask, or nothing is masked.
+
+    It looks at none that is longer than the text, and at none for a single token.
+    """
+    batch, length = input_ids.shape
+    if attention_mask is None or length == 1:
+        return None
+    check_tensor("attention_mask", attention_mask, "a tensor (B, T) or (B, 1, T, T)")
+    if attention_mask.ndim == 4:
+        attention_mask = attention_mask[:, 0, -1] == 0
+    if attention_mask.ndim == 2 and attention_mask.shape[1] > length:
+        return None
+    if attention_mask.shape not in ((batch, length), (1, length)):
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {shape}; expected (B, T) or (B, 1, T, T) with T = {length}")
+    mask = attention_mask.bool()
+    return None if bool(mask.all()) else mask.expand(batch, length)

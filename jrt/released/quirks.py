@@ -19,26 +19,26 @@ class Quirks:
     Convolution and window read pads as tokens. The mask is dropped when it is longer than the encoder."""
 
     double_add: bool = False
-    """Based's one-token step adds the token's contribution to S twice, to z once (original_spec 4.3)."""
+    """Based's one-token step adds the token's contribution to S twice, to z once."""
 
     decay_in_steps: bool = False
     """Based's one-token steps use a decay, or a decay projection, that stands alone in the configuration; its parallel
-    form uses the two only together (original_spec 4.3)."""
+    form uses the two only together."""
 
     half_states: bool = False
-    """Linear-attention states are rounded to the compute dtype after each call; none in fp32 (original_spec 4.2)."""
+    """Linear-attention states are rounded to the compute dtype after each call; none in fp32."""
 
     padded_rows: bool = False
-    """Greedy decoding may choose embedding rows that no token has (original_spec 7)."""
+    """Greedy decoding may choose embedding rows that no token has."""
 
     ignore_batch_padding: bool = False
-    """`generate` reads the pads that make a batch rectangular as tokens (original_spec 8.4)."""
+    """`generate` reads the pads that make a batch rectangular as tokens."""
 
     ignore_end_token: bool = False
-    """`generate` never stops before `max_new_tokens` (original_spec 7)."""
+    """`generate` never stops before `max_new_tokens`."""
 
     leak_continuation: bool = False
-    """Log-likelihoods show the prefix encoder the continuation that is being scored (original_spec 8.5)."""
+    """Log-likelihoods show the prefix encoder the continuation that is being scored."""
 
     @classmethod
     def released(cls) -> Quirks:

@@ -6,13 +6,11 @@ together for a task, a reading strategy and a named protocol. lm-eval reads the 
 
 from pathlib import Path
 
-from .catalogue import PUBLISHED
-from .cutting import cut
-from .items import TASKS, Item, TaskItems, items
-from .metric import contains
-from .prompts import prompt
-from .protocols import PROTOCOLS, Protocol, protocol_named
-from .strategies import strategy_named
+from .items import Item, TaskItems, items
+from .prompts import prompt, strategy_named
+from .protocols import PROTOCOLS, PUBLISHED, TASKS, Protocol, protocol_named, task_named
+from .scoring import contains
+from .tokenizers import cut
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +27,7 @@ __all__ = [
     "protocol_named",
     "strategy_named",
     "task_folder",
+    "task_named",
 ]
 
 

@@ -91,29 +91,18 @@ def _is_public(name: str) -> bool:
 
 
 def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> str:
+    """The argument list without annotations, and without the first argument of a method."""
     arguments = node.args
-    positional = [*arguments.posonlyargs, *arguments.args]
+    positional = arguments.posonlyargs or arguments.args
     is_static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
-    drop_first = in_class and bool(positional) and not is_static
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
-    parts = []
-    for index, (argument, default) in enumerate(zip(positional, defaults, strict=True)):
-        if not (index == 0 and drop_first):
-            parts.append(_with_default(argument.arg, default))
-        if index + 1 == len(arguments.posonlyargs) and parts:
-            parts.append("/")
-    if arguments.vararg:
-        parts.append(f"*{arguments.vararg.arg}")
-    elif arguments.kwonlyargs:
-        parts.append("*")
-    parts.extend(_with_default(a.arg, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))
-    if arguments.kwarg:
-        parts.append(f"**{arguments.kwarg.arg}")
-    return ", ".join(parts)
-
-
-def _with_default(name: str, default: ast.expr | None) -> str:
-    return name if default is None else f"{name}={ast.unparse(default)}"
+    if in_class and positional and not is_static:
+        if len(arguments.defaults) == len(arguments.posonlyargs) + len(arguments.args):
+            del arguments.defaults[0]
+        del positional[0]
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    return ast.unparse(arguments)
 
 
 def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:

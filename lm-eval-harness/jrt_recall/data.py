@@ -1,9 +1,15 @@
-"""The published datasets: from a local mirror folder where there is one, from the Hugging Face hub otherwise.
+"""Documents of the tasks: published datasets from a mirror folder or the Hugging Face hub, passages from a local folder.
 
-A mirror is a folder with one `TASK.jsonl` per task and `manifest.json` (rows, columns, sha256, source of each file).
-It is named by an argument or by the environment variable JRT_DATA, made by `fetch` (from the hub) and `import_file`
-(from a file someone else brought), and checked by `verify`.
+A mirror is a folder with one `NAME.jsonl` for each dataset and `manifest.json` (rows, columns, sha256 and source of each
+file). An argument or the environment variable JRT_DATA names it. `fetch` (from the hub) and `import_file` (from a file)
+fill it, `verify` checks it.
+
+The folder of passages holds `squad.jsonl`, `nq.jsonl`, `triviaqa.jsonl`, `drop.jsonl` (context, question, answers) and
+`fda.jsonl` (text, attributes). An argument or JRT_PASSAGES names it. The published datasets carry cloze statements instead
+of questions, so results on passages never stand beside published values.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -12,18 +18,19 @@ import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .catalogue import PUBLISHED, PublishedTask, published_task
+from .fields import answers_in, checked_text, kind
+from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "JRT_DATA"
+FOLDER_VARIABLE, PASSAGES_VARIABLE = "JRT_DATA", "JRT_PASSAGES"
 MANIFEST = "manifest.json"
 
 
 class MissingDataset(ValueError):
-    """A task's documents are neither in a mirror folder nor reachable on the hub. The message says how to get them."""
+    """A task's documents are neither in a local folder nor reachable on the hub. The message says how to get them."""
 
 
 class Documents(NamedTuple):
@@ -35,17 +42,37 @@ class Documents(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What `verify` found for one task: ok, or the problem in words."""
+    """What `verify` found for one dataset: ok, or the problem in words."""
 
     task: str
     ok: bool
     message: str
 
 
+def text_field(task: str, doc: dict, field: str) -> str:
+    """doc[field], a string. Raises ValueError that names the task and the field if it is missing or no text."""
+    return checked_text(f"{task}: field {field!r}", _field(task, doc, field))
+
+
+def answers_of(task: str, doc: dict) -> tuple[str, ...]:
+    """What a right generation contains any of: the value for swde, fda and squad, else the field `answers`.
+
+    Raises ValueError where the field is missing or holds no answer."""
+    field = "answers" if task in PASSAGES else published_task(task).labels
+    if field == "value":
+        return answers_in(f"{task}: field {field!r}", text_field(task, doc, field))
+    return answers_in(f"{task}: field {field!r}", _field(task, doc, field))
+
+
+def _field(task: str, doc: dict, field: str) -> Any:
+    if field not in doc:
+        raise ValueError(f"{task}: the document has no field {field!r} (it has {', '.join(map(str, doc)) or 'none'})")
+    return doc[field]
+
+
 def mirror_folder(folder: str | Path | None = None) -> Path | None:
     """The mirror: `folder`, else the one JRT_DATA names, else None."""
-    chosen = folder if folder is not None else os.environ.get(FOLDER_VARIABLE)
-    return Path(chosen).expanduser() if chosen else None
+    return _folder(folder, FOLDER_VARIABLE)
 
 
 def load(task: str, folder: str | Path | None = None) -> Documents:
@@ -63,18 +90,49 @@ def load(task: str, folder: str | Path | None = None) -> Documents:
     return _from_hub(spec)
 
 
+def load_passages(task: str, folder: str | Path | None = None) -> Documents:
+    """Documents of a `qa_*` task: its lines as they stand, or (fda) one row for each attribute of a line.
+
+    Raises MissingDataset where the folder or its file is absent, ValueError where a line lacks a field."""
+    chosen = _folder(folder, PASSAGES_VARIABLE)
+    name = f"{task.removeprefix('qa_')}.jsonl"
+    if chosen is None or not (chosen / name).is_file():
+        absent = "no folder of passages" if chosen is None else f"{chosen / name} is absent"
+        raise MissingDataset(f"{task}: {absent}; set {PASSAGES_VARIABLE} to a folder with {name}")
+    of_attributes = PASSAGES[task] == "fda"
+    needed = ("text", "attributes") if of_attributes else ("context", "question", "answers")
+    lines = read_lines(chosen / name)
+    rows: list[dict] = []
+    for number, line in enumerate(lines):
+        if missing := [field for field in needed if field not in line]:
+            raise ValueError(f"{task}: line {number + 1} of {chosen / name} lacks {', '.join(missing)}")
+        rows.extend(_attribute_rows(line, number) if of_attributes else [line])
+    return Documents(rows, f"passages {name}", digest(lines))
+
+
+def _attribute_rows(line: dict, number: int) -> list[dict]:
+    """One row for each attribute of a page; a page whose attributes cannot be read is one row with its problem."""
+    document = line.get("doc_id")
+    document = str(number) if document is None else str(document)
+    attributes = line["attributes"]
+    if not isinstance(attributes, dict):
+        return [{"id": document, "problem": f"field 'attributes' must be an object, got {kind(attributes)}"}]
+    return [
+        {"id": f"{document}/{key}", "text": line["text"], "key": key, "answers": v} for key, v in attributes.items()
+    ]
+
+
 def fetch(tasks: Iterable[str] = PUBLISHED, folder: str | Path | None = None) -> list[Path]:
-    """Copies datasets from the hub into the mirror; a task that is there and intact is kept. Returns the files."""
+    """Copies datasets from the hub into the mirror; one that is there and intact is kept. Returns the files."""
     mirror = _named(folder)
     files = []
-    for task in tasks:
-        spec = published_task(task)
-        if (mirror / f"{spec.name}.jsonl").is_file() and verify([spec.name], mirror)[0].ok:
+    for spec in map(published_task, tasks):
+        if _verified(spec, mirror).ok:
             logger.info("%s: already in %s", spec.name, mirror)
             files.append(mirror / f"{spec.name}.jsonl")
-            continue
-        documents = _from_hub(spec)
-        files.append(store(spec.name, documents.rows, documents.source, mirror))
+        else:
+            documents = _from_hub(spec)
+            files.append(store(spec.name, documents.rows, documents.source, mirror))
     return files
 
 
@@ -88,7 +146,7 @@ def import_file(task: str, file: str | Path, folder: str | Path | None = None) -
 
 
 def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None) -> list[Checked]:
-    """Checks files of the mirror against its manifest, and their columns against the task's. None: all tasks."""
+    """Checks files of the mirror against its manifest, and their columns against the task's. None: all datasets."""
     mirror = _named(folder)
     if not mirror.is_dir():
         raise ValueError(f"{mirror} is not a folder")
@@ -96,14 +154,15 @@ def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None)
 
 
 def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> Path:
-    """Writes a task's documents and their line of the manifest; an interrupted call leaves the former state."""
+    """Writes a task's documents and their entry of the manifest; an interrupted call leaves the former state."""
     spec = published_task(task)
     check_columns(spec, rows, source)
+    rows = _as_json_holds(spec, rows, source)
     mirror = _named(folder)
     mirror.mkdir(parents=True, exist_ok=True)
     text = canonical_lines(rows)
     file = mirror / f"{spec.name}.jsonl"
-    _replace(file, text)
+    _write(file, text)
     entry = {
         "file": file.name,
         "rows": len(rows),
@@ -113,7 +172,7 @@ def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> P
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     manifest = _manifest(mirror) | {spec.name: entry}
-    _replace(mirror / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    _write(mirror / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return file
 
 
@@ -131,17 +190,16 @@ def check_columns(spec: PublishedTask, rows: Sequence[dict], source: str) -> Non
 
 def canonical_lines(rows: Iterable[dict]) -> str:
     """One JSON object a line, keys sorted: the text whose sha256 names a set of documents."""
-    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    return "".join(_canonical(row) + "\n" for row in rows)
 
 
-def read_lines(file: Path) -> list[dict]:
-    """Rows of a JSONL file. Raises ValueError with the line number where a line is no JSON object."""
-    rows = []
-    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            rows.append(_json_object(line, f"{file}, line {number}"))
-    return rows
+def _canonical(row: dict) -> str:
+    text = json.dumps(row, ensure_ascii=False, sort_keys=True)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return json.dumps(row, sort_keys=True)
+    return text
 
 
 def digest(rows: Iterable[dict]) -> str:
@@ -149,14 +207,41 @@ def digest(rows: Iterable[dict]) -> str:
     return _sha256(canonical_lines(rows))
 
 
-def _json_object(text: str, place: str) -> dict:
+def read_lines(file: Path) -> list[dict]:
+    """Rows of a JSONL file. Raises ValueError with the line number where a line is no JSON object or no UTF-8."""
+    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
+    lines = enumerate(_read_text(file).split("\n"), start=1)
+    return [_json_object(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+
+
+def _read_text(file: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark."""
+    content = file.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{file}, line 1: the file is UTF-16; save it as UTF-8")
     try:
-        row = json.loads(text)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file}, line {line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
+        ) from error
+
+
+def _json_object(text: str, place: str) -> dict:
+    row = _json(text, place)
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {kind(row)}")
+    return row
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
-    return row
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of too many digits
+        raise ValueError(f"{place}: JSON that cannot be read ({type(error).__name__})") from error
 
 
 def _read_rows(path: Path) -> list[dict]:
@@ -164,24 +249,52 @@ def _read_rows(path: Path) -> list[dict]:
         case ".jsonl":
             return read_lines(path)
         case ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = _json(_read_text(path), str(path))
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{path}: expected a JSON list of objects")
             return rows
         case ".parquet":
-            from datasets import Dataset
+            import pyarrow
+            import pyarrow.parquet
 
-            return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+            try:
+                return pyarrow.parquet.read_table(path).to_pylist()
+            except (pyarrow.ArrowException, OSError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{path} cannot be read as Parquet: {reason:.120}") from error
     raise ValueError(f"{path}: expected a .jsonl, .json or .parquet file")
+
+
+def _as_json_holds(spec: PublishedTask, rows: Sequence[dict], source: str) -> list[dict]:
+    """Rows without the columns that JSON cannot hold (timestamps, decimals, bytes), which nobody reads.
+
+    Raises ValueError where a column that is read is one of them."""
+    dropped: dict[str, str] = {}
+    for row in rows:
+        for column, value in row.items():
+            if column not in dropped and not _fits_json(value):
+                dropped[column] = type(value).__name__
+    if unreadable := [f"{column} ({dropped[column]})" for column in spec.columns if column in dropped]:
+        raise ValueError(f"{spec.name}: {source} has values that are no text in {', '.join(unreadable)}")
+    if dropped:
+        logger.warning("%s: left out, because JSON cannot hold them: %s", spec.name, ", ".join(dropped))
+    return [{column: value for column, value in row.items() if column not in dropped} for row in rows]
+
+
+def _fits_json(value: object) -> bool:
+    if value is None or isinstance(value, str | int | float):
+        return True
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _fits_json(one) for key, one in value.items())
+    return isinstance(value, list | tuple) and all(map(_fits_json, value))
 
 
 def _from_mirror(spec: PublishedTask, mirror: Path, file: Path) -> Documents:
     checked = _verified(spec, mirror)
     if not checked.ok:
         raise ValueError(f"{checked.message}; bring it again with `jrt data fetch {spec.name}`")
-    rows = read_lines(file)
     entry = _manifest(mirror)[spec.name]
-    return Documents(rows, entry["source"], entry["sha256"])
+    return Documents(read_lines(file), entry["source"], entry["sha256"])
 
 
 def _from_hub(spec: PublishedTask) -> Documents:
@@ -193,9 +306,10 @@ def _from_hub(spec: PublishedTask) -> Documents:
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MissingDataset(_how_to_get(spec, f"{spec.dataset} could not be read from the hub ({reason})")) from error
-    rows = loaded.to_list()
     source = f"{spec.dataset} ({spec.split})"
+    rows = loaded.to_list()
     check_columns(spec, rows, source)
+    rows = _as_json_holds(spec, rows, source)
     return Documents(rows, source, digest(rows))
 
 
@@ -210,21 +324,25 @@ def _how_to_get(spec: PublishedTask, reason: str) -> str:
 def _verified(spec: PublishedTask, mirror: Path) -> Checked:
     file = mirror / f"{spec.name}.jsonl"
     entry = _manifest(mirror).get(spec.name)
+
+    def found(problem: str) -> Checked:
+        return Checked(spec.name, False, f"{spec.name}: {problem}")
+
     if not file.is_file():
-        return Checked(spec.name, False, f"{spec.name}: {mirror} holds no {file.name}")
+        return found(f"{mirror} holds no {file.name}")
     if entry is None:
-        return Checked(
-            spec.name,
-            False,
-            f"{spec.name}: {file} is not in {MANIFEST} (import it: `jrt data import {spec.name} {file}`)",
-        )
-    text = file.read_bytes()
-    found = hashlib.sha256(text).hexdigest()
-    if found != entry["sha256"]:
-        return Checked(spec.name, False, f"{spec.name}: {file} has sha256 {found[:12]}, not {entry['sha256'][:12]}")
+        return found(f"{file} is not in {MANIFEST} (import it: `jrt data import {spec.name} {file}`)")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    if sha256 != entry["sha256"]:
+        return found(f"{file} has sha256 {sha256[:12]}, not {entry['sha256'][:12]}")
     if missing := [column for column in spec.columns if column not in entry["columns"]]:
-        return Checked(spec.name, False, f"{spec.name}: {file} lacks the columns {', '.join(missing)}")
+        return found(f"{file} lacks the columns {', '.join(missing)}")
     return Checked(spec.name, True, f"{spec.name}: {entry['rows']} documents, {entry['source']}")
+
+
+def _folder(folder: str | Path | None, variable: str) -> Path | None:
+    chosen = folder if folder is not None else os.environ.get(variable)
+    return Path(chosen).expanduser() if chosen else None
 
 
 def _named(folder: str | Path | None) -> Path:
@@ -241,7 +359,8 @@ def _manifest(mirror: Path) -> dict:
     return _json_object(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
 
 
-def _replace(file: Path, text: str) -> None:
+def _write(file: Path, text: str) -> None:
+    """Writes a file in one step: a reader sees the former content or the new one."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(file)

@@ -1,14 +1,14 @@
-"""Generated documents in each published dataset's exact schema: for tests and dry runs without the datasets.
+"""Generated documents in each published dataset's exact columns: for tests and dry runs without the datasets.
 
-They are recall tasks in miniature (made-up names stated once in made-up prose), deterministic in (task, seed), and
-their mirror names them as generated, so that no score on them can pass for a published one.
+Made-up prose states each made-up name once. Documents are deterministic in (task, seed), and their mirror names them as
+generated, so that no score on them can pass for a published one.
 """
 
 import random
 from pathlib import Path
 
-from .catalogue import PUBLISHED, published_task
 from .data import canonical_lines, store
+from .protocols import PUBLISHED, published_task
 from .super_glue import COLUMNS, SPLITS
 
 SOURCE = "generated fixtures"
@@ -91,37 +91,38 @@ def _sentence(generator: random.Random) -> str:
     return " ".join(words).capitalize() + "."
 
 
-def _prose(generator: random.Random, sentences: int, facts: list[str]) -> str:
+def _prose(generator: random.Random, sentences: int, statements: list[str]) -> str:
     lines = [_sentence(generator) for _ in range(sentences)]
-    for fact in facts:
-        lines.insert(generator.randint(0, len(lines)), fact)
+    for statement in statements:
+        lines.insert(generator.randint(0, len(lines)), statement)
     return " ".join(lines)
 
 
 def _page(generator: random.Random, sentences: int) -> dict:
     keys = generator.sample(_ATTRIBUTES, 4)
     values = [_name(generator) for _ in keys]
-    facts = [f"{key.capitalize()}: {value}." for key, value in zip(keys, values, strict=True)]
-    return {"text": _prose(generator, sentences, facts) + f" {keys[0]}:", "key": keys[0], "value": values[0]}
+    statements = [f"{key.capitalize()}: {value}." for key, value in zip(keys, values, strict=True)]
+    return {"text": _prose(generator, sentences, statements) + f" {keys[0]}:", "key": keys[0], "value": values[0]}
 
 
-def _facts(generator: random.Random) -> tuple[list[str], str, str]:
+def _statements(generator: random.Random) -> tuple[list[str], str, str]:
+    """Four statements of who had which role; the role and the name that are asked."""
     roles = generator.sample(_ROLES, 4)
     names = [_name(generator) for _ in roles]
     return [f"The {role} was {name}." for role, name in zip(roles, names, strict=True)], roles[0], names[0]
 
 
 def _squad(generator: random.Random, sentences: int) -> dict:
-    facts, role, name = _facts(generator)
-    passage = _prose(generator, sentences, facts)
+    statements, role, name = _statements(generator)
+    passage = _prose(generator, sentences, statements)
     question = f"Who was the {role}?"
     return {"text": f"{passage}\nThe {role} was", "context": passage, "question": question, "value": name}
 
 
 def _cloze(generator: random.Random, sentences: int) -> dict:
-    facts, role, name = _facts(generator)
+    statements, role, name = _statements(generator)
     return {
-        "context": _prose(generator, sentences, facts),
+        "context": _prose(generator, sentences, statements),
         "question": f"The {role} was",
         "orig_question": f"Who was the {role}?",
         "answers": [name, name.split()[-1]],

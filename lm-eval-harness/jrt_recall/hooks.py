@@ -1,59 +1,64 @@
 """What the task files in `tasks/` call: lm-eval's hooks, each a few lines around `items` and `contains`.
 
-A row that lm-eval sees already holds its prompt and its answers, so the questions are those of every other runner.
+A row that lm-eval sees already holds its prompt and its answers, so the questions are those of every other command.
 Settings come from `--metadata`, which lm-eval hands to `documents` together with the model's arguments:
 
     protocol   name of a protocol (default: the task file's)
-    n          number of readings for the *_n_times tasks (default 3)
+    n          how often the *_n_times tasks show the context (default 3)
     cut_with   another cutting tokenizer: gpt2, shipped, a folder or a hub name; the protocol's name then says so
     data       mirror folder of the published datasets, or folder of the passages
-    seed       selection of reference_pages (default 0)
+    seed       selection of reference pages (default 0)
     max_items  at most that many items are made (lm-eval's --limit only looks at fewer of those made)
 
 Of the model's arguments, `pretrained` or `tokenizer` lets prompt tokens be counted, and `max_length` those cut off.
 """
 
+from __future__ import annotations
+
 import logging
+from typing import Any
 
 from .items import TaskItems, items
-from .metric import contains
+from .prompts import times
 from .protocols import Protocol
-from .strategies import times
+from .scoring import contains
+from .settings import whole_number
 from .tokenizers import model_tokenizer
 
 logger = logging.getLogger(__name__)
 
 N_TIMES = "n_times"
 UNKNOWN = "unknown"
+STATED = ("protocol", "documents", "dropped", "invalid", "lost", "unreachable", "truncated", "prompt_tokens")
+"""What stands beside a score in lm-eval's table, so that no number is without its protocol."""
 
 
-def task_items(
+def documents(
     recall_task: str,
     reading: str,
     protocol: str | None = None,
-    n: int = 3,
+    n: int | str = 3,
     cut_with: str | None = None,
     data: str | None = None,
-    seed: int = 0,
-    max_items: int | None = None,
-) -> TaskItems:
-    """The items that a task file asks for. Raises ValueError as `items`."""
-    strategy = times(int(n)) if reading == N_TIMES else reading
-    return items(recall_task, strategy, protocol, cut_with, max_items, int(seed), data)
+    seed: int | str = 0,
+    max_items: int | str | None = None,
+    **arguments: Any,
+) -> dict:
+    """lm-eval's `custom_dataset`: {"test": Dataset} with one row for each item.
 
-
-_SETTINGS = ("protocol", "n", "cut_with", "data", "seed", "max_items")
-
-
-def documents(recall_task: str, reading: str, **metadata) -> dict:
-    """lm-eval's `custom_dataset`: {"test": Dataset} with one row per item.
-
-    The rest of `metadata` (lm-eval adds the model's arguments) is not ours and is left alone."""
+    recall_task, reading: of the task file; a reading is a strategy's name, or n_times. arguments: the model's, which lm-eval
+    adds, and settings of other tasks. Raises ValueError as `items`."""
     from datasets import Dataset
 
-    found = task_items(recall_task, reading, **{key: metadata[key] for key in _SETTINGS if key in metadata})
-    logger.info("%s, %s; %s", recall_task, found.protocol.describe(), _counts(found))
-    counts, limit = _prompt_tokens([item.prompt for item in found.items], metadata), _limit(found.protocol, metadata)
+    for name, value in (("protocol", protocol), ("cut_with", cut_with), ("data", data)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}: expected a name, got {value!r}")
+    strategy = times(whole_number("n", n)) if reading == N_TIMES else reading
+    most = None if max_items is None else whole_number("max_items", max_items, least=1)
+    found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
+    logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
+    counts = _prompt_tokens([item.prompt for item in found.items], arguments)
+    limit = _limit(found.protocol, arguments)
     shared = {
         "task": found.task,
         "strategy": found.strategy,
@@ -72,6 +77,7 @@ def documents(recall_task: str, reading: str, **metadata) -> dict:
             "answers": list(item.answers),
             "position": -1.0 if item.position is None else item.position,
             "lost": int(item.lost),
+            "unreachable": int(all(any(s in a for s in found.protocol.stop) for a in item.answers)),
             "prompt_tokens": count if limit is None or count is None else min(count, limit),
             "truncated": None if limit is None or count is None else int(count > limit),
             **shared,
@@ -84,10 +90,6 @@ def documents(recall_task: str, reading: str, **metadata) -> dict:
 def target(row: dict) -> str:
     """lm-eval's `doc_to_target`: the first answer."""
     return row["answers"][0]
-
-
-STATED = ("protocol", "documents", "dropped", "invalid", "lost", "truncated", "prompt_tokens")
-"""What stands beside a score in lm-eval's table, so that no number is without its protocol."""
 
 
 def score(row: dict, results: list[str]) -> dict:
@@ -110,7 +112,7 @@ def average(values: list) -> float | str:
     return UNKNOWN if None in values else sum(values) / len(values)
 
 
-def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int | None]:
+def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int] | list[None]:
     """Lengths in the model's own tokens, where the model's arguments name a tokenizer that is here."""
     name = arguments.get("tokenizer") or arguments.get("pretrained")
     tokenizer = model_tokenizer(name) if isinstance(name, str) else None
@@ -120,7 +122,7 @@ def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int | None]:
 def _limit(protocol: Protocol, arguments: dict) -> int | None:
     """Prompt tokens that lm-eval keeps, where the model's arguments say how many tokens it reads."""
     length = arguments.get("max_length")
-    return None if length is None else int(length) - protocol.max_new_tokens
+    return None if length is None else whole_number("max_length", length) - protocol.max_new_tokens
 
 
 def _counts(found: TaskItems) -> str:

@@ -1,29 +1,29 @@
 """From a task, a strategy and a protocol to the prompts and answers of a run, with the counts a result must state.
 
-lm-eval's hooks and any other runner share this code, so both ask the same questions.
+lm-eval's hooks and `jrt eval` share this code, so both ask the same questions.
 """
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable
+import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from . import data as published_data
-from . import passages, reference_pages
-from .catalogue import PUBLISHED, answers_of, published_task
-from .cutting import cut
-from .fewshot import examples
-from .metric import contains
-from .prompts import SWDE_SUMMARY, prompt
-from .protocols import Protocol, protocol_named
-from .strategies import ONCE, Strategy, strategy_named
-from .tokenizers import protocol_and_tokenizer
+from . import data as documents_data
+from . import reference_pages
+from .prompts import ONCE, SWDE_SUMMARY, Strategy, prompt, strategy_named
+from .protocols import PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
+from .scoring import contains
+from .tokenizers import cut, protocol_and_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-TASKS = (*PUBLISHED, "reference_pages", *passages.TASKS)
-"""All task names."""
 
 
 class Item(NamedTuple):
@@ -43,10 +43,16 @@ class Item(NamedTuple):
 class TaskItems:
     """The items of one task, strategy and protocol.
 
-    documents: those looked at; each is an item, dropped (published rule) or invalid (it cannot be asked or scored;
-    the reason is kept). For reference_pages they are all facts of all windows, of which a selection is asked.
-    lost: items whose answer was cut away; absent: items whose answer never stood in the document. sha256: of the
-    documents; seed: of a selection of pages or of examples; python: the version whose library was read."""
+    Args:
+        documents: those looked at. Each is an item, dropped (by the published rule) or invalid (it cannot be asked or
+            scored; the reason is kept). For reference pages: the headings of all windows, of which a selection is asked.
+        lost: items whose answer was cut away.
+        absent: items whose answer never stood in the document.
+        unreachable: items of whose answers each holds a stop string, so that no generation can hold it.
+        sha256: of the documents.
+        seed: of a selection of pages or of examples.
+        python: the version whose library was read.
+    """
 
     task: str
     strategy: str
@@ -57,6 +63,7 @@ class TaskItems:
     invalid: tuple[str, ...]
     lost: int
     absent: int
+    unreachable: int
     source: str
     sha256: str
     seed: int | None = None
@@ -64,49 +71,55 @@ class TaskItems:
 
     def summary(self) -> dict:
         """The counts and settings as plain values, without the items."""
-        return {
-            "task": self.task,
-            "strategy": self.strategy,
-            "protocol": self.protocol.name,
-            "items": len(self.items),
-            "documents": self.documents,
-            "dropped": self.dropped,
-            "invalid": len(self.invalid),
-            "lost": self.lost,
-            "absent": self.absent,
-            "source": self.source,
-            "sha256": self.sha256,
-            "seed": self.seed,
-            "python": self.python,
-        }
+        counts = {"protocol": self.protocol.name, "items": len(self.items), "invalid": len(self.invalid)}
+        names = (
+            "task",
+            "strategy",
+            "documents",
+            "dropped",
+            "lost",
+            "absent",
+            "unreachable",
+            "source",
+            "sha256",
+            "seed",
+            "python",
+        )
+        return {**{name: getattr(self, name) for name in names}, **counts}
 
 
 def items(
     task: str,
     strategy: str | Strategy = "once",
     protocol: str | Protocol | None = None,
-    tokenizer=None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
     limit: int | None = None,
     seed: int = 0,
     data: str | Path | None = None,
 ) -> TaskItems:
     """The items of `task` under a protocol (None: the task's default).
 
-    tokenizer: what measures windows, None for the protocol's own (see `tokenizers`); limit: at most that many items;
-    seed: selection of reference_pages; data: mirror folder of the published datasets, or folder of the passages.
-    Raises ValueError for unknown names, a protocol with several windows for the task, a limit below 1, missing data
-    (the message says how to get it), and if no item is left."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+    Args:
+        task: with or without `recall_`; the result carries its one name.
+        tokenizer: what measures windows; None for the protocol's own (see `tokenizers`).
+        limit: at most that many items.
+        seed: selection of reference pages and of examples.
+        data: mirror folder of the published datasets, or folder of the passages.
+
+    Raises:
+        ValueError: unknown names, a protocol with several windows for the task, a limit below 1, missing data (the
+            message says how to get it), or no item left.
+    """
+    name = task_named(task)
     if limit is not None and limit < 1:
         raise ValueError(f"a limit is at least 1, got {limit}")
     chosen = strategy_named(strategy)
     actual, cutter = protocol_and_tokenizer(protocol_named(protocol, task), tokenizer, data)
     asked = ONCE if chosen.shots else chosen
-    if task == "reference_pages":
+    if name.startswith(PAGES):
         result = _page_items(asked, actual, cutter, limit, seed)
     else:
-        result = _document_items(task, asked, actual, cutter, limit, data)
+        result = _document_items(name, asked, actual, cutter, limit, data)
     if not result.items:
         reasons = f"; the first reason: {result.invalid[0]}" if result.invalid else ""
         raise ValueError(
@@ -119,11 +132,14 @@ def items(
 
 
 def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
-    joint = "" if run.task == "reference_pages" else " "
-    answered = [f"{item.prompt}{joint}{item.answers[0]}" for item in run.items]
-    form = passages.TASKS.get(run.task, run.task)
-    column = "window" if run.task == "reference_pages" else published_task(form).context
-    chosen = examples([item.doc[column] for item in run.items], strategy.shots, seed)
+    """Other items of the run with their answers in front of each prompt (the paper's Table 14).
+
+    As in lm-eval, a blank joins prompt and answer, and an empty line ends an example. The paper does not say how its own
+    were cut: with long windows the protocol's truncation reaches the first example, and results count such prompts."""
+    of_pages = run.task.startswith(PAGES)
+    column = "window" if of_pages else published_task(run.task).context
+    answered = [f"{item.prompt}{'' if of_pages else ' '}{item.answers[0]}" for item in run.items]
+    chosen = _examples([item.doc[column] for item in run.items], strategy.shots, seed)
     asked = (
         item._replace(prompt="".join(f"{answered[number]}\n\n" for number in numbers) + item.prompt)
         for item, numbers in zip(run.items, chosen, strict=True)
@@ -131,56 +147,73 @@ def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
     return replace(run, strategy=strategy.name, items=tuple(asked), seed=seed)
 
 
-def _page_items(strategy: Strategy, protocol: Protocol, tokenizer, limit: int | None, seed: int) -> TaskItems:
+def _examples(contexts: Sequence[str], shots: int, seed: int) -> list[list[int]]:
+    """For each item the numbers of `shots` others whose context is not its own, drawn by (seed, item)."""
+    chosen = []
+    for number, context in enumerate(contexts):
+        order = random.Random(f"{seed}/{number}").sample(range(len(contexts)), len(contexts))
+        others = [other for other in order if contexts[other] != context][:shots]
+        if len(others) < shots:
+            raise ValueError(f"{shots} examples need as many other documents; item {number} has {len(others)}")
+        chosen.append(others)
+    return chosen
+
+
+def _page_items(
+    strategy: Strategy, protocol: Protocol, tokenizer: PreTrainedTokenizerBase | None, limit: int | None, seed: int
+) -> TaskItems:
+    assert protocol.window is not None and tokenizer is not None  # as every pages-* protocol
     count = reference_pages.DEFAULT_ITEMS if limit is None else limit
     selection = reference_pages.select(protocol.window, tokenizer, count, seed)
-    found = tuple(
-        Item(
-            doc["id"],
-            doc,
-            reference_pages.prompt(doc, strategy),
-            (reference_pages.answer(doc),),
-            _position((reference_pages.answer(doc),), doc["window"]),
-            lost=False,
-        )
-        for doc in selection.documents
-    )
+    found = []
+    for doc in selection.documents:
+        answers, text = (reference_pages.answer(doc),), reference_pages.prompt(doc, strategy)
+        found.append(Item(doc["id"], doc, text, answers, _position(answers, doc["window"]), lost=False))
+    python = reference_pages.python_version()
     return TaskItems(
-        task="reference_pages",
+        task=f"{PAGES}_{protocol.window}",
         strategy=strategy.name,
         protocol=protocol,
-        items=found,
+        items=tuple(found),
         documents=selection.facts,
         dropped=sum(selection.left_out.values()),
         invalid=(),
         lost=0,
         absent=0,
-        source=f"standard library of Python {reference_pages.python_version()}",
-        sha256=published_data.digest(selection.documents),
+        unreachable=0,
+        source=f"standard library of Python {python}",
+        sha256=documents_data.digest(selection.documents),
         seed=seed,
-        python=reference_pages.python_version(),
+        python=python,
     )
 
 
 def _document_items(
-    task: str, strategy: Strategy, protocol: Protocol, tokenizer, limit: int | None, data: str | Path | None
+    task: str,
+    strategy: Strategy,
+    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase | None,
+    limit: int | None,
+    folder: str | Path | None,
 ) -> TaskItems:
-    form = passages.TASKS.get(task, task)
-    read: Callable = passages.load if task in passages.TASKS else published_data.load
-    documents = read(task, data)
-    column = published_task(form).context
+    documents = (documents_data.load_passages if task in PASSAGES else documents_data.load)(task, folder)
+    column = published_task(task).context
+    prefix = task if task in PASSAGES else published_task(task).name  # of the items' ids
     found: list[Item] = []
     invalid: list[str] = []
     dropped = absent = looked_at = 0
-    for number, row in enumerate(documents.rows):
+    ids = _ids(prefix, documents.rows)
+    for number, (row, item_id) in enumerate(zip(documents.rows, ids, strict=True)):
         if len(found) == limit:
             break
         looked_at += 1
         try:
-            doc = _as_read(form, row)
-            answers = _scorable(form, doc)
-            kept = doc if tokenizer is None else cut(form, doc, tokenizer, protocol.window, protocol.answer_room)
-            text = None if kept is None else prompt(form, kept, strategy)
+            doc = _as_read(task, row)
+            answers = documents_data.answers_of(task, doc)
+            kept: dict | None = doc
+            if tokenizer is not None and protocol.window is not None:
+                kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
+            text = "" if kept is None else prompt(task, kept, strategy)
         except ValueError as error:
             invalid.append(f"document {number} of {documents.source}: {error}")
             continue
@@ -189,8 +222,7 @@ def _document_items(
             continue
         whole, position = contains(doc[column], answers), _position(answers, kept[column])
         absent += not whole
-        name = str(row.get("id", number))
-        found.append(Item(f"{task}/{name}", kept, text, answers, position, lost=whole and position is None))
+        found.append(Item(item_id, kept, text, answers, position, lost=whole and position is None))
     return TaskItems(
         task=task,
         strategy=strategy.name,
@@ -201,28 +233,40 @@ def _document_items(
         invalid=tuple(invalid),
         lost=sum(item.lost for item in found),
         absent=absent,
+        unreachable=sum(all(any(s in a for s in protocol.stop) for a in item.answers) for item in found),
         source=documents.source,
         sha256=documents.sha256,
     )
 
 
-def _as_read(form: str, row: dict) -> dict:
-    """The row as the published task reads it: swde's pages end before their summary, before anything is cut."""
-    if form == "swde" and isinstance(row.get("text"), str):
+def _ids(prefix: str, rows: Sequence[dict]) -> list[str]:
+    """An id for each row, all different: its own; its number where it has none; an id seen before with its number, too.
+
+    Resumed runs and comparisons between models tell items apart by them."""
+    found: dict[str, None] = {}
+    for number, row in enumerate(rows):
+        own = row.get("id")
+        item_id = f"{prefix}/{number if own is None else own}"
+        while item_id in found:
+            item_id += f"#{number}"
+        found[item_id] = None
+    return list(found)
+
+
+def _as_read(task: str, row: dict) -> dict:
+    """The row as the task reads it, before anything is cut: swde's pages end before their summary; a passage stands before
+    its question. Raises ValueError where the row says that it cannot be read."""
+    if "problem" in row:
+        raise ValueError(f"{task}: {row['problem']}")
+    if PASSAGES.get(task) == "squad":
+        passage, question = (documents_data.text_field(task, row, field) for field in ("context", "question"))
+        return {**row, "text": f"{passage}\nQuestion: {question}\nAnswer:"}
+    if published_task(task).name == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row
 
 
-def _scorable(form: str, doc: dict) -> tuple[str, ...]:
-    answers = tuple(answers_of(form, doc))
-    if not answers:
-        raise ValueError(f"{form}: the list of answers is empty")
-    if not all(answers):
-        raise ValueError(f"{form}: an answer is the empty string, which every prediction contains")
-    return answers
-
-
 def _position(answers: tuple[str, ...], text: str) -> float | None:
-    lowered = text.lower()
-    hits = [hit for answer in answers if (hit := lowered.find(answer.lower())) >= 0]
+    """Where the first answer stands in a text, by the metric's own search; 0 is the start and 1 the end."""
+    hits = [hit.start() for answer in answers if (hit := re.search(re.escape(answer), text, re.IGNORECASE))]
     return min(hits) / max(1, len(text)) if hits else None

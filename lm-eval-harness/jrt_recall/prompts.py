@@ -1,23 +1,89 @@
-"""The published prompts of the recall tasks, byte for byte: plain string functions, documents are never changed.
+"""Reading strategies and the published prompts of the recall tasks, byte for byte. Documents are never changed.
 
-Each task has a pair of functions. `once` gives the published default prompt. `reading` gives the three parts of the
-published "twice" prompt, from which every other strategy is made: what announces the question, the context as it is
-shown first, and the context with the question that ends the prompt. The uneven trimming between tasks is the
-published behaviour and decides bytes, so it is kept where it looks odd.
+once            the published default prompt: context, question
+question_first  the published "twice" prompt with the context once: question, context, question
+twice           the published "twice" prompt: question, context, context, question
+Nx              the "twice" form with the context N times (`3x`); `1x` is question_first, `2x` is twice
+Nshot           N other documents with their answers in front of the `once` prompt (`2shot`); see `items`
+
+Each task has two functions. `once` gives the published default prompt. `parts` gives the three parts of the published
+"twice" prompt, from which every other strategy is made. Tasks trim their texts differently: that is the published
+behaviour, it decides bytes, and so it is kept.
 """
 
+from __future__ import annotations
+
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .catalogue import published_task, text_field
-from .strategies import Strategy, strategy_named
+from .data import text_field
+from .protocols import published_task
 
 SWDE_SUMMARY = "Summary of information above..."
 TRIVIA_MARKS = ("[PAR]", "[DOC]", "[TLE]")
+MAX_SHOTS = 16
+MAX_COPIES = 64  # a typing error such as 1000x should fail, not fill the memory
+_COUNTED = re.compile(r"(\d+)(?:x|_?times)")
+_SHOTS = re.compile(r"(\d+)_?shots?")
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Strategy:
+    """A reading strategy.
+
+    Args:
+        announced: the question also stands in front of the context.
+        copies: how often the context is shown.
+        shots: answered examples in front of the prompt.
+    """
+
+    name: str
+    announced: bool
+    copies: int
+    shots: int = 0
+
+
+ONCE = Strategy("once", announced=False, copies=1)
+QUESTION_FIRST = Strategy("question_first", announced=True, copies=1)
+TWICE = Strategy("twice", announced=True, copies=2)
+
+
+def times(n: int) -> Strategy:
+    """The "twice" form with the context n times. Raises ValueError unless 1 <= n <= 64."""
+    if not 1 <= n <= MAX_COPIES:
+        raise ValueError(f"a context is read 1 to {MAX_COPIES} times, got {n}")
+    return (QUESTION_FIRST, TWICE)[n - 1] if n <= 2 else Strategy(f"{n}x", announced=True, copies=n)
+
+
+def few_shot(shots: int) -> Strategy:
+    """`once` after that many answered examples. Raises ValueError unless 1 <= shots <= 16."""
+    if not 1 <= shots <= MAX_SHOTS:
+        raise ValueError(f"1 to {MAX_SHOTS} examples stand in front of a prompt, got {shots}")
+    return Strategy(f"{shots}shot", announced=False, copies=1, shots=shots)
+
+
+def strategy_named(name: str | Strategy) -> Strategy:
+    """The strategy of that name: once, twice, question_first (or question-first), Nx (or N-times), Nshot.
+
+    Raises ValueError for any other name."""
+    if isinstance(name, Strategy):
+        return name
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_") if isinstance(name, str) else ""
+    for strategy in (ONCE, QUESTION_FIRST, TWICE):
+        if plain == strategy.name:
+            return strategy
+    if counted := _COUNTED.fullmatch(plain):
+        return times(int(counted[1]))
+    if shots := _SHOTS.fullmatch(plain):
+        return few_shot(int(shots[1]))
+    raise ValueError(
+        f"unknown strategy {name!r}: choose once, twice, question_first, Nx with a number N such as 3x, or Nshot"
+    )
+
+
+class Parts(NamedTuple):
     """Parts of an announced prompt: `announcement context LF ... context LF closing`."""
 
     announcement: str
@@ -28,7 +94,26 @@ class Reading(NamedTuple):
 @dataclass(frozen=True)
 class _Form:
     once: Callable[[dict], str]
-    reading: Callable[[dict], Reading]
+    parts: Callable[[dict], Parts]
+
+
+def prompt(task: str, doc: dict, strategy: str | Strategy = "once") -> str:
+    """The prompt that asks `doc` for its answer.
+
+    task: swde, fda, squad, drop, nq_512, nq_1024, nq_2048 (or nq) or triviaqa, with or without `recall_`; a `qa_*` task
+    has the form of squad or fda. strategy: once, twice, question_first or Nx. `once` and `twice` are byte-equal to the
+    published prompts. Raises ValueError for an unknown task or strategy, and for a missing, empty or wrongly typed field,
+    which it names."""
+    form = _FORMS[published_task(task).name]
+    chosen = strategy_named(strategy)
+    if not isinstance(doc, dict):
+        raise ValueError(f"{task}: a document is a dict of fields, got {type(doc).__name__}")
+    if chosen.shots:
+        raise ValueError(f"{chosen.name} needs other documents as examples: use jrt_recall.items")
+    if not chosen.announced:
+        return form.once(doc)
+    announcement, context, closing = form.parts(doc)
+    return f"{announcement} " + f"{context}\n" * (chosen.copies - 1) + closing
 
 
 def _filled(task: str, doc: dict, field: str) -> str:
@@ -56,8 +141,8 @@ def _with_full_stop(text: str) -> str:
 # swde and fda: a page and the name of an attribute
 
 
-def _attribute_reading(key: str, page: str) -> Reading:
-    return Reading(f"Information about {_capital(key)}.", page, f"{page} {_capital(key)}:")
+def _attribute_parts(key: str, page: str) -> Parts:
+    return Parts(f"Information about {_capital(key)}.", page, f"{page} {_capital(key)}:")
 
 
 def _swde_page(doc: dict) -> tuple[str, str]:
@@ -72,10 +157,10 @@ def _swde_once(doc: dict) -> str:
     return f"{page}. {_capital(key)}:"
 
 
-def _swde_reading(doc: dict) -> Reading:
+def _swde_parts(doc: dict) -> Parts:
     key, page = _swde_page(doc)
     page = page.strip("\n").strip(".").strip().strip("\n").strip()
-    return _attribute_reading(key, _with_full_stop(page))
+    return _attribute_parts(key, _with_full_stop(page))
 
 
 def _fda_page(doc: dict) -> tuple[str, str]:
@@ -89,8 +174,8 @@ def _fda_once(doc: dict) -> str:
     return f"{page} {_capital(key)}:"
 
 
-def _fda_reading(doc: dict) -> Reading:
-    return _attribute_reading(*_fda_page(doc))
+def _fda_parts(doc: dict) -> Parts:
+    return _attribute_parts(*_fda_page(doc))
 
 
 # squad: the cloze statement already stands in the text
@@ -100,10 +185,10 @@ def _squad_once(doc: dict) -> str:
     return text_field("squad", doc, "text").strip()
 
 
-def _squad_reading(doc: dict) -> Reading:
+def _squad_parts(doc: dict) -> Parts:
     # The first reading is `context`, which cutting leaves whole: only `text` is cut.
     passage = text_field("squad", doc, "context").split("Question:")[0]
-    return Reading(text_field("squad", doc, "question"), passage, _squad_once(doc))
+    return Parts(text_field("squad", doc, "question"), passage, _squad_once(doc))
 
 
 # drop, nq and triviaqa: a passage, a cloze statement `question` and the question itself, `orig_question`
@@ -123,10 +208,10 @@ def _drop_once(doc: dict) -> str:
     return f"{passage.strip().strip('.')}. {question}"
 
 
-def _drop_reading(doc: dict) -> Reading:
+def _drop_parts(doc: dict) -> Parts:
     question, passage = _drop_passage(doc)
     passage = _sentence(passage)
-    return Reading(text_field("drop", doc, "orig_question").strip(":"), passage, f"{passage} {question}")
+    return Parts(text_field("drop", doc, "orig_question").strip(":"), passage, f"{passage} {question}")
 
 
 def _nq_once(doc: dict) -> str:
@@ -147,38 +232,17 @@ def _trivia_once(doc: dict) -> str:
     return _drop_once(_trivia_document(doc))
 
 
-def _trivia_reading(doc: dict) -> Reading:
+def _trivia_parts(doc: dict) -> Parts:
     # Unlike drop: the announced question keeps its colons and its blanks.
-    reading = _drop_reading(_trivia_document(doc))
-    return reading._replace(announcement=text_field("triviaqa", doc, "orig_question"))
+    parts = _drop_parts(_trivia_document(doc))
+    return parts._replace(announcement=text_field("triviaqa", doc, "orig_question"))
 
 
-_NQ = _Form(_nq_once, _drop_reading)
 _FORMS = {
-    "swde": _Form(_swde_once, _swde_reading),
-    "fda": _Form(_fda_once, _fda_reading),
-    "squad": _Form(_squad_once, _squad_reading),
-    "drop": _Form(_drop_once, _drop_reading),
-    "triviaqa": _Form(_trivia_once, _trivia_reading),
-    "nq_512": _NQ,
-    "nq_1024": _NQ,
-    "nq_2048": _NQ,
+    "swde": _Form(_swde_once, _swde_parts),
+    "fda": _Form(_fda_once, _fda_parts),
+    "squad": _Form(_squad_once, _squad_parts),
+    "drop": _Form(_drop_once, _drop_parts),
+    "triviaqa": _Form(_trivia_once, _trivia_parts),
+    **dict.fromkeys(("nq_512", "nq_1024", "nq_2048"), _Form(_nq_once, _drop_parts)),
 }
-
-
-def prompt(task: str, doc: dict, strategy: str | Strategy = "once") -> str:
-    """The prompt that asks `doc` for its answer.
-
-    task: swde, fda, squad, drop, nq_512, nq_1024, nq_2048 (or nq) or triviaqa; strategy: once, twice, question_first
-    or Nx (see `strategies`). `once` and `twice` are byte-equal to the published prompts. Raises ValueError for an
-    unknown task or strategy and for a missing, empty or wrongly typed field, which it names."""
-    form = _FORMS[published_task(task).name]
-    chosen = strategy_named(strategy)
-    if not isinstance(doc, dict):
-        raise ValueError(f"{task}: a document is a dict of fields, got {type(doc).__name__}")
-    if chosen.shots:
-        raise ValueError(f"{chosen.name} needs other documents as examples: use jrt_recall.items")
-    if not chosen.announced:
-        return form.once(doc)
-    announcement, context, closing = form.reading(doc)
-    return f"{announcement} " + f"{context}\n" * (chosen.readings - 1) + closing

@@ -1,25 +1,98 @@
-"""Evaluation protocols by name: everything that a score depends on besides the model, the task and the strategy.
+"""Tasks and protocols: the two names that stand beside every recall score.
 
-A recall score means nothing without its window: the same model and task move by tens of points between the settings
-in circulation. `jrt-table1` and `jrt-table2-*` are the paper's two tables, `full` cuts nothing, `wW-aA` are the window
-and answer room that later papers used, `pages-*` belong to the reference pages. `jrt-table2` and `pages` name families
-with one protocol per column; `cells` gives those that apply to a task. Windows are measured in the cutting tokenizer,
-which is part of the protocol, so that every model reads the same text.
+A task names the documents that are asked. A protocol names everything else that a score depends on besides the model and
+the strategy. Its window matters most: one model moves by tens of points on one task between the windows in use.
+
+`jrt-table1` and `jrt-table2-*` are the settings of the paper's two tables, `full` cuts nothing, `wW-aA` are window and
+answer room of later papers, `pages-*` belong to the reference pages. `jrt-table2` and `pages` name families of protocols.
+Windows are measured in the cutting tokenizer, which is part of the protocol, so that every model reads the same text.
 """
+
+from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
 GPT2 = "gpt2"
 SHIPPED = "shipped"
 """Cutting tokenizers: GPT-2's byte-level BPE (as published), and the 4,096-entry vocabulary of this package."""
+PREFIX = "recall_"
+PAGES = "recall_reference_pages"
+PAGE_WINDOWS = (512, 1024, 2048)
+PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_drop": "squad", "qa_fda": "fda"}
+"""Tasks on passages from a local folder, and the published task whose prompts each takes."""
+PASSAGES_VERSION = 2
+"""Of their protocols. Since version 2 any of a document's answers counts, and a window is cut around the first that stands
+in the text; version 1 knew the first answer only, as the published tasks do."""
+
+
+@dataclass(frozen=True)
+class PublishedTask:
+    """A published task: where its dataset lies on the hub and which columns its prompts and its score read.
+
+    Args:
+        context: the column that is cut around the answer.
+        answer_keys: columns whose value locates the answer there; none: the window is the document's beginning.
+        labels: the column that holds what a right generation contains.
+    """
+
+    name: str
+    dataset: str
+    columns: tuple[str, ...]
+    context: str
+    answer_keys: tuple[str, ...]
+    labels: str
+    split: str = "validation"
+
+
+_PAGE_COLUMNS = ("text", "key", "value")
+_SQUAD_COLUMNS = ("text", "context", "question", "value")
+_CLOZE_COLUMNS = ("context", "question", "orig_question", "answers")
+_PUBLISHED = (
+    PublishedTask("swde", "hazyresearch/based-swde-v2", _PAGE_COLUMNS, "text", ("key", "value"), "value"),
+    PublishedTask("fda", "hazyresearch/based-fda", _PAGE_COLUMNS, "text", ("key", "value"), "value"),
+    PublishedTask("squad", "hazyresearch/based-squad", _SQUAD_COLUMNS, "text", ("value",), "value"),
+    PublishedTask("drop", "hazyresearch/based_drop", _CLOZE_COLUMNS, "context", (), "answers"),
+    PublishedTask("nq_512", "hazyresearch/based_nq_512", _CLOZE_COLUMNS, "context", ("answers",), "answers"),
+    PublishedTask("nq_1024", "hazyresearch/based_nq_1024", _CLOZE_COLUMNS, "context", ("answers",), "answers"),
+    PublishedTask("nq_2048", "hazyresearch/based_nq_2048", _CLOZE_COLUMNS, "context", ("answers",), "answers"),
+    PublishedTask("triviaqa", "hazyresearch/based_triviaqa", (*_CLOZE_COLUMNS, "doc_id"), "context", (), "answers"),
+)
+PUBLISHED = {task.name: task for task in _PUBLISHED}
+"""The published datasets by name; the task on each is `recall_NAME`."""
+TASKS = (*(PREFIX + name for name in PUBLISHED), *(f"{PAGES}_{window}" for window in PAGE_WINDOWS), *PASSAGES)
+"""All tasks, by the names that results carry here and in lm-eval."""
+
+
+def task_named(name: str) -> str:
+    """The task's one name, as results carry it: `fda` and `recall_fda` are both `recall_fda`.
+
+    `reference_pages` without a window stays without one: its protocol says which. Raises ValueError for other names."""
+    plain = name.strip()
+    for found in (plain, PREFIX + plain):
+        if found in TASKS or found == PAGES:
+            return found
+    raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+
+
+def published_task(name: str) -> PublishedTask:
+    """The published task of that name, or the one whose form a `qa_*` task takes. Both spellings are understood.
+
+    `nq` stands for any of the three NQ sizes, which share their rules. Raises ValueError for other names."""
+    plain = PASSAGES.get(name, name).removeprefix(PREFIX)
+    task = PUBLISHED.get("nq_1024" if plain == "nq" else plain)
+    if task is None:
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(PUBLISHED)}")
+    return task
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One setting. Lengths are tokens: window, answer_room and the cut by `cutting_tokenizer`, the rest by the model's.
+    """One setting. Lengths are in tokens: those of `cutting_tokenizer` for the window, the model's for the rest.
 
-    window: None leaves documents whole; the context that is kept is `window - answer_room`.
-    max_prompt_tokens: prompts are cut to it on `truncation_side`; None: only the model's own limit."""
+    Args:
+        window: None leaves documents whole; otherwise `window - answer_room` tokens of the context are kept.
+        max_prompt_tokens: prompts are cut to it on `truncation_side`; None: to the model's own limit.
+    """
 
     name: str
     window: int | None
@@ -55,7 +128,7 @@ class Protocol:
         cut = "documents whole" if self.window is None else f"{self.window}/{self.answer_room}"
         return f"{self.name} v{self.version} ({cut})"
 
-    def cut_with(self, tokenizer_name: str) -> "Protocol":
+    def cut_with(self, tokenizer_name: str) -> Protocol:
         """This protocol with another cutting tokenizer, under a name that says so: its scores are not the same."""
         if self.window is None or tokenizer_name == self.cutting_tokenizer:
             return self
@@ -63,7 +136,7 @@ class Protocol:
 
 
 def _pages(window: int) -> Protocol:
-    # A window of a page has no answer room: the fact stands in it and the question follows it.
+    # No answer room: the answer stands in the window and the question follows it.
     return Protocol(f"pages-{window}", window, 0, max_prompt_tokens=None, cutting_tokenizer=SHIPPED)
 
 
@@ -77,49 +150,45 @@ _ALL = (
     Protocol("w2000-a50", 2000, 50),
     Protocol("w2048-a48", 2048, 48),
     Protocol("w2048-a50", 2048, 50),
-    _pages(512),
-    _pages(1024),
-    _pages(2048),
+    *map(_pages, PAGE_WINDOWS),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 FAMILIES = {
     "jrt-table2": ("jrt-table2-512", "jrt-table2-1024", "jrt-table2-2048", "jrt-table2-nq"),
-    "pages": ("pages-512", "pages-1024", "pages-2048"),
+    "pages": tuple(f"pages-{window}" for window in PAGE_WINDOWS),
 }
 
 
-def names() -> tuple[str, ...]:
-    """All names that `cells` takes: protocols and families."""
-    return (*PROTOCOLS, *FAMILIES)
-
-
 def default(task: str) -> str:
-    """The protocol or family a task is run under when none is named."""
-    if task.startswith("reference_pages"):
+    """The protocol or family that a task is run under when none is named."""
+    name = task_named(task)
+    if name.startswith(PAGES):
         return "pages"
-    return "full" if task.startswith("qa_") else "jrt-table1"
+    return "full" if name in PASSAGES else "jrt-table1"
 
 
-def cells(name: "str | Protocol | None", task: str) -> tuple[Protocol, ...]:
-    """The protocols that `name` means for a task: one, or one per column of its family.
+def cells(name: str | Protocol | None, task: str) -> tuple[Protocol, ...]:
+    """The protocols that `name` means for a task: one, or one for each column of its family.
 
     NQ under `jrt-table2` is one cell (its documents are cut beforehand). Raises ValueError for an unknown name and for
     a protocol that contradicts the task."""
     if isinstance(name, Protocol):
-        chosen = (name,)
+        chosen: tuple[Protocol, ...] = (name,)
     else:
         name = default(task) if name is None else name
         if name not in PROTOCOLS and name not in FAMILIES:
-            raise ValueError(f"unknown protocol {name!r}: choose one of {', '.join(names())}")
+            raise ValueError(f"unknown protocol {name!r}: choose one of {', '.join((*PROTOCOLS, *FAMILIES))}")
         chosen = tuple(PROTOCOLS[member] for member in FAMILIES.get(name, (name,)))
-    fitting = tuple(protocol for protocol in chosen if _fits(protocol, task))
+    fitting = tuple(protocol for protocol in chosen if _fits(protocol, task_named(task)))
     if not fitting:
-        allowed = ", ".join(protocol.name for protocol in _ALL if _fits(protocol, task))
+        allowed = ", ".join(protocol.name for protocol in _ALL if _fits(protocol, task_named(task)))
         raise ValueError(f"protocol {chosen[0].name} is not for {task}: choose one of {allowed}")
+    if task_named(task) in PASSAGES:
+        return tuple(replace(protocol, version=PASSAGES_VERSION) for protocol in fitting)
     return fitting
 
 
-def protocol_named(name: "str | Protocol | None", task: str) -> Protocol:
+def protocol_named(name: str | Protocol | None, task: str) -> Protocol:
     """The one protocol that `name` means for a task. Raises ValueError as `cells`, and for a family of several."""
     fitting = cells(name, task)
     if len(fitting) > 1:
@@ -129,9 +198,10 @@ def protocol_named(name: "str | Protocol | None", task: str) -> Protocol:
 
 
 def _fits(protocol: Protocol, task: str) -> bool:
-    if protocol.name.startswith("pages-") or task.startswith("reference_pages"):
-        return protocol.name.startswith("pages-") and task.startswith("reference_pages")
+    """Whether a task (by its one name) can be run under a protocol."""
+    if protocol.name.startswith("pages-") or task.startswith(PAGES):
+        return protocol.name.startswith("pages-") and task in (PAGES, f"{PAGES}_{protocol.window}")
     if protocol.name.startswith("jrt-table2-"):
-        is_nq = task.removeprefix("qa_").startswith("nq")
+        is_nq = task.removeprefix(PREFIX).removeprefix("qa_").startswith("nq")
         return is_nq == protocol.name.startswith("jrt-table2-nq")
     return True

@@ -1,9 +1,11 @@
-"""reference_pages: recall on real documents that stand on every machine, the API text of Python's standard library.
+"""Reference pages: recall on real documents that every machine has, the API text of Python's standard library.
 
-One item is a window of a module's page (see `api_text`), a name headed in it, and the argument list that follows the
-name there. The model sees the window and `name(`; a right generation contains `arguments)`. Windows end at line
-borders and are measured in the shipped vocabulary, so that every model reads the same text.
+One item is a window of a module's page (see `api_text`), a function's name in it, and the argument list that follows the
+name there. The model sees the window and `name(`; a right generation contains `arguments)`. Windows end at line borders and
+are measured in the shipped vocabulary, so that every model reads the same text.
 """
+
+from __future__ import annotations
 
 import random
 import sys
@@ -13,10 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import api_text
-from .strategies import Strategy, strategy_named
+from .prompts import Strategy, strategy_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ARGUMENT_CHARACTERS = (4, 60)
 DEFAULT_ITEMS = 512
@@ -78,7 +83,7 @@ def _rendered(file: Path) -> str:
         return ""
 
 
-def windows(page: Page, size: int, tokenizer) -> list[Window]:
+def windows(page: Page, size: int, tokenizer: PreTrainedTokenizerBase) -> list[Window]:
     """A page cut at line borders into consecutive windows of at most `size` tokens; a longer line ends a window and is
     left out, and so are windows filled to less than three quarters."""
     lines = page.text.split("\n")
@@ -98,7 +103,7 @@ def windows(page: Page, size: int, tokenizer) -> list[Window]:
     ]
 
 
-def askable(window: Window) -> tuple[list[api_text.Fact], Counter]:
+def askable(window: Window) -> tuple[list[api_text.Fact], Counter[str]]:
     """Facts of a window that can be asked, and how many each rule left out.
 
     Left out: argument lists outside 4 to 60 characters; names headed twice; arguments that stand in the question or
@@ -107,7 +112,8 @@ def askable(window: Window) -> tuple[list[api_text.Fact], Counter]:
     headed = Counter(fact.name for fact in found)
     lowered = window.text.lower()
     low, high = ARGUMENT_CHARACTERS
-    kept, left_out = [], Counter()
+    kept: list[api_text.Fact] = []
+    left_out: Counter[str] = Counter()
     for fact in found:
         arguments = fact.arguments.lower()
         if not low <= len(arguments) <= high:
@@ -128,7 +134,11 @@ def _occurrences(needle: str, text: str) -> int:
 
 
 def select(
-    size: int, tokenizer, count: int = DEFAULT_ITEMS, seed: int = 0, pages: Sequence[Page] | None = None
+    size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = DEFAULT_ITEMS,
+    seed: int = 0,
+    pages: Sequence[Page] | None = None,
 ) -> Selection:
     """`count` items (fewer if there are no more) spread over all windows, the same for equal arguments and Python.
 
@@ -137,7 +147,9 @@ def select(
     chosen = [w for page in (library_pages() if pages is None else pages) for w in windows(page, size, tokenizer)]
     generator = random.Random(f"reference_pages/{size}/{seed}")
     generator.shuffle(chosen)
-    left_out, queues, facts = Counter(), [], 0
+    left_out: Counter[str] = Counter()
+    queues: list[list[dict]] = []
+    facts = 0
     for window in chosen:
         kept, dropped = askable(window)
         left_out += dropped
@@ -170,4 +182,4 @@ def prompt(doc: dict, strategy: str | Strategy = "once") -> str:
     """The prompt of one document: [`name ?`] window ... window `name(`, each on lines of its own."""
     chosen = strategy_named(strategy)
     announcement = api_text.announcement(doc["name"]) + "\n" if chosen.announced else ""
-    return announcement + f"{doc['window']}\n" * chosen.readings + api_text.question(doc["name"])
+    return announcement + f"{doc['window']}\n" * chosen.copies + api_text.question(doc["name"])

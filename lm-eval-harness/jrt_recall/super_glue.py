@@ -12,6 +12,7 @@ import re
 import string
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from .data import MissingDataset, mirror_folder, read_lines
 
@@ -34,7 +35,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def documents(configuration: str, data: str | Path | None = None, **metadata):
+def documents(configuration: str, data: str | Path | None = None, **metadata: Any) -> dict[str, Any]:
     """lm-eval's `custom_dataset`: both splits of a configuration. data: mirror folder, else the one JRT_DATA names.
 
     Raises MissingDataset where they are neither there nor on the hub, ValueError for a missing column."""
@@ -54,7 +55,7 @@ def documents(configuration: str, data: str | Path | None = None, **metadata):
     return found
 
 
-def _from_hub(configuration: str):
+def _from_hub(configuration: str) -> dict[str, Any]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -71,7 +72,7 @@ def _from_hub(configuration: str):
 # recall_record: a passage with its highlights, and a query whose placeholder takes the entity
 
 
-def record_documents(dataset):
+def record_documents(dataset: Any) -> Any:
     """lm-eval's `process_docs`: entities and answers once each, sorted."""
     return dataset.map(
         lambda doc: {"entities": sorted(set(doc["entities"])), "answers": sorted(set(doc["answers"]))},

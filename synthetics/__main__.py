@@ -1,0 +1,65 @@
+"""Runs a sweep of recall tasks and draws it: ``python -m synthetics figure2_small --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from synthetics import plot
+from synthetics.folder import Folder
+from synthetics.runs import groups
+from synthetics.sweeps import SWEEPS
+from synthetics.workers import check_device, train_all
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 also where --minutes are over before the sweep is: the printed line says what to do."""
+    parser = argparse.ArgumentParser(prog="python -m synthetics", description=__doc__.partition("\n")[0])
+    parser.add_argument("sweep", metavar="NAME", help=f"one of {', '.join(SWEEPS)}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--resume", action="store_true", help="go on with a sweep that has results in DIR")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes, at the next epoch")
+    parser.add_argument("--workers", type=int, help="processes; default: one a GPU, or one a core")
+    parser.add_argument("--ray", action="store_true", help="let Ray place the groups on its cluster")
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except ValueError as error:
+        print(f"synthetics: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises ValueError before anything is written for what cannot be run."""
+    if options.sweep not in SWEEPS:
+        raise ValueError(f"unknown sweep {options.sweep!r}: expected one of {', '.join(SWEEPS)}")
+    if options.minutes is not None and not options.minutes > 0:
+        raise ValueError(f"--minutes {options.minutes:g}: expected more than 0")
+    runs = SWEEPS[options.sweep]
+    units = torch.cuda.device_count() if options.device == "cuda" else torch.get_num_threads()
+    workers = max(1, units) if options.workers is None else options.workers
+    check_device(options.device, workers)
+    folder = Folder(options.out, options.sweep, runs, options.resume)
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    missing = [group for group in groups(runs) if not folder.is_done(group)]
+    work = [(group, folder.checkpoint(group)) for group in missing]
+    results = train_all(work, options.device, min(workers, max(1, len(work))), deadline, options.ray)
+    for rows in tqdm(results, total=len(work), desc=options.sweep, unit="group", disable=not sys.stderr.isatty()):
+        if rows is not None:
+            folder.add(rows)
+    print(f"{len(folder.rows)} of {len(runs)} runs are done in {options.out}")
+    if folder.rows:
+        print(plot.draw_all(options.out))
+    if len(folder.rows) < len(runs):
+        print(f"next: python -m synthetics {options.sweep} --out {options.out} --resume")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""A sweep's folder: `results.json` with the sweep and the rows that are done, `unfinished/` with checkpoints."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from synthetics.runs import Run
+
+
+class Folder:
+    """Results of one sweep. Whatever is written is written whole or not at all."""
+
+    def __init__(self, path: Path, sweep: str, runs: Sequence[Run], resume: bool) -> None:
+        """Opens the folder, or makes it.
+
+        Raises:
+            ValueError: the sweep is empty or has one run twice, a run of it cannot be built, the folder belongs to
+                another sweep or holds other files, or it has results of this sweep and `resume` is false.
+        """
+        check(sweep, runs)
+        self.path, self.file, self.sweep = path, path / "results.json", sweep
+        self.fingerprint = hashlib.sha256("\n".join(map(repr, runs)).encode()).hexdigest()
+        self.rows: dict[str, dict] = {}
+        if self.file.exists():
+            self._open(resume)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} is not a sweep's folder: expected an empty or a new one")
+        (path / "unfinished").mkdir(parents=True, exist_ok=True)
+        if not self.file.exists():
+            self._write()
+
+    def _open(self, resume: bool) -> None:
+        report = read(self.path)
+        if (report["sweep"], report["fingerprint"]) != (self.sweep, self.fingerprint):
+            same = "an older version of it" if report["sweep"] == self.sweep else report["sweep"]
+            raise ValueError(
+                f"{self.path} is the folder of another sweep ({same}): give {self.sweep} a folder of its own"
+            )
+        if report["rows"] and not resume:
+            raise ValueError(
+                f"{self.path} has {len(report['rows'])} results of this sweep: add --resume to go on with it"
+            )
+        self.rows = {row["run"]: row for row in report["rows"]}
+
+    def is_done(self, group: Sequence[Run]) -> bool:
+        return all(run.name in self.rows for run in group)
+
+    def add(self, rows: Sequence[dict]) -> None:
+        """Keeps rows of results with where they come from."""
+        self.rows |= {row["run"]: {**row, **provenance()} for row in rows}
+        self._write()
+
+    def checkpoint(self, group: Sequence[Run]) -> Path:
+        """The file of a group that is in training."""
+        return self.path / "unfinished" / f"{group[0].shape.name}.pt"
+
+    def _write(self) -> None:
+        report = {"sweep": self.sweep, "fingerprint": self.fingerprint, "rows": list(self.rows.values())}
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(report, indent=1) + "\n")
+        part.replace(self.file)
+
+
+def check(sweep: str, runs: Sequence[Run]) -> None:
+    """Raises ValueError for a sweep that cannot be run, before anything is drawn."""
+    if not runs:
+        raise ValueError(f"{sweep} is an empty sweep: expected at least one run")
+    for run in runs:
+        run.check()
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{sweep} has one run twice: {next(name for name in names if names.count(name) > 1)}")
+
+
+def read(path: Path) -> dict:
+    """The report in a sweep's folder; raises ValueError where there is none."""
+    try:
+        report = json.loads((path / "results.json").read_text())
+        found = {"sweep", "fingerprint", "rows"} <= set(report)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} holds no results: expected the folder of python -m synthetics") from error
+    except json.JSONDecodeError:
+        found = False
+    if not found:
+        raise ValueError(f"{path / 'results.json'} was not written by python -m synthetics")
+    return report
+
+
+def provenance() -> dict:
+    """What a kept figure depends on. JRT_COMMIT names the commit of a copy without git."""
+    here = Path(__file__).parent
+    head = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
+        "commit": os.environ.get("JRT_COMMIT") or head.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }

@@ -1,0 +1,172 @@
+"""Measures how fast examples are drawn and models are trained: ``python -m synthetics.measure --out FILE``.
+
+The data part draws the examples of the paper's task with the released loop and in whole tensors. The training part
+times steps of stacks of the `figure2` sweep at every length it trains on, as they run in the sweep (recorded, with
+compiled parts) and without either, and says what the whole sweep would take at those speeds if no model ended early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from synthetics import sweeps
+from synthetics.data import generator
+from synthetics.folder import provenance
+from synthetics.graphs import FIRST
+from synthetics.permutations import draw_distinct
+from synthetics.released import disjoint_sets
+from synthetics.runs import METHODS, Run, groups
+from synthetics.set_disjointness import SetDisjointness, draw_pair
+from synthetics.tasks import TASKS
+from synthetics.training import Segment, Training
+from synthetics.workers import check_device
+
+LOOP_EXAMPLES = 300  # of each pair that the loop draws
+FEWEST = 4  # timed steps of each length
+MEASURED = ((128, 24), (36, 4), (64, 16))  # widths and feature sizes: the largest, the smallest and one between
+WAYS = ("recorded", "compiled", "eager")  # as in the sweep; without CUDA graphs; without the compiler, too
+
+
+def seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
+    """Of one call, the mean over `times` calls after one more."""
+    function()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    _wait(device)
+    return (time.perf_counter() - start) / times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def data(task: SetDisjointness, device: torch.device) -> dict:
+    """Seconds that the task's training examples take, by the released loop and in whole tensors."""
+    loop = whole = 0.0
+    pairs = []
+    for pair in task.train:
+        start = time.perf_counter()
+        disjoint_sets(task.vocab_size, LOOP_EXAMPLES, *pair, seed=1)
+        one = (time.perf_counter() - start) / LOOP_EXAMPLES
+        all_at_once = seconds(
+            lambda pair=pair: draw_pair(task.vocab_size, task.train_examples, pair, generator(1), device), 3, device
+        )
+        loop, whole = loop + one * task.train_examples, whole + all_at_once
+        pairs.append({"pair": pair, "loop_us": 1e6 * one, "tensors_us": 1e6 * all_at_once / task.train_examples})
+    return {"task": task.name, "loop_seconds": loop, "tensor_seconds": whole, "speedup": loop / whole, "pairs": pairs}
+
+
+def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
+    """Milliseconds of a step of one stack at each length, and of a test; seconds of an epoch at that speed."""
+    stack = Training(runs, device)
+    lengths: dict[int, list[Segment]] = {}
+    for segment in stack.train:
+        lengths.setdefault(segment.tokens.shape[2], []).append(segment)
+    rows, epoch = [], dict.fromkeys(WAYS, 0.0)
+    for length, segments in lengths.items():
+        batch = segments[0].batch(stack.places, slice(0, stack.batch))
+        steps = sum(len(range(0, each.tokens.shape[1], stack.batch)) for each in segments)
+        row: dict[str, float] = {"tokens": length}
+        for way in WAYS:
+            call = stack.steps if way == "recorded" else stack.step
+            times = FEWEST if time.monotonic() > deadline or device.type == "cpu" else 5 * FEWEST
+            with torch.compiler.set_stance("force_eager" if way == "eager" else "default"):
+                for _ in range(FIRST + 1):
+                    call(*batch)
+                row[f"{way}_ms"] = 1e3 * seconds(lambda call=call, batch=batch: call(*batch), times, device)
+            epoch[way] += row[f"{way}_ms"] / 1e3 * steps
+        rows.append(row)
+    test = seconds(stack.test_accuracy, 1, device)
+    first = runs[0]
+    tokens = sum(each.tokens[0].numel() for each in stack.train) * len(runs)
+    return {
+        "method": first.method.name,
+        "width": first.width,
+        "feature_dim": first.feature_dim,
+        "models": len(runs),
+        "lengths": rows,
+        "epoch_seconds": epoch,
+        "test_seconds": test,
+        "model_tokens_per_second": {way: tokens / value for way, value in epoch.items()},
+        "gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def figure2_minutes(measured: list[dict], epochs: int) -> dict[str, float]:
+    """What all stacks of `figure2` would take: a stack between two measured ones lies on the line between them.
+
+    The line is over the numbers a token takes: width and features of all heads, in which memory traffic is linear.
+    """
+
+    def size(width: int, feature_dim: int) -> int:
+        return width + 2 * feature_dim
+
+    total: dict[str, float] = {}
+    for group in groups(sweeps.figure2):
+        run = group[0]
+        own = [row for row in measured if row["method"] == run.method.name]
+        points = sorted((size(row["width"], row["feature_dim"]), _group_seconds(row, epochs)) for row in own)
+        if len(points) < 2:
+            continue
+        x = size(run.width, run.feature_dim)
+        (x0, y0), (x1, y1) = points[:2] if x <= points[1][0] else points[-2:]
+        total[run.method.name] = total.get(run.method.name, 0) + max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0)) / 60
+    return total
+
+
+def _group_seconds(row: dict, epochs: int) -> float:
+    return epochs * (row["epoch_seconds"]["recorded"] + row["test_seconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m synthetics.measure", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=4, help="about how long to measure training; 0: data only")
+    parser.add_argument("--methods", nargs="+", default=["causal", "prefix", "twice"])
+    options = parser.parse_args()
+    try:
+        check_device(options.device, workers=1)
+    except ValueError as error:
+        parser.error(str(error))
+    device = torch.device(options.device)
+    deadline = time.monotonic() + 60 * options.minutes
+    task = TASKS["paper"]
+    assert isinstance(task, SetDisjointness)
+    draw_distinct(8, 8, 0, 2048, generator(1), device)  # sets the device up
+    report = {"command": shlex.join(["python", "-m", "synthetics.measure", *sys.argv[1:]]), **provenance()}
+    report["data"] = data(task, device)
+    print(f"data: {report['data']['speedup']:.0f} x the released loop", flush=True)
+    report["training"] = []
+    for (width, features), method in product(MEASURED, options.methods):
+        if time.monotonic() > deadline:
+            print(f"time is over before {method}, width {width}, feature size {features}")
+            break
+        runs = [
+            Run(METHODS[method], task, width, features, rate, seed)
+            for rate, seed in product(sweeps.RATES, sweeps.SEEDS)
+        ]
+        report["training"].append(training(runs, deadline, device))
+        print(json.dumps(report["training"][-1]), flush=True)
+        report["figure2_minutes"] = figure2_minutes(report["training"], runs[0].epochs)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"figure2, minutes: {report.get('figure2_minutes')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""AdamW for a stack of models: one learning rate, one gradient norm a model, and few calls for all of them.
+
+Shapes: M models, P parameters of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+WEIGHT_DECAY = 0.1  # paper appendix B.1
+LARGEST_NORM = 1.0
+
+
+class StackedAdamW:
+    """`torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`, for each model of a stack by itself.
+
+    Takes over the module's parameters: they become views of one table (M, P). Gradients are allocated here, too, and all
+    updates are in place, so that a CUDA graph can replay them.
+    """
+
+    def __init__(self, module: nn.Module, learning_rates: list[float], weight_decay: float = WEIGHT_DECAY) -> None:
+        self.parameters = list(module.parameters())
+        self.weights = torch.cat([each.detach().flatten(1) for each in self.parameters], dim=1)  # (M, P)
+        # Rates and bias corrections are computed in fp64, as torch.optim does: 1 - 0.999^1 keeps 4 digits in fp32.
+        wide = {"dtype": torch.float64, "device": self.weights.device}
+        self.peak = torch.tensor(learning_rates, **wide)[:, None]  # (M, 1)
+        self.weight_decay = weight_decay
+        self.factor = torch.ones((), **wide)  # of the schedule
+        self.steps = torch.zeros((), **wide)
+        self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self._attach()
+
+    def _attach(self) -> None:
+        """Points the parameters into the table and gives them gradients of zero."""
+        start = 0
+        for each in self.parameters:
+            shape, end = each.shape[1:], start + each[0].numel()
+            each.grad = None
+            each.data = self.weights[:, start:end].unflatten(1, shape)
+            each.grad = torch.zeros(each.shape, dtype=each.dtype, device=each.device)
+            start = end
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates the weights, then sets the gradients to zero."""
+        g = torch.cat([each.grad.flatten(1) for each in self.parameters], dim=1)  # (M, P)
+        norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)  # (M, 1)
+        g.mul_((LARGEST_NORM / (norm + 1e-6)).clamp(max=1))
+        self.steps += 1
+        rate = self.peak * self.factor
+        step_size = rate / (1 - BETAS[0] ** self.steps)
+        correction = (1 - BETAS[1] ** self.steps).sqrt()  # a scalar, which leaves the dtype of tables alone
+        self.weights.mul_((1 - rate * self.weight_decay).to(g.dtype))
+        self.first.lerp_(g, 1 - BETAS[0])
+        self.second.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+        self.weights.sub_(self.first / (self.second.sqrt() / correction + EPS) * step_size.to(g.dtype))
+        for each in self.parameters:
+            each.grad.zero_()
+
+    def keep(self, models: list[int]) -> None:
+        """Goes on with these models of the stack alone."""
+        index = torch.tensor(models, device=self.weights.device)
+        for name in ("weights", "first", "second", "peak"):
+            setattr(self, name, getattr(self, name)[index])
+        self._attach()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("weights", "first", "second", "peak", "steps")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes weights, moments and step count of `state_dict`, also of fewer models than the stack had."""
+        for name, value in state.items():
+            setattr(self, name, value.to(self.weights.device))
+        self._attach()

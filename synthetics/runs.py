@@ -1,0 +1,129 @@
+"""What a sweep is a list of: a model, a task, a learning rate and a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from jrt.config import Config
+from jrt.model import LanguageModel
+from synthetics.data import Task
+from synthetics.readings import READINGS, Reading
+
+HEADS = 2  # paper appendix B.1
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which layers a model has, and how it reads. Letters of `pattern` are those of `jrt.mixers.MIXERS`."""
+
+    name: str
+    pattern: str
+    reads: str = "once"  # of READINGS
+
+    def __post_init__(self) -> None:
+        if self.reads not in READINGS:
+            raise ValueError(f"{self.name} reads {self.reads!r}: expected one of {', '.join(READINGS)}")
+
+    @property
+    def reading(self) -> Reading:
+        return READINGS[self.reads]
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("causal", "CLCL"),
+        Method("twice", "CLCL", "twice"),
+        Method("both-orders", "CLCL", "both-orders"),
+        Method("question-first", "CLCL", "question-first"),
+        Method("prefix", "CPCP"),
+        Method("prefix-twice", "CPCP", "twice"),
+        Method("causal-deep", "CLCLCL"),
+        Method("prefix-deep", "CPCPCP"),
+        Method("based", "CLCS"),
+        Method("window", "CSCS"),
+        Method("attention", "CACA"),
+        Method("mamba", "MM"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train."""
+
+    method: Method
+    task: Task
+    width: int
+    feature_dim: int  # of linear attention
+    rate: float  # peak learning rate
+    seed: int  # of weights and data
+    epochs: int = 12
+    batch: int = 128
+    window: int = 8  # of sliding-window attention
+
+    @property
+    def name(self) -> str:
+        """Different for different runs of a sweep."""
+        sizes = f"w{self.width}-f{self.feature_dim}-s{self.window}"
+        return f"{self.method.name}-{self.task.name}-{sizes}-e{self.epochs}-b{self.batch}-{self.rate:g}-{self.seed}"
+
+    @property
+    def config(self) -> Config:
+        """Raises ValueError for sizes that cannot be built."""
+        pattern = self.method.pattern
+        return Config(
+            pattern=pattern,
+            width=self.width,
+            vocab_rows=self.task.vocab_size,
+            heads=HEADS,
+            linear_heads=HEADS,
+            feature_dim=self.feature_dim,
+            window=self.window,
+            rotary_dim=self.width // HEADS // 2 * 2 if set("AS") & set(pattern) else 0,
+            conv_expand=1,
+            # The whole text is the prefix; no reading has more than two contexts and two questions.
+            enc_length=2 * self.task.longest if "P" in pattern else 0,
+        )
+
+    @property
+    def shape(self) -> Run:
+        """The same for runs that can be trained in one stack: those that differ in rate and seed alone."""
+        return replace(self, rate=1.0, seed=0)
+
+    def check(self) -> None:
+        """Raises ValueError, before anything is drawn or trained, for a run that cannot be."""
+        if min(self.epochs, self.batch) < 1 or not 0 < self.rate < float("inf"):
+            raise ValueError(
+                f"{self.name}: expected at least one epoch, one example a batch and a positive learning rate"
+            )
+        self.task.check()
+        config = self.config
+        assert config.vocab_rows == self.task.vocab_size
+
+    def model(self) -> LanguageModel:
+        """A model with its first weights, which depend on the seed alone."""
+        model = LanguageModel(self.config)
+        model.init_weights(torch.Generator().manual_seed(self.seed))
+        return model
+
+    def state_bytes(self) -> int:
+        """Bytes that the model keeps after the longest context of the task, counted on its states.
+
+        Weights do not matter, so the model reads nothing but zeros.
+        """
+        ids = torch.zeros(1, self.task.longest - 1, dtype=torch.int64)
+        with torch.no_grad():
+            _, state = self.model().read(ids)
+        return state.nbytes()
+
+
+def groups(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one shape together, in the order in which the shapes come."""
+    found: dict[Run, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.shape, []).append(run)
+    return list(found.values())

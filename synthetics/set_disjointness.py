@@ -1,0 +1,125 @@
+"""Set disjointness: two lists of tokens share exactly one; the model must name it after the second list.
+
+One example with a first list of 2 and a second list of 3 (paper section 3 and appendix B.1):
+
+    read      PREFIX  7  5  SEPARATE_LISTS  9  7  8  SEPARATE_ANSWER
+    answer       -    -  -        -         -  -  -         7
+
+A recurrent model that reads once must keep the first list until the second comes: cheap if the first is the short one.
+
+Shapes: N examples, a and b tokens in the first and in the second list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from synthetics.data import (
+    PREFIX,
+    SEPARATE_ANSWER,
+    SEPARATE_LISTS,
+    SPECIAL_TOKENS,
+    TEST,
+    TRAIN,
+    Examples,
+    Split,
+    draw_unseen,
+    fingerprints,
+    generator,
+)
+from synthetics.permutations import draw_distinct
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SetDisjointness:
+    """Which pairs (length of the first list, of the second) are trained on, and which are asked for."""
+
+    name: str
+    vocab_size: int
+    train: tuple[Pair, ...]
+    train_examples: int
+    test: tuple[Pair, ...]
+    test_examples: int
+
+    @property
+    def longest(self) -> int:
+        return max(first + second for first, second in (*self.train, *self.test)) + 3
+
+    def check(self) -> None:
+        """Raises ValueError for lists that the vocabulary cannot fill."""
+        for first, second in (*self.train, *self.test):
+            check_lengths(self.vocab_size, first, second)
+
+    def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
+        """No test example is a training example.
+
+        Raises:
+            ValueError: as `check`, or so few examples exist that training holds nearly all.
+        """
+        self.check()
+        train, seen = [], {}
+        for index, pair in enumerate(self.train):
+            train.append(self._draw(pair, self.train_examples, generator(seed, TRAIN, index), device))
+            seen[pair] = fingerprints(train[-1])
+        test = []
+        for index, pair in enumerate(self.test):
+            test.append(
+                draw_unseen(
+                    lambda count, random, pair=pair: self._draw(pair, count, random, device),
+                    self.test_examples,
+                    generator(seed, TEST, index),
+                    seen.get(pair, torch.empty(0, dtype=torch.int64, device=device)),
+                )
+            )
+        return Split(train, test)
+
+    def _draw(self, pair: Pair, examples: int, random: torch.Generator, device: torch.device | str) -> Examples:
+        return draw_pair(self.vocab_size, examples, pair, random, device)
+
+
+def check_lengths(vocab_size: int, first: int, second: int) -> None:
+    """Raises ValueError where a list is empty (it can share nothing) or longer than its half of the vocabulary."""
+    halves = (vocab_size // 2, vocab_size - SPECIAL_TOKENS - vocab_size // 2)
+    if not (0 < first <= halves[0] and 0 < second <= halves[1]):
+        raise ValueError(
+            f"lists of {first} and {second} tokens cannot share one token of {vocab_size} ids: "
+            f"expected 1 to {halves[0]} and 1 to {halves[1]}"
+        )
+
+
+def draw_pair(
+    vocab_size: int, examples: int, pair: Pair, random: torch.Generator, device: torch.device | str = "cpu"
+) -> Examples:
+    """Draws N examples of one pair of lengths, the same on every device for the same CPU generator.
+
+    Distinct tokens split in two have the distribution of the release, which halves the vocabulary at random for each
+    example and draws a list from each half.
+
+    Raises:
+        ValueError: as `check_lengths`.
+    """
+    first, second = pair
+    check_lengths(vocab_size, first, second)
+    tokens = draw_distinct(examples, first + second, SPECIAL_TOKENS, vocab_size, random, device)  # (N, a + b)
+    row = torch.arange(examples, device=device)
+    place = torch.randint(first, (examples,), generator=random).to(device)
+    other_place = torch.randint(second, (examples,), generator=random).to(device)
+    answers = tokens[row, place]
+    tokens[row, first + other_place] = answers
+    context = tokens.new_empty(examples, first + second + 2)
+    context[:, 0], context[:, 1 + first] = PREFIX, SEPARATE_LISTS
+    context[:, 1 : 1 + first], context[:, 2 + first :] = tokens[:, :first], tokens[:, first:]
+    columns = torch.arange(first + second + 2, device=device)
+    other_order = torch.cat([columns[:1], columns[2 + first :], columns[1 + first : 2 + first], columns[1 : 1 + first]])
+    return Examples(
+        name=f"{first}_{second}",
+        context=context,
+        question=tokens.new_full((examples, 1), SEPARATE_ANSWER),
+        asked=tokens.new_zeros(examples, 1),
+        answers=answers[:, None],
+        other_order=other_order,
+    )

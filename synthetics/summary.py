@@ -1,0 +1,127 @@
+"""Rows of a sweep as lines of a table: one a model, the best learning rate, the mean over seeds and its interval."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+# Two-sided 95% points of Student's t by number of seeds.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+PANELS = ("short list first", "long list first", "difference")
+OVERALL = "mean"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95% interval; None with fewer than two seeds."""
+
+    mean: float
+    half_width: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        if len(values) < 2:
+            return cls(mean(values), None)
+        t = T_95.get(len(values), 2.262)
+        return cls(mean(values), t * stdev(values) / len(values) ** 0.5)
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f}" + ("" if self.half_width is None else f" ± {100 * self.half_width:.1f}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model at its best learning rate."""
+
+    method: str
+    width: int
+    feature_dim: int
+    window: int | None
+    state_bytes: int
+    rate: float
+    seeds: int
+    seconds: float  # of the device, for all rates and seeds of the model
+    panels: dict[str, Estimate]  # PANELS (set disjointness only) and OVERALL
+    accuracy: dict[str, float]  # by size of the examples, mean over seeds
+
+    @property
+    def model(self) -> tuple[int, int, int | None]:
+        return self.width, self.feature_dim, self.window
+
+
+def pair_of(size: str) -> tuple[int, int] | None:
+    """The lengths in "4_16"; None for a size of another task."""
+    parts = size.split("_")
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 else None
+
+
+def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
+    """Means over all sizes, and over the pairs whose first list is the shorter or the longer one."""
+    found = {OVERALL: mean(accuracy.values())}
+    pairs = {pair: share for size, share in accuracy.items() if (pair := pair_of(size))}
+    if pairs:
+        short = mean(share for (first, second), share in pairs.items() if first < second)
+        long = mean(share for (first, second), share in pairs.items() if first > second)
+        found |= dict(zip(PANELS, (short, long, short - long), strict=True))
+    return found
+
+
+def summarize(rows: Sequence[dict]) -> list[Line]:
+    """Lines sorted by method and size of the state.
+
+    The rate with the best mean over all sizes and seeds counts, in every panel. A rate that some seeds have not
+    finished counts only if no rate is complete.
+    """
+    models: dict[tuple, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        key = (row["method"], row["state_bytes"], row["width"], row["feature_dim"], row["window"])
+        models[key][row["rate"]].append(row)
+    lines = []
+    for (method, state, width, feature_dim, window), rates in models.items():
+        best = max(rates.values(), key=lambda runs: (len(runs), mean(mean(run["accuracy"].values()) for run in runs)))
+        each = [panels_of(run["accuracy"]) for run in best]
+        lines.append(
+            Line(
+                method=method,
+                width=width,
+                feature_dim=feature_dim,
+                window=window,
+                state_bytes=state,
+                rate=best[0]["rate"],
+                seeds=len(best),
+                seconds=sum(run["seconds"] for runs in rates.values() for run in runs),
+                panels={name: Estimate.of([panels[name] for panels in each]) for name in each[0]},
+                accuracy={size: mean(run["accuracy"][size] for run in best) for size in best[0]["accuracy"]},
+            )
+        )
+    return sorted(lines, key=lambda line: (line.method, line.state_bytes, line.model[:2], line.window or 0))
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The lines as a table, in percent."""
+    panels = list(lines[0].panels)
+    names = ["method", "width", "feature size", "window", "state, bytes", "rate", "seeds", *panels, "seconds"]
+    body = [
+        [
+            *(line.method, line.width, line.feature_dim, line.window or "-", f"{line.state_bytes:,}"),
+            *(f"{line.rate:g}", line.seeds, *(line.panels[name] for name in panels), f"{line.seconds:.0f}"),
+        ]
+        for line in lines
+    ]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (names, ["---"] * len(names), *body))
+
+
+def write_csv(lines: Sequence[Line], file: Path) -> None:
+    """Everything of the lines, accuracies as shares."""
+    panels, sizes = list(lines[0].panels), list(lines[0].accuracy)
+    names = ["method", "width", "feature_dim", "window", "state_bytes", "rate", "seeds", "seconds"]
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*names, *(part for name in panels for part in (name, f"{name} ±")), *sizes])
+        for line in lines:
+            estimates = [part for name in panels for part in (line.panels[name].mean, line.panels[name].half_width)]
+            writer.writerow([*(getattr(line, name) for name in names), *estimates, *line.accuracy.values()])

@@ -1,0 +1,209 @@
+"""Trains runs of one shape side by side, as one stack of models.
+
+Settings are the paper's (appendix B.1): AdamW with weight decay 0.1, a cosine over the epochs, the loss on the answers
+alone, an end once 99% of a model's test answers are right. A model that ends leaves the stack.
+
+Shapes: M models, S seeds, N examples, B examples of a batch, R = M x B, T tokens, K answers an example, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synthetics.data import Examples, generator
+from synthetics.graphs import RecordedSteps
+from synthetics.optimizer import StackedAdamW
+from synthetics.runs import HEADS, Run
+from synthetics.stack import stack
+
+ENOUGH = 0.99
+ORDER = 2  # of batches: one of the key's kinds, beside synthetics.data.TRAIN and TEST
+TEST_SCORES = {"cpu": 1 << 24, "cuda": 1 << 30}  # numbers of a test batch that the largest tensor may hold
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Examples of one size, of all seeds, as the method reads them."""
+
+    name: str
+    tokens: Tensor  # (S, N, T)
+    asked: Tensor  # (S, N, K), columns of the tokens
+    answers: Tensor  # (S, N, K)
+
+    def batch(self, seeds: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens (R, T), asked (R, K) and answers (R, K) for models whose seeds stand at these places, (M,)."""
+        tokens, asked, answers = (x[seeds, part].flatten(0, 1) for x in (self.tokens, self.asked, self.answers))
+        return tokens, asked, answers
+
+
+class Training:
+    """The state of a stack in training: `epoch` moves it on, `state_dict` keeps it."""
+
+    def __init__(self, runs: list[Run], device: torch.device) -> None:
+        """`runs` have one shape."""
+        first = runs[0]
+        assert all(run.shape == first.shape for run in runs)
+        self.runs, self.device = list(runs), device
+        self.batch, self.epochs, self.epochs_done = first.batch, first.epochs, 0
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = stack([run.model() for run in runs], dtype).to(device)
+        self.optimizer = StackedAdamW(self.model, [run.rate for run in runs])
+        seeds = sorted({run.seed for run in runs})
+        self.places = torch.tensor([seeds.index(run.seed) for run in runs], device=device)  # (M,)
+        splits = [first.task.draw(seed, device) for seed in seeds]
+        self.train = _segments([split.train for split in splits], first)
+        self.test = _segments([split.test for split in splits], first)
+        self.steps = RecordedSteps(self.step, device)
+
+    def epoch(self) -> list[float]:
+        """One epoch over the training examples; the test accuracy of each model after it, averaged over sizes."""
+        progress = self.epochs_done / self.epochs
+        self.optimizer.factor.fill_((1 + math.cos(math.pi * progress)) / 2)
+        for segment, part in self.order():
+            self.steps(*segment.batch(self.places, part))
+        self.epochs_done += 1
+        self.accuracy = self.test_accuracy()
+        return [sum(each.values()) / len(each) for each in self.accuracy]
+
+    def order(self) -> Iterator[tuple[Segment, slice]]:
+        """Batches of one size each, in an order that depends on the epoch alone: all seeds meet the sizes together."""
+        parts = [
+            (segment, slice(start, min(start + self.batch, segment.tokens.shape[1])))
+            for segment in self.train
+            for start in range(0, segment.tokens.shape[1], self.batch)
+        ]
+        for index in torch.randperm(len(parts), generator=generator(ORDER, self.epochs_done)).tolist():
+            yield parts[index]
+
+    def step(self, tokens: Tensor, asked: Tensor, answers: Tensor) -> None:
+        """One step of all models on a batch of `Segment.batch`."""
+        logits = self.logits(tokens, asked)  # (R, K, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), reduction="sum")
+        # Each model's loss is a mean over its own answers; the sum of them has each model's own gradients.
+        (loss / (answers.numel() // len(self.runs))).backward()
+        self.optimizer.step()
+
+    def logits(self, tokens: Tensor, asked: Tensor) -> Tensor:
+        """(R, K, V), after the columns that are asked for; arguments of `Segment.batch`."""
+        hidden, _ = self.model.read(tokens)  # (R, T, E)
+        return self.model.head(hidden.take_along_dim(asked[..., None], dim=1))
+
+    @torch.no_grad()
+    def test_accuracy(self) -> list[dict[str, float]]:
+        """Of each model, by size of the examples."""
+        found: list[dict[str, float]] = [{} for _ in self.runs]
+        for segment in self.test:
+            examples, length = segment.tokens.shape[1:]
+            scores = len(self.runs) * HEADS * length * 2 * length  # the widest tensor, of a row of each model
+            rows = max(1, min(examples, TEST_SCORES[self.device.type] // scores))
+            right = torch.zeros(len(self.runs), device=self.device)
+            for start in range(0, examples, rows):
+                tokens, asked, answers = segment.batch(self.places, slice(start, start + rows))
+                is_right = self.logits(tokens, asked).argmax(-1) == answers  # (R, K)
+                right += is_right.view(len(self.runs), -1).sum(1)
+            for row, share in zip(found, (right / segment.answers[0].numel()).tolist(), strict=True):
+                row[segment.name] = share
+        return found
+
+    def keep(self, models: list[int]) -> None:
+        """Goes on with these models of the stack."""
+        self.runs = [self.runs[index] for index in models]
+        if not self.runs:
+            return
+        self.places = self.places[models]
+        self.optimizer.keep(models)
+        self.steps.forget()
+
+    def state_dict(self) -> dict:
+        return {"epochs_done": self.epochs_done, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epochs_done = state["epochs_done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _segments(splits: list[list[Examples]], run: Run) -> list[Segment]:
+    """The same sizes of all seeds together."""
+    segments = []
+    for same in zip(*splits, strict=True):
+        tokens = torch.stack([run.method.reading(each) for each in same])
+        before = tokens.shape[-1] - same[0].question.shape[1]
+        asked = torch.stack([each.asked for each in same]) + before
+        segments.append(Segment(same[0].name, tokens, asked, torch.stack([each.answers for each in same])))
+    return segments
+
+
+def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadline: float | None) -> list[dict] | None:
+    """Trains runs of one shape to their ends, from the checkpoint if there is one.
+
+    Args:
+        runs: of one shape.
+        device: of all of them.
+        checkpoint: a file that is written after each epoch; None: nothing is kept before the end.
+        deadline: on `time.monotonic`; after it no epoch is begun. One epoch is done in any case.
+
+    Returns:
+        A row of results a run, in the order of the runs, or None where the deadline came first.
+    """
+    rows: dict[str, dict] = {}
+    seconds, state = 0.0, None
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        rows, seconds = state["rows"], state["seconds"]
+    training = Training([run for run in runs if run.name not in rows], device)
+    if state is not None:
+        training.load_state_dict(state)
+    began = False
+    while training.runs:
+        if began and deadline is not None and time.monotonic() > deadline:
+            return None
+        began, start, models = True, time.perf_counter(), len(training.runs)
+        means = training.epoch()
+        seconds += (time.perf_counter() - start) / models  # of each model still in training
+        ends = [mean >= ENOUGH or training.epochs_done == training.epochs for mean in means]
+        for run, accuracy, end in zip(training.runs, training.accuracy, ends, strict=True):
+            if end:
+                rows[run.name] = _row(run, accuracy, training.epochs_done, seconds)
+        if any(ends):
+            training.keep([index for index, end in enumerate(ends) if not end])
+        if checkpoint is not None:
+            _save({**training.state_dict(), "rows": rows, "seconds": seconds}, checkpoint)
+    return [rows[run.name] for run in runs]
+
+
+def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float) -> dict:
+    config = run.config
+    return {
+        "run": run.name,
+        "method": run.method.name,
+        "pattern": run.method.pattern,
+        "reads": run.method.reads,
+        "task": run.task.name,
+        "width": run.width,
+        "feature_dim": run.feature_dim,
+        "window": run.window if config.has("S") else None,
+        "rate": run.rate,
+        "seed": run.seed,
+        "epochs": run.epochs,
+        "batch": run.batch,
+        "epochs_read": epochs,
+        "state_bytes": run.state_bytes(),
+        "parameters": sum(each.numel() for each in run.model().parameters()),
+        "seconds": round(seconds, 2),  # the model's share of the device
+        "accuracy": {name: round(share, 4) for name, share in accuracy.items()},
+    }
+
+
+def _save(state: dict, checkpoint: Path) -> None:
+    """All of it or nothing."""
+    part = checkpoint.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(checkpoint)

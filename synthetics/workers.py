@@ -1,0 +1,111 @@
+"""Deals out groups of runs: one after another, over processes with a GPU or a share of the cores each, or over Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from synthetics.runs import Run
+from synthetics.training import train
+
+Group = tuple[list[Run], Path]  # runs of one shape, and the file of their checkpoint
+Rows = list[dict] | None  # None: the time was over before the group's end
+
+
+def train_all(
+    groups: Sequence[Group], device: str, workers: int, deadline: float | None, use_ray: bool
+) -> Iterator[Rows]:
+    """Trains all groups and gives each one's rows as soon as they are there.
+
+    Args:
+        groups: what to train.
+        device: "cpu" or "cuda"; worker i has GPU i modulo their number.
+        workers: processes; 1 is this one.
+        deadline: on `time.monotonic`; after it nothing is begun.
+        use_ray: Ray places the groups on its cluster, one GPU or one core each; checkpoints need a common file system.
+
+    Raises:
+        ValueError: the device or Ray is missing, or there are no workers.
+    """
+    check_device(device, workers)
+    if use_ray:
+        yield from _over_ray(groups, device, deadline)
+    elif workers == 1:
+        for group in groups:
+            yield _train_one(group, _first(device), deadline)
+    else:
+        yield from _over_processes(groups, device, workers, deadline)
+
+
+def check_device(device: str, workers: int) -> None:
+    """Raises ValueError for a device that is not there or a number of workers that is no number of workers."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: PyTorch sees no GPU here; use --device cpu")
+    if workers < 1:
+        raise ValueError(f"{workers} workers: expected at least 1")
+
+
+def _train_one(group: Group, device: torch.device, deadline: float | None) -> Rows:
+    if deadline is not None and time.monotonic() > deadline:
+        return None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
+    runs, checkpoint = group
+    rows = train(runs, device, checkpoint, deadline)
+    if rows is not None:
+        checkpoint.unlink(missing_ok=True)
+    return rows
+
+
+def _first(device: str) -> torch.device:
+    return torch.device("cuda:0" if device == "cuda" else device)
+
+
+def _in_process(group: Group, device: str, threads: int, deadline: float | None) -> Rows:
+    torch.set_num_threads(threads)
+    return _train_one(group, torch.device(device), deadline)
+
+
+def _over_processes(groups: Sequence[Group], device: str, workers: int, deadline: float | None) -> Iterator[Rows]:
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    free = [f"cuda:{worker % gpus}" if gpus else "cpu" for worker in range(workers)]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    waiting, running = list(reversed(groups)), {}
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        while waiting or running:
+            while waiting and free:
+                place = free.pop()
+                running[pool.submit(_in_process, waiting.pop(), place, threads, deadline)] = place
+            done = next(as_completed(running))
+            free.append(running.pop(done))
+            yield done.result()
+
+
+def _over_ray(groups: Sequence[Group], device: str, deadline: float | None) -> Iterator[Rows]:
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("ray is not installed: pip install 'jrt[scale]', or leave --ray out")
+    import ray
+
+    ray.init(ignore_reinit_error=True)
+    # Ray shows a task its own GPU as the first one. Clocks differ between machines: each counts the seconds left.
+    left = None if deadline is None else deadline - time.monotonic()
+    began = time.time()
+
+    @ray.remote(num_gpus=1 if device == "cuda" else 0, num_cpus=1)
+    def remote(group: Group) -> Rows:
+        own_deadline = None if left is None else time.monotonic() + left - (time.time() - began)
+        return _train_one(group, _first(device), own_deadline)
+
+    waiting = [remote.remote(group) for group in groups]
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        yield ray.get(done[0])

@@ -1,0 +1,248 @@
+"""The probe and `jrt doctor`: what is right is not blamed, and each kind of wrong is found by its own check."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from random_models import save_random_model
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from jrt.caches import keeps_no_tokens, select_rows
+from jrt.cli import main
+from jrt.greedy import set_aside
+from jrt.modeling_jrt import CACHE
+from jrt.probe import CHECKS, LENGTH, PASSES, RunMode, probe
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from tiny_models import CONTROLS, tiny_model
+
+USUAL = set(CHECKS) - {"no cache"}
+
+
+def failed(findings) -> set[str]:
+    return {check.name for check in findings.checks if not check.holds}
+
+
+class Broken(LlamaForCausalLM):
+    """Llama with what other models get wrong; each subclass changes what reaches `forward`, or its logits."""
+
+    def __init__(self, config=None):
+        super().__init__(config or LlamaConfig(**CONTROLS["llama"][1], vocab_size=256, pad_token_id=0, eos_token_id=2))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(std=0.4)
+
+
+class IgnoresMask(Broken):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **given):
+        return super().forward(input_ids=input_ids, **given)
+
+
+class MixesRows(Broken):
+    def forward(self, *args, **given):
+        output = super().forward(*args, **given)
+        output.logits = output.logits + 0.01 * output.logits.mean(0, keepdim=True) * (len(output.logits) > 1)
+        return output
+
+
+class ForgetsWhenDecoding(Broken):
+    def forward(self, input_ids=None, **given):
+        output = super().forward(input_ids=input_ids, **given)
+        if input_ids.shape[1] == 1:
+            output.logits = output.logits * 1.01
+        return output
+
+
+class ForgetsBetweenCalls(Broken):
+    """Right in one call and in single tokens; wrong where several tokens are read on top of a cache."""
+
+    def forward(self, input_ids=None, **given):
+        cache = given.get(CACHE)
+        gone_on = cache is not None and cache.get_seq_length() > 0 and input_ids.shape[1] > 1
+        output = super().forward(input_ids=input_ids, **given)
+        if gone_on:
+            output.logits = output.logits + 0.1
+        return output
+
+
+class RefusesCache(Broken):
+    def forward(self, *args, **given):
+        if given.get("use_cache"):
+            raise RuntimeError("no cache here")
+        return super().forward(*args, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_what_is_right_is_not_blamed(kind, dtype):
+    findings = probe(tiny_model(kind).to(dtype))
+    assert not failed(findings) and {check.name for check in findings.checks} == USUAL
+    assert findings.mode == RunMode() and findings.mode.sentences() == []
+    assert findings.passes <= PASSES
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "mode"),
+    [
+        (IgnoresMask, {"padding alone", "padding", "shared state"}, RunMode(padding=False, sharing=False)),
+        (MixesRows, {"padding", "neighbours", "shared state"}, RunMode(batches=False, padding=False, sharing=False)),
+        (ForgetsBetweenCalls, {"two calls", "shared state"}, RunMode(sharing=False)),
+    ],
+)
+def test_each_kind_of_wrong_is_found_by_its_check(kind, wrong, mode):
+    findings = probe(kind().eval())
+    assert failed(findings) == wrong
+    assert findings.mode == mode and findings.mode.sentences()
+
+
+@pytest.mark.parametrize("kind", [ForgetsWhenDecoding, RefusesCache])
+def test_a_model_that_breaks_with_a_cache_is_run_without(kind):
+    findings = probe(kind().eval())
+    assert findings.holds("no cache") and findings.holds("padding") and findings.holds("neighbours")
+    assert findings.mode == RunMode(cache=False, sharing=False)
+    untried = [check for check in findings.checks if check.holds is None]
+    assert {check.name for check in untried} == {"two calls", "state copy", "single tokens", "shared state"}
+    assert all(check.reason for check in untried)
+
+
+def test_rwkv_reads_padding():
+    findings = probe(tiny_model("rwkv"))
+    assert (
+        {"padding alone", "padding"} <= failed(findings) and findings.holds("decode") and findings.holds("neighbours")
+    )
+    assert findings.mode == RunMode(padding=False, sharing=False)
+    assert "equal lengths" in findings.mode.sentences()[0]
+
+
+def test_a_model_that_cannot_read_is_a_finding_with_its_error():
+    class Broken2(Broken):
+        def forward(self, *args, **given):
+            raise RuntimeError("weights are missing")
+
+    (check,) = probe(Broken2().eval()).checks
+    assert check.holds is False and "weights are missing" in check.reason
+
+
+def test_nan_logits_never_hold():
+    class Broken3(Broken):
+        def forward(self, *args, **given):
+            output = super().forward(*args, **given)
+            output.logits = output.logits / (len(output.logits) < 2)  # infinite, or NaN, where there are two rows
+            return output
+
+    findings = probe(Broken3().eval())
+    assert {"padding", "neighbours"} <= failed(findings) and findings.to_dict()["checks"]
+    json.dumps(findings.to_dict(), allow_nan=False)
+
+
+def test_a_probe_leaves_the_model_as_it_was_and_stays_within_its_passes():
+    model = tiny_model("llama").train()
+    model.generation_config = GenerationConfig(repetition_penalty=2.0, num_beams=3, eos_token_id=[7, 8], max_length=5)
+    before = copy.deepcopy(model.generation_config.to_dict()), copy.deepcopy(model.config.to_dict())
+    calls = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: calls.append(given["input_ids"].shape), with_kwargs=True
+    )
+    findings = probe(model)
+    hook.remove()
+    assert not failed(findings) and model.training
+    assert (model.generation_config.to_dict(), model.config.to_dict()) == before
+    assert len(calls) == findings.passes <= PASSES and max(length for _, length in calls) == LENGTH
+    assert sum(rows * length for rows, length in calls) <= PASSES * LENGTH
+
+
+@pytest.mark.parametrize("pattern", ["CL", "MM", "AS", "CP"])
+def test_models_of_this_project_pass(tmp_path, pattern):
+    from jrt import load
+
+    model = load(save_random_model(tmp_path, pattern))
+    findings = probe(model, pad_token_id=1)
+    assert not [check for check in findings.checks if check.holds is False]
+    assert findings.mode.padding and findings.mode.cache and findings.mode.sharing == (pattern != "CP")
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mamba2", "bamba", "lfm2", "falcon_h1"])
+@torch.no_grad()
+def test_chosen_rows_of_a_cache_go_on_as_rows_read_alone(kind):
+    model = tiny_model(kind)
+    ids = torch.randint(5, 256, (2, 20), generator=torch.Generator().manual_seed(1))
+    name = "cache_params" if kind == "mamba2" and CACHE == "past_key_values" else CACHE
+    cache = model(input_ids=ids[:, :19], use_cache=True)[name]
+    rows = torch.tensor([1, 0, 1])
+    select_rows(cache, rows)
+    assert keeps_no_tokens(cache) == (kind == "mamba2")
+    positions = {} if kind == "mamba2" else {"position_ids": torch.full((3, 1), 19)}
+    found = model(input_ids=ids[rows, 19:], use_cache=True, **{name: cache}, **positions).logits[:, 0]
+    torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits[rows, -1], rtol=0, atol=1e-4)
+
+
+def test_rows_of_what_is_no_cache_are_refused():
+    with pytest.raises(ValueError, match="list cannot be chosen"):
+        select_rows([torch.zeros(2, 3)], torch.tensor([0]))
+
+
+def test_saved_settings_that_change_greedy_answers_are_set_aside_and_named():
+    model = tiny_model("llama")
+    model.generation_config = GenerationConfig(
+        eos_token_id=[2, 5], pad_token_id=3, temperature=0.5, do_sample=True, top_k=7, max_length=9, output_scores=True,
+        repetition_penalty=1.05, suppress_tokens=[9], min_new_tokens=4, guidance_scale=1.0, num_beams=1, use_cache=False,
+        cache_implementation="static", forced_eos_token_id=2,
+    )  # fmt: skip
+    model.config.no_repeat_ngram_size = 2  # as in checkpoints older than generation_config.json
+    assert set_aside(model) == {
+        "cache_implementation": "static",
+        "forced_eos_token_id": 2,
+        "min_new_tokens": 4,
+        "no_repeat_ngram_size": 2,
+        "repetition_penalty": 1.05,
+        "suppress_tokens": [9],
+        "use_cache": False,
+    }
+    assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.pad_token_id == 3
+    assert set_aside(model) == {}
+    prompt = torch.randint(5, 256, (1, 6))
+    plain = tiny_model("llama")
+    plain.generation_config.eos_token_id = [2, 5]
+    assert torch.equal(model.generate(prompt, max_new_tokens=8), plain.generate(prompt, max_new_tokens=8))
+
+
+def test_doctor_on_a_model(tmp_path, capsys):
+    folder = save_random_model(tmp_path / "ours", "CL")
+    assert main(["doctor", folder]) == 0
+    text = capsys.readouterr().out
+    assert "NO" not in text and CHECKS["padding"] in text and "saved and loaded" in text and "float16" in text
+    rwkv = tmp_path / "rwkv"
+    tiny_model("rwkv").save_pretrained(rwkv)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (rwkv / file).write_bytes((tmp_path / "ours" / file).read_bytes())
+    assert main(["doctor", str(rwkv), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["sound"] and found["mode"]["padding"] is False
+    assert {check["name"]: check["holds"] for check in found["checks"]}["save and load"] is True
+
+
+def test_doctor_on_the_installation(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sound"]
+    for package in ("flash-linear-attention", "flash-attn", "mamba-ssm", "wandb", "pybind11", "ray"):
+        assert "(" in found["installed"][package]
+    tried = {(check["op"], check["backend"]) for check in found["backends"] if check["holds"]}
+    assert {("linear_attention", "chunked"), ("encode_prefix", "chunked"), ("selective_scan", "chunked")} <= tried
+
+
+def test_doctor_finds_a_backend_that_is_wrong(monkeypatch):
+    from jrt.doctor import backends
+
+    def slightly_wrong(k, v, mask=None, backend=None):
+        state = right(k, v, mask=mask, backend=backend)
+        return tuple(x * (1.001 if backend == "chunked" else 1) for x in state)
+
+    right = backends.encode_prefix
+    monkeypatch.setattr(backends, "encode_prefix", slightly_wrong)
+    wrong = {(check.op, check.backend) for check in backends.check_backends() if check.holds is False}
+    assert wrong == {("encode_prefix", "chunked")}

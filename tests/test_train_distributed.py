@@ -1,0 +1,113 @@
+"""Two processes (gloo) compute what one computes: data parallel, sharded, and when their number changes on the way."""
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("hydra")
+
+from safetensors.torch import load_file
+from train_runs import curve, trained
+
+from train.data.library import make_library_text
+
+SMALL = ("model.pattern=CPS", "trainer.rows=2", "trainer.checkpoint_every=2", "trainer.validate_every=2")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "library"
+    make_library_text(folder)
+    return folder
+
+
+def on_two(data: Path, output: Path, *overrides: str) -> list[int]:
+    """Runs the debug experiment in two processes of this machine and returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in told.items()})
+            try:
+                trained(data, output, "trainer.devices=2", *overrides)
+            except ValueError as error:
+                sys.stderr.write(f"{error}\n")
+                os._exit(2)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def figures(output: Path) -> np.ndarray:
+    return np.array([[float(value or 0) for value in row] for row in curve(output)])
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    trained(text, output, *SMALL, "export=true")
+    return output
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one(text, tmp_path, alone, strategy):
+    assert on_two(text, tmp_path, *SMALL, f"trainer.strategy={strategy}", "export=true") == [0, 0]
+    np.testing.assert_allclose(figures(tmp_path), figures(alone), rtol=3e-5)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, alone))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_a_run_goes_on_with_another_number_of_devices(text, tmp_path, alone, strategy):
+    settings = (*SMALL, f"trainer.strategy={strategy}")
+    assert on_two(text, tmp_path, *settings, "trainer.max_steps=2") == [0, 0]
+    trained(text, tmp_path, *settings, "trainer.max_steps=4")
+    assert on_two(text, tmp_path, *settings) == [0, 0]
+    np.testing.assert_allclose(figures(tmp_path), figures(alone), rtol=3e-5)
+
+
+def test_an_error_ends_all_processes(text, tmp_path, capfd):
+    assert on_two(text, tmp_path, "trainer.rows=3") == [2, 2]
+    assert "choose trainer.global_batch" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_average_survives_sharding(text, tmp_path):
+    settings = (*SMALL, "trainer.ema=0.9", "trainer.max_steps=2", "export=true")
+    trained(text, tmp_path / "one", *settings)
+    assert on_two(text, tmp_path / "two", *settings, "trainer.strategy=fsdp") == [0, 0]
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name in ours:
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_starts_a_process_for_each_device(text, tmp_path, alone):
+    import subprocess
+
+    from train_runs import ROOT
+
+    base = [sys.executable, str(ROOT / "train" / "run.py"), "experiment=debug", f"data.folder={text}", "export=false"]
+    done = subprocess.run(
+        [*base, f"output={tmp_path}", *SMALL, "trainer.devices=2"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(figures(tmp_path), figures(alone), rtol=3e-5)
+    wrong = [*base, f"output={tmp_path}/x", "data.length=48", "trainer.devices=2", "trainer.rows=2"]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nothing is left to predict" in done.stdout + done.stderr

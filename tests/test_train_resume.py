@@ -1,0 +1,196 @@
+"""A run that is stopped anywhere and started again equals one that never stopped; what cannot go on says why."""
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("hydra")
+
+from train_runs import curve, trained
+
+from train.data.library import make_library_text
+from train.run import code_version
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "library"
+    make_library_text(folder)
+    return folder
+
+
+EVERY_TWO = ("trainer.checkpoint_every=2", "trainer.max_steps=6", "model.pattern=CPS")
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory) -> list:
+    output = tmp_path_factory.mktemp("whole")
+    trained(text, output, *EVERY_TWO)
+    return curve(output)
+
+
+def killed_at(place: str, count: int, run) -> None:
+    """Runs in a child process that kills itself at the `count`-th call of a function of the training code."""
+    child = os.fork()
+    if child == 0:
+        import train.checkpoints
+        import train.loop
+
+        owner, name = {"step": (train.loop.Loop, "_step"), "seal": (train.checkpoints, "_seal")}[place]
+        function, calls = getattr(owner, name), 0
+
+        def deadly(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        setattr(owner, name, deadly)
+        run()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        ("step", 4),
+        ("seal", 2),
+        pytest.param("step", 1, marks=SLOW),
+        pytest.param("step", 6, marks=SLOW),
+        pytest.param("seal", 1, marks=SLOW),
+        pytest.param("seal", 3, marks=SLOW),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(text, tmp_path, whole, place, count):
+    killed_at(place, count, lambda: trained(text, tmp_path, *EVERY_TWO))
+    trained(text, tmp_path, *EVERY_TWO)
+    assert curve(tmp_path) == whole
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(text, tmp_path, whole):
+    trained(text, tmp_path, *EVERY_TWO)
+    metrics = trained(text, tmp_path, *EVERY_TWO)
+    assert curve(tmp_path) == whole and metrics["train/loss"] == float(whole[-1][1])
+
+
+def test_readers_in_other_processes_go_on_too(text, tmp_path, whole):
+    trained(text, tmp_path, *EVERY_TWO, "trainer.max_steps=3", "trainer.checkpoint_every=3", "data.workers=2")
+    trained(text, tmp_path, *EVERY_TWO, "data.workers=1")
+    assert [row[:4] for row in curve(tmp_path)] == [row[:4] for row in whole]
+
+
+@pytest.fixture(scope="module")
+def stopped(text, tmp_path_factory) -> Path:
+    """A run that stopped after step 4, with checkpoints of steps 2 and 4."""
+    output = tmp_path_factory.mktemp("stopped")
+    trained(text, output, *EVERY_TWO, "trainer.max_steps=4")
+    return output
+
+
+@pytest.fixture
+def run(stopped, tmp_path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "__0_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes()[:2000]),
+        lambda folder: (folder / "__0_0.distcp").write_bytes(bytes((folder / "__0_0.distcp").stat().st_size)),
+        lambda folder: (folder / ".metadata").unlink(),
+        lambda folder: (folder / "run.json").write_text("{"),
+        lambda folder: (folder / "run.json").unlink(),
+    ],
+    ids=["cut", "zeros", "missing", "facts cut", "no facts"],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(text, run, whole, damage, caplog):
+    damage(run / "checkpoints" / "step-0000004")
+    trained(text, run, *EVERY_TWO)
+    assert curve(run) == whole
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("step-0000004 is damaged" in message for message in warned)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=7", "seed"),
+        ("task.schedule.peak=1.0", "rate"),
+        ("preset=mini-jrt", "preset and model"),
+        ("model.width=64", "model"),
+        ("task.objective.masked_share=0.3", "objective"),
+        ("data.length=96", "data"),
+        ("trainer.global_batch=8", "batch"),
+        ("steps=9", "rate"),
+    ],
+)
+def test_another_run_is_named_before_a_step_is_taken(text, run, override, named):
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ValueError, match=f"begun with another {named} ") as error:
+        trained(text, run, *EVERY_TWO, override)
+    assert "\n" not in str(error.value)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_other_code_is_named_and_can_be_accepted(text, run, monkeypatch):
+    monkeypatch.setattr("train.run.code_version", lambda: "another")
+    with pytest.raises(ValueError, match="another code") as error:
+        trained(text, run, *EVERY_TWO)
+    assert code_version() in str(error.value)
+    assert trained(text, run, *EVERY_TWO, "accept=[code]")["train/loss"] > 0
+    with pytest.raises(ValueError, match="expected names out of"):
+        trained(text, run, *EVERY_TWO, "accept=[everything]")
+
+
+def test_a_folder_with_a_run_can_be_refused(text, run):
+    with pytest.raises(ValueError, match="holds a run already"):
+        trained(text, run, *EVERY_TWO, "resume=false")
+
+
+def test_kept_checkpoints(text, tmp_path):
+    keep = ("trainer.checkpoint_every=1", "trainer.validate_every=1", "trainer.keep_last=1")
+    best = ("trainer.keep_best=1", "trainer.keep_every=4")
+    trained(text, tmp_path, "model.pattern=C", "trainer.max_steps=6", *keep, *best)
+    losses = {int(row[0]): float(row[5]) for row in curve(tmp_path)}
+    expected = {4, 6, min(losses, key=losses.__getitem__)}
+    assert {int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir()} == expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(text, tmp_path):
+    settings = ("trainer.log_every=6", "trainer.checkpoint_every=2", "trainer.validate_every=6")
+    with pytest.raises(ValueError, match=r"loss of step \d is (nan|inf)") as error:
+        trained(text, tmp_path, "model.pattern=C", "task.schedule.peak=1e30", "task.schedule.clip=1e30", *settings)
+    assert "the batch is in" in str(error.value)
+    saved = list(tmp_path.glob("not-finite-step-*.pt"))
+    assert len(saved) == 1 and torch.load(saved[0])["ids"].shape == (4, 129)
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        assert int(folder.name[5:]) <= int(saved[0].name.split("-")[3])
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_are_there(text, run, whole):
+    """The limit on a file's size stands for a disk that is full."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(ValueError, match=r"step 6 could not be written .* step 4 is whole") as error:
+            trained(text, run, *EVERY_TWO)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
+    trained(text, run, *EVERY_TWO)
+    # It was validated where it stopped, too: the last column differs there.
+    assert [row[:5] for row in curve(run)] == [row[:5] for row in whole]

@@ -1,0 +1,147 @@
+"""What users of transformers expect of a model class: packed rows, accumulated losses, resized vocabularies."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jrt import Config, JRTConfig, JRTForCausalLM
+
+PATTERNS = ("CL", "MM", "AS", "CP")
+
+
+def tiny(pattern: str, **fields) -> JRTForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "width": 32,
+        "vocab_rows": 64,
+        "heads": 2,
+        "linear_heads": 2,
+        "feature_dim": 8,
+        "rotary_dim": 8,
+        "window": 3,
+    }
+    core = Config(pattern=pattern, mlp_width=48, enc_length=4, **sizes | fields)
+    model = JRTForCausalLM(JRTConfig(architecture=core.to_dict()))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def packed(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The three usual descriptions of documents of these lengths in one row."""
+    return {
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "seq_idx": torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None],
+    }
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+def test_documents_of_a_packed_row_are_read_apart(pattern, name):
+    model, lengths = tiny(pattern), (7, 1, 5)
+    ids = torch.randint(0, 64, (1, sum(lengths)))
+    together = model(ids, **{name: packed(lengths)[name]}, output_hidden_states=True)
+    alone = [model(part) for part in ids.split(lengths, dim=1)]
+    torch.testing.assert_close(together.logits, torch.cat([each.logits for each in alone], dim=1))
+    assert together.hidden_states[-1].shape == (1, sum(lengths), 32)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_loss_of_a_packed_row_is_that_of_its_documents(pattern):
+    model, lengths = tiny(pattern), (9, 6)
+    ids = torch.randint(0, 64, (1, sum(lengths)))
+    together = model(ids, labels=ids, num_items_in_batch=10, **packed(lengths)).loss
+    alone = sum(model(part, labels=part, num_items_in_batch=10).loss for part in ids.split(lengths, dim=1))
+    torch.testing.assert_close(together, alone)
+
+
+def test_positions_that_say_what_is_so_change_nothing():
+    model, ids = tiny("CA").eval(), torch.randint(0, 64, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    plain = model(ids, attention_mask=mask)
+    torch.testing.assert_close(model(ids, attention_mask=mask, position_ids=positions).logits, plain.logits)
+    cache = plain.to_tuple()[1]
+    step = model(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[4], [6]]))
+    assert step.logits.shape == (2, 1, 64)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": torch.tensor([[5, 6, 7, 8, 9, 10]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 2, 3, 4]])},
+        {"position_ids": torch.arange(4)[None]},
+        {"cu_seq_lens_q": torch.tensor([0, 4])},
+        {"cu_seq_lens_q": torch.tensor([0, 4, 3, 6])},
+        {"seq_idx": torch.zeros(1, 5)},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]]), "cu_seq_lens_q": torch.tensor([0, 2, 6])},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]]), "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+        {"token_type_ids": torch.zeros(1, 6)},
+        {"is_causal": False},
+        {"output_attentions": True},
+        {"atention_mask": torch.ones(1, 6)},
+        {"head_mask": torch.ones(2)},
+    ],
+    ids="+".join,
+)
+def test_arguments_that_could_change_the_result_are_never_ignored(given):
+    model, ids = tiny("CL"), torch.randint(0, 64, (1, 6))
+    with pytest.raises(ValueError, match=r"expected|know|support"):
+        model(ids, **given)
+
+
+def test_arguments_without_a_value_or_of_no_effect_pass():
+    model, ids = tiny("CL"), torch.randint(0, 64, (1, 6))
+    plain = model(ids).logits
+    same = model(ids, token_type_ids=None, output_attentions=False, is_causal=True, return_dict=True, max_length_q=6)
+    torch.testing.assert_close(same.logits, plain)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_loss_and_gradient_do_not_depend_on_how_rows_are_split(pattern):
+    model, ids = tiny(pattern).train(), torch.randint(0, 64, (4, 9))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.4, -100)
+    items = int((labels != -100).sum())
+    found = []
+    for rows in (4, 2, 1):
+        model.zero_grad()
+        losses = [
+            model(part, labels=wanted, num_items_in_batch=items).loss
+            for part, wanted in zip(ids.split(rows), labels.split(rows), strict=True)
+        ]
+        sum(losses).backward()
+        found.append((sum(losses).item(), model.model.embedding.weight.grad.clone()))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_is_used_saved_and_loaded(tied, tmp_path):
+    model = tiny("CL", tied=tied)
+    model.resize_token_embeddings(70, pad_to_multiple_of=16)
+    assert model.config.vocab_size == model.core.vocab_rows == 80
+    assert model.token_rows == model.config.vocab_tokens == 70
+    ids = torch.tensor([[69, 3, 65]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (again.model.head.weight is again.model.embedding.weight) == tied
+    torch.testing.assert_close(again.eval()(ids).logits, expected)
+    assert again.generate(ids, max_new_tokens=3, do_sample=False).max() < 70
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_hidden_states_lead_to_the_logits_and_have_gradients(pattern):
+    model, ids = tiny(pattern), torch.randint(0, 64, (2, 6))
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == len(pattern) + 1
+    torch.testing.assert_close(model.model.head(output.hidden_states[-1]), output.logits)
+    output.hidden_states[0].retain_grad()
+    output.logits.sum().backward()
+    assert output.hidden_states[0].grad.abs().sum() > 0
+    assert model(ids).hidden_states is None

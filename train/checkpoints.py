@@ -1,0 +1,222 @@
+"""Checkpoints of a run: folders step-000123 that are whole or not there at all.
+
+A folder holds each process's part as torch's distributed checkpoints write it (so another number of devices can go on), and
+run.json: the step, what the run is, and size and checksum of each file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from train.distributed import World
+from train.optimizer import MovingAverage
+
+log = logging.getLogger(__name__)
+FACTS = "run.json"
+BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    step: int  # steps that were taken
+    facts: dict
+
+
+@dataclass
+class Training:
+    """What a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None = None
+
+    def state(self) -> dict:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        if self.average is not None:
+            state["average"] = {str(i): value for i, value in enumerate(self.average.values)}
+        return state
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder.
+
+    Args:
+        folder: where they are.
+        place: this process.
+        keep_last: how many of the newest stay.
+        keep_best: how many with the lowest validation loss stay.
+        keep_every: steps whose multiples stay for good; 0: none.
+    """
+
+    def __init__(self, folder: Path, place: World, keep_last: int = 2, keep_best: int = 0, keep_every: int = 0) -> None:
+        self.folder, self.place = folder, place
+        self.keep_last, self.keep_best, self.keep_every = max(1, keep_last), keep_best, keep_every
+
+    def save(self, training: Training, step: int, facts: dict) -> None:
+        """Writes all, then gives the folder its name.
+
+        Raises:
+            ValueError: it could not be written, for want of room for example. Earlier checkpoints are as they were.
+        """
+        final = self.folder / f"step-{step:07d}"
+        partial = self.folder / f".{final.name}.partial"
+        if self.place.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        self.place.wait()
+        problem = None
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*single process.*")
+                dcp.save(training.state(), checkpoint_id=partial)
+            if self.place.is_first:
+                _seal(partial, facts | {"step": step})
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                _sync(self.folder)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            problem = _first_reason(error)
+        if problem := self.place.same(problem):
+            if self.place.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            found = self._steps()
+            rest = f"that of step {found[-1]} is whole" if found else "there is no earlier one"
+            raise ValueError(f"the checkpoint of step {step} could not be written to {self.folder} ({problem}); {rest}")
+        if self.place.is_first:
+            self._clear_away()
+        self.place.wait()
+
+    def latest(self) -> Checkpoint | None:
+        """The newest that is whole. A damaged one is passed over with a warning."""
+        found = None
+        if self.place.is_first:
+            for step in reversed(self._steps()):
+                folder = self.folder / f"step-{step:07d}"
+                try:
+                    found = Checkpoint(folder, step, _verified(folder))
+                    break
+                except ValueError as error:
+                    log.warning("%s is damaged (%s): the checkpoint before it is used", folder, error)
+        found = self.place.same(found)
+        assert found is None or isinstance(found, Checkpoint)
+        return found
+
+    def load(self, checkpoint: Checkpoint, training: Training) -> None:
+        """Fills model, optimiser and average, on any number of processes.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+        """
+        state = training.state()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*single process.*")
+                dcp.load(state, checkpoint_id=checkpoint.folder)
+        except (CheckpointException, RuntimeError, KeyError) as error:
+            raise ValueError(f"{checkpoint.folder} does not fit this model: {_first_reason(error)}") from error
+        set_state_dict(
+            training.model, training.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        if training.average is not None:
+            for i, value in enumerate(training.average.values):
+                value.copy_(state["average"][str(i)])
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, which were found to be damaged."""
+        if self.place.is_first:
+            for later in self._steps():
+                if later > step:
+                    shutil.rmtree(self.folder / f"step-{later:07d}")
+        self.place.wait()
+
+    def _steps(self) -> list[int]:
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir())
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _clear_away(self) -> None:
+        steps = self._steps()
+        kept = set(steps[-self.keep_last :])
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        if self.keep_best:
+            losses = {step: self._loss(step) for step in steps}
+            kept |= set(sorted(steps, key=lambda step: losses[step])[: self.keep_best])
+        for step in set(steps) - kept:
+            shutil.rmtree(self.folder / f"step-{step:07d}")
+        for leftover in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _loss(self, step: int) -> float:
+        loss = json.loads((self.folder / f"step-{step:07d}" / FACTS).read_text()).get("validation_loss")
+        return float("inf") if loss is None else loss
+
+
+def _seal(folder: Path, facts: dict) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != FACTS
+    }
+    with (folder / FACTS).open("w", encoding="utf-8") as file:
+        json.dump(facts | {"files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _verified(folder: Path) -> dict:
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        files = facts["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{FACTS} cannot be read: {error}") from error
+    for name, told in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != told["bytes"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes of {told['bytes']}")
+        if _checksum(path) != told["crc32"]:
+            raise ValueError(f"{name} is not what was written")
+    return facts
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_reason(error: BaseException) -> str:
+    """The innermost message, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        failure = next(iter(error.failures.values()))
+        error = failure[0] if isinstance(failure, tuple) else failure
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

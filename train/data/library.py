@@ -1,0 +1,45 @@
+"""A little text that every machine has, for trying things out: the documentation inside Python's own library."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from jrt_recall import reference_pages
+
+from train.data.batches import TextData
+from train.prepare import prepare
+
+PAGES = 24
+
+
+class LibraryText(TextData):
+    """`TextData` whose folder is filled at its first use, in seconds.
+
+    A folder that holds a train.bin already is read as it is.
+    """
+
+    def __init__(
+        self, folder: str, length: int, seed: int, validation_windows: int, validation_rows: int, workers: int
+    ) -> None:
+        path = Path(folder).expanduser()
+        if not any(path.glob("train*.bin")):
+            make_library_text(path)
+        super().__init__(
+            length,
+            seed,
+            folder,
+            validation_windows=validation_windows,
+            validation_rows=validation_rows,
+            workers=workers,
+        )
+
+
+def make_library_text(folder: Path) -> None:
+    """Prepares pages of the standard library's documentation with the minis' vocabulary."""
+    pages = reference_pages.library_pages()[:PAGES]
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "library.jsonl"
+        source.write_text("".join(json.dumps({"text": page.text}) + "\n" for page in pages), encoding="utf-8")
+        prepare(str(source), folder, validation=0.1)

@@ -1,0 +1,214 @@
+"""One process for each device: how they start, how the model is spread over them, how it gets its first weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from jrt.config import Config
+from jrt.loss import ModelWithLoss
+from jrt.model import LanguageModel
+
+STRATEGIES = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def same(self, value: object) -> object:
+        """The first process's value, on all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+
+def is_launched() -> bool:
+    """Whether torchrun, SLURM with torchrun, or `launch` started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def world(accelerator: str, devices: int, nodes: int) -> Iterator[World]:
+    """Joins the other processes, if there are any, and parts from them at the end.
+
+    Raises:
+        ValueError: no such device here, or another number of processes than the configuration says.
+    """
+    count = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+    if count != devices * nodes:
+        raise ValueError(
+            f"{count} processes run, but trainer.devices x trainer.nodes is {devices * nodes}: start train/run.py, which "
+            "starts one for each device, or torchrun with as many"
+        )
+    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(accelerator, local)
+    if count == 1:
+        yield World(0, 1, device)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    try:
+        yield World(rank, count, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(accelerator: str, local: int) -> torch.device:
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"trainer.accelerator is {accelerator!r}: expected auto, cpu or gpu")
+    available = torch.cuda.device_count()
+    if accelerator == "cpu" or (accelerator == "auto" and not available):
+        return torch.device("cpu")
+    if local >= available:
+        raise ValueError(
+            f"device {local + 1} of {available} GPUs was asked for: use trainer=cpu, or trainer.devices={max(available, 1)}"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def launch(script: str, arguments: Sequence[str], devices: int) -> int:
+    """Runs `python script arguments` once for each device of this machine and returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{port}",
+        rdzv_configs={"is_host": True},
+        max_restarts=0,
+        run_id=f"jrt-{port}",
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the run itself says what went wrong
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, entrypoint=sys.executable)(script, *arguments)
+    except ChildFailedError as error:
+        return max(failure.exitcode for failure in error.failures.values()) if error.failures else 1
+    return 0
+
+
+def build(
+    config: Config,
+    recovers: bool,
+    place: World,
+    strategy: str,
+    seed: int | None,
+    compiles: bool = False,
+    checkpoints_activations: bool = False,
+) -> tuple[LanguageModel, nn.Module]:
+    """The model on this process's device, and the same wrapped with its loss for training.
+
+    Only the first process draws weights, with `seed`, so a model starts alike on any number of devices; the others build
+    theirs on the meta device and receive them. `seed` None draws nothing: a checkpoint fills the weights.
+
+    Raises:
+        ValueError: an unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"trainer.strategy is {strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    drawn: LanguageModel | None = None
+    if place.is_first:
+        drawn = LanguageModel(config)
+        if seed is not None:
+            drawn.init_weights(torch.Generator().manual_seed(seed))
+    if place.size == 1:
+        assert drawn is not None
+        model = drawn.to(place.device)
+    else:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+    whole = ModelWithLoss(model, recovers)
+    if compiles:
+        whole.compile_parts()
+    if checkpoints_activations:
+        whole.checkpoint_blocks()
+    if place.size == 1:
+        return model, whole
+    if strategy == "fsdp":
+        mesh = init_device_mesh(place.device.type, (place.size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(whole, mesh=mesh)
+    _to_empty(model, place.device)
+    state = drawn.state_dict() if drawn is not None else {}
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    _share_buffers(model, drawn)
+    if strategy == "ddp":
+        return model, DistributedDataParallel(
+            whole, device_ids=[place.device.index] if place.device.type == "cuda" else None
+        )
+    return model, whole
+
+
+def _to_empty(model: LanguageModel, device: torch.device) -> None:
+    model.to_empty(device=device)
+    if model.config.tied:  # moving a module off the meta device parts what it shared
+        model.head.weight = model.embedding.weight
+
+
+def _share_buffers(model: LanguageModel, drawn: LanguageModel | None) -> None:
+    """Buffers that no state_dict holds."""
+    source = dict(drawn.named_buffers()) if drawn is not None else {}
+    for name, buffer in model.named_buffers():
+        if name in source:
+            buffer.copy_(source[name])
+        dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def unsynchronised(module: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are summed over the devices in the last pass of a step only."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+        return
+    set_sync: Callable[[bool], None] | None = getattr(module, "set_requires_gradient_sync", None)
+    if set_sync is not None:
+        set_sync(last)
+    yield
+
+
+def whole_state(model: LanguageModel) -> dict[str, Tensor]:
+    """All weights on the CPU of the first process, however they are spread; empty on the others."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

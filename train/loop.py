@@ -1,0 +1,340 @@
+"""The training loop: read a batch, make targets, forward and backward in passes, step, say how it goes, keep a checkpoint.
+
+Shapes: G rows of a step's whole batch, R rows that a device reads in one pass, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from jrt.config import Config
+from jrt.flops import flops_per_token, peak_flops
+from jrt.loss import loss_of, room_for, split_rows
+from jrt.model import LanguageModel
+from jrt.objective import Objective, Targets
+from train.checkpoints import Checkpoint, Checkpoints, Training
+from train.data.batches import Batch, Data, loader, local_part
+from train.distributed import World, unsynchronised
+from train.optimizer import MovingAverage, Schedule
+from train.report import Logger, console
+
+log = logging.getLogger(__name__)
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How a run is carried out. None of it changes what is learnt, but for `global_batch`, `precision` and `ema`."""
+
+    max_steps: int  # where to stop; the schedule may be longer
+    accelerator: str = "auto"  # auto, cpu or gpu
+    devices: int = 1  # of each machine
+    nodes: int = 1  # machines
+    strategy: str = "ddp"  # or fsdp: weights, gradients and optimiser spread over the devices
+    precision: str = "bf16-mixed"  # one of PRECISIONS
+    global_batch: int | None = None  # rows of a step, over all devices; None: as many as the data says
+    rows: int | None = None  # rows of one pass on one device; None: all of its share
+    compile: bool = True
+    activation_checkpointing: bool = False
+    log_every: int = 25
+    validate_every: int = 500
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_best: int = 0
+    keep_every: int = 0
+    probe_every: int = 0  # steps between looks at recall on reference pages; 0: none
+    ema: float = 0.0  # share of the old average at each step; 0: no average
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        for name in ("max_steps", "devices", "nodes", "log_every", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} is {getattr(self, name)}: expected at least 1")
+
+    def passes(self, total: int) -> int:
+        """Passes that each device makes over its share of `total` rows.
+
+        Raises:
+            ValueError: devices x rows x passes cannot be `total`.
+        """
+        world = self.devices * self.nodes
+        rows = self.rows or max(1, total // world)
+        if total % (world * rows):
+            raise ValueError(
+                f"a batch of {total} rows cannot be {world} devices x {rows} rows x a whole number of passes: "
+                f"choose trainer.global_batch, trainer.devices and trainer.rows so that it can"
+            )
+        return total // (world * rows)
+
+
+@dataclass
+class Progress:
+    """What the run has done so far."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def facts(self) -> dict:
+        loss = self.metrics.get("validation/loss")
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "validation_loss": loss} | {
+            "metrics": self.metrics
+        }
+
+
+class Loop:
+    """One run on this process.
+
+    Args:
+        module: `jrt.loss.ModelWithLoss`, spread over the devices.
+        prefix: tokens of each row that are its prefix; None: the batch says.
+        identity: what a checkpoint says of the run.
+        probe: recall on reference pages, in percent.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        place: World,
+        model: LanguageModel,
+        module: nn.Module,
+        data: Data,
+        objective: Objective,
+        prefix: int | None,
+        schedule: Schedule,
+        seed: int,
+        output: Path,
+        identity: dict,
+        probe: Callable[[LanguageModel], float] | None = None,
+    ) -> None:
+        self.trainer, self.place, self.model, self.module = trainer, place, model, module
+        self.data, self.objective, self.prefix = data, objective, prefix
+        self.schedule, self.seed, self.output, self.identity, self.probe = schedule, seed, output, identity, probe
+        self.config: Config = model.config
+        optimizer = schedule.optimizer(model, fused=place.device.type == "cuda")
+        average = MovingAverage(model.parameters(), trainer.ema) if trainer.ema else None
+        self.training = Training(model, optimizer, average)
+        self.checkpoints = Checkpoints(
+            output / "checkpoints", place, trainer.keep_last, trainer.keep_best, trainer.keep_every
+        )
+        self.progress = Progress()
+        self.generator = torch.Generator(place.device)
+        self._unseen: list[tuple[int, Tensor]] = []  # losses that nobody has looked at
+        parameters = sum(p.numel() for p in model.parameters())
+        self._flops = flops_per_token(self.config, parameters, data.length)
+
+    def resume(self, found: Checkpoint) -> None:
+        """Goes on from a checkpoint; later ones, which are damaged, are removed."""
+        self.checkpoints.load(found, self.training)
+        self.checkpoints.remove_after(found.step)
+        facts = found.facts
+        self.progress = Progress(found.step, facts["tokens"], facts["seconds"], facts["metrics"])
+        log.info("going on from step %d (%s)", found.step, found.folder)
+
+    def fit(self, loggers: list[Logger]) -> Progress:
+        """Trains up to `max_steps`, and returns what was done.
+
+        Raises:
+            ValueError: the loss is not finite, ids are beyond the vocabulary, a batch cannot be split, or a checkpoint
+                cannot be written.
+        """
+        trainer, progress = self.trainer, self.progress
+        last = trainer.max_steps
+        batches = iter(loader(self.data, progress.step, last, self.place.rank, self.place.size, trainer.global_batch))
+        interval = _Interval(self.place.device, progress.tokens)
+        start, before = time.monotonic(), progress.seconds
+        saved = progress.step
+        while progress.step < last:
+            with interval.loading():
+                batch = next(batches)
+            values = self._step(batch, progress.step)
+            progress.step += 1
+            progress.tokens += (batch["ids"].shape[1] - 1) * len(batch["ids"]) * self.place.size
+            progress.seconds = before + time.monotonic() - start
+            found: dict[str, float] = {}
+            if progress.step % trainer.log_every == 0 or progress.step == last:
+                self._look()
+                found |= values() | interval.rates(progress.tokens, self._flops, self.place.size)
+                found["train/seconds"] = progress.seconds
+            if progress.step % trainer.validate_every == 0 or progress.step == last:
+                self._look()
+                found |= self.validate()
+                interval = _Interval(self.place.device, progress.tokens)
+            if self.probe and trainer.probe_every and progress.step % trainer.probe_every == 0:
+                found["recall/score"] = self.probe(self.model)
+                interval = _Interval(self.place.device, progress.tokens)
+            if found:
+                progress.metrics |= found
+                if self.place.is_first:
+                    for logger in loggers:
+                        logger.log(progress.step, found)
+                    console(progress.step, last, found, (time.monotonic() - start) / max(progress.step - saved, 1))
+            if progress.step % trainer.checkpoint_every == 0 or progress.step == last:
+                self._look()
+                self.checkpoints.save(self.training, progress.step, progress.facts() | {"identity": self.identity})
+        for logger in loggers if self.place.is_first else ():
+            logger.close()
+        return progress
+
+    def _step(self, batch: Batch, step: int) -> Callable[[], dict[str, float]]:
+        """One optimiser step; returns a function that reads its figures back from the device."""
+        total = len(batch["ids"]) * self.place.size
+        passes = self.trainer.passes(total)
+        self._check_ids(batch["ids"], f"step {step}")
+        targets = self._targets(batch, self.objective, step, total)
+        totals = self.place.sum(targets.totals())  # (2,) over the whole batch
+        rows = len(batch["ids"]) // passes
+        room = self._room(rows, batch)
+        sums = torch.zeros(2, device=self.place.device)
+        for number, part in enumerate(split_rows(targets, rows)):
+            with unsynchronised(self.module, last=number == passes - 1):
+                with self._autocast():
+                    arguments = (part.input_ids, part.labels, part.masked, part.prefix_length, part.weights, room)
+                    own = self.module(*arguments)[:2]
+                # Gradients are averaged over the devices, and this is a sum over them.
+                (loss_of(own, totals, self.objective) * self.place.size).backward()
+            sums += own.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
+        rate = self.schedule.rate(step)
+        for group in self.training.optimizer.param_groups:
+            group["lr"] = rate
+        self.training.optimizer.step()
+        self.training.optimizer.zero_grad(set_to_none=True)
+        if self.training.average is not None:
+            self.training.average.update()
+        sums = self.place.sum(sums)
+        loss = loss_of(sums, totals, self.objective)
+        self._unseen.append((step, loss))
+
+        def values() -> dict[str, float]:
+            means = (sums / totals.clamp(min=1e-9)).tolist()
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            found = {"train/loss": float(loss), "train/next_token": means[0]}
+            if self.objective.kind == "jrt" and self.objective.masked_share:
+                found["train/masked"] = means[1]
+            return found | {"train/rate": rate, "train/gradient_norm": float(whole)}
+
+        return values
+
+    def _targets(self, batch: Batch, objective: Objective, draw: int, total: int) -> Targets:
+        ids = batch["ids"].to(self.place.device, non_blocking=True)
+        prefix = batch.get("prefix_length")
+        if prefix is not None:
+            prefix = prefix.to(self.place.device, non_blocking=True)
+        elif self.prefix:
+            prefix = torch.full((len(ids),), self.prefix, device=self.place.device)
+        weights = batch.get("weights")
+        if weights is not None:
+            weights = weights.to(self.place.device, non_blocking=True)
+        self.generator.manual_seed((self.seed * 0x9E3779B1 + draw * 2 + 1) % (1 << 63))
+        first = self.place.rank * len(ids)
+        return objective(ids, prefix, self.generator, weights=weights, first_row=first, all_rows=total)
+
+    def _room(self, rows: int, batch: Batch) -> tuple[int, int]:
+        prefix = None if "prefix_length" in batch else self.prefix
+        return room_for(self.objective, rows, batch["ids"].shape[1] - 1, prefix)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.trainer.precision == "32-true":
+            return nullcontext()
+        return torch.autocast(self.place.device.type, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # a few batches are not worth graphs without gradients
+    def validate(self) -> dict[str, float]:
+        """Mean next-token loss with nothing hidden, its perplexity, and, where the data asks, the share of right answers.
+        Batches are dealt out over the devices."""
+        shown = Objective("causal" if self.objective.kind == "causal" else "prefix-lm", self.objective.mask_token)
+        if self.objective.predicts_first:
+            shown = Objective(shown.kind, shown.mask_token, predicts_first=True)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.place.device)  # loss, weight, right answers, answers
+        rounds = math.ceil(self.data.validation_batches / self.place.size)
+        self.model.eval()
+        for number in range(rounds):
+            index = number * self.place.size + self.place.rank
+            counts = index < self.data.validation_batches
+            batch = self.data.validation(index if counts else 0)  # all devices take part in every forward pass
+            self._check_ids(batch["ids"], f"validation batch {index}")
+            targets = self._targets(batch, shown, 0, len(batch["ids"]) * self.place.size)
+            rows, length = targets.input_ids.shape
+            answers = batch["answers"].to(self.place.device) if "answers" in batch else None
+            with self._autocast():
+                found = self.module(
+                    targets.input_ids,
+                    targets.labels,
+                    targets.masked,
+                    targets.prefix_length,
+                    targets.weights,
+                    (rows * length, 0),
+                    answers,
+                )
+            if counts:
+                sums += torch.stack([found[0], targets.totals()[0], found[2], found[3]]).double()
+        self.model.train()
+        loss, weight, right, asked = self.place.sum(sums).tolist()
+        mean = loss / max(weight, 1e-9)
+        values = {"validation/loss": mean, "validation/perplexity": math.exp(min(mean, 700.0))}
+        return values | ({"validation/right": right / asked} if asked else {})
+
+    def _check_ids(self, ids: Tensor, where: str) -> None:
+        highest = int(ids.max())
+        if highest >= self.config.vocab_rows:
+            raise ValueError(
+                f"{where}: token id {highest} is outside the model's vocabulary of {self.config.vocab_rows} rows: were the "
+                "tokens made with another tokenizer, or are they of another type than the file's?"
+            )
+
+    def _look(self) -> None:
+        """Stops the run at the first loss that is not a finite number, and keeps the batch that gave it."""
+        losses = torch.stack([loss for _, loss in self._unseen]).tolist() if self._unseen else []
+        for (step, _), loss in zip(self._unseen, losses, strict=True):
+            if not math.isfinite(loss):
+                path = self.output / f"not-finite-step-{step}-rank-{self.place.rank}.pt"
+                share = (self.data, step, self.place.rank, self.place.size, self.trainer.global_batch)
+                torch.save(local_part(*share), path)
+                raise ValueError(
+                    f"the loss of step {step} is {loss}: training stopped, the batch is in {path}, and the last "
+                    "checkpoint is from before; try a lower rate (task.schedule.peak)"
+                )
+        self._unseen.clear()
+
+
+class _Interval:
+    """Clock of the steps since the last figures."""
+
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        self.device, self.tokens = device, tokens
+        self.start, self.waited, self._since = time.monotonic(), 0.0, 0.0
+
+    def loading(self) -> AbstractContextManager:
+        return self
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.waited += time.monotonic() - self._since
+
+    def rates(self, tokens: int, flops: tuple[int, int], devices: int) -> dict[str, float]:
+        """Speed since the last call."""
+        elapsed = time.monotonic() - self.start
+        speed = (tokens - self.tokens) / elapsed
+        peak = peak_flops(self.device) * devices
+        found = {"train/tokens_per_s": speed, "train/loader_share": self.waited / elapsed}
+        if math.isfinite(peak):
+            found |= {"train/mfu": speed * flops[0] / peak, "train/mfu_with_mixers": speed * flops[1] / peak}
+        if self.device.type == "cuda":
+            found["train/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.start, self.waited, self.tokens = time.monotonic(), 0.0, tokens
+        return found

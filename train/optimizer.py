@@ -1,0 +1,83 @@
+"""How weights move: the learning rate's schedule, which weights decay, and an average over the last steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DECAYED = ("matrices", "released")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW's settings. The rate rises for `warmup` steps to `peak` and falls to `floor` as half a cosine over the rest."""
+
+    steps: int
+    peak: float = 2e-3
+    floor: float = 2e-4
+    start: float = 1e-6
+    warmup: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decayed: str = "matrices"  # one of DECAYED; see parameter_groups
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decayed not in DECAYED:
+            raise ValueError(f"schedule.decayed is {self.decayed!r}: expected one of {', '.join(DECAYED)}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        if step < self.warmup:
+            return self.start + (self.peak - self.start) * step / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.floor + 0.5 * (self.peak - self.floor) * (1 + math.cos(math.pi * done))
+
+    def optimizer(self, model: nn.Module, fused: bool) -> torch.optim.AdamW:
+        groups = parameter_groups(model, self.weight_decay, self.decayed)
+        return torch.optim.AdamW(groups, lr=self.rate(0), betas=self.betas, eps=self.eps, fused=fused)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matrices") -> list[dict]:
+    """Two groups for AdamW, with and without weight decay.
+
+    "matrices": projections decay; embeddings, biases, norms, filters, and Mamba's A_log and D do not.
+    "released": norms and filters decay as well, as in the released training code.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    chosen: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        never = id(parameter) in embeddings or last in ("bias", "A_log", "D")
+        decays = not never and (decayed == "released" or parameter.ndim == 2)
+        (chosen if decays else others).append(parameter)
+    return [{"params": chosen, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+class MovingAverage:
+    """Exponential moving average of the weights; `decay` is the old average's share at each step."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema is {decay}: expected a share between 0 and 1")
+        self.decay = decay
+        self.parameters = list(parameters)
+        self.values: list[Tensor] = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - self.decay)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Puts the averages into the model and keeps the model's weights; a second call puts them back."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)

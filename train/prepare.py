@@ -1,0 +1,328 @@
+"""Text as token files: ``python train/prepare.py SOURCE OUT [--tokenizer NAME]``.
+
+SOURCE is a folder of text, JSONL or Parquet files, one such file, NAME.bin with NAME.idx, or ``hub:NAME`` for a dataset of
+the Hugging Face hub. Written to OUT: train.bin and validation.bin (ids, each document ended by the tokenizer's end-of-text
+id), their .idx files in the format of GPT-NeoX and Megatron, the tokenizer, and manifest.json. The same command goes on
+where it was stopped, and the tokens are the same whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # so that this file finds its package wherever it is started from
+
+import numpy as np  # noqa: E402
+import tokenizers  # noqa: E402
+import transformers  # noqa: E402
+from jrt_recall.tokenizers import shipped_tokenizer  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+
+from train.data.documents import TEXT, Documents, find_documents  # noqa: E402
+from train.data.indexed import write_index  # noqa: E402
+from train.data.sources import encode_documents  # noqa: E402
+
+log = logging.getLogger(__name__)
+SPLITS = ("train", "validation")
+BLOCK = 256  # documents that a worker encodes at a time
+SAVED_EVERY = 64  # blocks between two notes of how far the work is
+NOTE = "progress.json"
+
+
+def prepare(
+    source: str,
+    out: Path,
+    tokenizer: str = "mini",
+    validation: float = 0.005,
+    workers: int = 1,
+    column: str = "text",
+    split: str = "train",
+    suffixes: tuple[str, ...] = TEXT,
+    max_documents: int | None = None,
+) -> dict:
+    """Writes token files and returns their manifest; goes on with work that was stopped.
+
+    Args:
+        source: as `train.data.documents.find_documents` takes it.
+        out: folder for the files.
+        tokenizer: "mini" for the vocabulary that jrt_recall ships, or what AutoTokenizer loads ("gpt2").
+        validation: share of the documents that is held out: the first, and then one in 1 / share.
+        workers: processes that encode.
+        column, split, suffixes: as `find_documents` takes them.
+        max_documents: read no more than so many.
+
+    Raises:
+        ValueError: nothing to read, no such tokenizer, or `out` holds the work of other settings.
+    """
+    if not 0 < validation < 1:
+        raise ValueError(f"validation is {validation}: expected a share of the documents between 0 and 1")
+    documents = find_documents(source, column, split, suffixes)
+    vocabulary = load_tokenizer(tokenizer)
+    if vocabulary.eos_token_id is None:
+        raise ValueError(f"tokenizer {tokenizer} has no end-of-text token, which separates documents")
+    fingerprint = _fingerprint(vocabulary)
+    settings = {
+        "inputs": documents.inputs,
+        "tokenizer": fingerprint,
+        "validation": validation,
+        "column": column,
+        "max_documents": max_documents,
+    }
+    dtype = np.dtype(np.uint16 if len(vocabulary) <= 1 << 16 else np.int32)
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = _finished(out, settings)
+    if manifest is not None:
+        return manifest
+    writer = _Writer(out, settings, dtype)
+    _write_all(writer, documents, tokenizer, validation, workers, max_documents)
+    return writer.finish(source, tokenizer, vocabulary, fingerprint)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises ValueError where there is none of that name."""
+    if name == "mini":
+        return shipped_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer {name!r}: expected 'mini', a folder, or a name on the Hugging Face hub that can be reached"
+        ) from error
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_all(
+    writer: _Writer, documents: Documents, tokenizer: str, validation: float, workers: int, limit: int | None
+) -> None:
+    first = writer.documents
+    texts = documents.start(first) if limit is None else islice(documents.start(first), max(0, limit - first))
+    with (
+        tqdm(total=limit, initial=first, unit="document", desc="encoding", disable=None) as bar,
+        _pool(tokenizer, workers) as pool,
+    ):
+        waiting: deque[tuple[int, Future]] = deque()
+        blocks = _blocks(texts)
+        while True:
+            while len(waiting) < 4 * max(1, workers) and (block := next(blocks, None)) is not None:
+                job = pool.submit(_as_ids, block) if documents.holds_ids else pool.submit(_encode, block)
+                waiting.append((len(block), job))
+            if not waiting:
+                break
+            count, job = waiting.popleft()
+            writer.add(job.result(), validation)
+            bar.update(count)
+    writer.note()
+
+
+def _pool(tokenizer: str, workers: int) -> Executor:
+    if workers < 1:
+        raise ValueError(f"workers is {workers}: expected at least 1")
+    kind = ThreadPoolExecutor if workers == 1 else ProcessPoolExecutor
+    return kind(workers, initializer=_start_worker, initargs=(tokenizer,))
+
+
+def _blocks(texts: Iterator[Any]) -> Iterator[list]:
+    while block := list(islice(texts, BLOCK)):
+        yield block
+
+
+_tokenizer: PreTrainedTokenizerBase | None = None  # of a worker process
+
+
+def _start_worker(tokenizer: str) -> None:
+    global _tokenizer  # noqa: PLW0603
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _tokenizer = load_tokenizer(tokenizer)
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    assert _tokenizer is not None
+    sound = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # half characters become "?"
+    filled = [(i, text) for i, text in enumerate(sound) if text]
+    encoded = encode_documents([text for _, text in filled], _tokenizer) if filled else []
+    found = [np.zeros(0, np.int64)] * len(texts)
+    for (i, _), ids in zip(filled, encoded, strict=True):
+        found[i] = np.asarray(ids, np.int64)
+    return found
+
+
+def _as_ids(documents: list[np.ndarray]) -> list[np.ndarray]:
+    assert _tokenizer is not None
+    for ids in documents:
+        if len(ids) and ids.max() >= len(_tokenizer):
+            raise ValueError(
+                f"the token file has id {ids.max()}, beyond the {len(_tokenizer)} entries of the tokenizer: "
+                "name the one that made it (--tokenizer)"
+            )
+    return documents
+
+
+class _Writer:
+    """The files of an unfinished folder, and a note of how much of them is whole."""
+
+    def __init__(self, out: Path, settings: dict, dtype: np.dtype) -> None:
+        self.out, self.settings, self.dtype = out, settings, dtype
+        self.documents, self.blocks = 0, 0
+        path = out / NOTE
+        done = {split: [0, 0] for split in SPLITS}  # bytes, documents
+        if path.is_file():
+            note = json.loads(path.read_text(encoding="utf-8"))
+            _compare(out, note["settings"], settings)
+            self.documents, done = note["documents"], note["splits"]
+            log.info("going on after %d documents", self.documents)
+        self.files, self.sizes = {}, {}
+        for split in SPLITS:
+            self.files[split] = _opened(out / f"{split}.bin.partial", done[split][0])
+            self.sizes[split] = _opened(out / f"{split}.sizes.partial", 4 * done[split][1])
+
+    def add(self, block: list[np.ndarray], validation: float) -> None:
+        chosen: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        for ids in block:
+            held_out = int(self.documents * validation) != int((self.documents - 1) * validation) or not self.documents
+            if len(ids):
+                chosen["validation" if held_out else "train"].append(ids)
+            self.documents += 1
+        for split, arrays in chosen.items():
+            if arrays:
+                self.files[split].write(np.concatenate(arrays).astype(self.dtype).tobytes())
+                self.sizes[split].write(np.array([len(a) for a in arrays], np.int32).tobytes())
+        self.blocks += 1
+        if self.blocks % SAVED_EVERY == 0:
+            self.note()
+
+    def note(self) -> None:
+        for file in (*self.files.values(), *self.sizes.values()):
+            file.flush()
+            os.fsync(file.fileno())
+        splits = {split: [self.files[split].tell(), self.sizes[split].tell() // 4] for split in SPLITS}
+        text = json.dumps({"settings": self.settings, "documents": self.documents, "splits": splits})
+        _replace(self.out / NOTE, text)
+
+    def finish(self, source: str, name: str, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> dict:
+        for file in (*self.files.values(), *self.sizes.values()):
+            file.close()
+        splits = {}
+        for split in SPLITS:
+            sizes = np.fromfile(self.out / f"{split}.sizes.partial", np.int32)
+            if not len(sizes):
+                raise ValueError(f"{source} has {self.documents} documents: too few for training and validation text")
+            write_index(self.out / f"{split}.idx", sizes, self.dtype)
+            partial = self.out / f"{split}.bin.partial"
+            with partial.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            splits[split] = {"tokens": int(sizes.sum()), "documents": len(sizes), "sha256": digest}
+        tokenizer.save_pretrained(self.out / "tokenizer")
+        for split in SPLITS:
+            (self.out / f"{split}.bin.partial").replace(self.out / f"{split}.bin")
+        manifest = {
+            "source": source,
+            "splits": splits,
+            "dtype": str(self.dtype),
+            "tokenizer": {
+                "name": name,
+                "sha256": fingerprint,
+                "vocabulary": len(tokenizer),
+                "end_token": tokenizer.eos_token_id,
+            },
+            "settings": self.settings,
+            "versions": {"tokenizers": tokenizers.__version__, "transformers": transformers.__version__},
+            "date": datetime.date.today().isoformat(),
+        }
+        _replace(self.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        for leftover in (NOTE, *(f"{split}.sizes.partial" for split in SPLITS)):
+            (self.out / leftover).unlink()
+        return manifest
+
+
+def _opened(path: Path, size: int) -> Any:
+    """The file, open for appending, cut to what is known to be whole."""
+    named = path.with_suffix("")
+    if size and not path.is_file() and named.is_file():  # stopped while files got their names
+        named.replace(path)
+    if size and (not path.is_file() or path.stat().st_size < size):
+        raise ValueError(f"{path} is shorter than {path.parent / NOTE} says: remove the folder and start again")
+    file = path.open("r+b" if size else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _finished(out: Path, settings: dict) -> dict | None:
+    path = out / "manifest.json"
+    if not path.is_file():
+        if (out / "train.bin").is_file() and not (out / NOTE).is_file():
+            raise ValueError(f"{out} holds a train.bin that this command did not make: choose another folder")
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    _compare(out, manifest.get("settings", {}), settings)
+    log.info("%s is finished already", out)
+    return manifest
+
+
+def _compare(out: Path, before: dict, now: dict) -> None:
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"{out} was begun with other {', '.join(changed)}: choose another folder, or remove it")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder, file, or hub:NAME[:CONFIGURATION]")
+    parser.add_argument("out", type=Path, help="folder for the token files")
+    parser.add_argument(
+        "--tokenizer", default="mini", help="mini (4,096 entries, default), gpt2, or any name or folder"
+    )
+    parser.add_argument("--validation", type=float, default=0.005, help="share of the documents that is held out")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--column", default="text", help="of JSONL, Parquet and datasets")
+    parser.add_argument("--split", default="train", help="of datasets")
+    parser.add_argument("--suffixes", nargs="+", default=list(TEXT), help="which files of a folder are text")
+    parser.add_argument("--max-documents", type=int, help="read no more than so many")
+    options = parser.parse_args()
+    try:
+        manifest = prepare(
+            options.source,
+            options.out,
+            options.tokenizer,
+            options.validation,
+            options.workers,
+            options.column,
+            options.split,
+            tuple(options.suffixes),
+            options.max_documents,
+        )
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    for split, facts in manifest["splits"].items():
+        log.info("%s: %s tokens in %s documents", split, f"{facts['tokens']:,}", f"{facts['documents']:,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What a run says of itself: metrics.csv always; a line in the log, TensorBoard, W&B where wished; a plot at the end."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+log = logging.getLogger(__name__)
+
+COLUMNS = (
+    "step",
+    "train/loss",
+    "train/next_token",
+    "train/masked",
+    "train/rate",
+    "train/gradient_norm",
+    "train/tokens_per_s",
+    "train/mfu",
+    "train/mfu_with_mixers",
+    "train/memory_gib",
+    "train/loader_share",
+    "train/seconds",
+    "validation/loss",
+    "validation/perplexity",
+    "validation/right",
+    "recall/score",
+)
+
+
+class Logger(Protocol):
+    """Somewhere that metrics go besides metrics.csv."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Csv:
+    """metrics.csv, a row for each interval. A run that goes on drops the rows after the step where it does."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [row for row in read_metrics(path) if int(row["step"]) <= step] if path.is_file() else []
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        partial.replace(path)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, **{k: repr(v) for k, v in values.items()}})
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoard:
+    """Raises ValueError where tensorboard is not installed."""
+
+    def __init__(self, folder: str) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("logger=tensorboard needs the package tensorboard: pip install 'jrt[log]'")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Weights & Biases. Raises ValueError where wandb is not installed or has no key."""
+
+    def __init__(self, project: str, name: str, folder: str) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError("logger=wandb needs the package wandb: pip install 'jrt[wandb]'")
+        import wandb
+
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+        if not offline and not wandb.api.api_key:
+            raise ValueError("logger=wandb has no key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
+        self.run = wandb.init(project=project, name=name, dir=folder, resume="allow")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def console(step: int, last: int, values: dict[str, float], seconds_a_step: float) -> None:
+    """One line of the log."""
+    left = int(max(0, last - step) * seconds_a_step)
+    parts = [f"step {step}/{last}"]
+    names = {
+        "train/loss": "loss {:.4f}",
+        "validation/loss": "validation loss {:.4f}",
+        "validation/perplexity": "perplexity {:.2f}",
+        "validation/right": "answers right {:.1%}",
+        "recall/score": "recall {:.1f}",
+        "train/rate": "rate {:.2e}",
+        "train/gradient_norm": "gradient {:.2f}",
+        "train/tokens_per_s": "{:,.0f} tokens/s",
+        "train/mfu": "MFU {:.1%}",
+        "train/memory_gib": "{:.1f} GiB",
+        "train/loader_share": "loader {:.1%}",
+    }
+    parts += [form.format(values[name]) for name, form in names.items() if name in values]
+    log.info("%s", " | ".join([*parts, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]))
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics.csv; a last row that a crash cut off is left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and None not in row.values()]
+
+
+def plot(metrics: Path, picture: Path) -> None:
+    """Training and validation loss over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(metrics)
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name in ("train/loss", "validation/loss"):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def loggers(configured: Sequence[Any], metrics: Path, step: int) -> list[Logger]:
+    return [Csv(metrics, step), *configured]
