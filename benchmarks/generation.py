@@ -35,7 +35,16 @@ from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.ops import feature_count
 
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1, 4096), (16, 8192), (1, 16384), (1, 65536))
-MODELS = ("jrt-360m", "jrt-1.3b", "mamba-360m", "llama-360m", "attention-360m", "based-360m", "mamba-1.3b", "based-1.3b")
+MODELS = (
+    "jrt-360m",
+    "jrt-1.3b",
+    "mamba-360m",
+    "llama-360m",
+    "attention-360m",
+    "based-360m",
+    "mamba-1.3b",
+    "based-1.3b",
+)
 OWN_LOOP = " (transformers' loop)"
 LLAMAS = {"llama-360m": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24)}
 REPEATS = 3
@@ -81,7 +90,10 @@ class Method:
 def methods(name: str) -> list[Method]:
     """The ways in which a model is measured, the main one first."""
     if name in LLAMAS:
-        return [Method(name, shapes=3), Method(f"{name} static", arguments={"cache_implementation": "static"}, shapes=1)]
+        return [
+            Method(name, shapes=3),
+            Method(f"{name} static", arguments={"cache_implementation": "static"}, shapes=1),
+        ]
     repeats = 2 if name.startswith("based") else 1
     return [Method(name, repeats), Method(name + OWN_LOOP, repeats, loop=True, shapes=1)]
 

@@ -112,9 +112,7 @@ class FusedStep(Step):
         mixed = self._row("mixed", mixer.conv.out_channels)
         taps = Taps(mixer.conv.weight[:, 0], mixer.conv.bias, buffers.inputs)
         in_proj = mixer.in_proj
-        self.launches.append(
-            lambda: products.convolution(self.stream, norm, in_proj.weight, in_proj.bias, taps, mixed)
-        )
+        self.launches.append(lambda: products.convolution(self.stream, norm, in_proj.weight, in_proj.bias, taps, mixed))
         self._add_residual(mixed, mixer.out_proj)
 
     def _add_linear_attention(self, mixer: LinearAttention, norm: Norm, buffers: LinearSums) -> None:
@@ -150,9 +148,7 @@ class FusedStep(Step):
         partial = partial.view(self.rows, heads, parts, head_dim + 2)
         self.launches.append(lambda: products.project(self.stream, norm, [qkv_proj.weight], qkv_proj.bias, qkv))
         self.launches.append(
-            lambda: attention.attention_step(
-                qkv, k, v, position.column, position.pads, rotary, scale, partial, mixed
-            )
+            lambda: attention.attention_step(qkv, k, v, position.column, position.pads, rotary, scale, partial, mixed)
         )
         self._add_residual(mixed, mixer.out_proj)
 
@@ -161,9 +157,7 @@ class FusedStep(Step):
         u, gate, mixed = (self._row(name, channels) for name in ("u", "gate", "mixed"))
         selected = self._row("selected", mixer.x_proj.out_features)
         taps = Taps(mixer.conv1d.weight[:, 0], mixer.conv1d.bias, buffers.inputs)
-        self.launches.append(
-            lambda: products.mamba_inputs(self.stream, norm, mixer.in_proj.weight, taps, u, gate)
-        )
+        self.launches.append(lambda: products.mamba_inputs(self.stream, norm, mixer.in_proj.weight, taps, u, gate))
         self.launches.append(lambda: products.product(u, mixer.x_proj.weight, selected))
         self.launches.append(
             lambda: mamba.selective_step(

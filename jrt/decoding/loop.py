@@ -26,7 +26,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from jrt.decoding.choice import Choice
-from jrt.decoding.session import RUN, CapturedSession, Session, Sessions
+from jrt.decoding.session import RUN, CapturedSession, Sessions
 from jrt.mixers import MIXERS
 from jrt.model import LanguageModel
 from jrt.short_prompts import PADDED_MIXERS
@@ -65,9 +65,9 @@ def unsupported(
             return f"no step for {type(block.mixer).__name__}"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "a module has forward hooks"
-    if input_ids.is_cuda and length - input_ids.shape[1] < FEWEST:
-        if sessions.find(model, input_ids.shape[0], length) is None:
-            return f"fewer than {FEWEST} new tokens: capturing a step would take longer"
+    few = input_ids.is_cuda and length - input_ids.shape[1] < FEWEST
+    if few and sessions.find(model, input_ids.shape[0], length) is None:
+        return f"fewer than {FEWEST} new tokens: capturing a step would take longer"
     return None
 
 

@@ -17,7 +17,8 @@ from jrt.cache import LayerState
 from jrt.config import Config
 from jrt.mixers.attention import KeyValues
 from jrt.mixers.mamba import MambaState
-from jrt.ops import State, feature_count
+from jrt.ops import State
+from jrt.ops.feature_map import feature_count
 
 
 @dataclass
