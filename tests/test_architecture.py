@@ -25,6 +25,7 @@ ORDER = (
     "short_prompts",
     "inputs",
     "packed_rows",
+    "decoding",
     "configuration_jrt",
     "modeling_jrt",
     "caches",
