@@ -158,7 +158,11 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="recall_fda (or fda), recall_nq_1024, recall_reference_pages_512, qa_squad ...",
     )
     add("--strategy", type=_names, default=("once",), help="once, twice, question_first, 3x ...; separated by commas")
-    add("--protocol", help="jrt-table1, jrt-table2, full, w2000-a50 ... (default: the task's)")
+    add(
+        "--protocol",
+        type=_names,
+        help="jrt-table1, jrt-table2, full, w1536-a64 (any window), lm-eval-v1 ...; separated by commas (default: the task's)",
+    )
     add("--limit", type=_positive, help="items for each cell of the table (default: all)")
     add("--batch-size", type=_positive, help="prompts at once (default: as suits the device)")
     add("--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json")
@@ -178,6 +182,7 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import LocalPool, Request, plan, run
+    from jrt.evaluate.side_by_side import protocols_side_by_side
     from jrt.evaluate.tables import comparisons_text, results_text
 
     specs = tuple(_spec(arguments, name) for name in arguments.model)
@@ -202,6 +207,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     else:
         outcome = _on_workers(arguments, chosen)
     print(results_text(outcome.records, chosen.protocols(), outcome.failed))
+    if several := protocols_side_by_side(outcome.records, outcome.predictions):
+        print(f"{several}\n")
     if outcome.comparisons:
         print(comparisons_text(outcome.comparisons))
     print(f"\nresults: {arguments.output / 'results.json'}   report: jrt report {arguments.output}")

@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from jrt.evaluate import plots
 from jrt.evaluate.folder import RESULTS, cell_of, read_run
 from jrt.evaluate.run import comparisons
+from jrt.evaluate.side_by_side import protocols_side_by_side
 from jrt.evaluate.tables import (
     HEADER,
     SUPER_GLUE_SIZES,
@@ -108,6 +109,7 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     text = results_text(found.records, protocols_of(found.manifest))
     if layout is None:
         title, (header, rows) = None, _plain_rows(found.records)
+        text = f"{text}\n{protocols_side_by_side(found.records, found.predictions)}".rstrip("\n") + "\n"
     else:
         table = published_tables()[layout]
         title, (header, rows) = table.title, layout_rows(table, found.records, found.predictions)

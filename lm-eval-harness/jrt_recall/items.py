@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import data as documents_data
 from . import reference_pages
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, prompt, strategy_named
-from .protocols import PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
+from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
 from .scoring import contains
 from .tokenizers import cut, protocol_and_tokenizer
 
@@ -191,12 +191,12 @@ def _document_items(
             break
         looked_at += 1
         try:
-            doc = _as_read(task, row)
-            answers = _scorable(task, doc)
+            doc = row if protocol.name in LM_EVAL else _as_read(task, row)
+            answers = _scorable(task, doc, protocol)
             kept: dict | None = doc
             if tokenizer is not None and protocol.window is not None:
                 kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
-            text = "" if kept is None else prompt(task, kept, strategy)
+            text = "" if kept is None else prompt(task, kept, strategy, protocol)
         except ValueError as error:
             invalid.append(f"document {number} of {documents.source}: {error}")
             continue
@@ -229,8 +229,9 @@ def _as_read(task: str, row: dict) -> dict:
     return row
 
 
-def _scorable(task: str, doc: dict) -> tuple[str, ...]:
-    answers = tuple(documents_data.answers_of(task, doc))
+def _scorable(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
+    as_scored = LM_EVAL.get(protocol.name, str)
+    answers = tuple(map(as_scored, documents_data.answers_of(task, doc)))
     if not answers:
         raise ValueError(f"{task}: the list of answers is empty")
     if not all(answers):
