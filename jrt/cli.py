@@ -254,7 +254,10 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
     add("--output", type=Path, help="folder (default: the first run's)")
-    add("--layout", help="table1, 2, 3, 4, 8, 9, 13 or 14 of the paper, published values beside measured ones")
+    add(
+        "--layout",
+        help="table1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 14 or mean-gain of the paper, published values beside measured ones",
+    )
     parser.set_defaults(command=_report)
 
 
@@ -262,6 +265,8 @@ def _report(arguments: argparse.Namespace) -> None:
     from jrt.evaluate.report import collect
 
     output = arguments.output or arguments.runs[0]
+    if arguments.output is None and output.is_file():
+        output = output.parent
     text, files = collect(arguments.runs, output, arguments.layout)
     print(f"{text}\nwritten to {output}: {', '.join(files)}")
 

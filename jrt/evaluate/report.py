@@ -16,8 +16,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from jrt.evaluate import plots
-from jrt.evaluate.folder import RESULTS, cell_of, read_run
+from jrt.evaluate import layouts, mixtures, plots
+from jrt.evaluate.folder import RESULTS, Cell, cell_of, read_run
 from jrt.evaluate.run import comparisons
 from jrt.evaluate.side_by_side import protocols_side_by_side
 from jrt.evaluate.tables import (
@@ -61,10 +61,16 @@ class Collected:
         self.predictions: list[dict] = []
         protocols: dict[str, dict] = {}
         manifests: dict[str, dict] = {}
+        self.settings: dict[Cell, mixtures.Settings] = {}
+        """How each cell was computed."""
         for folder in folders:
             records, predictions, manifest = read_run(folder)
             labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}
             self.records += [{**record, "model": labels[record["model"]]} for record in records]
+            settings = mixtures.settings_of(manifest)
+            self.settings |= {
+                cell_of(record)._replace(model=labels[record["model"]]): settings[record["model"]] for record in records
+            }
             self.predictions += [{**row, "model": labels[row["model"]]} for row in predictions]
             protocols |= {protocol["name"]: protocol for protocol in manifest["identity"]["protocols"]}
             manifests[folder.name] = manifest
@@ -101,22 +107,33 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
 
     folders: runs, or folders that hold runs. layout: one of the paper's tables; None: tables of what was measured.
     Raises ValueError where a folder holds no finished run, or two runs the same cell."""
-    if layout is not None and layout not in TITLES:
-        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TITLES)}")
+    titles = {**TITLES, **layouts.TITLES}
+    if layout is not None and layout not in titles:
+        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(titles)}")
+    if layout == "table5":
+        return _written_table(titles[layout], "measured (published)", layouts.latency(folders), output, layout)
+    if layout == "table7":
+        return _written_table(titles[layout], "measured (published)", layouts.datasets(folders), output, layout)
+    if layout == "table10":
+        found_rows = layouts.padding(_super_glue_results(folders))
+        return _written_table(titles[layout], MEASURED_PUBLISHED, found_rows, output, layout)
     if layout in SUPER_GLUE_TABLES:
         return _collect_super_glue(folders, output, layout), SUPER_GLUE_FILES
     found = Collected(runs_in(folders))
     text = results_text(found.records, protocols_of(found.manifest))
     if layout is None:
         title, (header, rows) = None, _plain_rows(found.records)
-        text = f"{text}\n{protocols_side_by_side(found.records, found.predictions)}".rstrip("\n") + "\n"
+        more = [protocols_side_by_side(found.records, found.predictions), *mixtures.unlike(found.settings)]
+        text = "\n".join([text, *filter(None, more)]).rstrip("\n") + "\n"
     else:
-        table = published_tables()[layout]
-        title, (header, rows) = table.title, layout_rows(table, found.records, found.predictions)
-        if not rows:
-            cells = dict.fromkeys(f"{column.task} under {column.protocol}" for column in table.columns)
-            raise ValueError(f"no run holds a cell of {title}; it is made of {', '.join(cells)}")
-        text = f"{title}\n{MEASURED_PUBLISHED}\n\n{aligned(header, rows)}\n\n{text}"
+        if layout == "mean-gain":
+            title = titles[layout]
+            (header, rows), notes_below = layouts.mean_gain(found.records)
+            notes_below += mixtures.unlike(found.settings)
+        else:
+            title, (header, rows), notes_below = _paper_table(layout, found)
+        below = "".join(f"{line}\n" for line in notes_below)
+        text = f"{title}\n{MEASURED_PUBLISHED}\n\n{aligned(header, rows)}\n{below}\n{text}"
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.csv", _csv(found.records))
     write_text(output / "table.tex", latex(header, rows))
@@ -126,6 +143,31 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
         "Recall report", output, found.records, comparisons(found.predictions), found.predictions, found.manifest, paper
     )
     return text, FILES
+
+
+def _paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
+    """Title, rows, and what stands below: the reason of each mark, and the runs that are missing."""
+    table = published_tables()[layout]
+    mixed = mixtures.mixture(table, found.records, found.settings)
+    header, rows = layout_rows(table, found.records, found.predictions, mixed)
+    if not rows:
+        cells = dict.fromkeys(f"{column.task} {column.strategy} under {column.protocol}" for column in table.columns)
+        raise ValueError(f"no run holds a cell of {table.title}; it is made of {', '.join(cells)}")
+    return table.title, (header, rows), [*mixed.reasons, *layouts.missing_runs(table, found.records)]
+
+
+def _written_table(
+    title: str, note: str, found: tuple[Rows, list[str]], output: Path, name: str
+) -> tuple[str, tuple[str, ...]]:
+    """A table that is made of no run of `jrt eval`, as text; written as LaTeX and CSV."""
+    (header, rows), below = found
+    folder = output.parent if output.is_file() else output
+    folder.mkdir(parents=True, exist_ok=True)
+    files = (f"{name}.tex", f"{name}.csv")
+    write_text(folder / files[0], latex(header, rows))
+    write_text(folder / files[1], _csv([dict(zip(header, row, strict=True)) for row in rows]))
+    lines = "".join(f"{line}\n" for line in below)
+    return f"{title}\n{note}\n\n{aligned(header, rows)}\n{lines}", files
 
 
 def _plain_rows(records: Sequence[dict]) -> Rows:
@@ -140,7 +182,8 @@ def _plain_rows(records: Sequence[dict]) -> Rows:
     return header, rows
 
 
-def _collect_super_glue(folders: Sequence[Path], output: Path, layout: str) -> str:
+def _super_glue_results(folders: Sequence[Path]) -> list[dict]:
+    """What lm-eval wrote of SuperGLUE. Raises ValueError where it wrote none."""
     results = []
     for file in (file for folder in folders for file in sorted(folder.rglob("results_*.json"))):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -149,6 +192,11 @@ def _collect_super_glue(folders: Sequence[Path], output: Path, layout: str) -> s
     if not results:
         names = ", ".join(map(str, folders))
         raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue.sh")
+    return results
+
+
+def _collect_super_glue(folders: Sequence[Path], output: Path, layout: str) -> str:
+    results = _super_glue_results(folders)
     header, rows = super_glue_rows(published_tables()[layout], results)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / SUPER_GLUE_FILES[0], latex(header, rows))
