@@ -230,7 +230,7 @@ def _on_workers(arguments: argparse.Namespace, chosen: Plan) -> Outcome:
 
 
 def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> int:
-    from jrt.evaluate import perplexity
+    from jrt.evaluate import perplexity, plots
 
     if len(arguments.tasks) > 1:
         raise ValueError("recall_perplexity measures perplexity, not answers: ask for it alone")
@@ -242,7 +242,8 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> 
     documents = perplexity.texts(arguments.text)
     size = arguments.batch_size or 16
     records = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
-    print(perplexity.table(records))
+    plots.save(plots.by_recall(records), arguments.output)
+    print(f"{perplexity.table(records)}\n\nfigure: {arguments.output / 'figure3.png'} (and .svg)")
     return OK
 
 

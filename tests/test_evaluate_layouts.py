@@ -158,3 +158,20 @@ def test_a_layout_lists_the_runs_it_lacks(tmp_path):
     write_run(tmp_path / "b", "hazyresearch/JRT-360M-30B", cells, short_prompt="repeat")
     text, _ = collect([tmp_path / "b"], tmp_path / "out", "table4")
     assert "50.0 (82.0)" in text and "--short-prompt iterate" in text and "--short-prompt repeat" not in text
+
+
+def test_figure_3_has_a_line_for_each_model(tmp_path):
+    from jrt.evaluate import plots
+
+    bins = {"distance": ("   0 to   63", "  64 to  255"), "frequency": ("   0 to    0", "   1 to    9")}
+    records = [
+        {"model": model, "slice": "hit", "by": by, "bin": name, "perplexity": 2.0 + place, "tokens": 10}
+        for model in ("mini-jrt", "mini-based")
+        for by, names in bins.items()
+        for place, name in enumerate(names)
+    ]
+    drawn = plots.by_recall(records)
+    plots.save(drawn, tmp_path)
+    svg = (tmp_path / "figure3.svg").read_text()
+    assert (tmp_path / "figure3.png").stat().st_size > 1000
+    assert svg.count("<!-- mini-") == 2 and "64 to 255" in svg
