@@ -89,6 +89,56 @@ def prefill_in_short() -> str:
     return rows_as_markdown(["ms", *(f"B{b} N{n:,}" for b, n in shapes)], rows) + origin(report)
 
 
+OP_ROWS = (  # method, backend
+    ("Based", "cuda"),
+    ("Based", "triton"),
+    ("JRT-RNN", "cuda"),
+    ("JRT-RNN", "triton"),
+    ("Based", "chunked"),
+    ("FlashAttention-2", "sdpa"),
+    ("cuDNN", "sdpa"),
+    ("fla parallel_based", "fla"),
+    ("fla fused_chunk_based", "fla"),
+)
+
+
+def op_training() -> str:
+    report = load("op_training")
+    found = {
+        (row["method"], row["backend"], row["pass"], row["shape"]["B"], row["shape"]["N"]): row
+        for row in report["rows"]
+    }
+    shapes = [("forward+backward", 8, 2048), ("forward+backward", 1, 32768), ("forward", 16, 32768)]
+    rows = []
+    for method, backend in OP_ROWS:
+        cells = []
+        for shape in shapes:
+            row = found.get((method, backend, *shape))
+            if row is None or row["ms"] is None:
+                cells.append("-")
+                continue
+            extra = row["extra_bytes"] / row["input_bytes"]
+            cells.append(f"{row['ms']:.3g} ({extra:.2f} x)")
+        rows.append([f"{method}, {backend}", *cells])
+    header = ["ms (memory beyond inputs, output and gradients, times the inputs)"]
+    header += [f"{what.replace('+', ' + ')} B{batch} N{length:,}" for what, batch, length in shapes]
+    return rows_as_markdown(header, rows) + origin(report)
+
+
+def training() -> str:
+    report = load("train_throughput")
+    plain = {row["method"].rsplit(" ", 1)[1]: row for row in report["rows"] if row["method"].startswith("plain")}
+    rows = []
+    for row in report["rows"]:
+        beside = plain[row["method"].replace("-", " ").rsplit(" ", 1)[1]]
+        name = row["method"] + (", activation checkpointing" if row["activation_checkpointing"] else "")
+        speed = f"{row['tokens_per_s'] / 1000:.1f} k ({row['tokens_per_s'] / beside['tokens_per_s']:.2f} x)"
+        rows.append([name, str(row["shape"]["B"]), speed, f"{row['mfu']:.3f}", f"{row['memory_gib']:.1f}"])
+        rows[-1] += [f"{row['first_step_s']:.0f}", row["backend"]]
+    header = ["", "rows", "tokens/s (times plain)", "6N MFU", "GiB", "first step, s", "computed by"]
+    return rows_as_markdown(header, rows) + origin(report)
+
+
 def whole_models() -> str:
     report = load("model_prefill")
     found = {(r["method"], r["shape"]["B"], r["shape"]["N"], r["kernels"]): r["ms"] for r in report["rows"]}
@@ -182,6 +232,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "minis": minis,
     "prefill": prefill,
     "prefill, in short": prefill_in_short,
+    "op training": op_training,
+    "training": training,
     "whole models": whole_models,
     "cpu": cpu,
     "evaluation": evaluation,

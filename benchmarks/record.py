@@ -13,12 +13,17 @@ from jrt.provenance import commit, device_name, versions
 RESULTS = Path(__file__).parent / "results"
 
 
+def without_machine(argument: str) -> str:
+    """The argument; of a path on this machine only its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def write(benchmark: str, rows: list[dict], path: Path | None = None, **more: object) -> Path:
     """Writes the rows to benchmarks/results/NAME.json, or to `path`."""
     path = path or RESULTS / f"{benchmark}.json"
     report = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(without_machine, sys.argv)]),
         "device": device_name(),
         "versions": versions(),
         "commit": commit(Path(__file__).parent),

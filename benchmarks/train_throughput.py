@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from jrt.config import Config, presets
 from jrt.flops import flops_per_token, peak_flops
-from jrt.loss import ModelWithLoss, checkpoint_blocks, compile_blocks, has_liger, loss_of, room_for
+from jrt.loss import ModelWithLoss, has_liger, loss_of, room_for
 from jrt.model import LanguageModel
 from jrt.objective import Objective, prefix_of
 from jrt.ops.backends import choose
@@ -131,9 +131,9 @@ def ours(config: Config, row: Row, length: int, device: torch.device, compiles: 
     model.init_weights()
     module = ModelWithLoss(model, kind == "jrt")
     if compiles:
-        compile_blocks(model)
+        module.compile_parts()
     if row.checkpointing:
-        checkpoint_blocks(model)
+        module.checkpoint_blocks()
     generator = torch.Generator(device).manual_seed(0)
     room = room_for(objective, row.batch, length, prefix)
     lengths = torch.full((row.batch,), prefix, device=device) if prefix else None

@@ -11,7 +11,7 @@ from jrt.config import Config, presets
 from jrt.configuration_jrt import JRTConfig
 from jrt.released.quirks import Quirks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Config", "JRTConfig", "JRTForCausalLM", "Quirks", "load", "load_tokenizer", "ops", "presets"]
 
 _LAZY = {"JRTForCausalLM": "jrt.modeling_jrt", "load": "jrt.checkpoints.load", "load_tokenizer": "jrt.checkpoints.load"}

@@ -18,6 +18,7 @@ from jrt.model import LanguageModel
 from jrt.objective import IGNORED, Objective, Targets, greedy_answers
 
 CHUNK = 2048  # places whose logits are held at a time
+ChunkSum = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 SPREAD = 8  # standard deviations that the room for masked places has above their mean
 
 
@@ -33,6 +34,20 @@ class ModelWithLoss(nn.Module):
     def __init__(self, model: LanguageModel, recovers: bool) -> None:
         super().__init__()
         self.model, self.recovers = model, recovers
+        self.chunk_sum: ChunkSum = _chunk_sum
+
+    def compile_parts(self, fullgraph: bool = False) -> None:
+        """Compiles the model block by block (equal blocks share one graph, so a model costs as many compilations as it has
+        kinds of layers) and the loss of a chunk."""
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers x lengths
+        for block in self.model.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=fullgraph)
+        self.chunk_sum = torch.compile(_chunk_sum, dynamic=False)
+
+    def checkpoint_blocks(self) -> None:
+        """Keeps only each block's input for the backward pass, which computes the rest again. Comes after `compile_parts`."""
+        for block in self.model.blocks:
+            block.forward = _checkpointed(block.forward)
 
     def forward(
         self,
@@ -49,10 +64,10 @@ class ModelWithLoss(nn.Module):
         hidden, labels, masked = hidden.flatten(0, 1), labels.flatten(), masked.flatten()  # (N, E), (N,), (N,)
         weights = None if weights is None else weights.flatten()
         head = self.model.head.weight
-        following = _sum_where(hidden, head, labels.masked_fill(masked, IGNORED), weights, room[0])
+        following = _sum_where(hidden, head, labels.masked_fill(masked, IGNORED), weights, room[0], self.chunk_sum)
         recovered = correct = asked = torch.zeros_like(following)
         if self.recovers and room[1]:
-            recovered = _sum_where(hidden, head, labels.masked_fill(~masked, IGNORED), None, room[1])
+            recovered = _sum_where(hidden, head, labels.masked_fill(~masked, IGNORED), None, room[1], self.chunk_sum)
         if answers is not None:
             likeliest = torch.cat([F.linear(part, head).argmax(-1) for part in hidden.split(CHUNK)])  # (N,)
             correct, asked = greedy_answers(likeliest.view_as(answers), labels.view_as(answers), answers)
@@ -73,15 +88,30 @@ def room_for(objective: Objective, rows: int, length: int, prefix: int | None) -
     return following, min(rows * prefix, math.ceil(mean + SPREAD * deviation) + 1)
 
 
-def _sum_where(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None, room: int) -> Tensor:
+def _sum_where(
+    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None, room: int, chunk_sum: ChunkSum
+) -> Tensor:
     if room < len(labels):  # the places that count come first, as many as there is room for
         chosen = (labels == IGNORED).int().argsort(stable=True)[:room]
         hidden, labels = hidden[chosen], labels[chosen]
         weights = None if weights is None else weights[chosen]
-    return summed_cross_entropy(hidden, head, labels, weights)
+    return summed_cross_entropy(hidden, head, labels, weights, chunk_sum)
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def _chunk_sum(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    logits = F.linear(hidden, head).float()  # (N, V)
+    if weights is None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return (F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none") * weights).sum()
+
+
+def summed_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    chunk_sum: ChunkSum = _chunk_sum,
+) -> Tensor:
     """Sum of (weighted) cross-entropies of the logits hidden @ head.T, as an fp32 scalar, a few logits at a time.
 
     On a GPU liger-kernel computes it where it is installed and no weights are given; else chunks are computed again in the
@@ -92,6 +122,7 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weights: 
         head: (V, E).
         labels: (N,) ids, IGNORED where nothing counts.
         weights: (N,) fp32; None: all weigh 1.
+        chunk_sum: the same for a few places, from their logits; compiled, for example.
     """
     if weights is None and hidden.is_cuda and has_liger():
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -100,20 +131,13 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weights: 
         loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32)
         return loss(head.to(dtype), hidden.to(dtype), labels).float()
     if len(hidden) <= CHUNK:
-        return _chunk_sum(hidden, head, labels, weights)
+        return chunk_sum(hidden, head, labels, weights)
     parts = []
     for start in range(0, len(hidden), CHUNK):
         own = slice(start, start + CHUNK)
         part = None if weights is None else weights[own]
-        parts.append(checkpoint(_chunk_sum, hidden[own], head, labels[own], part, use_reentrant=False))
+        parts.append(checkpoint(chunk_sum, hidden[own], head, labels[own], part, use_reentrant=False))
     return torch.stack(parts).sum()
-
-
-def _chunk_sum(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    logits = F.linear(hidden, head).float()  # (N, V)
-    if weights is None:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return (F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none") * weights).sum()
 
 
 def has_liger() -> bool:
@@ -127,20 +151,6 @@ def loss_of(sums: Tensor, totals: Tensor, objective: Objective) -> Tensor:
     return means[0] + objective.masked_weight * means[1]
 
 
-def compile_blocks(model: LanguageModel, fullgraph: bool = False) -> None:
-    """Compiles the model block by block: equal blocks share one graph, so a model costs as many compilations as it has
-    kinds of layers."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of layers x lengths
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=fullgraph)
-
-
-def checkpoint_blocks(model: LanguageModel) -> None:
-    """Keeps only each block's input for the backward pass, which computes the rest again."""
-    for block in model.blocks:
-        block.forward = _checkpointed(block.forward)
-
-
 def _checkpointed(forward: Callable) -> Callable:
     def call(*arguments: object) -> object:
         return checkpoint(forward, *arguments, use_reentrant=False)
@@ -150,7 +160,17 @@ def _checkpointed(forward: Callable) -> Callable:
 
 def split_rows(targets: Targets, rows: int) -> list[Targets]:
     """Targets of a device's whole share as passes of `rows` rows."""
-    names = ("input_ids", "labels", "masked", "prefix_length", "weights")
-    parts = [None if getattr(targets, name) is None else getattr(targets, name).split(rows) for name in names]
-    count = len(parts[0] or ())
-    return [Targets(*(None if part is None else part[i] for part in parts)) for i in range(count)]
+
+    def part(tensor: Tensor | None, i: int) -> Tensor | None:
+        return None if tensor is None else tensor[i : i + rows]
+
+    return [
+        Targets(
+            targets.input_ids[i : i + rows],
+            targets.labels[i : i + rows],
+            targets.masked[i : i + rows],
+            part(targets.prefix_length, i),
+            part(targets.weights, i),
+        )
+        for i in range(0, len(targets.labels), rows)
+    ]

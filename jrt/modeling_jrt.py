@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
@@ -17,11 +18,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
 from jrt.configuration_jrt import IN_PACKAGE, JRTConfig
+from jrt.decoding.loop import decode, unsupported
+from jrt.decoding.session import Sessions
 from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, check_unknown, own_mask
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel
@@ -32,6 +42,7 @@ from jrt.short_prompts import PADDED_MIXERS, Prompt, check_short_prompt, fill_sh
 
 # transformers 5.24 gave this argument and output a new name; `forward` and `generate` here take both.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+log = logging.getLogger(__name__)
 
 
 class RecurrentCache(Cache):
@@ -75,6 +86,8 @@ class RecurrentCache(Cache):
 class VocabularyRows(LogitsProcessor):
     """Keeps decoding away from embedding rows that stand for no token."""
 
+    looks_at_scores_only = True  # so that `jrt.decoding` may capture it
+
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
@@ -116,6 +129,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         # transformers ties the head by itself, when all weights are there: it would miss one that is tied before.
         self.model = LanguageModel(dataclasses.replace(self.core, tied=False), self.mixers)
         self.model.config = self.core
+        self.sessions = Sessions()  # of decoding
         self.post_init()
         if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
             self.model.init_weights()
@@ -322,6 +336,26 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         elif encodes:
             kwargs |= {"short_prompt": rule, "prompt_columns": input_ids.shape[1]}
         return super().generate(input_ids, attention_mask=mask, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """Greedy and sampled decoding: by `jrt.decoding`, or by transformers' loop where that names a reason."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        reason = unsupported(
+            self.model, self.sessions, input_ids, stopping_criteria, generation_config, model_kwargs, synced_gpus
+        )
+        if reason is None:
+            return decode(self, self.model, self.sessions, *arguments, streamer, model_kwargs)
+        log.debug("decoding by transformers' loop: %s", reason)
+        return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
     def _loss(
         self,

@@ -42,6 +42,9 @@ metric_list:
   - metric: lost
     aggregation: !function jrt_recall.hooks.total
     higher_is_better: false
+  - metric: unreachable
+    aggregation: !function jrt_recall.hooks.total
+    higher_is_better: false
   - metric: truncated
     aggregation: !function jrt_recall.hooks.total
     higher_is_better: false

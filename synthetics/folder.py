@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from jrt.files import write_json
+from jrt.provenance import commit, device_name, versions
 from synthetics.runs import Run
+
+VERSIONS = ("python", "torch", "triton")
 
 
 class Folder:
@@ -35,6 +33,7 @@ class Folder:
             self._open(resume)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"{path} is not a sweep's folder: expected an empty or a new one")
+        self.origin = provenance()
         (path / "unfinished").mkdir(parents=True, exist_ok=True)
         if not self.file.exists():
             self._write()
@@ -57,7 +56,7 @@ class Folder:
 
     def add(self, rows: Sequence[dict]) -> None:
         """Keeps rows of results with where they come from."""
-        self.rows |= {row["run"]: {**row, **provenance()} for row in rows}
+        self.rows |= {row["run"]: {**row, **self.origin} for row in rows}
         self._write()
 
     def checkpoint(self, group: Sequence[Run]) -> Path:
@@ -66,9 +65,7 @@ class Folder:
 
     def _write(self) -> None:
         report = {"sweep": self.sweep, "fingerprint": self.fingerprint, "rows": list(self.rows.values())}
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(self.file)
+        write_json(self.file, report)
 
 
 def check(sweep: str, runs: Sequence[Run]) -> None:
@@ -97,15 +94,10 @@ def read(path: Path) -> dict:
 
 
 def provenance() -> dict:
-    """What a kept figure depends on. JRT_COMMIT names the commit of a copy without git."""
-    here = Path(__file__).parent
-    head = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
-    on_gpu = torch.cuda.is_available()
+    """What a kept figure depends on."""
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
-        "commit": os.environ.get("JRT_COMMIT") or head.stdout.strip() or "unknown",
+        "device": device_name(),
+        "versions": {name: each for name, each in versions().items() if name in VERSIONS},
+        "commit": commit(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),
     }

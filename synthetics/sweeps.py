@@ -1,4 +1,4 @@
-"""Sweeps: lists of runs. Run one with ``python -m synthetics NAME --out DIR``, or build your own list.
+"""Sweeps: lists of runs. One is run with ``python -m synthetics NAME --out DIR``, or build your own list.
 
 Of the learning rates of a model the best one counts; seeds give the interval.
 """
@@ -25,8 +25,8 @@ figure2 = [
 
 # The same question in five minutes on two cores.
 figure2_small = [
-    Run(METHODS[method], TASKS["laptop"], width, features, rate=1e-2, seed=seed, epochs=6)
-    for (width, features), method, seed in product(((16, 2), (32, 2)), ("causal", "twice", "prefix"), SEEDS)
+    Run(METHODS[method], TASKS["laptop"], width, features, rate=5e-3, seed=seed, epochs=10, batch=64)
+    for (width, features), method, seed in product(((16, 2), (32, 4)), ("causal", "twice", "prefix"), SEEDS)
 ]
 
 # Which mixer recalls how much out of how many bytes.

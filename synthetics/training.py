@@ -12,12 +12,14 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jrt.files import write_bytes
 from synthetics.data import Examples, generator
 from synthetics.graphs import RecordedSteps
 from synthetics.optimizer import StackedAdamW
@@ -175,7 +177,9 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
         if any(ends):
             training.keep([index for index, end in enumerate(ends) if not end])
         if checkpoint is not None:
-            _save({**training.state_dict(), "rows": rows, "seconds": seconds}, checkpoint)
+            content = BytesIO()
+            torch.save({**training.state_dict(), "rows": rows, "seconds": seconds}, content)
+            write_bytes(checkpoint, content.getvalue())
     return [rows[run.name] for run in runs]
 
 
@@ -200,10 +204,3 @@ def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float) -> d
         "seconds": round(seconds, 2),  # the model's share of the device
         "accuracy": {name: round(share, 4) for name, share in accuracy.items()},
     }
-
-
-def _save(state: dict, checkpoint: Path) -> None:
-    """All of it or nothing."""
-    part = checkpoint.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(checkpoint)

@@ -25,6 +25,7 @@ ORDER = (
     "short_prompts",
     "inputs",
     "packed_rows",
+    "decoding",
     "configuration_jrt",
     "modeling_jrt",
     "caches",
@@ -40,7 +41,6 @@ ORDER = (
 PROJECTS = ("train", "synthetics", "benchmarks", "kernels")
 SLOW_TO_IMPORT = (
     "hydra",
-    "pytorch_lightning",
     "lm_eval",
     "wandb",
     "triton",
@@ -163,7 +163,7 @@ def test_no_machine_path_stands_in_the_tree(pattern):
     text = [
         ROOT / name
         for name in listed
-        if Path(name).suffix in (".py", ".md", ".toml", ".yaml", ".sh", ".cu", ".cuh", ".cpp")
+        if Path(name).suffix in (".py", ".md", ".json", ".toml", ".yaml", ".sh", ".cu", ".cuh", ".cpp")
     ]
     wrong = [
         file.name for file in text if file != Path(__file__) and re.search(pattern, file.read_text(errors="replace"))

@@ -378,7 +378,7 @@ def probed(monkeypatch):
     """Lets a test say what device and extension there are."""
     for cached in (cuda._probe, cuda._module):
         cached.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     yield monkeypatch
     for cached in (cuda._probe, cuda._module):
         cached.cache_clear()
@@ -389,7 +389,7 @@ def test_what_is_missing_is_said(probed):
     assert "not built: install with JRT_BUILD_KERNELS=1" in cuda._missing(0)
     probed.undo()
     cuda._probe.cache_clear()
-    probed.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    probed.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert "need a Hopper GPU (compute capability 9.0), this one has 8.0" in cuda._missing(0)
 
 

@@ -1,18 +1,22 @@
 """Common beginnings are read once, rows that have ended leave the batch, and no answer changes by it."""
 
+import copy
 import dataclasses
 import json
 import random
+import unicodedata
 
 import pytest
 import torch
 from jrt_recall import PROTOCOLS
 from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
+from tokenizers.normalizers import NFC
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from jrt.evaluate import ModelSpec, answering, open_model
-from jrt.evaluate.answering import Limits, answer, batches, encode, left_padded
+from jrt.evaluate.answering import Limits, answer, batches, encode, left_padded, reachable
 
 PAGES = PROTOCOLS["pages-512"]
 
@@ -55,10 +59,42 @@ def test_padding_and_truncation_equal_the_published_ones(shared):
     assert sum(prompt.truncated > 0 for prompt in prompts) == sum(sum(row) > 50 for row in golden["mask"]) > 0
 
 
-def test_a_prompt_without_tokens_is_refused(shared):
-    gpt2 = AutoTokenizer.from_pretrained(shared / "gpt2")
-    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
-        encode(gpt2, ["a", ""], None)
+def test_a_prompt_that_cannot_be_asked_says_why_and_leaves_the_others_alone():
+    tokenizer = shipped_tokenizer()
+    plain, empty, cut_emoji = encode(tokenizer, ["a b", "", "a \ud83d"], None)
+    assert not plain.problem and "no tokens" in empty.problem and "surrogate" in cut_emoji.problem
+    highest = max(plain.ids)
+    assert not encode(tokenizer, ["a b"], None, vocabulary=highest + 1)[0].problem
+    assert f"token {highest}" in encode(tokenizer, ["a b"], None, vocabulary=highest)[0].problem
+
+
+def test_begin_tokens_survive_truncation_and_end_tokens_end_no_prompt():
+    tokenizer = copy.deepcopy(shipped_tokenizer())
+    begin, end = tokenizer.convert_tokens_to_ids(["<|mask|>", "<|endoftext|>"])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|mask|> $A <|endoftext|>", special_tokens=[("<|mask|>", begin), ("<|endoftext|>", end)]
+    )
+    bare = shipped_tokenizer()("alpha beta gamma delta")["input_ids"]
+    assert tokenizer("alpha beta gamma delta")["input_ids"] == [begin, *bare, end]
+    (whole,), (cut,) = (encode(tokenizer, ["alpha beta gamma delta"], limit) for limit in (None, 4))
+    assert whole.ids == [begin, *bare] and whole.truncated == 0
+    assert cut.ids == [begin, *bare[-3:]] and cut.truncated == len(bare) - 3
+
+
+def test_the_text_of_a_special_token_in_a_document_is_text():
+    tokenizer = shipped_tokenizer()
+    (found,) = encode(tokenizer, ["before <|endoftext|> after"], None)
+    assert tokenizer.eos_token_id not in found.ids and tokenizer.decode(found.ids) == "before <|endoftext|> after"
+
+
+def test_answers_that_no_generation_can_hold_are_unreachable():
+    tokenizer = copy.deepcopy(shipped_tokenizer())
+    decomposed = unicodedata.normalize("NFD", "café")
+    assert reachable(tokenizer, [decomposed], ("\n",)) and reachable(tokenizer, [" café "], ("\n",))
+    assert not reachable(tokenizer, ["two\nlines", "\ud83d"], ("\n",))
+    assert reachable(tokenizer, ["two\nlines", "one"], ("\n",))
+    tokenizer._tokenizer.normalizer = NFC()
+    assert not reachable(tokenizer, [decomposed], ("\n",)) and reachable(tokenizer, ["café"], ("\n",))
 
 
 def questions_on_two_pages() -> list[list[int]]:

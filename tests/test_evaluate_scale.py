@@ -62,4 +62,4 @@ def test_the_example_runs_any_model(model, shared, tmp_path, monkeypatch, capsys
     given = ["--passages", str(shared / "qa"), "--output", str(tmp_path / "run"), "--limit", "1", "--model", model]
     monkeypatch.setattr(sys, "argv", ["off_the_shelf.py", *given])
     runpy.run_path(str(ROOT / "examples" / "off_the_shelf.py"), run_name="__main__")
-    assert "qa_nq | full v1" in capsys.readouterr().out
+    assert "qa_nq | full v2" in capsys.readouterr().out

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, super_glue, task_folder
+from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, settings, super_glue, task_folder
 from jrt_recall.protocols import PASSAGES
+from lm_eval._cli import HarnessCLI
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lm-eval-harness"
@@ -158,8 +159,69 @@ def test_the_command_adds_the_include_path_and_nothing_else(capsys, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         harness.main()
     assert stopped.value.code == 2 and "--include_path" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="contradicts the protocol"):
-        harness.arguments(["--gen_kwargs=max_gen_toks=9", "--tasks", "a"])
+
+
+BASE = ("run", "--model", "jrt", "--tasks", "qa_squad")
+
+
+def parsed(*options):
+    return settings.parsed(HarnessCLI()._parser.parse_args([*BASE, *options]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gen_kwargs", "max_gen_toks=3"], "contradicts the protocol"),
+        (["--gen_kwarg", "max_gen_toks=3"], "contradicts the protocol"),
+        (["--cache_requests", "true"], "request cache"),
+        (["--apply_chat_template"], "prompts"),
+        (["--num_fewshot", "2"], "strategies"),
+        (["--metadata", '{"protocl": "full", "max_item": 1}'], "protocl, max_item"),
+        (["--metadata", "protocl=full"], "protocl"),
+    ],
+)
+def test_what_would_change_the_protocol_is_refused_by_what_was_parsed(options, said):
+    with pytest.raises(ValueError, match=said):
+        settings.check(parsed(*options))
+
+
+def test_a_config_file_is_judged_like_the_command_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    for text, said in (
+        ("gen_kwargs: {max_gen_toks: 3}\n", "contradicts"),
+        ("metadata: {sed: 1}\n", "sed"),
+        ("no_such_setting: 1\n", "no_such_setting"),
+        ("- a list\n", "mapping"),
+        ("a: [\n", "YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            settings.check(parsed("--config", str(file)))
+    settings.check(parsed("--metadata", '{"protocol": "full", "max_items": "2", "tokenizer": "gpt2"}', "--limit", "3"))
+
+
+def test_other_tasks_keep_their_own_settings():
+    given = [
+        "run",
+        "--model",
+        "hf",
+        "--tasks",
+        "mmlu,recall_super_glue",
+        "--num_fewshot",
+        "5",
+        "--metadata",
+        '{"x": 1}',
+    ]
+    settings.check(settings.parsed(HarnessCLI()._parser.parse_args(given)))
+
+
+def test_numbers_in_quotes_are_numbers():
+    assert settings.whole_number("n", "2") == settings.whole_number("n", 2) == 2
+    for wrong in ("two", "", 1.5, True, None, "²"):
+        with pytest.raises(ValueError, match="max_items: expected a whole number"):
+            settings.whole_number("max_items", wrong)
+    with pytest.raises(ValueError, match="at least 1"):
+        settings.whole_number("max_items", "0", least=1)
 
 
 def test_the_command_knows_tasks_by_both_spellings():

@@ -102,7 +102,7 @@ def test_table_scripts_read_real_passages(model, shared, tmp_path):
         environment = {"JRT_PASSAGES": str(shared / "qa"), "JRT_DATA": str(mirror)}
         done = typed("bash", str(ROOT / script), str(tmp_path / protocol), *options, **environment)
         assert done.returncode == 0, done.stderr
-        assert f"qa_nq | jrt-{protocol} v1" in done.stdout and "(published)" not in done.stdout
+        assert f"qa_nq | jrt-{protocol} v2" in done.stdout and "(published)" not in done.stdout
 
 
 def test_super_glue_end_to_end(model, tmp_path):

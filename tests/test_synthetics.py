@@ -122,9 +122,9 @@ def test_a_seed_decides_everything_and_no_test_example_is_trained_on(task):
 
 def test_examples_that_were_seen_are_drawn_again():
     def draw(count, random):
-        return draw_pair(8, count, (1, 1), random)  # two tokens the same out of 4: 4 examples in all
+        return draw_pair(16, count, (1, 1), random)  # one token of 12, twice: 12 examples in all
 
-    examples = draw(200, generator(1))
+    examples = draw(500, generator(1))
     some = examples.rows(examples.answers[:, 0] > 4)
     unseen = draw_unseen(draw, 50, generator(2), fingerprints(some))
     assert unseen.answers.unique().tolist() == [4] and (unseen.context[:, 1] == 4).all()
@@ -345,7 +345,7 @@ def test_every_run_of_every_sweep_can_be_built():
     assert {len(group) for group in groups(sweeps.figure2)} == {9}  # rates and seeds share a stack
     assert {run.method.pattern for run in sweeps.mqar_frontier} == {"CLCL", "CPCP", "CLCS", "CSCS", "CACA", "MM"}
     paper = TASKS["paper"]
-    assert len(paper.train) == 12 and len(paper.test) == 20 and paper.longest == 775
+    assert len(paper.train) == 12 and len(paper.test) == 20 and paper.longest == 787
 
 
 BAD = {
@@ -396,7 +396,7 @@ def test_a_sweep_in_parts_is_the_sweep_and_is_drawn(tmp_path, capsys, monkeypatc
     assert "6 of 6 runs are done" in printed
     assert all(f"| {name} | 8 | 2 | - | 608 | 0.01 | 2 |" in printed for name in ("causal", "prefix", "twice"))
     report = json.loads((out / "results.json").read_text())
-    assert {"device", "versions", "commit", "date"} <= set(report["rows"][0]) and not list(out.glob("*.part"))
+    assert {"device", "versions", "commit", "date"} <= set(report["rows"][0]) and not list(out.glob("*.partial"))
     for name in ("order", "frontier", "lengths"):
         assert (out / f"{name}.png").stat().st_size > 10_000 and "<svg" in (out / f"{name}.svg").read_text()
     with (out / "summary.csv").open() as stream:

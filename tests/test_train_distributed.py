@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +37,15 @@ def on_two(data: Path, output: Path, *overrides: str) -> list[int]:
         if child == 0:
             told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in told.items()})
+            code = 1
             try:
                 trained(data, output, "trainer.devices=2", *overrides)
+                code = 0
             except ValueError as error:
                 sys.stderr.write(f"{error}\n")
-                os._exit(2)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+                code = 2
+            finally:
+                os._exit(code)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
@@ -72,7 +71,7 @@ def test_two_processes_equal_one(text, tmp_path, alone, strategy):
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_run_goes_on_with_another_number_of_devices(text, tmp_path, alone, strategy):
     settings = (*SMALL, f"trainer.strategy={strategy}")
     assert on_two(text, tmp_path, *settings, "trainer.max_steps=2") == [0, 0]
@@ -86,13 +85,15 @@ def test_an_error_ends_all_processes(text, tmp_path, capfd):
     assert "choose trainer.global_batch" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_average_survives_sharding(text, tmp_path):
     settings = (*SMALL, "trainer.ema=0.9", "trainer.max_steps=2", "export=true")
     trained(text, tmp_path / "one", *settings)
     assert on_two(text, tmp_path / "two", *settings, "trainer.strategy=fsdp") == [0, 0]
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    # Where a gradient is near zero, rounding decides the sign of AdamW's step: a tenth of 2 x 1e-3 for the average.
     for name in ours:
-        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=1e-4)
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=2.5e-4)
 
 
 @pytest.mark.slow

@@ -57,7 +57,20 @@ def killed_at(place: str, count: int, run) -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-@pytest.mark.parametrize(("place", "count"), [("step", 1), ("step", 4), ("step", 6), ("seal", 1), ("seal", 3)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        ("step", 4),
+        ("seal", 2),
+        pytest.param("step", 1, marks=SLOW),
+        pytest.param("step", 6, marks=SLOW),
+        pytest.param("seal", 1, marks=SLOW),
+        pytest.param("seal", 3, marks=SLOW),
+    ],
+)
 def test_a_killed_run_goes_on_bit_for_bit(text, tmp_path, whole, place, count):
     killed_at(place, count, lambda: trained(text, tmp_path, *EVERY_TWO))
     trained(text, tmp_path, *EVERY_TWO)
@@ -179,4 +192,5 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(text, run, whole):
     assert "\n" not in str(error.value)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
     trained(text, run, *EVERY_TWO)
-    assert curve(run) == whole
+    # It was validated where it stopped, too: the last column differs there.
+    assert [row[:5] for row in curve(run)] == [row[:5] for row in whole]

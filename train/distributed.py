@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from jrt.config import Config
-from jrt.loss import ModelWithLoss, checkpoint_blocks, compile_blocks
+from jrt.loss import ModelWithLoss
 from jrt.model import LanguageModel
 
 STRATEGIES = ("ddp", "fsdp")
@@ -160,9 +160,9 @@ def build(
             model = LanguageModel(config)
     whole = ModelWithLoss(model, recovers)
     if compiles:
-        compile_blocks(model)
+        whole.compile_parts()
     if checkpoints_activations:
-        checkpoint_blocks(model)
+        whole.checkpoint_blocks()
     if place.size == 1:
         return model, whole
     if strategy == "fsdp":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import sys
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from jrt.configuration_jrt import JRTConfig
+from jrt.files import write_json, write_text
 from jrt.modeling_jrt import JRTForCausalLM
+from jrt.provenance import commit, device_name, versions
 from train import recall
 from train.distributed import whole_state
 from train.loop import Loop
@@ -54,12 +55,11 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
     if config.score_items and tokenizer is not None:
         scored = model.float().model.to(loop.place.device).eval()  # what is stored, computed in fp32
         record["recall"] = recall.score(scored, tokenizer, count=config.score_items)
-    (loop.output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(record), encoding="utf-8")
+    write_json(loop.output / "training.json", record)
+    write_text(folder / "README.md", card(record))
 
 
 def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict:
-    device = loop.place.device
     progress = loop.progress
     return {
         "name": config.name,
@@ -78,8 +78,9 @@ def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase |
         "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1),
         "devices": loop.place.size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": device_name(),
+        "versions": versions(),
+        "commit": commit(Path(__file__).parent),
         "corpus": _corpus(config),
         "tokenizer entries": None if tokenizer is None else len(tokenizer),
         "moving average": loop.trainer.ema,

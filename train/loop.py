@@ -21,7 +21,7 @@ from jrt.flops import flops_per_token, peak_flops
 from jrt.loss import loss_of, room_for, split_rows
 from jrt.model import LanguageModel
 from jrt.objective import Objective, Targets
-from train.checkpoints import Checkpoints, Training
+from train.checkpoints import Checkpoint, Checkpoints, Training
 from train.data.batches import Batch, Data, loader, local_part
 from train.distributed import World, unsynchronised
 from train.optimizer import MovingAverage, Schedule
@@ -134,11 +134,8 @@ class Loop:
         parameters = sum(p.numel() for p in model.parameters())
         self._flops = flops_per_token(self.config, parameters, data.length)
 
-    def resume(self) -> None:
-        """Goes on from the newest whole checkpoint, if there is one."""
-        found = self.checkpoints.latest()
-        if found is None:
-            return
+    def resume(self, found: Checkpoint) -> None:
+        """Goes on from a checkpoint; later ones, which are damaged, are removed."""
         self.checkpoints.load(found, self.training)
         self.checkpoints.remove_after(found.step)
         facts = found.facts
@@ -254,6 +251,7 @@ class Loop:
         return torch.autocast(self.place.device.type, dtype=torch.bfloat16)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # a few batches are not worth graphs without gradients
     def validate(self) -> dict[str, float]:
         """Mean next-token loss with nothing hidden, its perplexity, and, where the data asks, the share of right answers.
         Batches are dealt out over the devices."""

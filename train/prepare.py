@@ -27,12 +27,12 @@ sys.path[0] = str(
 )  # so that this file finds its package wherever it is started from
 
 import numpy as np  # noqa: E402
-import tokenizers  # noqa: E402
-import transformers  # noqa: E402
 from jrt_recall.tokenizers import shipped_tokenizer  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
+from jrt.files import write_json  # noqa: E402
+from jrt.provenance import versions  # noqa: E402
 from train.data.documents import TEXT, Documents, find_documents  # noqa: E402
 from train.data.indexed import write_index  # noqa: E402
 from train.data.sources import encode_documents  # noqa: E402
@@ -215,8 +215,7 @@ class _Writer:
             file.flush()
             os.fsync(file.fileno())
         splits = {split: [self.files[split].tell(), self.sizes[split].tell() // 4] for split in SPLITS}
-        text = json.dumps({"settings": self.settings, "documents": self.documents, "splits": splits})
-        _replace(self.out / NOTE, text)
+        write_json(self.out / NOTE, {"settings": self.settings, "documents": self.documents, "splits": splits})
 
     def finish(self, source: str, name: str, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> dict:
         for file in (*self.files.values(), *self.sizes.values()):
@@ -245,10 +244,10 @@ class _Writer:
                 "end_token": tokenizer.eos_token_id,
             },
             "settings": self.settings,
-            "versions": {"tokenizers": tokenizers.__version__, "transformers": transformers.__version__},
+            "versions": versions(),
             "date": datetime.date.today().isoformat(),
         }
-        _replace(self.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_json(self.out / "manifest.json", manifest)
         for leftover in (NOTE, *(f"{split}.sizes.partial" for split in SPLITS)):
             (self.out / leftover).unlink()
         return manifest
@@ -283,12 +282,6 @@ def _compare(out: Path, before: dict, now: dict) -> None:
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise ValueError(f"{out} was begun with other {', '.join(changed)}: choose another folder, or remove it")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ class TensorBoard:
 
     def __init__(self, folder: str) -> None:
         if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("logger=tensorboard needs the package tensorboard: pip install tensorboard")
+            raise ValueError("logger=tensorboard needs the package tensorboard: pip install 'jrt[log]'")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(folder)

@@ -8,7 +8,6 @@ The same command again goes on from the newest checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -28,11 +27,14 @@ from hydra.errors import InstantiationException  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
+import jrt  # noqa: E402
+import train as train_package  # noqa: E402
 from jrt.config import Config, presets  # noqa: E402
 from jrt.model import LanguageModel  # noqa: E402
 from jrt.objective import Objective, prefix_of  # noqa: E402
+from jrt.provenance import code_sha256  # noqa: E402
 from train import recall  # noqa: E402
-from train.checkpoints import Checkpoints  # noqa: E402
+from train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 from train.data.batches import Data  # noqa: E402
 from train.distributed import World, build, is_launched, launch, world  # noqa: E402
 from train.export import export  # noqa: E402
@@ -41,7 +43,7 @@ from train.optimizer import Schedule  # noqa: E402
 from train.report import loggers, plot  # noqa: E402
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
+IDENTITY = ("preset", "model", "objective", "rate", "seed", "data", "batch", "precision", "ema", "code")
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -60,15 +62,9 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
     output = Path(config.output).expanduser()
     model_config = model_of(config)
     schedule: Schedule = _made(config.task.schedule)
-    found = Checkpoints(output / "checkpoints", place).latest()
-    before = None if found is None else found.facts["identity"]
-    if before is not None:
-        if not config.resume:
-            raise ValueError(
-                f"{output} holds a run already: leave out resume=false to go on with it, or choose another output"
-            )
-        model_identity = {"preset": config.preset, "model": model_config.to_dict()}
-        _check_same_run(output, before, model_identity, list(config.accept))  # before its contradictions with the data
+    found = _checkpoint_before(config, output, place)
+    if found is not None:  # named here, before it contradicts the data
+        _check_same_run(found, {"preset": config.preset, "model": model_config.to_dict()}, config)
     data: Data = _data(config, place)
     objective, prefix = objective_of(config, model_config, data)
     rows = trainer.global_batch or data.rows(0) or 0
@@ -76,18 +72,15 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
     if data.windows is not None and data.windows < rows:
         raise ValueError(f"the training text has {data.windows} windows of {data.length} tokens; a batch needs {rows}")
     identity = identity_of(config, model_config, objective, schedule, data)
-    if before is not None:
-        unknown = sorted(set(config.accept) - set(identity))
-        if unknown:
-            raise ValueError(f"accept={','.join(unknown)}: expected names out of {', '.join(identity)}")
-        _check_same_run(output, before, identity, list(config.accept))
+    if found is not None:
+        _check_same_run(found, identity, config)
     configured = [_made(config.logger)] if config.logger and place.is_first else []
     model, module = build(
         model_config,
         objective.kind == "jrt" and objective.masked_share > 0,
         place,
         trainer.strategy,
-        None if found else config.seed,
+        config.seed if found is None else None,
         trainer.compile,
         trainer.activation_checkpointing,
     )
@@ -105,7 +98,8 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
         identity,
         _probe(config, data),
     )
-    loop.resume()
+    if found is not None:
+        loop.resume(found)
     output.mkdir(parents=True, exist_ok=True)
     metrics = output / "metrics.csv"
     progress = loop.fit(loggers(configured, metrics, loop.progress.step) if place.is_first else [])
@@ -167,7 +161,7 @@ def identity_of(
     config: DictConfig, model: Config, objective: Objective, schedule: Schedule, data: Data
 ) -> dict[str, Any]:
     """What a run is: two that agree in it compute the same. Kept in checkpoints, and compared before one goes on."""
-    return {
+    found = {
         "preset": config.preset,
         "model": model.to_dict(),
         "objective": dataclasses.asdict(objective),
@@ -179,24 +173,39 @@ def identity_of(
         "ema": config.trainer.ema,
         "code": code_version(),
     }
+    assert tuple(found) == IDENTITY
+    return found
 
 
 def code_version() -> str:
     """Hash of the sources of model and training, and PyTorch's version."""
-    digest = hashlib.sha256()
-    for folder in ("jrt", "train"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return f"{digest.hexdigest()[:12]}, torch {torch.__version__}"
+    return f"{code_sha256(jrt, train_package)[:12]}, torch {torch.__version__}"
 
 
-def _check_same_run(output: Path, before: dict, now: dict, accepted: list[str]) -> None:
-    now = json.loads(json.dumps(now))
-    changed = [name for name in now if before.get(name) != now[name] and name not in accepted]
+def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkpoint | None:
+    """The newest whole checkpoint of `output`, if there is one.
+
+    Raises:
+        ValueError: there is one and it must not be gone on with, or `accept` names nothing that runs differ in.
+    """
+    unknown = sorted(set(config.accept) - set(IDENTITY))
+    if unknown:
+        raise ValueError(f"accept={','.join(unknown)}: expected names out of {', '.join(IDENTITY)}")
+    found = Checkpoints(output / "checkpoints", place).latest()
+    if found is not None and not config.resume:
+        raise ValueError(
+            f"{output} holds a run already: leave out resume=false to go on with it, or choose another output"
+        )
+    return found
+
+
+def _check_same_run(found: Checkpoint, now: dict, config: DictConfig) -> None:
+    before, now = found.facts["identity"], json.loads(json.dumps(now))
+    changed = [name for name in now if before.get(name) != now[name] and name not in config.accept]
     if changed:
         told = "; ".join(f"{name}: {_shown(before.get(name), now[name])}" for name in changed)
         raise ValueError(
-            f"{output} was begun with another {' and '.join(changed)} ({told}): choose another output, or go on all the same "
+            f"{config.output} was begun with another {' and '.join(changed)} ({told}): choose another output, or go on all the same "
             f"with accept=[{','.join(changed)}]"
         )
 
@@ -219,6 +228,8 @@ def _probe(config: DictConfig, data: Data) -> Callable[[LanguageModel], float] |
     tokenizer = data.tokenizer()
     if not config.trainer.probe_every:
         return None
+    if config.trainer.strategy != "ddp":
+        raise ValueError("trainer.probe_every needs the whole model on each device: use trainer.strategy=ddp")
     if tokenizer is None:
         raise ValueError("trainer.probe_every asks questions, and the data does not say which tokenizer made it")
 

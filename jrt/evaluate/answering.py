@@ -76,7 +76,7 @@ def encode(
         own = row if limit is None else row[-max(1, limit - len(front)) :]
         beyond = max(row, default=0)
         if not is_text(prompt):
-            problem = "it holds half of a surrogate pair, which is no text"
+            problem = "it holds a lone surrogate (half an emoji, or bytes that are not UTF-8)"
         elif not row:
             problem = "it has no tokens"
         elif vocabulary is not None and beyond >= vocabulary:

@@ -4,9 +4,12 @@ lm-eval has no entry points for models, so a program has to import this module. 
 `lm_eval ...` with the recall tasks on its include path.
 """
 
+import inspect
 import logging
+from typing import Any
 
 import torch
+from jrt_recall import PROTOCOLS, settings
 from jrt_recall.harness import arguments, command_line
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -16,6 +19,8 @@ from jrt.evaluate.likelihood import log_likelihoods
 from jrt.evaluate.models import ModelSpec, open_model
 
 logger = logging.getLogger(__name__)
+
+ANSWER_TOKENS = max(protocol.max_new_tokens for protocol in PROTOCOLS.values())
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -89,5 +94,21 @@ class JRTHarness(HFLM):
 
 def command(given: list[str]) -> int:
     """`lm_eval` with our models and the recall tasks; returns the exit status."""
-    command_line(arguments(given))
+    command_line(arguments(given), _check_model)
     return 0
+
+
+def _check_model(found: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of `--model jrt` that it does not know, or that leave no room for a prompt."""
+    if found.get("model") != "jrt":
+        return
+    options = settings.as_dict("model_args", found.get("model_args"))
+    known = list(inspect.signature(JRTHarness.__init__).parameters)[1:]
+    if unknown := [str(name) for name in options if name not in known]:
+        raise ValueError(f"--model_args: --model jrt has no {', '.join(unknown)}; expected {', '.join(known)}")
+    if "pretrained" not in options:
+        raise ValueError("--model_args: name the model with pretrained=NAME")
+    if options.get("max_length") is not None:
+        length = settings.whole_number("max_length", options["max_length"], least=1)
+        if any(map(settings.is_recall, settings.names_of(found.get("tasks")))) and length <= ANSWER_TOKENS:
+            raise ValueError(f"max_length={length} leaves no prompt beside the {ANSWER_TOKENS} new tokens of an answer")

@@ -175,6 +175,8 @@ class OpenModel:
         Ours are counted from the configuration, others measured after reading that many tokens."""
         if self.ours:
             return self.ours.core.state_bytes(length)
+        if not self.mode.cache:
+            return 0  # it keeps none
         bound = position_bound(self.model)
         ids = torch.full((1, length if bound is None else min(length, bound)), self.pad_token_id, device=self.device)
         output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)

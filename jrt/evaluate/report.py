@@ -59,7 +59,8 @@ class Collected:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.records: list[dict] = []
         self.predictions: list[dict] = []
-        protocols: dict[str, dict] = {}
+        self.failed: dict[Cell, str] = {}  # cells without a number, and why
+        protocols: dict[tuple[str, int], dict] = {}
         manifests: dict[str, dict] = {}
         self.settings: dict[Cell, mixtures.Settings] = {}
         """How each cell was computed."""
@@ -72,8 +73,11 @@ class Collected:
                 cell_of(record)._replace(model=labels[record["model"]]): settings[record["model"]] for record in records
             }
             self.predictions += [{**row, "model": labels[row["model"]]} for row in predictions]
-            protocols |= {protocol["name"]: protocol for protocol in manifest["identity"]["protocols"]}
+            known = manifest["identity"]["protocols"]
+            protocols |= {(one["name"], one["version"]): one for one in known}
             manifests[folder.name] = manifest
+            for cell in manifest.get("failed", ()):
+                self.failed[cell_of(cell)._replace(model=labels[cell["model"]])] = cell["reason"]
         cells = [cell_of(record) for record in self.records]
         if repeated := sorted({cell for cell in cells if cells.count(cell) > 1}):
             raise ValueError(f"two runs hold {', '.join(repeated[0])}: collect one of them")
@@ -120,7 +124,7 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     if layout in SUPER_GLUE_TABLES:
         return _collect_super_glue(folders, output, layout), SUPER_GLUE_FILES
     found = Collected(runs_in(folders))
-    text = results_text(found.records, protocols_of(found.manifest))
+    text = results_text(found.records, protocols_of(found.manifest), found.failed)
     if layout is None:
         title, (header, rows) = None, _plain_rows(found.records)
         more = [protocols_side_by_side(found.records, found.predictions), *mixtures.unlike(found.settings)]
@@ -271,7 +275,7 @@ def page(
 
 def _tables(records: Sequence[dict], manifest: dict) -> list[dict[str, Any]]:
     """For each task and protocol: what stands above and below its table, and its records by model."""
-    described = {protocol.name: protocol.describe() for protocol in protocols_of(manifest)}
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
     groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for record in records:
         models = groups.setdefault((record["task"], record["protocol"]), {})
@@ -279,7 +283,7 @@ def _tables(records: Sequence[dict], manifest: dict) -> list[dict[str, Any]]:
     found = []
     for (task, protocol), models in groups.items():
         members = [record for rows in models.values() for record in rows]
-        above = [described[protocol], counts_line(members[0])]
+        above = [described[protocol, members[0].get("version", 1)], counts_line(members[0])]
         found.append({"task": task, "above": above, "models": list(models.values()), "below": notes(members)})
     return found
 

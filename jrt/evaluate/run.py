@@ -72,7 +72,7 @@ class Plan:
 
     def protocols(self) -> list[Protocol]:
         """Each protocol that is used, once."""
-        return list({found.protocol.name: found.protocol for found in self.questions.values()}.values())
+        return list({found.protocol.label(): found.protocol for found in self.questions.values()}.values())
 
     def identity(self) -> dict:
         """What makes two runs the same run, as plain values. Batches, devices and workers are no part of it."""
@@ -327,6 +327,7 @@ def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict)
         "state_bytes": measured["state_bytes"],
         "beyond_training": train_length is not None and longest > train_length,
         "source": found.source,
+        "version": found.protocol.version,
         "notes": [
             *info["notes"],
             *(f"not asked: {problem}" for problem in dict.fromkeys(measured["beyond_the_model"])),

@@ -106,7 +106,7 @@ def results_text(
     """One table for each task and protocol, with the protocol in words and the counts that the scores rest on.
 
     failed: cells without a number, which are rows with their reason below the table."""
-    described = {protocol.name: protocol.describe() for protocol in protocols}
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
     parts = []
 
     def group(record: dict) -> tuple[str, str]:
@@ -118,7 +118,14 @@ def results_text(
         empty = [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in without]
         table = aligned(HEADER, [*map(result_row, found), *empty])
         reasons = dict.fromkeys(f"{cell.model}: not run: {' '.join(why.split())}" for cell, why in without.items())
-        parts += [f"{task} | {described[protocol]}", counts_line(found[0]), table, *notes(found), *reasons, ""]
+        parts += [
+            f"{task} | {described[protocol, found[0].get('version', 1)]}",
+            counts_line(found[0]),
+            table,
+            *notes(found),
+            *reasons,
+            "",
+        ]
     shown = {(record["task"], record["protocol"]) for record in records}
     for cell, why in (failed or {}).items():
         if (cell.task, cell.protocol) not in shown:

@@ -33,15 +33,15 @@ def encode_prefix(call: Call) -> State:
     length = k.shape[1]
     k, v = _to_compute_dtype(k), _to_compute_dtype(v)
     piece = _segment_tokens(k, v)
-    S = z = None
+    states: list[State] = []
     for start in range(0, length, piece):
         phi = taylor_features(k[:, start : start + piece].transpose(1, 2))  # (B, H, M, F)
         if mask is not None:
             phi = phi * mask[:, None, start : start + piece, None]
         dS = (phi.transpose(-1, -2) @ v[:, start : start + piece].transpose(1, 2)).to(_state_dtype(k))  # (B, H, F, D)
         dz = phi.sum(-2, dtype=_state_dtype(k))  # (B, H, F)
-        S, z = (dS, dz) if S is None else (S + dS, z + dz)
-    return State(S, z)
+        states = [State(states[0].S + dS, states[0].z + dz) if states else State(dS, dz)]
+    return states[0]
 
 
 def linear_attention(call: Call) -> tuple[Tensor, State]:
@@ -49,6 +49,7 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
     if call.cu_seqlens is not None:
         return attend_apart(linear_attention, call)
     q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
+    assert q is not None
     dtype = v.dtype
     q, k, v = _to_compute_dtype(q), _to_compute_dtype(k), _to_compute_dtype(v)
     state = initial_state
@@ -68,6 +69,7 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
         o, state = _segment(q[:, part], k[:, part], v[:, part], state, part_mask, log_decay, normalize)
         outputs.append(o.to(dtype))
         start += tokens
+    assert state is not None
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
 
 

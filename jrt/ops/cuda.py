@@ -230,7 +230,10 @@ def _empty_state(v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _view(x: Tensor | None) -> tuple[int, int, int, int]:
     """Address, and strides of batch, token and head."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    if x is None:
+        return 0, 0, 0, 0
+    batch, token, head, _ = x.stride()
+    return x.data_ptr(), batch, token, head
 
 
 def _mask_view(mask: Tensor | None) -> tuple[int, int]:
@@ -285,7 +288,7 @@ def _missing(device: int) -> str | None:
 
 
 # torch.compiler.assume_constant_result, less its import of the compiler: torch.compile cannot trace the probing.
-_missing._dynamo_marked_constant = True
+vars(_missing)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

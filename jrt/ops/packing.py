@@ -18,7 +18,7 @@ def attend_apart(attend: Callable[[Call], tuple[Tensor, State]], call: Call) -> 
         attend(part) if part.k.shape[1] else (part.v, part.initial_state or _nothing(part)) for part in _apart(call)
     ]
     outputs, states = zip(*results, strict=True)
-    return torch.cat(outputs, dim=1), _together(states)
+    return torch.cat(outputs, dim=1), _together(list(states))
 
 
 def encode_apart(encode: Callable[[Call], State], call: Call) -> State:
@@ -27,12 +27,14 @@ def encode_apart(encode: Callable[[Call], State], call: Call) -> State:
 
 
 def _apart(call: Call) -> Iterator[Call]:
+    assert call.cu_seqlens is not None
     ends = call.cu_seqlens.tolist()
     for n, (start, end) in enumerate(itertools.pairwise(ends)):
-        q, k, v, mask = (x if x is None else x[:, start:end] for x in (call.q, call.k, call.v, call.mask))
+        q, mask = (x if x is None else x[:, start:end] for x in (call.q, call.mask))
         state = call.initial_state
         if state is not None:
             state = State(state.S[n : n + 1], state.z[n : n + 1])
+        k, v = call.k[:, start:end], call.v[:, start:end]
         yield call._replace(q=q, k=k, v=v, mask=mask, initial_state=state, cu_seqlens=None)
 
 

@@ -31,6 +31,7 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
     if call.cu_seqlens is not None:
         return packing.attend_apart(linear_attention, call)
     q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
+    assert q is not None
     dtype = torch.promote_types(q.dtype, torch.float32)
     steps = torch.arange(q.shape[1], device=q.device)
     age = steps[:, None] - steps[None, :]  # (T, T): i - j

@@ -77,8 +77,10 @@ def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
         return "triton is not installed; use 'chunked'"
     if any(x is not None and x.dtype == torch.float64 for x in inputs):
         return "it computes in fp32 and an input is fp64; use 'chunked'"
-    if not inputs[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs CUDA tensors, these are on {inputs[0].device}; use 'chunked'"
+    u = inputs[0]
+    assert u is not None
+    if not u.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs CUDA tensors, these are on {u.device}; use 'chunked'"
     return None
 
 

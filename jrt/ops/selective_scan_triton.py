@@ -13,6 +13,7 @@ summed through partial sums in memory, never atomics, so that results repeat bit
 Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk, W channels of a program.
 """
 # ruff: noqa: RUF005 - Triton's compiler knows no unpacking inside a tuple
+# mypy: disable-error-code="assignment"
 
 import math
 

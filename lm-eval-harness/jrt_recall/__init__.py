@@ -12,7 +12,7 @@ from .protocols import PROTOCOLS, PUBLISHED, TASKS, Protocol, protocol_named, ta
 from .scoring import contains
 from .tokenizers import cut
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "PROTOCOLS",
     "PUBLISHED",

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .fields import answers_in, checked_text, kind
 from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
 
 logger = logging.getLogger(__name__)
@@ -49,22 +50,18 @@ class Checked(NamedTuple):
 
 
 def text_field(task: str, doc: dict, field: str) -> str:
-    """doc[field], a string. Raises ValueError that names the task and the field if it is missing or no string."""
-    value = _field(task, doc, field)
-    if not isinstance(value, str):
-        raise ValueError(f"{task}: field {field!r} must be a string, got {type(value).__name__}")
-    return value
+    """doc[field], a string. Raises ValueError that names the task and the field if it is missing or no text."""
+    return checked_text(f"{task}: field {field!r}", _field(task, doc, field))
 
 
-def answers_of(task: str, doc: dict) -> list[str]:
-    """What a right generation contains: [value] for swde, fda and squad, else the list `answers` (may be empty)."""
-    field = published_task(task).labels
+def answers_of(task: str, doc: dict) -> tuple[str, ...]:
+    """What a right generation contains any of: the value for swde, fda and squad, else the field `answers`.
+
+    Raises ValueError where the field is missing or holds no answer."""
+    field = "answers" if task in PASSAGES else published_task(task).labels
     if field == "value":
-        return [text_field(task, doc, field)]
-    answers = _field(task, doc, field)
-    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{task}: field {field!r} must be a list of strings, got {answers!r:.80}")
-    return list(answers)
+        return answers_in(f"{task}: field {field!r}", text_field(task, doc, field))
+    return answers_in(f"{task}: field {field!r}", _field(task, doc, field))
 
 
 def _field(task: str, doc: dict, field: str) -> Any:
@@ -94,7 +91,7 @@ def load(task: str, folder: str | Path | None = None) -> Documents:
 
 
 def load_passages(task: str, folder: str | Path | None = None) -> Documents:
-    """Documents of a `qa_*` task: squad's columns, or fda's with one row for each attribute.
+    """Documents of a `qa_*` task: its lines as they stand, or (fda) one row for each attribute of a line.
 
     Raises MissingDataset where the folder or its file is absent, ValueError where a line lacks a field."""
     chosen = _folder(folder, PASSAGES_VARIABLE)
@@ -109,25 +106,19 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
     for number, line in enumerate(lines):
         if missing := [field for field in needed if field not in line]:
             raise ValueError(f"{task}: line {number + 1} of {chosen / name} lacks {', '.join(missing)}")
-        rows.extend(_attribute_rows(line, number) if of_attributes else [_question_row(line, number)])
+        rows.extend(_attribute_rows(line, number) if of_attributes else [line])
     return Documents(rows, f"passages {name}", digest(lines))
 
 
-def _question_row(line: dict, number: int) -> dict:
-    return {
-        "id": str(line.get("id", number)),
-        "text": f"{line['context']}\nQuestion: {line['question']}\nAnswer:",
-        "context": line["context"],
-        "question": line["question"],
-        "value": line["answers"][0] if line["answers"] else "",
-    }
-
-
 def _attribute_rows(line: dict, number: int) -> list[dict]:
-    document = str(line.get("doc_id", number))
+    """One row for each attribute of a page; a page whose attributes cannot be read is one row with its problem."""
+    document = line.get("doc_id")
+    document = str(number) if document is None else str(document)
+    attributes = line["attributes"]
+    if not isinstance(attributes, dict):
+        return [{"id": document, "problem": f"field 'attributes' must be an object, got {kind(attributes)}"}]
     return [
-        {"id": f"{document}/{key}", "text": line["text"], "key": key, "value": value}
-        for key, value in line["attributes"].items()
+        {"id": f"{document}/{key}", "text": line["text"], "key": key, "answers": v} for key, v in attributes.items()
     ]
 
 
@@ -166,6 +157,7 @@ def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> P
     """Writes a task's documents and their entry of the manifest; an interrupted call leaves the former state."""
     spec = published_task(task)
     check_columns(spec, rows, source)
+    rows = _as_json_holds(spec, rows, source)
     mirror = _named(folder)
     mirror.mkdir(parents=True, exist_ok=True)
     text = canonical_lines(rows)
@@ -198,7 +190,16 @@ def check_columns(spec: PublishedTask, rows: Sequence[dict], source: str) -> Non
 
 def canonical_lines(rows: Iterable[dict]) -> str:
     """One JSON object a line, keys sorted: the text whose sha256 names a set of documents."""
-    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    return "".join(_canonical(row) + "\n" for row in rows)
+
+
+def _canonical(row: dict) -> str:
+    text = json.dumps(row, ensure_ascii=False, sort_keys=True)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return json.dumps(row, sort_keys=True)
+    return text
 
 
 def digest(rows: Iterable[dict]) -> str:
@@ -207,20 +208,40 @@ def digest(rows: Iterable[dict]) -> str:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """Rows of a JSONL file. Raises ValueError with the line number where a line is no JSON object."""
+    """Rows of a JSONL file. Raises ValueError with the line number where a line is no JSON object or no UTF-8."""
     # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
-    lines = enumerate(file.read_text(encoding="utf-8").split("\n"), start=1)
+    lines = enumerate(_read_text(file).split("\n"), start=1)
     return [_json_object(line, f"{file}, line {number}") for number, line in lines if line.strip()]
 
 
-def _json_object(text: str, place: str) -> dict:
+def _read_text(file: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark."""
+    content = file.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{file}, line 1: the file is UTF-16; save it as UTF-8")
     try:
-        row = json.loads(text)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file}, line {line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
+        ) from error
+
+
+def _json_object(text: str, place: str) -> dict:
+    row = _json(text, place)
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {kind(row)}")
+    return row
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
-    return row
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of too many digits
+        raise ValueError(f"{place}: JSON that cannot be read ({type(error).__name__})") from error
 
 
 def _read_rows(path: Path) -> list[dict]:
@@ -228,15 +249,44 @@ def _read_rows(path: Path) -> list[dict]:
         case ".jsonl":
             return read_lines(path)
         case ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = _json(_read_text(path), str(path))
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{path}: expected a JSON list of objects")
             return rows
         case ".parquet":
-            from datasets import Dataset
+            import pyarrow
+            import pyarrow.parquet
 
-            return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+            try:
+                return pyarrow.parquet.read_table(path).to_pylist()
+            except (pyarrow.ArrowException, OSError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{path} cannot be read as Parquet: {reason:.120}") from error
     raise ValueError(f"{path}: expected a .jsonl, .json or .parquet file")
+
+
+def _as_json_holds(spec: PublishedTask, rows: Sequence[dict], source: str) -> list[dict]:
+    """Rows without the columns that JSON cannot hold (timestamps, decimals, bytes), which nobody reads.
+
+    Raises ValueError where a column that is read is one of them."""
+    dropped: dict[str, str] = {}
+    for row in rows:
+        for column, value in row.items():
+            if column not in dropped and not _fits_json(value):
+                dropped[column] = type(value).__name__
+    if unreadable := [f"{column} ({dropped[column]})" for column in spec.columns if column in dropped]:
+        raise ValueError(f"{spec.name}: {source} has values that are no text in {', '.join(unreadable)}")
+    if dropped:
+        logger.warning("%s: left out, because JSON cannot hold them: %s", spec.name, ", ".join(dropped))
+    return [{column: value for column, value in row.items() if column not in dropped} for row in rows]
+
+
+def _fits_json(value: object) -> bool:
+    if value is None or isinstance(value, str | int | float):
+        return True
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _fits_json(one) for key, one in value.items())
+    return isinstance(value, list | tuple) and all(map(_fits_json, value))
 
 
 def _from_mirror(spec: PublishedTask, mirror: Path, file: Path) -> Documents:
@@ -256,9 +306,10 @@ def _from_hub(spec: PublishedTask) -> Documents:
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MissingDataset(_how_to_get(spec, f"{spec.dataset} could not be read from the hub ({reason})")) from error
-    rows = loaded.to_list()
     source = f"{spec.dataset} ({spec.split})"
+    rows = loaded.to_list()
     check_columns(spec, rows, source)
+    rows = _as_json_holds(spec, rows, source)
     return Documents(rows, source, digest(rows))
 
 

@@ -22,13 +22,14 @@ from .items import TaskItems, items
 from .prompts import times
 from .protocols import Protocol
 from .scoring import contains
+from .settings import whole_number
 from .tokenizers import model_tokenizer
 
 logger = logging.getLogger(__name__)
 
 N_TIMES = "n_times"
 UNKNOWN = "unknown"
-STATED = ("protocol", "documents", "dropped", "invalid", "lost", "truncated", "prompt_tokens")
+STATED = ("protocol", "documents", "dropped", "invalid", "lost", "unreachable", "truncated", "prompt_tokens")
 """What stands beside a score in lm-eval's table, so that no number is without its protocol."""
 
 
@@ -40,7 +41,7 @@ def documents(
     cut_with: str | None = None,
     data: str | None = None,
     seed: int | str = 0,
-    max_items: int | None = None,
+    max_items: int | str | None = None,
     **arguments: Any,
 ) -> dict:
     """lm-eval's `custom_dataset`: {"test": Dataset} with one row for each item.
@@ -49,8 +50,12 @@ def documents(
     adds, and settings of other tasks. Raises ValueError as `items`."""
     from datasets import Dataset
 
-    strategy = times(int(n)) if reading == N_TIMES else reading
-    found = items(recall_task, strategy, protocol, cut_with, max_items, int(seed), data)
+    for name, value in (("protocol", protocol), ("cut_with", cut_with), ("data", data)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}: expected a name, got {value!r}")
+    strategy = times(whole_number("n", n)) if reading == N_TIMES else reading
+    most = None if max_items is None else whole_number("max_items", max_items, least=1)
+    found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
     logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
     counts = _prompt_tokens([item.prompt for item in found.items], arguments)
     limit = _limit(found.protocol, arguments)
@@ -72,6 +77,7 @@ def documents(
             "answers": list(item.answers),
             "position": -1.0 if item.position is None else item.position,
             "lost": int(item.lost),
+            "unreachable": int(all(any(s in a for s in found.protocol.stop) for a in item.answers)),
             "prompt_tokens": count if limit is None or count is None else min(count, limit),
             "truncated": None if limit is None or count is None else int(count > limit),
             **shared,
@@ -116,7 +122,7 @@ def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int] | list[None
 def _limit(protocol: Protocol, arguments: dict) -> int | None:
     """Prompt tokens that lm-eval keeps, where the model's arguments say how many tokens it reads."""
     length = arguments.get("max_length")
-    return None if length is None else int(length) - protocol.max_new_tokens
+    return None if length is None else whole_number("max_length", length) - protocol.max_new_tokens
 
 
 def _counts(found: TaskItems) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class TaskItems:
             scored; the reason is kept). For reference pages: the headings of all windows, of which a selection is asked.
         lost: items whose answer was cut away.
         absent: items whose answer never stood in the document.
+        unreachable: items of whose answers each holds a stop string, so that no generation can hold it.
         sha256: of the documents.
         seed: of a selection of pages or of examples.
         python: the version whose library was read.
@@ -61,6 +63,7 @@ class TaskItems:
     invalid: tuple[str, ...]
     lost: int
     absent: int
+    unreachable: int
     source: str
     sha256: str
     seed: int | None = None
@@ -69,7 +72,19 @@ class TaskItems:
     def summary(self) -> dict:
         """The counts and settings as plain values, without the items."""
         counts = {"protocol": self.protocol.name, "items": len(self.items), "invalid": len(self.invalid)}
-        names = ("task", "strategy", "documents", "dropped", "lost", "absent", "source", "sha256", "seed", "python")
+        names = (
+            "task",
+            "strategy",
+            "documents",
+            "dropped",
+            "lost",
+            "absent",
+            "unreachable",
+            "source",
+            "sha256",
+            "seed",
+            "python",
+        )
         return {**{name: getattr(self, name) for name in names}, **counts}
 
 
@@ -165,6 +180,7 @@ def _page_items(
         invalid=(),
         lost=0,
         absent=0,
+        unreachable=0,
         source=f"standard library of Python {python}",
         sha256=documents_data.digest(selection.documents),
         seed=seed,
@@ -186,13 +202,14 @@ def _document_items(
     found: list[Item] = []
     invalid: list[str] = []
     dropped = absent = looked_at = 0
-    for number, row in enumerate(documents.rows):
+    ids = _ids(prefix, documents.rows)
+    for number, (row, item_id) in enumerate(zip(documents.rows, ids, strict=True)):
         if len(found) == limit:
             break
         looked_at += 1
         try:
             doc = row if protocol.name in LM_EVAL else _as_read(task, row)
-            answers = _scorable(task, doc, protocol)
+            answers = _as_scored(task, doc, protocol)
             kept: dict | None = doc
             if tokenizer is not None and protocol.window is not None:
                 kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
@@ -205,7 +222,6 @@ def _document_items(
             continue
         whole, position = contains(doc[column], answers), _position(answers, kept[column])
         absent += not whole
-        item_id = f"{prefix}/{row.get('id', number)}"
         found.append(Item(item_id, kept, text, answers, position, lost=whole and position is None))
     return TaskItems(
         task=task,
@@ -217,29 +233,48 @@ def _document_items(
         invalid=tuple(invalid),
         lost=sum(item.lost for item in found),
         absent=absent,
+        unreachable=sum(all(any(s in a for s in protocol.stop) for a in item.answers) for item in found),
         source=documents.source,
         sha256=documents.sha256,
     )
 
 
+def _ids(prefix: str, rows: Sequence[dict]) -> list[str]:
+    """An id for each row, all different: its own; its number where it has none; an id seen before with its number, too.
+
+    Resumed runs and comparisons between models tell items apart by them."""
+    found: dict[str, None] = {}
+    for number, row in enumerate(rows):
+        own = row.get("id")
+        item_id = f"{prefix}/{number if own is None else own}"
+        while item_id in found:
+            item_id += f"#{number}"
+        found[item_id] = None
+    return list(found)
+
+
 def _as_read(task: str, row: dict) -> dict:
-    """The row as the published task reads it: swde's pages end before their summary, before anything is cut."""
+    """The row as the task reads it, before anything is cut: swde's pages end before their summary; a passage stands before
+    its question. Raises ValueError where the row says that it cannot be read."""
+    if "problem" in row:
+        raise ValueError(f"{task}: {row['problem']}")
+    if PASSAGES.get(task) == "squad":
+        passage, question = (documents_data.text_field(task, row, field) for field in ("context", "question"))
+        return {**row, "text": f"{passage}\nQuestion: {question}\nAnswer:"}
     if published_task(task).name == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row
 
 
-def _scorable(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
-    as_scored = LM_EVAL.get(protocol.name, str)
-    answers = tuple(map(as_scored, documents_data.answers_of(task, doc)))
-    if not answers:
-        raise ValueError(f"{task}: the list of answers is empty")
+def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
+    """The answers as the protocol compares them: version 1 of lm-eval's own tasks strips them."""
+    answers = tuple(map(LM_EVAL.get(protocol.name, str), documents_data.answers_of(task, doc)))
     if not all(answers):
-        raise ValueError(f"{task}: an answer is the empty string, which every prediction contains")
+        raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
     return answers
 
 
 def _position(answers: tuple[str, ...], text: str) -> float | None:
-    lowered = text.lower()
-    hits = [hit for answer in answers if (hit := lowered.find(answer.lower())) >= 0]
+    """Where the first answer stands in a text, by the metric's own search; 0 is the start and 1 the end."""
+    hits = [hit.start() for answer in answers if (hit := re.search(re.escape(answer), text, re.IGNORECASE))]
     return min(hits) / max(1, len(text)) if hits else None

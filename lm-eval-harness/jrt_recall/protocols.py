@@ -27,7 +27,10 @@ LM_EVAL: dict[str, Callable[[str], str]] = {"lm-eval-v0": str, "lm-eval-v1": str
 Version 1 strips both (lm-eval pull request 3795, in 0.4.13). Version 0 takes them as they are in the dataset."""
 _BY_NUMBER = re.compile(r"w([1-9]\d{0,8})-a(0|[1-9]\d{0,8})")
 PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_drop": "squad", "qa_fda": "fda"}
-"""Tasks on passages from a local folder, and the published task whose prompts and cutting rule each takes."""
+"""Tasks on passages from a local folder, and the published task whose prompts each takes."""
+PASSAGES_VERSION = 2
+"""Of their protocols. Since version 2 any of a document's answers counts, and a window is cut around the first that stands
+in the text; version 1 knew the first answer only, as the published tasks do."""
 LM_EVAL_TASKS = (
     "recall_swde",
     "recall_fda",
@@ -195,6 +198,8 @@ def cells(name: str | Protocol | None, task: str) -> tuple[Protocol, ...]:
     if not fitting:
         allowed = ", ".join(protocol.name for protocol in _ALL if _fits(protocol, task_named(task)))
         raise ValueError(f"protocol {chosen[0].name} is not for {task}: choose one of {allowed}")
+    if task_named(task) in PASSAGES:
+        return tuple(replace(protocol, version=PASSAGES_VERSION) for protocol in fitting)
     return fitting
 
 

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .data import FOLDER_VARIABLE, mirror_folder, text_field
-from .protocols import GPT2, SHIPPED, Protocol, PublishedTask, published_task
+from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field
+from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, published_task
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,8 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
 
     Half of the tokens stand before the answer; near a document's end the window is shorter, not shifted. Where no answer
     stands in the context, alternative answers are tried, then the last half window is taken. drop and triviaqa keep the
-    beginning. Only the context column changes: squad's first reading stays whole, as published.
+    beginning. The `qa_*` tasks cut around the first answer of the list that stands in the context. Only the context column
+    changes: squad's first reading stays whole, as published.
     Returns None where the published rule drops the document (an answer or key of at most one character).
     Raises ValueError for an unknown task, a missing field, an empty answer list or an impossible window."""
     spec = published_task(task)
@@ -101,12 +102,18 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     if answer_room < 0 or desired < 1:
         raise ValueError(f"a window of {window} tokens with {answer_room} kept for the answer leaves no context")
     context = text_field(task, doc, spec.context).strip()
-    needles = [_needle(task, doc, key) for key in spec.answer_keys]
-    if any(len(needle) <= 1 for needle in needles):
-        return None
+    if task in PASSAGES:
+        needles = [answer for answer in answers_of(task, doc) if len(answer) > 1]
+        if not needles:
+            return None
+        position = next((hit for needle in needles if (hit := _first_hit(needle, context)) >= 0), -1)
+    else:
+        needles = [_needle(task, doc, key) for key in spec.answer_keys]
+        if any(len(needle) <= 1 for needle in needles):
+            return None
+        position = _answer_position(spec, doc, context, needles)
 
     ids = token_ids(tokenizer, context)
-    position = _answer_position(spec, doc, context, needles)
     # A position of -1 means "all but the last character" here: the published code slices with it.
     before = len(token_ids(tokenizer, context[:position]))
     if position == -1 and "tok_pos" in doc and before > desired:
@@ -119,13 +126,9 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
 
 
 def _needle(task: str, doc: dict, key: str) -> str:
-    """What locates the answer: the value of a column, or the first of a list."""
-    if isinstance(doc.get(key), (list, tuple)):
-        if not doc[key]:
-            raise ValueError(f"{task}: field {key!r} is an empty list: there is no answer to cut around")
-        if not isinstance(doc[key][0], str):
-            raise ValueError(f"{task}: field {key!r} must hold strings, got {type(doc[key][0]).__name__}")
-        return doc[key][0]
+    """What locates the answer: the value of a column, or the first of its answers."""
+    if key == "answers":
+        return answers_of(task, doc)[0]
     return text_field(task, doc, key)
 
 

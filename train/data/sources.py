@@ -265,7 +265,13 @@ def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-text token, which separates documents"
         )
-    found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,  # documents may be longer than a model's context: they are cut into windows
+    )
     return [list(chain(ids, [tokenizer.eos_token_id])) for ids in found["input_ids"]]
 
 

@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
 class Pieces(NamedTuple):
     """Pieces of the sequences; the tables are there for packed sequences only."""
 
-    count: int  # P
+    number: int  # P
     a_sequence: int  # pieces of each sequence, where all are equally long
     tokens: int
     sequence: Tensor | None  # (P,) int32, -1 where there is no such piece
@@ -108,7 +108,7 @@ def forward(
     final_S, final_z = _empty_state(v, _sequences(k, cu_seqlens), d)
     S, z = _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces)
     with _on(k.device):
-        forward_kernel[(pieces.count * H, triton.cdiv(D, tiles.DV))](
+        forward_kernel[(pieces.number * H, triton.cdiv(D, tiles.DV))](
             q, k, v, mask, log_decay, S, z, o, final_S, final_z, *_tables(pieces, cu_seqlens),
             T, H, pieces.a_sequence, pieces.tokens, *_strides(q), *_strides(k), *_strides(v), _mask_stride(mask),
             HAS_START=S is not None, NORMALIZE=normalize, **_constants(k, v, mask, log_decay, cu_seqlens, tiles),
@@ -141,7 +141,7 @@ def backward(
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do), _mask_stride(mask))
     sizes = (T, H, pieces.a_sequence, pieces.tokens)
     tables = _tables(pieces, cu_seqlens)
-    grid = (pieces.count * H, column_tiles)
+    grid = (pieces.number * H, column_tiles)
     partial = q.dtype if column_tiles == 1 else torch.float32
     dq, dk = (q.new_empty(column_tiles, B, T, H, d, dtype=partial) for _ in range(2))
     dv = v.new_empty(v.shape)
@@ -155,7 +155,7 @@ def backward(
             q, k, v, mask, log_decay, o, do, S, z, dq, weight, sum_weight, *tables, *sizes, *strides, dq.stride(0),
             HAS_START=S is not None, NORMALIZE=normalize, **_constants(k, v, mask, log_decay, cu_seqlens, tiles),
         )  # fmt: skip
-        if pieces.count > dS.shape[0]:
+        if pieces.number > dS.shape[0]:
             dS, dz = _scanned(q, do, dS, dz, None, log_decay, cu_seqlens, pieces, weights=(weight, sum_weight))
         tiles = choose_tiles("keys", d, D, k.dtype)
         keys_kernel[grid](
@@ -174,7 +174,7 @@ def prefix(k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
     pieces = _cut(k, cu_seqlens, choose_tiles("sums", d, D, k.dtype), "forward")
     sequences = _sequences(k, cu_seqlens)
     S, z = _sums(k, v, mask, None, cu_seqlens, pieces, every=True)
-    if pieces.count == sequences:
+    if pieces.number == sequences:
         return S, z
     total_S, total_z = _empty_state(v, sequences, d)
     _scan((S, z), (None, None), (total_S, total_z), None, pieces, k, cu_seqlens, reverse=False)
@@ -196,7 +196,7 @@ def prefix_backward(
     dS, dz = dS.float().contiguous(), dz.float().contiguous()
     none = (None,) * 3
     with _on(k.device):
-        keys_kernel[(pieces.count * H, column_tiles)](
+        keys_kernel[(pieces.number * H, column_tiles)](
             none[0], k, v, mask, none[0], none[0], none[0], none[0], dS, dz, dk, dv, none[0], none[0],
             *_tables(pieces, cu_seqlens), T, H, pieces.a_sequence, pieces.tokens,
             0, 0, 0, *_strides(k), *_strides(v), 0, 0, 0, _mask_stride(mask), dk.stride(0),
@@ -222,7 +222,7 @@ def _decode(q, k, v, S, z, mask, log_decay, normalize, o) -> tuple[Tensor, Tenso
 
 def _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces) -> tuple[Tensor | None, Tensor | None]:
     """The state before each piece, (P, H, F, D) and (P, H, F); None where that is nothing."""
-    if pieces.count == _sequences(k, cu_seqlens):
+    if pieces.number == _sequences(k, cu_seqlens):
         return _whole(S), _whole(z)
     return _scanned(k, v, _whole(S), _whole(z), mask, log_decay, cu_seqlens, pieces, weights=None)
 
@@ -238,10 +238,10 @@ def _scanned(x, u, S, z, mask, log_decay, cu_seqlens, pieces, weights) -> tuple[
 def _sums(x, u, mask, log_decay, cu_seqlens, pieces, every, weights=None) -> tuple[Tensor, Tensor]:
     (_, T, H, d), D = x.shape, u.shape[-1]
     tiles = choose_tiles("sums", d, D, x.dtype)
-    S, z = _empty_state(u, pieces.count, x.shape[-1])
+    S, z = _empty_state(u, pieces.number, x.shape[-1])
     weight, sum_weight = (None, None) if weights is None else weights
     with _on(x.device):
-        piece_kernel[(pieces.count * H, triton.cdiv(D, tiles.DV))](
+        piece_kernel[(pieces.number * H, triton.cdiv(D, tiles.DV))](
             x, u, mask, weight, sum_weight, log_decay, S, z, *_tables(pieces, cu_seqlens),
             T, H, pieces.a_sequence, pieces.tokens, *_strides(x), *_strides(u), _mask_stride(mask),
             GRADIENT=weights is not None, ALL=every, **_constants(x, u, mask, log_decay, cu_seqlens, tiles),
@@ -333,7 +333,8 @@ def _whole(x: Tensor | None) -> Tensor | None:
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, token and head."""
-    return x.stride()[:3]
+    batch, token, head, _ = x.stride()
+    return batch, token, head
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ outputs in the backward one. `scan_kernel` turns what each piece adds into what 
 Shapes: P pieces, C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), F features.
 """
 # ruff: noqa: RUF005 - Triton's compiler knows no unpacking inside a tuple
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl

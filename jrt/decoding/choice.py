@@ -1,0 +1,80 @@
+"""How the next token of each row is chosen: transformers' rule of greedy and sampled decoding, all on the device.
+
+Shapes: B rows, T columns so far, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.generation import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    GenerationConfig,
+    LogitNormalization,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+# Processors that look at nothing but the scores, on the device only, and whose attributes are numbers.
+CAPTURED = (
+    EpsilonLogitsWarper,
+    LogitNormalization,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+@dataclass
+class Choice:
+    """The rule of one `generate` call."""
+
+    processors: LogitsProcessorList
+    do_sample: bool
+    pads: bool  # rows that have ended go on with the pad token
+    end_tokens: Tensor | None  # (n,) int64 that end a row; None: nothing does
+    pad_token: Tensor | None  # int64
+
+    @classmethod
+    def of(
+        cls,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        device: torch.device,
+    ) -> Choice:
+        """The rule that these arguments of `_sample` describe."""
+        ends = [torch.as_tensor(c.eos_token_id).flatten().to(device) for c in criteria if type(c) is EosTokenCriteria]
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        pad_token = config._pad_token_tensor.to(device) if pads else None
+        return cls(processors, bool(config.do_sample), pads, torch.cat(ends) if ends else None, pad_token)
+
+    def pick(self, scores: Tensor) -> Tensor:
+        """(B,) the likeliest token, or one that is drawn; scores (B, V)."""
+        if self.do_sample:
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        return torch.argmax(scores, dim=-1)
+
+    def padded(self, tokens: Tensor, unfinished: Tensor) -> Tensor:
+        """The tokens, but the pad token in rows that have ended; unfinished (B,) bool."""
+        return torch.where(unfinished, tokens, self.pad_token) if self.pads else tokens
+
+    def key(self) -> tuple | None:
+        """What a captured choice depends on; None if it cannot be captured, because a processor may look at the host."""
+        ends = 0 if self.end_tokens is None else self.end_tokens.shape[0]
+        parts: list[object] = [self.do_sample, self.pads, ends]
+        for processor in self.processors:
+            if type(processor) not in CAPTURED and not getattr(processor, "looks_at_scores_only", False):
+                return None
+            parts.append((type(processor), tuple(sorted(vars(processor).items()))))
+        return tuple(parts)

@@ -1,0 +1,171 @@
+"""One token through the model with the Triton kernels of `jrt.ops.steps`: four or five launches a layer.
+
+    C   norm + in_proj + convolution + gate; out_proj + residual
+    P L norm + projections; linear attention; out_proj + residual
+    S A norm + Wqkv; rotary + attention (two for long texts); out_proj + residual
+    M   norm + in_proj + convolution; x_proj; scan + gate; out_proj + residual
+    MLP norm + fc1 + SwiGLU; fc2 + residual
+
+Imported only where Triton is installed.
+
+Shapes: B rows, E width or channels, H heads, d query/key size, D value or head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jrt.decoding.states import ConvolutionInputs, KeyRing, LayerBuffers, LinearSums, MambaSums
+from jrt.decoding.step import Step
+from jrt.decoding.tables import feature_table
+from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution
+from jrt.model import Block, LanguageModel, RMSNorm
+from jrt.ops.steps import attention, launch, linear_attention, mamba, products
+from jrt.ops.steps.products import Norm, Stream, Taps
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Launch = Callable[[], None]  # reads and writes buffers that were bound to it
+
+
+def unsupported(model: LanguageModel) -> str | None:
+    """Why the kernels cannot run this model, or None."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}"
+        if isinstance(module, nn.Linear) and module.in_features > launch.LONGEST:
+            return f"{name} has {module.in_features} inputs; expected at most {launch.LONGEST}"
+    dtype = model.embedding.weight.dtype
+    if dtype not in DTYPES:
+        return f"weights are {dtype}: expected one of {DTYPES}"
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}"
+        if parameter.dtype != dtype and not name.endswith((".A_log", ".D", ".dt_proj.bias")):
+            return f"{name} is {parameter.dtype} and the embedding {dtype}: expected one dtype"
+        if not parameter.is_contiguous():
+            return f"{name} is not contiguous"
+    return None
+
+
+class FusedStep(Step):
+    """`Step` by Triton kernels. Everything but the token ids lies in buffers of its own: `advance` only launches."""
+
+    def __init__(self, model: LanguageModel, rows: int, capacity: int) -> None:
+        super().__init__(model, rows, capacity)
+        width, weight = model.config.width, model.embedding.weight
+        x = torch.zeros(rows, width, device=weight.device)
+        self.stream = Stream(x, torch.zeros_like(x), [0], weight.new_zeros(rows, width))
+        self.scratch: dict[tuple[str, int], Tensor] = {}
+        self.launches: list[Launch] = []
+        for block, buffers in zip(model.blocks, self.buffers, strict=True):
+            self._add_mixer(block, buffers)
+            if hasattr(block, "mlp"):
+                self._add_mlp(block)
+        self.norm = _norm(model.norm)
+        self.logits = weight.new_zeros(rows, model.head.out_features)
+
+    def advance(self, ids: Tensor) -> Tensor:
+        products.embed(ids, self.model.embedding.weight, self.stream)
+        for launch_one in self.launches:
+            launch_one()
+        products.project(self.stream, self.norm, [self.model.head.weight], None, self.logits)
+        self.position.column.add_(1)
+        return self.logits
+
+    def copies_of_z(self) -> int:
+        heads = self.model.config.linear_heads
+        return linear_attention.column_blocks(self.rows, heads, self.model.config.width // heads)
+
+    def _row(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A (B, width) buffer that all layers share under this name."""
+        like = self.model.embedding.weight
+        return self.scratch.setdefault((name, width), like.new_zeros(self.rows, width, dtype=dtype))
+
+    def _add_mlp(self, block: Block) -> None:
+        fc1, fc2, norm = block.mlp.fc1, block.mlp.fc2, _norm(block.norm2)
+        hidden = self._row("hidden", fc2.in_features)
+        self.launches.append(lambda: products.swiglu(self.stream, norm, fc1.weight, fc1.bias, hidden))
+        self._add_residual(hidden, fc2)
+
+    def _add_residual(self, h: Tensor, linear: nn.Linear) -> None:
+        self.launches.append(lambda: products.add_product(h, linear.weight, linear.bias, self.stream))
+
+    def _add_mixer(self, block: Block, buffers: LayerBuffers) -> None:
+        mixer, norm = block.mixer, _norm(block.norm1)
+        if isinstance(mixer, ShortConvolution):
+            assert isinstance(buffers, ConvolutionInputs)
+            self._add_convolution(mixer, norm, buffers)
+        elif isinstance(mixer, LinearAttention):
+            assert isinstance(buffers, LinearSums)
+            self._add_linear_attention(mixer, norm, buffers)
+        elif isinstance(mixer, Attention):
+            assert isinstance(buffers, KeyRing)
+            self._add_attention(mixer, norm, buffers)
+        else:
+            assert isinstance(mixer, Mamba) and isinstance(buffers, MambaSums)
+            self._add_mamba(mixer, norm, buffers)
+
+    def _add_convolution(self, mixer: ShortConvolution, norm: Norm, buffers: ConvolutionInputs) -> None:
+        mixed = self._row("mixed", mixer.conv.out_channels)
+        taps = Taps(mixer.conv.weight[:, 0], mixer.conv.bias, buffers.inputs)
+        in_proj = mixer.in_proj
+        self.launches.append(lambda: products.convolution(self.stream, norm, in_proj.weight, in_proj.bias, taps, mixed))
+        self._add_residual(mixed, mixer.out_proj)
+
+    def _add_linear_attention(self, mixer: LinearAttention, norm: Norm, buffers: LinearSums) -> None:
+        linears = [mixer.proj_q, mixer.proj_k, mixer.proj_v]
+        decay = None
+        if mixer.has_decay:
+            linears.append(mixer.decay_proj)
+            decay = self.model.log_decay.float().exp()
+        weights = [linear.weight for linear in linears]
+        projected = self._row("projected", sum(linear.out_features for linear in linears))
+        mixed = self._row("mixed", mixer.proj_v.out_features)
+        d, gain = mixer.proj_q.out_features // mixer.heads, mixer.key_gain
+        row, column, weight = feature_table(d, mixed.device)
+        table = row, column, weight.float()
+        S, z = buffers.S, buffers.z
+        self.launches.append(lambda: products.project(self.stream, norm, weights, None, projected))
+        self.launches.append(
+            lambda: linear_attention.linear_attention_step(projected, S, z, table, d, gain, decay, mixed)
+        )
+        self._add_residual(mixed, mixer.out_proj)
+
+    def _add_attention(self, mixer: Attention, norm: Norm, buffers: KeyRing) -> None:
+        qkv_proj, scale = mixer.Wqkv, mixer.scale
+        width = qkv_proj.in_features
+        qkv, mixed = self._row("projected", 3 * width), self._row("mixed", width)
+        rotary = None
+        if self.rotary is not None:
+            rotary = self.rotary.cos, self.rotary.sin, -(-self.model.config.rotary_dim // 2)
+        k, v, position = buffers.k, buffers.v, self.position
+        heads, ring, head_dim = k.shape[1:]
+        parts = attention.parts(self.rows, heads, ring)
+        partial = self._row(f"partial {parts}", heads * parts * (head_dim + 2), torch.float32)
+        partial = partial.view(self.rows, heads, parts, head_dim + 2)
+        self.launches.append(lambda: products.project(self.stream, norm, [qkv_proj.weight], qkv_proj.bias, qkv))
+        self.launches.append(
+            lambda: attention.attention_step(qkv, k, v, position.column, position.pads, rotary, scale, partial, mixed)
+        )
+        self._add_residual(mixed, mixer.out_proj)
+
+    def _add_mamba(self, mixer: Mamba, norm: Norm, buffers: MambaSums) -> None:
+        channels = mixer.conv1d.out_channels
+        u, gate, mixed = (self._row(name, channels) for name in ("u", "gate", "mixed"))
+        selected = self._row("selected", mixer.x_proj.out_features)
+        taps = Taps(mixer.conv1d.weight[:, 0], mixer.conv1d.bias, buffers.inputs)
+        self.launches.append(lambda: products.mamba_inputs(self.stream, norm, mixer.in_proj.weight, taps, u, gate))
+        self.launches.append(lambda: products.product(u, mixer.x_proj.weight, selected))
+        self.launches.append(
+            lambda: mamba.selective_step(
+                u, gate, selected, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D, buffers.h, mixed
+            )
+        )
+        self._add_residual(mixed, mixer.out_proj)
+
+
+def _norm(module: RMSNorm) -> Norm:
+    return Norm(module.weight, module.eps)

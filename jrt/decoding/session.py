@@ -1,0 +1,202 @@
+"""A step that is ready to run for a number of rows, captured as a CUDA graph on a GPU, and the few that a model keeps.
+
+Shapes: B rows, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from jrt.cache import ModelState
+from jrt.decoding.choice import Choice
+from jrt.decoding.plain import PlainStep
+from jrt.decoding.step import Step
+from jrt.model import LanguageModel
+
+RUN = 16  # steps between two looks at the end tokens, each of which waits for the GPU
+KEPT = 2  # sessions that a model keeps, each with states of its own
+ROUND = 1024  # capacities are multiples of this, so that texts of similar lengths share a session
+WARM_UP = 2  # steps before a capture, in which the libraries and Triton set themselves up
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """A step that is run call by call: what a CPU does."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def start(self, state: ModelState) -> None:
+        """Goes on from `state`, which stays as it is."""
+        self.step.load(state)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reads one token a row (B,); gives the logits (B, V) of the next, good until the next call."""
+        logits = self.step.advance(tokens)
+        self.step.position.seen += 1
+        return logits
+
+
+@dataclass
+class Graph:
+    """A captured function: replaying it writes `output` again."""
+
+    cuda: torch.cuda.CUDAGraph
+    output: Tensor
+    choice: Choice | None = None  # whose tensors the graph reads
+
+
+class CapturedSession(Session):
+    """A step as one CUDA graph; where the choice of tokens allows it, the choice is in the graph too."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        device = step.position.column.device
+        self.tokens = torch.zeros(step.rows, dtype=torch.long, device=device)  # to be read
+        self.unfinished = torch.ones(step.rows, dtype=torch.bool, device=device)
+        self.chosen = torch.zeros(step.rows, RUN, dtype=torch.long, device=device)  # in this run
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many of them
+        self.reading: Graph | None = None
+        self.choosing: dict[tuple, Graph] = {}
+
+    def prepare(self, choice: Choice | None) -> None:
+        """Captures what `run` needs for this choice, or what `read` needs if None, unless it is there already.
+
+        Before `start`, because a capture overwrites the states.
+        """
+        key = None if choice is None else choice.key()
+        if choice is None:
+            if self.reading is None:
+                self._rewind()
+                self.reading = _capture(lambda: self.step.advance(self.tokens), self.tokens.device)
+        elif key not in self.choosing:
+            assert key is not None
+            self._rewind()
+            self.choosing.clear()
+            own = replace(choice, end_tokens=_own(choice.end_tokens), pad_token=_own(choice.pad_token))
+            self.choosing[key] = _capture(lambda: self._choose(own), self.tokens.device)
+            self.choosing[key].choice = own
+        else:
+            own = self.choosing[key].choice
+            assert own is not None
+            for mine, given in ((own.end_tokens, choice.end_tokens), (own.pad_token, choice.pad_token)):
+                if mine is not None:
+                    mine.copy_(given)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        assert self.reading is not None
+        self.tokens.copy_(tokens)
+        self.reading.cuda.replay()
+        self.step.position.seen += 1
+        return self.reading.output
+
+    def run(self, choice: Choice, tokens: Tensor, unfinished: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Reads the tokens (B,) and decodes `steps` more, up to RUN, without a look from the host.
+
+        Returns:
+            The tokens (B, steps), and which rows are unfinished after them (B,) bool; good until the next call.
+        """
+        graph = self.choosing[choice.key()]
+        self.tokens.copy_(tokens)
+        self.unfinished.copy_(unfinished)
+        self.count.zero_()
+        for _ in range(steps):
+            graph.cuda.replay()
+        self.step.position.seen += steps
+        return self.chosen[:, :steps], self.unfinished
+
+    def _rewind(self) -> None:
+        """To the start of an empty text, so that the steps before a capture stay inside the buffers."""
+        self.step.position.load(0, torch.zeros_like(self.tokens))
+        self.tokens.zero_()
+        self.count.zero_()
+
+    def _choose(self, choice: Choice) -> Tensor:
+        logits = self.step.advance(self.tokens).float()
+        scores = choice.processors(self.chosen, logits)
+        tokens = choice.padded(choice.pick(scores), self.unfinished)
+        self.chosen.index_copy_(1, self.count, tokens[:, None])
+        self.count.add_(1)
+        self.tokens.copy_(tokens)
+        if choice.end_tokens is not None:
+            is_end = (tokens[:, None] == choice.end_tokens).any(1)  # torch.isin may wait for the GPU
+            self.unfinished.logical_and_(is_end.logical_not_())
+        return tokens
+
+
+def _own(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def _capture(function: Callable[[], Tensor], device: torch.device) -> Graph:
+    """A CUDA graph of the function; the random state is left as it was."""
+    stream = torch.cuda.Stream(device)
+    with torch.random.fork_rng([device]), torch.inference_mode(False), torch.no_grad():
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = function()
+    return Graph(graph, output)
+
+
+class Sessions:
+    """The sessions that one model keeps, the last used last. A copy of the model starts without any."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[tuple, Session]] = []
+
+    def __reduce__(self) -> tuple:
+        return Sessions, ()
+
+    def find(self, model: LanguageModel, rows: int, columns: int) -> Session | None:
+        """A session for so many rows, and texts of so many columns, whose weights are still the model's."""
+        weights = _addresses(model)
+        self.kept = [entry for entry in self.kept if entry[0] == weights]
+        for entry in reversed(self.kept):
+            step = entry[1].step
+            if step.rows == rows and columns <= step.capacity <= 4 * max(columns, ROUND):
+                self.kept.remove(entry)
+                self.kept.append(entry)
+                return entry[1]
+        return None
+
+    def make(self, model: LanguageModel, rows: int, columns: int) -> Session:
+        """A new session; on a GPU it is kept for later calls."""
+        device = model.embedding.weight.device
+        with torch.inference_mode(False), torch.no_grad():  # buffers that calls outside inference mode may write
+            if device.type != "cuda":
+                return Session(PlainStep(model, rows, columns, whole=False))
+            self.kept = self.kept[1 - KEPT :]
+            session = CapturedSession(_captured_step(model, rows, -(-columns // ROUND) * ROUND))
+        self.kept.append((_addresses(model), session))
+        return session
+
+
+def _captured_step(model: LanguageModel, rows: int, capacity: int) -> Step:
+    """The fastest step for this model on its GPU."""
+    reason: str | None = "no Triton, or a self-contained folder, which has no kernels"
+    if __name__.startswith("jrt.") and importlib.util.find_spec("triton") is not None:
+        from jrt.decoding.fused import FusedStep, unsupported
+
+        reason = unsupported(model)
+        if reason is None:
+            return FusedStep(model, rows, capacity)
+    log.debug("decoding without Triton kernels: %s", reason)
+    return PlainStep(model, rows, capacity, whole=True)
+
+
+def _addresses(model: LanguageModel) -> tuple:
+    """Changes when a parameter or buffer is replaced or moved, not when its values change."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple((id(t), t.dtype, t.data_ptr() if type(t) in (torch.nn.Parameter, Tensor) else 0) for t in tensors)

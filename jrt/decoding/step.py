@@ -1,0 +1,80 @@
+"""What every way to read one more token shares: the model, and the states that it writes in place.
+
+Shapes: B batch rows, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from jrt.cache import ModelState
+from jrt.decoding.states import ConvolutionInputs, KeyRing, LayerBuffers, LinearSums, MambaSums, Position
+from jrt.decoding.tables import Rotary, rotary_table
+from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution, WindowAttention
+from jrt.model import LanguageModel
+
+
+class Step(ABC):
+    """A model's next-token computation for a fixed number of rows.
+
+    Weights are used where they lie, never copied: a step serves until a parameter is replaced by another tensor.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int, capacity: int) -> None:
+        """Allocates the states.
+
+        Args:
+            model: its parameters decide device and dtype.
+            rows: B.
+            capacity: the most columns that a text will have, prompt and padding included.
+        """
+        self.model, self.rows, self.capacity = model, rows, capacity
+        config, weight = model.config, model.embedding.weight
+        self.position = Position(
+            torch.zeros(1, dtype=torch.long, device=weight.device),
+            torch.zeros(rows, dtype=torch.long, device=weight.device),
+        )
+        self.rotary: Rotary | None = None
+        if config.rotary_dim and config.has("AS"):
+            self.rotary = rotary_table(capacity, config.rotary_dim, config.width // config.heads, weight.device)
+        self.buffers = [self._buffers(block.mixer) for block in model.blocks]
+
+    @abstractmethod
+    def advance(self, ids: Tensor) -> Tensor:
+        """Reads one token a row (B,); gives the logits (B, V) of the next, in the dtype of the weights.
+
+        The position on the device moves on, `position.seen` does not: a captured step runs no Python.
+        """
+
+    def load(self, state: ModelState) -> None:
+        """Goes on from `state`, which stays as it is."""
+        state.check(self.model.config, self.rows)
+        self.position.load(state.seen, state.lengths)
+        for buffers, layer in zip(self.buffers, state.layers, strict=True):
+            buffers.load(layer, self.position)
+
+    def export(self) -> ModelState:
+        """The state after the last token that was read, in tensors of its own."""
+        layers = [buffers.export(self.position) for buffers in self.buffers]
+        return ModelState(self.model.config, layers, self.position.seen, self.position.lengths())
+
+    def copies_of_z(self) -> int:
+        """How often the denominators of linear attention are kept (`states.LinearSums`)."""
+        return 1
+
+    def _buffers(self, mixer: nn.Module) -> LayerBuffers:
+        config, like, rows = self.model.config, self.model.embedding.weight, self.rows
+        if isinstance(mixer, ShortConvolution):
+            return ConvolutionInputs(rows, config.conv_kernel, config.conv_channels, like)
+        if isinstance(mixer, LinearAttention):
+            heads = config.linear_heads
+            return LinearSums(rows, heads, config.feature_dim, config.width // heads, self.copies_of_z(), like)
+        if isinstance(mixer, Attention):
+            window = mixer.window if isinstance(mixer, WindowAttention) else None
+            ring = self.capacity if window is None else window + 1
+            return KeyRing(rows, config.heads, ring, config.width // config.heads, window, like)
+        assert isinstance(mixer, Mamba)
+        return MambaSums(rows, config, like)

@@ -1,0 +1,146 @@
+"""One token of softmax attention over a cache of keys, for a window as for all tokens; rotary positions are applied here.
+
+The cache is a ring of R columns: the token at column t (padding counted) lies at t mod R. A window of W earlier keys has
+R = W + 1, full attention an R that is never used up. Of a row, only columns from its first own token on are seen.
+
+A program takes one head of one row and one of C parts of the ring. Program 0 also rotates the new key, attends to it and
+writes it; no other reads that column. With C > 1 a second kernel puts the parts together.
+
+Shapes: B batch, H heads, D head size, R columns of the ring, C parts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jrt.ops.steps.launch import after_previous, early, release_next
+
+PART = 256  # fewest columns of a part
+PROGRAMS = 264  # programs beyond which more parts do not help
+WHOLE = 256  # columns of a ring that is fetched at once, so that a window costs one trip to memory
+
+
+def parts(rows: int, heads: int, ring: int) -> int:
+    """C, the number of parts that the ring is cut into."""
+    return max(1, min(-(-ring // PART), PROGRAMS // (rows * heads), 64))
+
+
+def attention_step(
+    qkv: Tensor, keys: Tensor, values: Tensor, column: Tensor, pads: Tensor,
+    rotary: tuple[Tensor, Tensor, int] | None, scale: float, partial: Tensor, o: Tensor,
+) -> None:  # fmt: skip
+    """Writes o (B, H D) for the token whose queries, keys and values stand in `qkv`, and its key and value in the ring.
+
+    Args:
+        qkv: (B, 3 H D).
+        keys, values: (B, H, R, D), updated in place.
+        column: (1,) int64 columns before this token.
+        pads: (B,) int64 columns before each row's first own token.
+        rotary: cos and sin (L, D) fp32 of all positions, 1 and 0 where nothing rotates, sin negative in the first half of
+            those that do, and how many that half has; None: no rotation.
+        scale: factor of the scores.
+        partial: (B, H, C, D + 2) fp32 scratch.
+        o: (B, H D).
+    """
+    batch, heads, ring, D = keys.shape
+    C = partial.shape[2]
+    BD = triton.next_power_of_2(D)
+    cos, sin, half = (qkv, qkv, 0) if rotary is None else rotary
+    block = triton.next_power_of_2(ring) if ring <= WHOLE else 8192 // BD
+    warps = min(16, max(4, block * BD // 2048))
+    options = early(qkv.device)
+    _attention_kernel[(batch * heads, C)](
+        qkv, keys, values, column, pads, cos, sin, partial, o, heads, ring, scale, half,
+        D=D, C=C, BD=BD, BR=block, ROTARY=rotary is not None, num_warps=warps, **options,
+    )  # fmt: skip
+    if C > 1:
+        _combine_kernel[(batch * heads,)](
+            partial, o, D=D, C=C, BC=triton.next_power_of_2(C), BD=BD, num_warps=4, **options
+        )
+
+
+@triton.jit
+def _rotated(x, cos, sin, position, e, inside, half, D: tl.constexpr, ROTARY: tl.constexpr, DTYPE: tl.constexpr):
+    """A head's vector x (BD,) in fp32, rotated and rounded to the dtype of the cache."""
+    y = tl.load(x + e, mask=inside, other=0.0).to(tl.float32)
+    if ROTARY:
+        partner = tl.where(e < half, e + half, tl.where(e < 2 * half, e - half, e))
+        other = tl.load(x + partner, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(cos + position * D + e, mask=inside, other=0.0)
+        s = tl.load(sin + position * D + e, mask=inside, other=0.0)
+        y = y * c + other * s
+    return y.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _attention_kernel(
+    qkv, keys, values, column, pads, cos, sin, partial, o, H, R, scale, half,
+    D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ROTARY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = pair // H, pair % H
+    e = tl.arange(0, BD)
+    inside = e < D
+    release_next(PDL)
+    after_previous(PDL)
+    dtype: tl.constexpr = keys.dtype.element_ty
+    now = tl.load(column)
+    first = tl.load(pads + b)
+    x = qkv + b * (3 * H * D) + h * D
+    q = _rotated(x, cos, sin, now - first, e, inside, half, D, ROTARY, dtype) * scale
+    new = now % R
+    is_first = part == 0  # takes the new token itself
+    own_k = _rotated(x + H * D, cos, sin, now - first, e, inside, half, D, ROTARY, dtype)
+    own_v = tl.load(x + 2 * H * D + e, mask=inside, other=0.0)
+    place = (pair * R + new) * D + e
+    tl.store(keys + place, own_k, mask=inside & is_first)
+    tl.store(values + place, own_v, mask=inside & is_first)
+    top = tl.where(is_first, tl.sum(q * own_k, 0), -float("inf"))
+    total = tl.where(is_first, 1.0, 0.0)
+    y = tl.where(is_first, own_v.to(tl.float32), 0.0)
+    used = tl.minimum(R, now + 1)  # columns of the ring that hold anything
+    share = tl.cdiv(tl.cdiv(used, C), BR) * BR
+    start = part * share
+    end = tl.minimum(start + share, used)
+    for r0 in range(start, end, BR):
+        r = r0 + tl.arange(0, BR)
+        t = now - (now - r + R) % R  # column of the token there
+        seen = (r < end) & (r != new) & (t >= first)
+        at = (pair * R + r[:, None]) * D + e[None, :]
+        read = seen[:, None] & inside[None, :]
+        k = tl.load(keys + at, mask=read, other=0.0).to(tl.float32)  # (BR, BD)
+        v = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
+        s = tl.where(seen, tl.sum(k * q[None, :], 1), -float("inf"))
+        higher = tl.maximum(top, tl.max(s, 0))
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp(s - safe)
+        shrink = tl.exp(top - safe)
+        total = total * shrink + tl.sum(p, 0)
+        y = y * shrink + tl.sum(p[:, None] * v, 0)
+        top = higher
+    if C == 1:
+        tl.store(o + pair * D + e, y / total, mask=inside)
+    else:
+        scratch = partial + (pair * C + part) * (D + 2)
+        tl.store(scratch + e, y, mask=inside)
+        tl.store(scratch + D, top)
+        tl.store(scratch + D + 1, total)
+
+
+@triton.jit
+def _combine_kernel(
+    partial, o, D: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
+):
+    pair = tl.program_id(0).to(tl.int64)
+    c, e = tl.arange(0, BC), tl.arange(0, BD)
+    release_next(PDL)
+    after_previous(PDL)
+    place = partial + (pair * C + c) * (D + 2)
+    top = tl.load(place + D, mask=c < C, other=-float("inf"))
+    total = tl.load(place + D + 1, mask=c < C, other=0.0)
+    weight = tl.exp(top - tl.max(top, 0))
+    y = tl.load(place[:, None] + e[None, :], mask=(c < C)[:, None] & (e < D)[None, :], other=0.0)
+    y = tl.sum(y * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(o + pair * D + e, y, mask=e < D)

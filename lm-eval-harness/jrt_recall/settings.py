@@ -1,0 +1,102 @@
+"""What may be set on an lm-eval command line beside a protocol, judged by what lm-eval parsed and not by the words typed:
+abbreviations, `--config` files and key=value strings come to the same."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from .protocols import PASSAGES, PREFIX
+
+METADATA = ("protocol", "n", "cut_with", "data", "seed", "max_items")
+"""Keys of --metadata that the recall tasks read."""
+OF_MODELS = ("pretrained", "tokenizer", "max_length")
+"""Keys that lm-eval adds from the model's arguments; named in --metadata they say the same."""
+# Settings that change prompts or answers, whatever their value, and what to do instead.
+_CONTRADICT = {
+    "gen_kwargs": "it contradicts the protocol, which fixes length, stop and greedy choice: leave it out",
+    "cache_requests": "lm-eval's request cache does not tell protocols, seeds and data apart: leave it out",
+}
+_CONTRADICT_RECALL = {
+    "apply_chat_template": "the prompts of the recall tasks are fixed: leave it out",
+    "system_instruction": "the prompts of the recall tasks are fixed: leave it out",
+    "fewshot_as_multiturn": "the prompts of the recall tasks are fixed: leave it out",
+    "num_fewshot": "examples belong to the strategies 1shot, 2shot ... of `jrt eval`: leave it out",
+}
+
+
+def parsed(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The settings of an lm-eval run as lm-eval merges them: a `--config` file, and the command line over it.
+
+    Raises ValueError for a file that cannot be read, and for keys that lm-eval does not know."""
+    from dataclasses import fields
+
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    settings: dict[str, Any] = {}
+    if namespace.config:
+        try:
+            settings = EvaluatorConfig.load_yaml_config(namespace.config)
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"--config: {error}") from error
+        known = {field.name for field in fields(EvaluatorConfig)}
+        if unknown := sorted(map(str, set(settings) - known)):
+            raise ValueError(f"--config {namespace.config}: lm-eval has no setting {', '.join(unknown)}")
+    settings.update({name: value for name, value in vars(namespace).items() if value or value == 0})
+    return settings
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for what would change a protocol, and for keys of --metadata that nothing reads."""
+    tasks = names_of(settings.get("tasks"))
+    of_recall = [task for task in tasks if is_recall(task)]
+    refused = _CONTRADICT | (_CONTRADICT_RECALL if of_recall else {})
+    for name, why in refused.items():
+        if settings.get(name):
+            raise ValueError(f"--{name}: {why}")
+    metadata = as_dict("metadata", settings.get("metadata"))
+    unknown = [str(key) for key in metadata if key not in (*METADATA, *OF_MODELS)]
+    if unknown and of_recall and len(of_recall) == len(tasks):  # tasks of others may read other keys
+        raise ValueError(f"--metadata: unknown key {', '.join(unknown)}; expected {', '.join(METADATA)}")
+
+
+def is_recall(task: str) -> bool:
+    """Whether a name on the command line means recall tasks of this package (a task, a tag or a pattern)."""
+    if task.startswith(("recall_super_glue", "recall_record")):
+        return False
+    return task.startswith(PREFIX.rstrip("_")) or any(task.startswith(name) for name in PASSAGES)
+
+
+def names_of(tasks: Any) -> list[str]:
+    """Task names of a list or of a string with commas. Raises ValueError for anything else."""
+    parts = [tasks] if isinstance(tasks, str) else [] if tasks is None else tasks
+    if not isinstance(parts, list | tuple):
+        raise ValueError(f"--tasks: expected names, got {tasks!r}")
+    return [name.strip() for part in parts for name in str(part).split(",") if name.strip()]
+
+
+def as_dict(name: str, value: Any) -> dict:
+    """A setting that is a dict, a key=value string or nothing. Raises ValueError for anything else."""
+    from lm_eval.utils import simple_parse_args_string
+
+    if not value:
+        return {}
+    if isinstance(value, str):
+        try:
+            return simple_parse_args_string(value)
+        except ValueError as error:
+            raise ValueError(f"--{name}: expected a JSON object or key=value pairs, got {value!r}") from error
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise ValueError(f"--{name}: expected a JSON object or key=value pairs, got {value!r}")
+
+
+def whole_number(name: str, value: Any, least: int = 0) -> int:
+    """A whole number, also one in quotes. Raises ValueError that names the setting."""
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.removeprefix("-").isdecimal() or not text.isascii():
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if int(text) < least:
+        raise ValueError(f"{name}: expected a number of at least {least}, got {text}")
+    return int(text)

@@ -1,0 +1,284 @@
+"""`jrt.decoding` gives what `LanguageModel.read` and transformers' own loop give: logits, states, tokens, outputs."""
+
+import copy
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from transformers import GenerationMixin
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from jrt import JRTConfig, JRTForCausalLM, presets
+from jrt.decoding.plain import PlainStep
+from jrt.decoding.session import Sessions
+from jrt.modeling_jrt import CACHE
+
+DEBUG = dataclasses.replace(presets()["debug"], vocab_rows=64)
+BIASES = ("conv.projections", "conv.filter", "attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
+CONFIGS = {
+    "all": DEBUG,
+    "decay": dataclasses.replace(DEBUG, pattern="LL", decay_const=-3, decay_projection=True, feature_scale=16),
+    "odd rotary": dataclasses.replace(DEBUG, pattern="SA", rotary_dim=7, inverse_layer_scale=True, biases=BIASES),
+    "odd sizes": dataclasses.replace(DEBUG, pattern="CMAS", width=44, rotary_dim=11, conv_kernel=4, conv_expand=1.5),
+}
+PROMPT, NEW = 21, 12
+CLOSE = 1e-5  # of the largest logit
+gpu = pytest.mark.gpu
+
+
+def make_model(config=DEBUG, dtype=torch.float32, device="cpu") -> JRTForCausalLM:
+    """Random weights, large enough that tokens differ from each other."""
+    torch.manual_seed(0)
+    architecture = config.to_dict()
+    model = JRTForCausalLM(JRTConfig(architecture=architecture, vocab_tokens=60, eos_token_id=7, pad_token_id=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def make_prompts(rows: int, device="cpu") -> dict[str, torch.Tensor]:
+    """Prompts of different lengths where there are several, padded on the left."""
+    ids = torch.randint(10, 60, (rows, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row in range(rows - 1):
+        mask[row, : 5 - row] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def by_transformers():
+    """`generate` with transformers' own loop."""
+    return mock.patch.object(JRTForCausalLM, "_sample", GenerationMixin._sample)
+
+
+def largest_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative to the largest value."""
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)).item()
+
+
+def check_step(make_step, config, rows: int, dtype=torch.float32, device="cpu", bound=CLOSE, steps=NEW) -> None:
+    """Compares `steps` steps, and the states after them, with `read`."""
+    model = make_model(config, dtype, device).model
+    prompts = make_prompts(rows, device)
+    mask = prompts["attention_mask"].bool() if rows > 1 else None
+    with torch.no_grad():
+        _, state = model.read(prompts["input_ids"], attention_mask=mask)
+        step = make_step(model, rows)
+        step.load(state)
+        for number in range(steps):
+            tokens = torch.full((rows,), 3 + number, device=device) + torch.arange(rows, device=device)
+            hidden, state = model.read(tokens[:, None], state=state)
+            logits = step.advance(tokens)
+            step.position.seen += 1
+            assert largest_error(logits, model.head(hidden)[:, 0]) <= bound, number
+    after = step.export()
+    assert after.seen == state.seen and torch.equal(after.lengths, state.lengths)
+    for got, want in zip(after.layers, state.layers, strict=True):
+        pairs = [(got, want)] if torch.is_tensor(want) else zip(got, want, strict=True)
+        for ours, theirs in pairs:
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            assert largest_error(ours, theirs) <= bound
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plain_step_is_read(name, rows, whole):
+    check_step(lambda model, rows: PlainStep(model, rows, 64, whole), CONFIGS[name], rows)
+
+
+def test_the_plain_step_in_double_precision():
+    check_step(lambda model, rows: PlainStep(model, rows, 64, whole=False), DEBUG, 2, torch.float64, bound=1e-12)
+
+
+class Favourite(LogitsProcessor):
+    """Looks at the host at each step, as a captured choice could not."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, input_ids.shape[1] % 50] += float(scores.max()) / 2
+        return scores
+
+
+class Odd(StoppingCriteria):
+    """Ends a row at an odd token beyond 40."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, -1] > 40) & (input_ids[:, -1] % 2 == 1)
+
+
+ENDS = [7, *range(20, 34)]
+CALLS = {
+    "greedy": {},
+    "ends": {"eos_token_id": ENDS},
+    "sampled": {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.95},
+    "sampled with ends": {"do_sample": True, "top_k": 0, "eos_token_id": ENDS},
+    "several a prompt": {"do_sample": True, "num_return_sequences": 2},
+    "repetition penalty": {"repetition_penalty": 1.5, "min_new_tokens": 4},
+    "own processor": {"logits_processor": LogitsProcessorList([Favourite()])},
+    "own criterion": {"stopping_criteria": StoppingCriteriaList([Odd()])},
+    "beams": {"num_beams": 3},
+    "without a cache": {"use_cache": False},
+}
+
+
+def check_call(model, rows: int, call: dict, new: int = NEW) -> None:
+    """The same tokens with and without `jrt.decoding`."""
+    prompts = make_prompts(rows, model.device)
+    arguments = {"do_sample": False, "max_new_tokens": new} | call
+    torch.manual_seed(2)
+    ours = model.generate(**prompts, **arguments)
+    with by_transformers():
+        torch.manual_seed(2)
+        theirs = model.generate(**prompts, **arguments)
+    assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", CALLS)
+def test_generate_gives_transformers_tokens(name, rows):
+    check_call(make_model(), rows, CALLS[name])
+
+
+def check_outputs(model, rows: int, new: int = NEW) -> None:
+    """The same scores, logits and cache, from which both go on alike."""
+    arguments = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": ENDS}
+    arguments |= {"output_scores": True, "output_logits": True}
+    prompts = make_prompts(rows, model.device)
+    ours = model.generate(**prompts, **arguments)
+    with by_transformers():
+        theirs = model.generate(**prompts, **arguments)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for name in ("scores", "logits"):
+        for got, want in zip(ours[name], theirs[name], strict=True):
+            assert torch.equal(got.isfinite(), want.isfinite())
+            assert largest_error(got[got.isfinite()], want[want.isfinite()]) <= CLOSE
+    assert ours[CACHE].state.seen == theirs[CACHE].state.seen == ours.sequences.shape[1] - 1
+    last = ours.sequences[:, -1:]
+    with torch.no_grad():
+        got, want = (model(last, past_key_values=outputs[CACHE]).logits for outputs in (ours, theirs))
+    assert largest_error(got, want) <= CLOSE
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_scores_logits_and_cache_are_transformers_own(rows):
+    check_outputs(make_model(), rows)
+
+
+def test_a_cache_that_was_given_goes_on_and_is_moved_on():
+    model, prompts = make_model(), make_prompts(1)
+    sequences = []
+    for loop in (by_transformers(), mock.MagicMock()):
+        with loop, torch.no_grad():
+            cache = model(prompts["input_ids"][:, :-1], use_cache=True)[CACHE]
+            arguments = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False}
+            sequences.append(model.generate(prompts["input_ids"], **arguments))
+            assert cache.get_seq_length() == PROMPT + NEW - 1
+    assert torch.equal(*sequences)
+
+
+class Collected(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_gets_every_token():
+    model, streamer = make_model(), Collected()
+    out = model.generate(**make_prompts(1), max_new_tokens=NEW, do_sample=False, streamer=streamer)
+    assert streamer.tokens == out[0].tolist() and streamer.ended
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"), [({"use_cache": False}, "use_cache is off"), ({"max_new_tokens": NEW}, "forward hooks")]
+)
+def test_what_it_cannot_serve_goes_to_transformers_with_a_reason(call, reason, caplog):
+    model = make_model()
+    if "hooks" in reason:
+        model.model.norm.register_forward_hook(lambda module, inputs, output: output)
+    with caplog.at_level(logging.DEBUG, logger="jrt"):
+        model.generate(**make_prompts(1), do_sample=False, **({"max_new_tokens": 2} | call))
+    assert reason in caplog.text
+
+
+def test_a_copy_of_a_model_starts_without_sessions():
+    model = make_model()
+    model.sessions.kept.append(((), mock.sentinel.session))
+    assert isinstance(copy.deepcopy(model).sessions, Sessions) and not copy.deepcopy(model).sessions.kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_triton_kernels_in_the_interpreter(rows, monkeypatch):
+    """Triton looks for its interpreter once: a process of its own."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_triton_kernels_in_the_interpreter[{rows}]"],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return
+    from jrt.decoding.fused import FusedStep
+    from jrt.ops.steps import launch
+
+    monkeypatch.setattr(launch, "PROGRAMS", 4)  # the interpreter is slow
+    for config in CONFIGS.values():
+        check_step(lambda model, rows: FusedStep(model, rows, 64), config, rows, steps=2)
+
+
+def fused(model, rows):
+    from jrt.decoding.fused import FusedStep
+
+    return FusedStep(model, rows, 64)
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 3, 20, 70])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", CLOSE), ("bfloat16", 5e-2), ("float16", 1e-2)])
+def test_the_kernels_are_read(name, rows, dtype, bound):
+    check_step(fused, CONFIGS[name], rows, getattr(torch, dtype), "cuda", bound)
+
+
+@gpu
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_captured_step_gives_transformers_tokens(name, rows, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr("jrt.decoding.fused.unsupported", lambda model: "switched off")
+    check_call(make_model(device="cuda"), rows, CALLS[name], new=40)
+
+
+@gpu
+def test_a_captured_step_gives_scores_logits_and_cache():
+    check_outputs(make_model(device="cuda"), 3, new=40)
+
+
+@gpu
+def test_a_session_serves_later_calls_and_sees_new_weights():
+    model = make_model(device="cuda")
+    check_call(model, 2, {}, new=40)
+    [(_, session)] = model.sessions.kept
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    check_call(model, 2, {}, new=33)
+    assert model.sessions.kept[0][1] is session
+    model.half()
+    model.generate(**make_prompts(2, "cuda"), max_new_tokens=40, do_sample=False)
+    assert all(kept is not session for _, kept in model.sessions.kept)

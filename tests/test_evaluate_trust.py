@@ -1,0 +1,167 @@
+"""`jrt eval` of models that get something wrong: each is run as it can be, says so, and gives the answers of one prompt at a time."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from jrt_recall.tokenizers import shipped_tokenizer
+from random_models import save_random_model
+
+from jrt.cli import main
+from jrt.evaluate import ModelSpec, open_model
+from jrt.evaluate.models import position_bound
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tiny_models
+
+WORDS = (
+    ["the", "valve", "opens", "slowly", "when", "pressure", "in", "the", "outer", "chamber", "rises", "above", "one", "bar", "and", "closes", "again", "at", "night"]
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function from a kind of tiny model to its folder, with the shipped tokenizer and its vocabulary."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(kind: str, name: str = "", **files: dict) -> str:
+        path = root / (name or kind)
+        if not path.exists():
+            torch.manual_seed(0)
+            config = tiny_models.configuration(kind)
+            config.vocab_size = 4096
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim >= 2:
+                        parameter.normal_(std=0.4)
+            model.save_pretrained(path)
+            shipped_tokenizer().save_pretrained(path)
+            for file, fields in files.items():
+                (path / f"{file}.json").write_text(json.dumps(json.loads((path / f"{file}.json").read_text()) | fields))
+        return str(path)
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of_passages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("passages")
+    texts = [" ".join(WORDS[(3 * i + j * (i + 1)) % len(WORDS)] for j in range(4 + 11 * i)) for i in range(4)]
+    rows = [
+        {"context": text, "question": f"what does {WORDS[i]} do?", "answers": ["zz"]} for i, text in enumerate(texts)
+    ]
+    rows += [{"context": texts[3], "question": f"why {word}?", "answers": ["zz"]} for word in WORDS[:3]]
+    (folder / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def answered(model, passages, output, *more, expected=0):
+    given = [
+        "eval",
+        "--model",
+        model,
+        "--tasks",
+        "qa_squad",
+        "--passages",
+        str(passages),
+        "--output",
+        str(output),
+        *more,
+    ]
+    assert main(given) == expected
+    lines = (output / "predictions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], json.loads((output / "manifest.json").read_text())
+
+
+def alone(folder, prompts):
+    """Greedy answers of transformers itself, one prompt at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = shipped_tokenizer()
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        new = model.generate(ids, max_new_tokens=48, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        found.append(tokenizer.decode(new, skip_special_tokens=True).split("\n")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares", "said"),
+    [("rwkv", False, "equal lengths"), ("mamba2", True, ""), ("bamba", True, ""), ("llama", True, "")],
+)
+def test_answers_are_those_of_one_prompt_at_a_time(kind, shares, said, saved, folder_of_passages, tmp_path, capsys):
+    rows, manifest = answered(saved(kind), folder_of_passages, tmp_path / "run")
+    assert [row["prediction"] for row in rows] == alone(saved(kind), [row["prompt"] for row in rows])
+    info = manifest["models"][saved(kind)]
+    assert info["shares_beginnings"] is shares and info["probe"]["passes"] <= 20
+    assert (said in " ".join(info["notes"])) and (not said) == (info["notes"] == [])
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert said in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_saved_settings_are_set_aside_and_named(saved, folder_of_passages, tmp_path, capsys):
+    plain, _ = answered(saved("llama"), folder_of_passages, tmp_path / "plain")
+    fields = {
+        "repetition_penalty": 1.3,
+        "num_return_sequences": 2,
+        "suppress_tokens": [5],
+        "cache_implementation": "no such",
+    }
+    other = saved("llama", "settings", generation_config=fields, config={"use_cache": False})
+    rows, manifest = answered(other, folder_of_passages, tmp_path / "other")
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in plain]
+    assert set(manifest["models"][other]["set_aside"]) >= set(fields)
+    assert "repetition_penalty=1.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '"text"'])
+def test_a_broken_generation_config_is_one_line(content, saved, folder_of_passages, tmp_path, capsys):
+    folder = saved("llama", f"broken{len(content)}{content[0]}")
+    (tmp_path / folder / "generation_config.json").write_text(content)
+    given = ["eval", "--model", folder, "--tasks", "qa_squad", "--passages", str(folder_of_passages)]
+    assert main([*given, "--output", str(tmp_path / "run")]) == 2
+    assert "generation_config.json" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_one_model_that_cannot_be_opened_is_a_row_and_not_the_end(folder_of_passages, tmp_path, capsys):
+    good, bad = save_random_model(tmp_path / "good", "CL"), tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_text("[]")
+    rows, manifest = answered(f"{bad},{good}", folder_of_passages, tmp_path / "run", expected=1)
+    assert len(rows) == 7 and {row["model"] for row in rows} == {good}
+    printed = capsys.readouterr().out
+    assert "not run" in printed and "expected a JSON object" in printed
+    assert manifest["complete"] is False and manifest["failed"][0]["model"] == str(bad)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    given = ["eval", "--model", str(bad), "--tasks", "qa_squad", "--passages", str(folder_of_passages)]
+    assert main([*given, "--output", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
+
+
+def test_ids_beyond_the_models_rows_make_one_item_invalid(saved, folder_of_passages, tmp_path, capsys):
+    folder = saved("llama", "extended")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["night"])
+    tokenizer.save_pretrained(folder)
+    rows, _ = answered(folder, folder_of_passages, tmp_path / "run")
+    (record,) = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 0 < len(rows) == record["n"] < 7 and record["invalid"] == 7 - len(rows)
+    assert "beyond the model's 4096 rows" in capsys.readouterr().out
+    answered(folder, folder_of_passages, tmp_path / "run", "--resume")
+
+
+def test_limits_are_read_whatever_their_name():
+    config = transformers.MptConfig(vocab_size=64, d_model=16, n_heads=2, n_layers=1, max_seq_len=64)
+    assert position_bound(transformers.AutoModelForCausalLM.from_config(config)) == 64
+    assert position_bound(tiny_models.tiny_model("gpt2")) == 128
+    assert position_bound(tiny_models.tiny_model("mamba")) is None
+
+
+def test_models_of_this_project_are_not_probed(tmp_path):
+    info = open_model(ModelSpec(save_random_model(tmp_path, "CP"))).info()
+    assert info.probe is None and info.pads and info.batches and not info.shares_beginnings and info.notes == []

@@ -1,0 +1,252 @@
+"""Documents as they come: what is clear is read, what is not makes one document invalid, and nothing ends in a traceback."""
+
+import datetime
+import decimal
+import json
+import re
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jrt_recall import data, items
+from jrt_recall.fields import answers_in
+from jrt_recall.items import _position
+from jrt_recall.protocols import PASSAGES
+from jrt_recall.settings import as_dict, check, names_of, whole_number
+
+PASSAGE = {"id": "a", "context": "A small page.\nopen_valve(pressure, angle)", "question": "open_valve("}
+CLOZE = {"context": "The valve opens at noon.", "question": "The valve opens at", "orig_question": "When?"}
+
+
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        ("pressure", ("pressure",)),
+        (["a", "b"], ("a", "b")),
+        ({"text": ["a", "b"], "answer_start": [1, 2]}, ("a", "b")),
+        ({"text": "a"}, ("a",)),
+        ([{"text": "a"}, "b"], ("a", "b")),
+        ({"value": "a", "aliases": ["b"]}, ("a", "b")),
+        ([" a "], (" a ",)),
+    ],
+)
+def test_answers_are_read_in_all_clear_shapes(value, answers):
+    assert answers_in("here", value) == answers
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "null"),
+        (12, "a number"),
+        (True, "true or false"),
+        ([], "empty"),
+        ([" "], "blank"),
+        ("", "blank"),
+        (["a", 3], "a number"),
+        ([["a"]], "a list"),
+        ({"text": None}, "null"),
+        ({"answer_start": [1]}, "an object"),
+        (["\ud83d"], "surrogate"),
+    ],
+)
+def test_other_answers_say_why_they_are_not_read(value, said):
+    with pytest.raises(ValueError, match=f"here.*{said}"):
+        answers_in("here", value)
+
+
+def passages(folder, rows, name="squad"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return items(f"qa_{name}", data=folder)
+
+
+def test_ids_never_alias(tmp_path):
+    ids = ["q1", "q1", None, 2, "2", "q1#1", "q1"]
+    found = passages(tmp_path, [PASSAGE | {"id": own, "answers": [f"a{n}"]} for n, own in enumerate(ids)])
+    assert len({item.id for item in found.items}) == len(ids)
+    assert [item.answers for item in found.items] == [(f"a{n}",) for n in range(len(ids))]
+    assert found.items[0].id == "qa_squad/q1" and found.items[2].id == "qa_squad/2"
+    again = passages(tmp_path, [PASSAGE | {"id": own, "answers": [f"a{n}"]} for n, own in enumerate(ids[:3])])
+    assert [item.id for item in again.items] == [item.id for item in found.items[:3]]  # whatever follows
+
+
+def test_ids_of_a_mirror_never_alias(tmp_path):
+    data.store(
+        "drop", [CLOZE | {"id": None, "answers": ["noon"]}, CLOZE | {"id": None, "answers": ["zebra"]}], "t", tmp_path
+    )
+    assert [item.id for item in items("drop", protocol="full", data=tmp_path).items] == ["drop/0", "drop/1"]
+
+
+def test_fields_that_are_no_text_make_a_document_invalid_and_are_counted(tmp_path):
+    good = PASSAGE | {"answers": ["pressure"]}
+    bad = [good | {"context": None}, good | {"question": 3}, good | {"answers": None}, good | {"context": "a\ud83d"}]
+    found = passages(tmp_path, [*bad, good])
+    assert len(found.items) == 1 and len(found.invalid) == 4
+    for said in ("'context' must be a string, got null", "'question' must be a string", "'answers'", "surrogate"):
+        assert any(said in reason for reason in found.invalid)
+    pages = [
+        {"doc_id": 1, "text": "made by Ann", "attributes": a} for a in ({"maker": "Ann"}, None, ["x"], {"maker": 7})
+    ]
+    found = passages(tmp_path, pages, "fda")
+    assert [item.answers for item in found.items] == [("Ann",)] and len(found.invalid) == 3
+
+
+def test_any_answer_counts_and_the_window_lies_around_the_first_that_stands(tmp_path, monkeypatch):
+    words = [f"w{n}" for n in range(400)]
+    row = PASSAGE | {"context": " ".join(words), "question": "which?", "answers": ["nowhere", "w300", "w20"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(row) + "\n")
+    found = items("qa_squad", protocol="w2000-a50", tokenizer="shipped", data=tmp_path)
+    assert found.protocol.version == 2 and found.items[0].answers == ("nowhere", "w300", "w20")
+    narrow = items("qa_squad", protocol="jrt-table2-512", tokenizer="shipped", data=tmp_path).items[0]
+    assert "w300" in narrow.doc["text"] and "w20 " not in narrow.doc["text"] and not narrow.lost
+
+
+def test_answers_with_a_line_feed_are_counted_as_unreachable(tmp_path):
+    rows = [PASSAGE | {"answers": answers} for answers in (["open_valve\n("], ["a\nb", "angle"], ["angle"])]
+    assert passages(tmp_path, rows).unreachable == 1
+
+
+def test_position_is_where_the_metric_finds_the_answer():
+    text = "İ" * 10 + " Straße ends"  # lower() makes the first letters longer
+    assert _position(("ENDS",), text) == text.index("ends") / len(text)
+    assert _position(("strasse",), text) is None and not re.search("strasse", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps(PASSAGE).encode("utf-16"), r"squad.jsonl, line 1: .*UTF-16"),
+        (b'{"id": 1}\n{"id": "\xe9"}\n', r"squad.jsonl, line 2: not UTF-8 \(byte 0xe9\)"),
+        (b"[" * 100_000, r"squad.jsonl, line 1: JSON that cannot be read"),
+        (b'{"id": ' + b"9" * 5000 + b"}", r"squad.jsonl, line 1: JSON that cannot be read"),
+    ],
+)
+def test_broken_files_are_one_line_with_file_and_row(tmp_path, content, said):
+    (tmp_path / "squad.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        items("qa_squad", data=tmp_path)
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "squad.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(PASSAGE | {"answers": "x"}).encode())
+    assert len(items("qa_squad", data=tmp_path).items) == 1
+
+
+@pytest.mark.parametrize("value", [datetime.datetime(2024, 1, 2), decimal.Decimal("1.5"), b"x", {"a": [b"x"]}])
+def test_parquet_columns_that_json_cannot_hold_are_left_out(tmp_path, value):
+    file = tmp_path / "in.parquet"
+    rows = [CLOZE | {"answers": ["noon"], "more": value, "kept": {"a": [1]}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    data.import_file("drop", file, tmp_path / "mirror")
+    (row,) = data.load("drop", tmp_path / "mirror").rows
+    assert row == CLOZE | {"answers": ["noon"], "kept": {"a": [1]}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([CLOZE | {"answers": [b"noon"]}]), file)
+    with pytest.raises(ValueError, match=r"no text in answers \(list\)"):
+        data.import_file("drop", file, tmp_path / "mirror")
+
+
+def test_a_file_that_is_no_parquet_is_one_line(tmp_path):
+    (tmp_path / "in.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        data.import_file("drop", tmp_path / "in.parquet", tmp_path / "mirror")
+
+
+def test_a_lone_surrogate_goes_through_a_mirror_and_makes_one_document_invalid(tmp_path):
+    file = tmp_path / "in.jsonl"
+    rows = [CLOZE | {"answers": ["noon"]}, CLOZE | {"answers": ["noon"], "context": "cut \ud83d"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.import_file("drop", file, tmp_path / "mirror")
+    found = items("drop", protocol="full", data=tmp_path / "mirror")
+    assert len(found.items) == 1 and "surrogate" in found.invalid[0]
+
+
+# Whatever a user may have: no error but ValueError.
+
+TEXT = st.text(st.characters(codec=None, categories=("L", "N", "P", "Z", "Cs", "Cc")), max_size=30)
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+VALUE = st.recursive(
+    SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
+)
+ANSWERS = (
+    VALUE
+    | st.lists(TEXT, max_size=3)
+    | st.fixed_dictionaries({"text": VALUE})
+    | st.fixed_dictionaries({"aliases": VALUE})
+)
+ROWS = {
+    "qa_squad": st.fixed_dictionaries(
+        {"context": VALUE, "question": VALUE, "answers": ANSWERS}, optional={"id": VALUE, "problem": TEXT}
+    ),
+    "qa_fda": st.fixed_dictionaries({"text": VALUE, "attributes": VALUE}, optional={"doc_id": VALUE}),
+}
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+def documents_never_end_in_a_traceback(folder):
+    @given(st.sampled_from(sorted(PASSAGES)), st.data(), st.sampled_from(["once", "twice", "3x"]))
+    def run(task, draw, strategy):
+        rows = draw.draw(st.lists(ROWS["qa_fda" if task == "qa_fda" else "qa_squad"], max_size=4))
+        (folder / f"{task.removeprefix('qa_')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            found = items(task, strategy, data=folder)
+        except ValueError as error:
+            assert str(error)
+        else:
+            assert len({item.id for item in found.items}) == len(found.items) > 0
+            assert len(found.items) + found.dropped + len(found.invalid) == found.documents
+            json.dumps([item.prompt for item in found.items]).encode("utf-8")
+
+    return run
+
+
+def files_never_end_in_a_traceback(folder):
+    @given(
+        st.binary(max_size=60) | TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.sampled_from(["jsonl", "json"]),
+    )
+    def run(content, kind):
+        file = folder / f"in.{kind}"
+        file.write_bytes(content)
+        try:
+            data.import_file("drop", file, folder / "mirror")
+        except ValueError as error:
+            assert str(error)
+
+    return run
+
+
+def options_never_end_in_a_traceback(_):
+    @given(
+        st.dictionaries(st.sampled_from(["tasks", "metadata", "model_args", "gen_kwargs", "num_fewshot"]) | TEXT, VALUE)
+    )
+    def run(options):
+        try:
+            check(options)
+            as_dict("model_args", options.get("model_args"))
+            whole_number("n", options.get("n"))
+            names_of(options.get("tasks"))
+        except ValueError as error:
+            assert str(error)
+
+    return run
+
+
+KINDS = [
+    (documents_never_end_in_a_traceback, 12_000, 300),
+    (files_never_end_in_a_traceback, 4_000, 100),
+    (options_never_end_in_a_traceback, 4_000, 100),
+]
+
+
+@pytest.mark.parametrize(("kind", "examples"), [(kind, few) for kind, _, few in KINDS])
+def test_generated_inputs(kind, examples, tmp_path):
+    settings(max_examples=examples, **QUIET)(kind(tmp_path))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "examples"), [(kind, many) for kind, many, _ in KINDS])
+def test_many_generated_inputs(kind, examples, tmp_path):
+    settings(max_examples=examples, **QUIET)(kind(tmp_path))()
