@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from jrt_recall import PROTOCOLS, data, fixtures, protocol_named
 
-from jrt.evaluate import layouts
-from jrt.evaluate.report import collect
-from jrt.evaluate.tables import SUPER_GLUE_SIZES, published_tables
+from jrt.evaluate import layouts, mixtures
+from jrt.evaluate.report import Collected, collect, paper_table
+from jrt.evaluate.tables import SUPER_GLUE_SIZES, aligned, published_tables
 from jrt.files import json_lines, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +48,12 @@ def write_run(folder, model, cells, dtype="float32", short_prompt=None, versions
 
 def table1_cells(once=0.25, twice=0.5):
     return {(c.task, c.strategy, c.protocol): once if c.strategy == "once" else twice for c in TABLE1.columns}
+
+
+def text_of(folders, layout):
+    """The table and what stands below it, without the page and its figures."""
+    _, (header, rows), below = paper_table(layout, Collected(folders))
+    return "\n".join([aligned(header, rows), *below])
 
 
 def test_table_5_from_the_kernel_profile(tmp_path):
@@ -124,7 +130,7 @@ def test_the_mean_gain_is_the_papers_formula(tmp_path):
     write_run(tmp_path / "b", "other/model", table1_cells(twice=0.75))
     partial = dict(list(table1_cells().items())[:3])
     write_run(tmp_path / "c", "third/model", partial)
-    text, _ = collect([tmp_path / name for name in "abc"], tmp_path / "out", "mean-gain")
+    text = text_of([tmp_path / name for name in "abc"], "mean-gain")
     lines = text.splitlines()
     own = TABLE1.rows["mamba-130m", ""]
     gain = sum(own[1::2]) / 6 - sum(own[::2]) / 6
@@ -140,23 +146,25 @@ def test_cells_that_were_not_measured_alike_have_a_mark_and_a_reason(tmp_path):
     write_run(tmp_path / "b", "state-spaces/mamba-370m", table1_cells(), dtype="bfloat16", versions=other)
     elsewhere = {("recall_fda", "once", "w2000-a50"): 0.5, ("recall_fda", "twice", "jrt-table1"): 0.5}
     write_run(tmp_path / "c", "state-spaces/mamba-1.4b", elsewhere)
-    text, _ = collect([tmp_path / name for name in "abc"], tmp_path / "out", "table1")
+    text = text_of([tmp_path / name for name in "abc"], "table1")
     row = next(line for line in text.splitlines() if line.startswith("FDA once"))
     assert "25.0 (25.7)" in row and "25.0 a (41.9)" in row and row.rstrip().endswith("50.0 b")
     assert "a: dtype bfloat16, the others float32; torch 2.11.0, the others 2.13.0" in text
     assert "b: measured under w2000-a50, not jrt-table1: no published value beside it" in text
-    plain, _ = collect([tmp_path / name for name in "abc"], tmp_path / "out")
-    assert "not measured alike: state-spaces/mamba-370m [bfloat16]: dtype bfloat16" in plain
+    found = Collected([tmp_path / name for name in "abc"])
+    assert mixtures.unlike(found.settings)[0].startswith(
+        "not measured alike: state-spaces/mamba-370m [bfloat16]: dtype bfloat16"
+    )
 
 
 def test_a_layout_lists_the_runs_it_lacks(tmp_path):
     write_run(tmp_path / "a", "state-spaces/mamba-130m", {("recall_fda", "once", "jrt-table1"): 0.5})
-    text, _ = collect([tmp_path / "a"], tmp_path / "out", "table14")
+    text = text_of([tmp_path / "a"], "table14")
     model = "missing: jrt eval --model state-spaces/mamba-130m --tasks"
     assert f"{model} recall_fda,recall_squad,recall_swde --strategy 2shot --protocol jrt-table1" in text
     cells = {(c.task, c.strategy, c.protocol): 0.5 for c in published_tables()["table4"].columns}
     write_run(tmp_path / "b", "hazyresearch/JRT-360M-30B", cells, short_prompt="repeat")
-    text, _ = collect([tmp_path / "b"], tmp_path / "out", "table4")
+    text = text_of([tmp_path / "b"], "table4")
     assert "50.0 (82.0)" in text and "--short-prompt iterate" in text and "--short-prompt repeat" not in text
 
 

@@ -130,12 +130,7 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
         more = [protocols_side_by_side(found.records, found.predictions), *mixtures.unlike(found.settings)]
         text = "\n".join([text, *filter(None, more)]).rstrip("\n") + "\n"
     else:
-        if layout == "mean-gain":
-            title = titles[layout]
-            (header, rows), notes_below = layouts.mean_gain(found.records)
-            notes_below += mixtures.unlike(found.settings)
-        else:
-            title, (header, rows), notes_below = _paper_table(layout, found)
+        title, (header, rows), notes_below = paper_table(layout, found)
         below = "".join(f"{line}\n" for line in notes_below)
         text = f"{title}\n{MEASURED_PUBLISHED}\n\n{aligned(header, rows)}\n{below}\n{text}"
     output.mkdir(parents=True, exist_ok=True)
@@ -149,15 +144,20 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     return text, FILES
 
 
-def _paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
-    """Title, rows, and what stands below: the reason of each mark, and the runs that are missing."""
+def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
+    """Title, rows, and what stands below: the reason of each mark, and the runs that are missing.
+
+    Raises ValueError where no run holds a cell of the table."""
+    if layout == "mean-gain":
+        rows, below = layouts.mean_gain(found.records)
+        return layouts.TITLES[layout], rows, [*below, *mixtures.unlike(found.settings)]
     table = published_tables()[layout]
     mixed = mixtures.mixture(table, found.records, found.settings)
-    header, rows = layout_rows(table, found.records, found.predictions, mixed)
-    if not rows:
+    header, lines = layout_rows(table, found.records, found.predictions, mixed)
+    if not lines:
         cells = dict.fromkeys(f"{column.task} {column.strategy} under {column.protocol}" for column in table.columns)
         raise ValueError(f"no run holds a cell of {table.title}; it is made of {', '.join(cells)}")
-    return table.title, (header, rows), [*mixed.reasons, *layouts.missing_runs(table, found.records)]
+    return table.title, (header, lines), [*mixed.reasons, *layouts.missing_runs(table, found.records)]
 
 
 def _written_table(
