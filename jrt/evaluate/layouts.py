@@ -16,7 +16,7 @@ from jrt_recall.fixtures import SOURCE as GENERATED
 from jrt_recall.protocols import GPT2, PUBLISHED
 from jrt_recall.tokenizers import cutting_tokenizer, token_ids
 
-from jrt.evaluate.folder import cell_of
+from jrt.evaluate.folder import Cell, cell_of
 from jrt.evaluate.tables import Rows, Table, beside, mean, published_row, published_tables, super_glue_rows
 
 TITLES = {
@@ -103,7 +103,9 @@ def datasets(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
     rows = []
     for name in there:
         documents = data.load(name, paths[0])
-        lengths = [len(token_ids(tokenizer, row.get("context", row.get("text")))) for row in documents.rows]
+        lengths = [
+            len(token_ids(tokenizer, row["context"] if "context" in row else row["text"])) for row in documents.rows
+        ]
         count, tokens = (None, None) if documents.source.startswith(GENERATED) else _DOCUMENTS[name]
         examples = f"{len(lengths)}" if count is None else f"{len(lengths)} ({count})"
         rows.append([name, examples, beside(sum(lengths) / len(lengths), tokens)])
@@ -138,7 +140,7 @@ def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
     published: list[float] = []
     missing = []
     for model in dict.fromkeys(record["model"] for record in records):
-        cells = {(c.label, c.strategy): scores.get((model, c.task, c.strategy, c.protocol)) for c in table.columns}
+        cells = {(c.label, c.strategy): scores.get(Cell(model, c.task, c.strategy, c.protocol)) for c in table.columns}
         absent = [label for (label, _), score in cells.items() if score is None]
         if absent:
             missing.append(f"missing: {model}: {', '.join(absent)}")
@@ -177,7 +179,7 @@ def missing_runs(table: Table, records: Sequence[dict]) -> list[str]:
     lines = []
     for model in dict.fromkeys(record["model"] for record in records):
         wanted: dict[tuple[str, str], list[str]] = {}
-        cells = {(model, column.task, column.strategy, column.protocol) for column in table.columns}
+        cells = {Cell(model, column.task, column.strategy, column.protocol) for column in table.columns}
         if not cells & run:
             continue
         for _, task, strategy, protocol in sorted(cells - run):

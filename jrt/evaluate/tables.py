@@ -255,8 +255,8 @@ def layout_rows(
             for column, cell in zip(table.columns, read, strict=True)
         ]
         generated = any(of_cell[cell]["source"].startswith(GENERATED) for cell in read if cell in of_cell)
-        row = None if generated else published_row(table, model)
-        paper: list[float | None] = [None] * len(cells) if row is None else list(row)
+        known = None if generated else published_row(table, model)
+        paper: list[float | None] = [None] * len(cells) if known is None else list(known)
         letters = [mixed.letters.get(cell, "") for cell in cells]
         if scores:
             measured.append(mean(measured))
@@ -266,7 +266,9 @@ def layout_rows(
             any(cell in mixed.substitutes for cell in cells)
         ] * scores
         paper = [None if substituted else value for value, substituted in zip(paper, other, strict=True)]
-        texts = [beside(value, known, letter) for value, known, letter in zip(measured, paper, letters, strict=True)]
+        texts = [
+            beside(value, printed, letter) for value, printed, letter in zip(measured, paper, letters, strict=True)
+        ]
         lines.append([model, *texts])
     labels = [column.label for column in table.columns] + ["average"] * scores
     if lines and len(labels) > _WIDE + 1:
