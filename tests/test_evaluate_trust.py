@@ -17,9 +17,27 @@ from jrt.evaluate.models import position_bound
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tiny_models
 
-WORDS = (
-    ["the", "valve", "opens", "slowly", "when", "pressure", "in", "the", "outer", "chamber", "rises", "above", "one", "bar", "and", "closes", "again", "at", "night"]
-)
+WORDS = [
+    "the",
+    "valve",
+    "opens",
+    "slowly",
+    "when",
+    "pressure",
+    "in",
+    "the",
+    "outer",
+    "chamber",
+    "rises",
+    "above",
+    "one",
+    "bar",
+    "and",
+    "closes",
+    "again",
+    "at",
+    "night",
+]
 
 
 @pytest.fixture(scope="module")

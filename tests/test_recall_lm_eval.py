@@ -1,5 +1,7 @@
 """lm-eval's own swde, fda and squad_completion as protocols, with the installed lm-eval as their referee; windows by number."""
 
+import json
+
 import pytest
 from jrt_recall import data, fixtures, items, prompt, protocol_named
 from jrt_recall.scoring import contains
@@ -73,6 +75,15 @@ def test_reading_twice_repeats_the_whole_text():
     with pytest.raises(ValueError, match="'text' is empty"):
         prompt("fda", {**row, "text": " "}, "once", "lm-eval-v1")
     assert prompt("fda", row, "twice", "jrt-table1") == prompt("fda", row, "twice")
+
+
+def test_passages_have_the_same_prompts_under_lm_evals_rules_as_whole(tmp_path):
+    line = {"context": "The river Ane ends at Tol.", "question": "Where does the Ane end?", "answers": ["Tol"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(line) + "\n")
+    prompts = [
+        items("qa_squad", protocol=name, data=tmp_path).items[0].prompt for name in ("lm-eval-v0", "lm-eval-v1", "full")
+    ]
+    assert prompts == ["The river Ane ends at Tol.\nQuestion: Where does the Ane end?\nAnswer:"] * 3
 
 
 @pytest.mark.parametrize("task", ["drop", "nq_1024", "triviaqa", "qa_fda", "reference_pages_512"])

@@ -208,7 +208,8 @@ def _document_items(
             break
         looked_at += 1
         try:
-            doc = row if protocol.name in LM_EVAL else _as_read(task, row)
+            as_it_is = protocol.name in LM_EVAL and task not in PASSAGES  # lm-eval's tasks read a dataset's own text
+            doc = row if as_it_is else _as_read(task, row)
             answers = _as_scored(task, doc, protocol)
             kept: dict | None = doc
             if tokenizer is not None and protocol.window is not None:
