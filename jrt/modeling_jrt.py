@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import (
-    GenerateDecoderOnlyOutput,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -346,7 +345,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> Any:
         """Greedy and sampled decoding: by `jrt.decoding`, or by transformers' loop where that names a reason."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         reason = unsupported(
@@ -355,7 +354,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if reason is None:
             return decode(self, self.model, self.sessions, *arguments, streamer, model_kwargs)
         log.debug("decoding by transformers' loop: %s", reason)
-        return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        rest = {"synced_gpus": synced_gpus, "streamer": streamer, **model_kwargs}
+        return super()._sample(*arguments, **rest)  # type: ignore[misc,arg-type]  # typed for the class it is mixed into
 
     def _loss(
         self,

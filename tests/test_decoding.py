@@ -36,7 +36,9 @@ def make_model(config=DEBUG, dtype=torch.float32, device="cpu") -> JRTForCausalL
     """Random weights, large enough that tokens differ from each other."""
     torch.manual_seed(0)
     architecture = config.to_dict()
-    model = JRTForCausalLM(JRTConfig(architecture=architecture, vocab_tokens=60, eos_token_id=7, pad_token_id=1))
+    model = JRTForCausalLM(
+        JRTConfig(architecture=architecture, vocab_tokens=60, eos_token_id=7, pad_token_id=1, short_prompt_token=9)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
@@ -282,3 +284,29 @@ def test_a_session_serves_later_calls_and_sees_new_weights():
     model.half()
     model.generate(**make_prompts(2, "cuda"), max_new_tokens=40, do_sample=False)
     assert all(kept is not session for _, kept in model.sessions.kept)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rule", ["none", "pad", "repeat", "iterate"])
+def test_prompts_that_were_filled_up_go_on_as_in_transformers_loop(rule, rows):
+    """A filled prompt has more columns than `generate` counts, and a window longer than the prompt shows them."""
+    config = dataclasses.replace(DEBUG, pattern="CPSA", window=40, enc_length=64)
+    model, prompts = make_model(config), make_prompts(rows)
+    settings = {
+        "short_prompt": rule,
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    ours = model.generate(**prompts, **settings)
+    with by_transformers():
+        theirs = model.generate(**prompts, **settings)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for got, want in zip(ours.logits, theirs.logits, strict=True):
+        assert largest_error(got, want) <= CLOSE
+    if rule != "iterate":
+        assert ours[CACHE].get_seq_length() == theirs[CACHE].get_seq_length()
+        more = torch.full((rows, 1), 11)
+        goes_on = [model(more, past_key_values=output[CACHE]).logits for output in (ours, theirs)]
+        assert largest_error(*goes_on) <= CLOSE

@@ -120,8 +120,8 @@ def test_special_tokens_in_a_document_are_text_that_decoding_leaves_out(gpt2):
     [
         ("squad", {"value": "ab"}, 20, 0, "'text'"),
         ("swde", {"text": "a", "key": "kk"}, 20, 0, "'value'"),
-        ("nq", {"context": "a", "answers": []}, 20, 0, "empty list"),
-        ("nq", {"context": "a", "answers": [3]}, 20, 0, "strings"),
+        ("nq", {"context": "a", "answers": []}, 20, 0, "list of answers is empty"),
+        ("nq", {"context": "a", "answers": [3]}, 20, 0, "must be a string, got a number"),
         ("drop", {"context": "a"}, 20, 20, "no context"),
         ("drop", {"context": "a"}, 20, -1, "no context"),
         ("dorp", {"context": "a"}, 20, 0, "unknown task"),

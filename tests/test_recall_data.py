@@ -112,8 +112,9 @@ def test_damaged_lines_are_named(tmp_path):
 
 
 def test_passages_take_the_published_shapes(shared):
-    squad = data.load_passages("qa_squad", shared / "qa").rows
-    assert squad[0]["text"] == f"{squad[0]['context']}\nQuestion: {squad[0]['question']}\nAnswer:"
+    first = data.load_passages("qa_squad", shared / "qa").rows[0]
+    asked = items("qa_squad", "once", data=shared / "qa").items[0]
+    assert f"{first['context']}\nQuestion: {first['question']}\nAnswer:" in asked.prompt
     fda = data.load_passages("qa_fda", shared / "qa").rows
     lines = (shared / "qa" / "fda.jsonl").read_text(encoding="utf-8").strip().split("\n")
     assert len(fda) == sum(len(json.loads(line)["attributes"]) for line in lines)

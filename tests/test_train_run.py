@@ -251,8 +251,7 @@ def test_an_export_loads_and_says_where_it_comes_from(text, tmp_path):
 
 
 def test_a_moving_average_is_what_is_exported(text, tmp_path):
-    overrides = ("trainer.ema=0.9", "trainer.max_steps=3", "export=true")
-    trained(text, tmp_path / "averaged", *overrides)
+    trained(text, tmp_path / "averaged", "trainer.max_steps=3", "export=true", "trainer.ema=0.9")
     trained(text, tmp_path / "plain", "trainer.max_steps=3", "export=true")
     averaged, plain = (
         jrt.load(str(tmp_path / name / "model")).model.embedding.weight for name in ("averaged", "plain")
@@ -290,10 +289,11 @@ def test_recall_sequences_train_and_are_asked(text, tmp_path):
         f"data.folder={tmp_path}",
         f"output={tmp_path}/out",
     ]
+    small.append("model.enc_length=128")
     metrics = train(composed(*overrides, *small))
     assert 0 <= metrics["validation/right"] <= 1 and metrics["train/masked"] > 0
     with pytest.raises(ValueError, match=r"raise model\.enc_length"):
-        train(composed(*overrides, *small, "model.enc_length=64"))
+        train(composed(*overrides, *small[:-1], "model.enc_length=64", f"output={tmp_path}/other"))
     data = RecallData(str(tmp_path), instantiate(composed(*overrides, *small).data.recipe, _convert_="all"), 1, 2, 0)
     whole, part = data.part(1, 4, 0, 4), data.part(1, 4, 2, 2)
     assert torch.equal(whole["ids"][2:], part["ids"])

@@ -30,6 +30,7 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
         loop.training.average.exchange()
     state = whole_state(loop.model)
     if loop.training.average is not None:
+        state = {name: tensor.clone() for name, tensor in state.items()}  # may be the parameters themselves
         loop.training.average.exchange()
     if not loop.place.is_first:
         return

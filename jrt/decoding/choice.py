@@ -56,7 +56,8 @@ class Choice:
         """The rule that these arguments of `_sample` describe."""
         ends = [torch.as_tensor(c.eos_token_id).flatten().to(device) for c in criteria if type(c) is EosTokenCriteria]
         pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        pad_token = config._pad_token_tensor.to(device) if pads else None
+        pad_token = config._pad_token_tensor
+        pad_token = pad_token.to(device) if pads and pad_token is not None else None
         return cls(processors, bool(config.do_sample), pads, torch.cat(ends) if ends else None, pad_token)
 
     def pick(self, scores: Tensor) -> Tensor:
@@ -67,7 +68,10 @@ class Choice:
 
     def padded(self, tokens: Tensor, unfinished: Tensor) -> Tensor:
         """The tokens, but the pad token in rows that have ended; unfinished (B,) bool."""
-        return torch.where(unfinished, tokens, self.pad_token) if self.pads else tokens
+        if not self.pads:
+            return tokens
+        assert self.pad_token is not None
+        return torch.where(unfinished, tokens, self.pad_token)
 
     def key(self) -> tuple | None:
         """What a captured choice depends on; None if it cannot be captured, because a processor may look at the host."""

@@ -60,7 +60,7 @@ class FusedStep(Step):
         self.stream = Stream(x, torch.zeros_like(x), [0], weight.new_zeros(rows, width))
         self.scratch: dict[tuple[str, int], Tensor] = {}
         self.launches: list[Launch] = []
-        for block, buffers in zip(model.blocks, self.buffers, strict=True):
+        for block, buffers in zip(self.blocks, self.buffers, strict=True):
             self._add_mixer(block, buffers)
             if hasattr(block, "mlp"):
                 self._add_mlp(block)
@@ -120,6 +120,7 @@ class FusedStep(Step):
         decay = None
         if mixer.has_decay:
             linears.append(mixer.decay_proj)
+            assert self.model.log_decay is not None
             decay = self.model.log_decay.float().exp()
         weights = [linear.weight for linear in linears]
         projected = self._row("projected", sum(linear.out_features for linear in linears))

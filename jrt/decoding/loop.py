@@ -10,11 +10,10 @@ Shapes: B rows, T prompt columns, L the most columns of the text, V vocabulary r
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -27,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from jrt.decoding.choice import Choice
 from jrt.decoding.session import RUN, CapturedSession, Sessions
+from jrt.decoding.step import filled_columns
 from jrt.mixers import MIXERS
 from jrt.model import LanguageModel
 from jrt.short_prompts import PADDED_MIXERS
@@ -72,7 +72,7 @@ def unsupported(
 
 
 def decode(
-    wrapper: GenerationMixin,
+    wrapper: Any,
     model: LanguageModel,
     sessions: Sessions,
     input_ids: Tensor,
@@ -85,7 +85,7 @@ def decode(
     """`GenerationMixin._sample` for calls that `unsupported` lets pass.
 
     Args:
-        wrapper: the transformers model; reads the prompt.
+        wrapper: the transformers model, a GenerationMixin; reads the prompt.
         model: the language model inside, whose steps are taken.
         sessions: those that were prepared for this model before.
         input_ids: (B, T).
@@ -99,7 +99,7 @@ def decode(
     text.add(logits)
     is_kept = is_given or config.return_dict_in_generate
     if not text.is_done():
-        rows, length = input_ids.shape[0], text.ids.shape[1]
+        rows, length = input_ids.shape[0], text.ids.shape[1] + filled_columns(cache.state)
         session = sessions.find(model, rows, length) or sessions.make(model, rows, length)
         runs_ahead = isinstance(session, CapturedSession) and text.can_run_ahead and not is_kept
         if isinstance(session, CapturedSession):
@@ -118,9 +118,8 @@ def decode(
         streamer.end()
     if not config.return_dict_in_generate:
         return text.sequences().contiguous()
-    return GenerateDecoderOnlyOutput(
-        sequences=text.sequences().contiguous(), scores=text.scores, logits=text.logits, **{CACHE: cache}
-    )
+    fields: dict[str, Any] = {"sequences": text.sequences().contiguous(), "scores": text.scores, "logits": text.logits}
+    return GenerateDecoderOnlyOutput(**fields, **{CACHE: cache})
 
 
 class Text:
@@ -136,8 +135,8 @@ class Text:
     ) -> None:
         rows, self.columns = input_ids.shape
         self.prompt = self.columns
-        self.limit = criteria.max_length
-        assert self.limit is not None
+        assert criteria.max_length is not None
+        self.limit: int = criteria.max_length
         length = max(self.limit, self.columns + 1)
         self.ids = torch.zeros(rows, length, dtype=torch.long, device=input_ids.device)  # (B, L)
         self.ids[:, : self.columns] = input_ids
@@ -156,7 +155,7 @@ class Text:
         """Chooses the next token of each row from its logits (B, V) fp32, which may be changed."""
         if self.logits is not None:
             self.logits += (logits.clone(),)
-        scores = self.choice.processors(self.sequences(), logits)
+        scores = self.choice.processors(cast(torch.LongTensor, self.sequences()), cast(torch.FloatTensor, logits))
         if self.scores is not None:
             self.scores += (scores,)
         tokens = self.choice.padded(self.choice.pick(scores), self.unfinished)

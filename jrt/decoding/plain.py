@@ -66,7 +66,7 @@ class PlainStep(Step):
         weight = model.embedding.weight
         one_row = rows == 1 and not whole and weight.dtype in (torch.float32, torch.float64)
         self.layers = [
-            _block(block, buffers, model, one_row) for block, buffers in zip(model.blocks, self.buffers, strict=True)
+            _block(block, buffers, model, one_row) for block, buffers in zip(self.blocks, self.buffers, strict=True)
         ]
         self.norm, self.head = _norm(model.norm, one_row), _linear(model.head)
 

@@ -5,10 +5,12 @@ Shapes: B rows, V vocabulary rows.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -84,10 +86,10 @@ class CapturedSession(Session):
             self.choosing[key] = _capture(lambda: self._choose(own), self.tokens.device)
             self.choosing[key].choice = own
         else:
-            own = self.choosing[key].choice
-            assert own is not None
-            for mine, given in ((own.end_tokens, choice.end_tokens), (own.pad_token, choice.pad_token)):
-                if mine is not None:
+            captured = self.choosing[key].choice
+            assert captured is not None
+            for mine, given in ((captured.end_tokens, choice.end_tokens), (captured.pad_token, choice.pad_token)):
+                if mine is not None and given is not None:
                     mine.copy_(given)
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -103,7 +105,9 @@ class CapturedSession(Session):
         Returns:
             The tokens (B, steps), and which rows are unfinished after them (B,) bool; good until the next call.
         """
-        graph = self.choosing[choice.key()]
+        key = choice.key()
+        assert key is not None
+        graph = self.choosing[key]
         self.tokens.copy_(tokens)
         self.unfinished.copy_(unfinished)
         self.count.zero_()
@@ -120,7 +124,7 @@ class CapturedSession(Session):
 
     def _choose(self, choice: Choice) -> Tensor:
         logits = self.step.advance(self.tokens).float()
-        scores = choice.processors(self.chosen, logits)
+        scores = choice.processors(cast(torch.LongTensor, self.chosen), cast(torch.FloatTensor, logits))
         tokens = choice.padded(choice.pick(scores), self.unfinished)
         self.chosen.index_copy_(1, self.count, tokens[:, None])
         self.count.add_(1)
@@ -187,11 +191,10 @@ def _captured_step(model: LanguageModel, rows: int, capacity: int) -> Step:
     """The fastest step for this model on its GPU."""
     reason: str | None = "no Triton, or a self-contained folder, which has no kernels"
     if __name__.startswith("jrt.") and importlib.util.find_spec("triton") is not None:
-        from jrt.decoding.fused import FusedStep, unsupported
-
-        reason = unsupported(model)
+        fused = importlib.import_module("jrt.decoding.fused")  # by name: transformers asks for all that `import` names
+        reason = fused.unsupported(model)
         if reason is None:
-            return FusedStep(model, rows, capacity)
+            return fused.FusedStep(model, rows, capacity)
     log.debug("decoding without Triton kernels: %s", reason)
     return PlainStep(model, rows, capacity, whole=True)
 

@@ -28,11 +28,12 @@ class Position:
     column: Tensor  # (1,) int64: columns read so far, padding included
     pads: Tensor  # (B,) int64: columns before each row's first own token
     seen: int = 0  # `column` as the host knows it
+    filled: int = 0  # columns that a filled-up prompt has beyond those that `generate` counts (`jrt.short_prompts`)
 
-    def load(self, seen: int, lengths: Tensor) -> None:
-        self.seen = seen
-        self.column.fill_(seen)
-        self.pads.copy_(seen - lengths)
+    def load(self, seen: int, lengths: Tensor, filled: int = 0) -> None:
+        self.seen, self.filled = seen + filled, filled
+        self.column.fill_(self.seen)
+        self.pads.copy_(self.seen - lengths)
 
     def lengths(self) -> Tensor:
         """(B,) own tokens of each row so far."""

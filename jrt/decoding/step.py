@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from jrt.cache import ModelState
+from jrt.cache import LayerState, ModelState
 from jrt.decoding.states import ConvolutionInputs, KeyRing, LayerBuffers, LinearSums, MambaSums, Position
 from jrt.decoding.tables import Rotary, rotary_table
 from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution, WindowAttention
-from jrt.model import LanguageModel
+from jrt.model import Block, LanguageModel
 
 
 class Step(ABC):
@@ -40,7 +40,8 @@ class Step(ABC):
         self.rotary: Rotary | None = None
         if config.rotary_dim and config.has("AS"):
             self.rotary = rotary_table(capacity, config.rotary_dim, config.width // config.heads, weight.device)
-        self.buffers = [self._buffers(block.mixer) for block in model.blocks]
+        self.blocks = [block for block in model.blocks if isinstance(block, Block)]
+        self.buffers = [self._buffers(block.mixer) for block in self.blocks]
 
     @abstractmethod
     def advance(self, ids: Tensor) -> Tensor:
@@ -52,14 +53,15 @@ class Step(ABC):
     def load(self, state: ModelState) -> None:
         """Goes on from `state`, which stays as it is."""
         state.check(self.model.config, self.rows)
-        self.position.load(state.seen, state.lengths)
+        self.position.load(state.seen, state.lengths, filled_columns(state))
         for buffers, layer in zip(self.buffers, state.layers, strict=True):
             buffers.load(layer, self.position)
 
     def export(self) -> ModelState:
         """The state after the last token that was read, in tensors of its own."""
-        layers = [buffers.export(self.position) for buffers in self.buffers]
-        return ModelState(self.model.config, layers, self.position.seen, self.position.lengths())
+        layers: list[LayerState] = [buffers.export(self.position) for buffers in self.buffers]
+        seen = self.position.seen - self.position.filled
+        return ModelState(self.model.config, layers, seen, self.position.lengths())
 
     def copies_of_z(self) -> int:
         """How often the denominators of linear attention are kept (`states.LinearSums`)."""
@@ -78,3 +80,8 @@ class Step(ABC):
             return KeyRing(rows, config.heads, ring, config.width // config.heads, window, like)
         assert isinstance(mixer, Mamba)
         return MambaSums(rows, config, like)
+
+
+def filled_columns(state: ModelState) -> int:
+    """Columns that were read beyond those that the state counts, because its prompt was filled up before."""
+    return max(0, int(state.lengths.max()) - state.seen)
