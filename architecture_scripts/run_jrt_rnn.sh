@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Table 2 (and Table 3's 2k columns): JRT-RNN and its baselines read once, windows 512, 1024 and 2048 / 50, NQ as cut.
 # The paper's length-512 cells fill short prompts by reading again: `-- --short-prompt repeat` for the JRT models, into
-# another OUTPUT_DIR. Table 3: `jrt report OUTPUT_DIR --layout table3`; Table 4: runs with pad, repeat and iterate, and
-# `jrt report OUTPUT_DIRS --layout table4`.
+# another OUTPUT_DIR. Table 3: `jrt report OUTPUT_DIR --layout table3`. Table 4: short_prompts.sh.
 set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 8: SuperGLUE, 5-shot (`-- --num_fewshot 0` for other numbers of examples), through upstream's tasks.
 # Continuations never reach the prefix encoder. The published numbers were measured with it reading them:
-# `-- --model_args-extra compat=released` is that way. Table 9: the 1.3B models, and `jrt report --layout table9`.
+# `-- --model_args-extra compat=released` is that way. Tables 8 and 9 whole: super_glue_tables.sh.
 set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 
@@ -12,8 +12,9 @@ read_arguments "$@"
 extra=
 if [ "${more[0]:-}" = "--model_args-extra" ]; then extra=,${more[1]}; more=("${more[@]:2}"); fi
 for model in ${models//,/ }; do
-  step jrt lm-eval --model jrt --model_args "pretrained=$model$extra" --tasks "${tasks:-recall_super_glue}" --num_fewshot 5 \
+  beside jrt lm-eval --model jrt --model_args "pretrained=$model$extra" --tasks "${tasks:-recall_super_glue}" --num_fewshot 5 \
     --batch_size "$batch_size" --device "$device" --output_path "$output/super_glue/$(basename "$model")" \
     ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
 done
+await_all
 step jrt report "$output/super_glue" --layout table8

@@ -158,7 +158,11 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="recall_fda (or fda), recall_nq_1024, recall_reference_pages_512, qa_squad ...",
     )
     add("--strategy", type=_names, default=("once",), help="once, twice, question_first, 3x ...; separated by commas")
-    add("--protocol", help="jrt-table1, jrt-table2, full, w2000-a50 ... (default: the task's)")
+    add(
+        "--protocol",
+        type=_names,
+        help="jrt-table1, jrt-table2, full, w1536-a64 (any window), lm-eval-v1 ...; separated by commas (default: the task's)",
+    )
     add("--limit", type=_positive, help="items for each cell of the table (default: all)")
     add("--batch-size", type=_positive, help="prompts at once (default: as suits the device)")
     add("--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json")
@@ -178,6 +182,7 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import LocalPool, Request, plan, run
+    from jrt.evaluate.side_by_side import protocols_side_by_side
     from jrt.evaluate.tables import comparisons_text, results_text
 
     specs = tuple(_spec(arguments, name) for name in arguments.model)
@@ -202,6 +207,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     else:
         outcome = _on_workers(arguments, chosen)
     print(results_text(outcome.records, chosen.protocols(), outcome.failed))
+    if several := protocols_side_by_side(outcome.records, outcome.predictions):
+        print(f"{several}\n")
     if outcome.comparisons:
         print(comparisons_text(outcome.comparisons))
     print(f"\nresults: {arguments.output / 'results.json'}   report: jrt report {arguments.output}")
@@ -223,7 +230,7 @@ def _on_workers(arguments: argparse.Namespace, chosen: Plan) -> Outcome:
 
 
 def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> int:
-    from jrt.evaluate import perplexity
+    from jrt.evaluate import perplexity, plots
 
     if len(arguments.tasks) > 1:
         raise ValueError("recall_perplexity measures perplexity, not answers: ask for it alone")
@@ -235,7 +242,8 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> 
     documents = perplexity.texts(arguments.text)
     size = arguments.batch_size or 16
     records = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
-    print(perplexity.table(records))
+    plots.save(plots.by_recall(records), arguments.output)
+    print(f"{perplexity.table(records)}\n\nfigure: {arguments.output / 'figure3.png'} (and .svg)")
     return OK
 
 
@@ -247,7 +255,10 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
     add("--output", type=Path, help="folder (default: the first run's)")
-    add("--layout", help="table1, 2, 3, 4, 8, 9, 13 or 14 of the paper, published values beside measured ones")
+    add(
+        "--layout",
+        help="table1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 14 or mean-gain of the paper, published values beside measured ones",
+    )
     parser.set_defaults(command=_report)
 
 
@@ -255,6 +266,8 @@ def _report(arguments: argparse.Namespace) -> None:
     from jrt.evaluate.report import collect
 
     output = arguments.output or arguments.runs[0]
+    if arguments.output is None and output.is_file():
+        output = output.parent
     text, files = collect(arguments.runs, output, arguments.layout)
     print(f"{text}\nwritten to {output}: {', '.join(files)}")
 

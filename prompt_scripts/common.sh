@@ -1,18 +1,18 @@
 # What the scripts here and in architecture_scripts share: arguments, and one `jrt eval` run with its table.
-# Options after OUTPUT_DIR: --models A,B  --tasks A,B  --limit N  --batch-size B  --device D  --dry-run  -- MORE OPTIONS OF jrt eval
+# Options after OUTPUT_DIR: --models A,B  --tasks A,B  --limit N  --batch-size B  --device D  --workers W  --dry-run  -- MORE OPTIONS OF jrt eval
 
 read_arguments() {
-  usage="usage: $(basename "$0") OUTPUT_DIR [--models A,B] [--tasks A,B] [--limit N] [--batch-size B] [--device D] [--dry-run] [-- OPTIONS]"
+  usage="usage: $(basename "$0") OUTPUT_DIR [--models A,B] [--tasks A,B] [--limit N] [--batch-size B] [--device D] [--workers W] [--dry-run] [-- OPTIONS]"
   case ${1:-} in
     --help) echo "$usage"; exit 0 ;;
     ""|-*) echo "$usage" >&2; exit 2 ;;
   esac
   output=$1; shift
-  options=(); more=(); dry_run=; tasks=
+  options=(); more=(); dry_run=; tasks=; workers=
   device=cuda
   while [ $# -gt 0 ]; do
     case $1 in
-      --models|--tasks|--limit|--batch-size|--device)
+      --models|--tasks|--limit|--batch-size|--device|--workers)
         if [ $# -lt 2 ]; then echo "$(basename "$0"): $1 needs a value" >&2; exit 2; fi
         case $1 in
           --models) models=$2 ;;
@@ -20,6 +20,7 @@ read_arguments() {
           --device) device=$2 ;;
           --batch-size) batch_size=$2 ;;
           --limit) options+=(--limit "$2") ;;
+          --workers) workers=$2 ;;
         esac
         shift 2 ;;
       --dry-run) dry_run=1; shift ;;
@@ -38,10 +39,22 @@ step() {
 # One run into $output/NAME, gone on with if it is there: evaluate NAME TASKS STRATEGIES PROTOCOL
 evaluate() {
   step jrt eval --model "$models" --tasks "${tasks:-$2}" --strategy "$3" --protocol "$4" --batch-size "$batch_size" \
-    --device "$device" --output "$output/$1" --resume ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
+    --device "$device" --output "$output/$1" --resume ${workers:+--workers "$workers"} ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
 }
 
-# The paper's table of the runs in $output; a report of what was measured where --tasks chose other tasks.
+# The paper's table of the runs in $output; a report of what was measured where --tasks chose other tasks: collect [--layout NAME]
 collect() {
-  if [ -z "$tasks" ]; then step python "$(dirname "$0")/collect_results.py" "$output"; else step jrt report "$output"; fi
+  if [ -z "$tasks" ]; then step python "$(dirname "$0")/collect_results.py" "$output" "$@"; else step jrt report "$output"; fi
+}
+
+# Runs a command beside others, at most $workers (1 if not given) at once; `await_all` waits for the last and fails with the first that failed.
+jobs_running=()
+beside() {
+  if [ -n "$dry_run" ]; then step "$@"; return; fi
+  if [ "${#jobs_running[@]}" -ge "${workers:-1}" ]; then wait "${jobs_running[0]}"; jobs_running=("${jobs_running[@]:1}"); fi
+  step "$@" & jobs_running+=($!)
+}
+await_all() {
+  for job in ${jobs_running[@]+"${jobs_running[@]}"}; do wait "$job"; done
+  jobs_running=()
 }

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Table 1 for models of the Hugging Face hub (GLA, Mamba, Mamba-2): six tasks, read once and twice, window 1000 / 50.
-# Table 13 (error modes): `jrt report OUTPUT_DIR --layout table13`. Table 14 (2-shot against twice): add a run of
-# `jrt eval --strategy 2shot` on fda, swde and squad, and `jrt report FOLDERS --layout table14`.
+# The mean gain of both scripts' runs: `jrt report OUTPUT_DIRS --layout mean-gain`. Tables 13 and 14: few_shot.sh.
 # Models outside transformers itself (GLA) need the package flash-linear-attention.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

@@ -16,6 +16,9 @@ SCRIPTS = [
     "prompt_scripts/run_jrt_prompt_hazy.sh",
     "architecture_scripts/run_jrt_rnn.sh",
     "architecture_scripts/super_glue.sh",
+    "prompt_scripts/few_shot.sh",
+    "architecture_scripts/short_prompts.sh",
+    "architecture_scripts/super_glue_tables.sh",
 ]
 
 
@@ -38,6 +41,26 @@ def test_a_dry_run_prints_commands_and_runs_none(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "jrt " in done.stdout and "--limit 3" in done.stdout and "a/b" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_workers_are_passed_on(script, tmp_path):
+    done = typed("bash", str(ROOT / script), str(tmp_path / "out"), "--models", "a/b", "--workers", "2", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "super_glue" in script or "--workers 2" in done.stdout
+
+
+@pytest.mark.slow
+def test_table_4_end_to_end(model, shared, tmp_path):
+    mirror = fixtures.write(tmp_path / "mirror", count=1)
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    script = str(ROOT / "architecture_scripts" / "short_prompts.sh")
+    options = ["--models", model, "--limit", "1", "--device", "cpu"]
+    done = typed("bash", script, str(tmp_path / "runs"), *options, JRT_DATA=str(mirror))
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("Table 4:") :].split("recall_")[0]
+    assert [rule for rule in ("pad", "repeat", "iterate") if f"[{rule}]" in table] == ["pad", "repeat", "iterate"]
+    assert "missing" not in table
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

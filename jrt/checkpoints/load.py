@@ -25,6 +25,7 @@ from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+NEOX_SIZES = (50277, 50280, 50288)  # GPT-NeoX's tokenizer, and padded as state-spaces/mamba-* and mamba2-* are
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Source = tuple[Entry, ...]  # of one tensor; several entries are stacked along the first dimension
@@ -93,19 +94,22 @@ def configuration(folder: Path, source: str) -> JRTConfig:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, set to pad on the left; GPT-2's where a released folder has none.
+    """The tokenizer of a model, set to pad on the left.
+
+    Where the folder has none it is GPT-2's, or GPT-NeoX's where the vocabulary has that one's size (`state-spaces/*`).
 
     Raises:
         ValueError: neither the folder nor the hub nor its cache has it.
     """
     folder = resolve(name_or_path)
+    wanted = str(folder) if has_tokenizer(folder) else _tokenizer_by_size(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if has_tokenizer(folder) else "gpt2", padding_side="left", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(wanted, padding_side="left", trust_remote_code=False)
     except OSError as error:
+        owner = "GPT-2" if wanted == "gpt2" else "GPT-NeoX"
         raise ValueError(
-            f"{name_or_path} has no tokenizer and GPT-2's cannot be had: download 'gpt2' once, online"
+            f"{name_or_path} has no tokenizer and {owner}'s cannot be had: download {wanted!r} once, online, or put its "
+            "files into the folder"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # as the release pads
@@ -131,6 +135,11 @@ def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}: expected {', '.join(DTYPES)} (or torch.float32, ...)")
     return found
+
+
+def _tokenizer_by_size(folder: Path) -> str:
+    """The hub name of the tokenizer that a folder without one was trained with."""
+    return "EleutherAI/gpt-neox-20b" if read_config(folder).get("vocab_size") in NEOX_SIZES else "gpt2"
 
 
 def has_tokenizer(folder: Path) -> bool:

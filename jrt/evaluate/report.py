@@ -16,9 +16,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from jrt.evaluate import plots
+from jrt.evaluate import layouts, mixtures, plots
 from jrt.evaluate.folder import RESULTS, Cell, cell_of, read_run
 from jrt.evaluate.run import comparisons
+from jrt.evaluate.side_by_side import protocols_side_by_side
 from jrt.evaluate.tables import (
     HEADER,
     SUPER_GLUE_SIZES,
@@ -61,10 +62,16 @@ class Collected:
         self.failed: dict[Cell, str] = {}  # cells without a number, and why
         protocols: dict[tuple[str, int], dict] = {}
         manifests: dict[str, dict] = {}
+        self.settings: dict[Cell, mixtures.Settings] = {}
+        """How each cell was computed."""
         for folder in folders:
             records, predictions, manifest = read_run(folder)
             labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}
             self.records += [{**record, "model": labels[record["model"]]} for record in records]
+            settings = mixtures.settings_of(manifest)
+            self.settings |= {
+                cell_of(record)._replace(model=labels[record["model"]]): settings[record["model"]] for record in records
+            }
             self.predictions += [{**row, "model": labels[row["model"]]} for row in predictions]
             known = manifest["identity"]["protocols"]
             protocols |= {(one["name"], one["version"]): one for one in known}
@@ -104,21 +111,28 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
 
     folders: runs, or folders that hold runs. layout: one of the paper's tables; None: tables of what was measured.
     Raises ValueError where a folder holds no finished run, or two runs the same cell."""
-    if layout is not None and layout not in TITLES:
-        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TITLES)}")
+    titles = {**TITLES, **layouts.TITLES}
+    if layout is not None and layout not in titles:
+        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(titles)}")
+    if layout == "table5":
+        return _written_table(titles[layout], "measured (published)", layouts.latency(folders), output, layout)
+    if layout == "table7":
+        return _written_table(titles[layout], "measured (published)", layouts.datasets(folders), output, layout)
+    if layout == "table10":
+        found_rows = layouts.padding(_super_glue_results(folders))
+        return _written_table(titles[layout], MEASURED_PUBLISHED, found_rows, output, layout)
     if layout in SUPER_GLUE_TABLES:
         return _collect_super_glue(folders, output, layout), SUPER_GLUE_FILES
     found = Collected(runs_in(folders))
     text = results_text(found.records, protocols_of(found.manifest), found.failed)
     if layout is None:
         title, (header, rows) = None, _plain_rows(found.records)
+        more = [protocols_side_by_side(found.records, found.predictions), *mixtures.unlike(found.settings)]
+        text = "\n".join([text, *filter(None, more)]).rstrip("\n") + "\n"
     else:
-        table = published_tables()[layout]
-        title, (header, rows) = table.title, layout_rows(table, found.records, found.predictions)
-        if not rows:
-            cells = dict.fromkeys(f"{column.task} under {column.protocol}" for column in table.columns)
-            raise ValueError(f"no run holds a cell of {title}; it is made of {', '.join(cells)}")
-        text = f"{title}\n{MEASURED_PUBLISHED}\n\n{aligned(header, rows)}\n\n{text}"
+        title, (header, rows), notes_below = paper_table(layout, found)
+        below = "".join(f"{line}\n" for line in notes_below)
+        text = f"{title}\n{MEASURED_PUBLISHED}\n\n{aligned(header, rows)}\n{below}\n{text}"
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.csv", _csv(found.records))
     write_text(output / "table.tex", latex(header, rows))
@@ -128,6 +142,36 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
         "Recall report", output, found.records, comparisons(found.predictions), found.predictions, found.manifest, paper
     )
     return text, FILES
+
+
+def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
+    """Title, rows, and what stands below: the reason of each mark, and the runs that are missing.
+
+    Raises ValueError where no run holds a cell of the table."""
+    if layout == "mean-gain":
+        rows, below = layouts.mean_gain(found.records)
+        return layouts.TITLES[layout], rows, [*below, *mixtures.unlike(found.settings)]
+    table = published_tables()[layout]
+    mixed = mixtures.mixture(table, found.records, found.settings)
+    header, lines = layout_rows(table, found.records, found.predictions, mixed)
+    if not lines:
+        cells = dict.fromkeys(f"{column.task} {column.strategy} under {column.protocol}" for column in table.columns)
+        raise ValueError(f"no run holds a cell of {table.title}; it is made of {', '.join(cells)}")
+    return table.title, (header, lines), [*mixed.reasons, *layouts.missing_runs(table, found.records)]
+
+
+def _written_table(
+    title: str, note: str, found: tuple[Rows, list[str]], output: Path, name: str
+) -> tuple[str, tuple[str, ...]]:
+    """A table that is made of no run of `jrt eval`, as text; written as LaTeX and CSV."""
+    (header, rows), below = found
+    folder = output.parent if output.is_file() else output
+    folder.mkdir(parents=True, exist_ok=True)
+    files = (f"{name}.tex", f"{name}.csv")
+    write_text(folder / files[0], latex(header, rows))
+    write_text(folder / files[1], _csv([dict(zip(header, row, strict=True)) for row in rows]))
+    lines = "".join(f"{line}\n" for line in below)
+    return f"{title}\n{note}\n\n{aligned(header, rows)}\n{lines}", files
 
 
 def _plain_rows(records: Sequence[dict]) -> Rows:
@@ -142,7 +186,8 @@ def _plain_rows(records: Sequence[dict]) -> Rows:
     return header, rows
 
 
-def _collect_super_glue(folders: Sequence[Path], output: Path, layout: str) -> str:
+def _super_glue_results(folders: Sequence[Path]) -> list[dict]:
+    """What lm-eval wrote of SuperGLUE. Raises ValueError where it wrote none."""
     results = []
     for file in (file for folder in folders for file in sorted(folder.rglob("results_*.json"))):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -151,6 +196,11 @@ def _collect_super_glue(folders: Sequence[Path], output: Path, layout: str) -> s
     if not results:
         names = ", ".join(map(str, folders))
         raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue.sh")
+    return results
+
+
+def _collect_super_glue(folders: Sequence[Path], output: Path, layout: str) -> str:
+    results = _super_glue_results(folders)
     header, rows = super_glue_rows(published_tables()[layout], results)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / SUPER_GLUE_FILES[0], latex(header, rows))

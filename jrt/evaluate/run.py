@@ -38,7 +38,7 @@ class Request:
     """What was asked for.
 
     Args:
-        protocol: a protocol or a family of them; None: each task's default.
+        protocol: a protocol or a family of them, or several; None: each task's default.
         limit: items for each cell; None: all.
         data: mirror folder of the published datasets; None: what the environment names.
         passages: folder of the `qa_*` tasks; None: what the environment names.
@@ -48,7 +48,7 @@ class Request:
     models: tuple[ModelSpec, ...]
     tasks: tuple[str, ...]
     strategies: tuple[str, ...] = ("once",)
-    protocol: str | None = None
+    protocol: str | tuple[str, ...] | None = None
     limit: int | None = None
     seed: int = 0
     data: Path | None = None
@@ -119,7 +119,10 @@ def plan(request: Request) -> Plan:
     if request.seed < 0:
         raise ValueError(f"a seed is at least 0, got {request.seed}")
     _check_folders(request, tasks)
-    wanted = [(task, protocol) for task in request.tasks for protocol in protocols_of(request.protocol, task)]
+    named_protocols = request.protocol if isinstance(request.protocol, tuple) else (request.protocol,)
+    wanted = [(task, one) for task in request.tasks for name in named_protocols for one in protocols_of(name, task)]
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"the same protocol is named twice: {', '.join(map(str, named_protocols))}")
     _first_that_opens(request.models, lambda spec: open_tokenizer(spec.name))
     questions = {}
     for task, protocol in wanted:

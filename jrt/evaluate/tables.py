@@ -20,6 +20,7 @@ from jrt_recall.fixtures import SOURCE as GENERATED
 from jrt_recall.scoring import error_kind
 
 from jrt.evaluate.folder import Cell, cell_of
+from jrt.evaluate.mixtures import NOTHING_MIXED, Mixture
 
 HEADER = ("model", "strategy", "accuracy", "95% interval", "items", "prompt tokens", "truncated", "seconds", "state")
 TITLES = {
@@ -231,10 +232,13 @@ def published_row(table: Table, model: str, shots: str = "") -> tuple[float, ...
     return table.rows.get((name, shots))
 
 
-def layout_rows(table: Table, records: Sequence[dict], predictions: Sequence[dict]) -> Rows:
+def layout_rows(
+    table: Table, records: Sequence[dict], predictions: Sequence[dict], mixed: Mixture = NOTHING_MIXED
+) -> Rows:
     """One of the paper's tables of recall from measured cells; wide tables have models as columns.
 
-    Published values never stand beside generated documents."""
+    mixed: marks for cells that were not measured as the others. Published values never stand beside generated documents, nor
+    beside cells of another protocol."""
     of_cell = {cell_of(record): record for record in records}
     answered: dict[Cell, list[dict]] = {}
     for row in predictions:
@@ -243,18 +247,29 @@ def layout_rows(table: Table, records: Sequence[dict], predictions: Sequence[dic
     lines = []
     for model in dict.fromkeys(record["model"] for record in records):
         cells = [Cell(model, column.task, column.strategy, column.protocol) for column in table.columns]
-        if not any(cell in of_cell for cell in cells):
+        if not any(cell in of_cell or cell in mixed.substitutes for cell in cells):
             continue
+        read = [mixed.substitutes.get(cell, cell) for cell in cells]
         measured: list[float | None] = [
             _measured(column, of_cell.get(cell), answered.get(cell, []))
-            for column, cell in zip(table.columns, cells, strict=True)
+            for column, cell in zip(table.columns, read, strict=True)
         ]
-        generated = any(of_cell[cell]["source"].startswith(GENERATED) for cell in cells if cell in of_cell)
-        paper = None if generated else published_row(table, model)
+        generated = any(of_cell[cell]["source"].startswith(GENERATED) for cell in read if cell in of_cell)
+        known = None if generated else published_row(table, model)
+        paper: list[float | None] = [None] * len(cells) if known is None else list(known)
+        letters = [mixed.letters.get(cell, "") for cell in cells]
         if scores:
-            measured.append(_mean(measured))
-            paper = None if paper is None else (*paper, sum(paper) / len(paper))
-        lines.append([model, *map(_beside, measured, paper or [None] * len(measured))])
+            measured.append(mean(measured))
+            paper.append(mean(paper))
+            letters.append("".join(dict.fromkeys(letters)) if measured[-1] is not None else "")
+        other = [cell in mixed.substitutes for cell in cells] + [
+            any(cell in mixed.substitutes for cell in cells)
+        ] * scores
+        paper = [None if substituted else value for value, substituted in zip(paper, other, strict=True)]
+        texts = [
+            beside(value, printed, letter) for value, printed, letter in zip(measured, paper, letters, strict=True)
+        ]
+        lines.append([model, *texts])
     labels = [column.label for column in table.columns] + ["average"] * scores
     if lines and len(labels) > _WIDE + 1:
         turned = [[label, *(line[place + 1] for line in lines)] for place, label in enumerate(labels)]
@@ -274,7 +289,7 @@ def super_glue_rows(table: Table, results: Sequence[dict]) -> Rows:
         for place, (_, task, _, _, metric) in enumerate(table.columns):
             value = found["results"].get(task, {}).get(f"{metric},none")
             whole = value is not None and found["n-samples"][task]["effective"] == SUPER_GLUE_SIZES[task]
-            cells.append(_beside(None if value is None else 100 * value, paper[place] if paper and whole else None))
+            cells.append(beside(None if value is None else 100 * value, paper[place] if paper and whole else None))
         options = found["config"]["model_args"]
         settings = ", ".join(options[key] for key in ("short_prompt", "compat") if options.get(key))
         name = model + (f" [{settings}]" if settings else "") + (f", first {limit:.0f}" if limit else "")
@@ -296,11 +311,13 @@ def _measured(column: Column, record: Mapping | None, rows: Sequence[dict]) -> f
     return 100 * sum(error_kind(row["prediction"], row["answers"]) == column.measure for row in rows) / len(rows)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean, None where a value is missing."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _beside(measured: float | None, published: float | None) -> str:
-    text = "-" if measured is None else f"{measured:.1f}"
+def beside(measured: float | None, published: float | None, letter: str = "") -> str:
+    """A cell: the measured value, its mark, and the published value in parentheses."""
+    text = "-" if measured is None else f"{measured:.1f}{letter and ' ' + letter}"
     return text if published is None else f"{text} ({published:.1f})"

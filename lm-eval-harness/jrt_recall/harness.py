@@ -10,12 +10,14 @@ import logging
 import sys
 from collections.abc import Callable
 
-from . import settings, task_folder
+from . import repeat, settings, task_folder
 from .protocols import PREFIX, PROTOCOLS
 
 _USAGE = """usage: jrt-recall [lm_eval's options]     runs lm_eval with the recall tasks
        jrt-recall --path                 prints the folder for lm_eval --include_path
        jrt-recall --protocols            prints the protocols
+       jrt-recall --repeat N --tasks A,B [--context COLUMN] [--include_path FOLDER] [lm_eval's options]
+                                         runs any tasks of lm-eval that generate, their context shown N times
        jrt-recall --help                 prints this and lm_eval's help
 
 Tasks may be named with or without `recall_`: here `fda` is recall_fda. Upstream's own `fda` is run by lm_eval."""
@@ -64,17 +66,22 @@ def main() -> None:
 
 def _run(given: list[str]) -> int:
     try:
-        command_line(arguments(with_full_names(given)))
+        if any(word.split("=", maxsplit=1)[0] == "--repeat" for word in given):
+            repeat.run(given)
+        else:
+            command_line(arguments(with_full_names(given)))
     except ValueError as error:
         print(f"jrt-recall: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def command_line(given: list[str], check_model: Callable[[dict], None] | None = None) -> None:
+def command_line(
+    given: list[str], check_model: Callable[[dict], None] | None = None, folder: str | None = None
+) -> None:
     """lm-eval's own command line, with this package's messages shown: each task's protocol, source and counts.
 
-    check_model: looks at the parsed settings before anything runs. Raises ValueError for settings that contradict the
+    check_model: looks at the parsed settings before anything runs. folder: of the task files; None: this package's. Raises ValueError for settings that contradict the
     protocols (see `settings`)."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
@@ -87,7 +94,7 @@ def command_line(given: list[str], check_model: Callable[[dict], None] | None = 
     parser = HarnessCLI()
     namespace = parser.parse_args()
     found = settings.parsed(namespace)
-    if str(found.get("include_path")) != str(task_folder()):
+    if str(found.get("include_path")) != (folder or str(task_folder())):
         raise ValueError("--include_path is set here; use lm_eval directly to name another folder")
     settings.check(found)
     if check_model is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import data as documents_data
 from . import reference_pages
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, prompt, strategy_named
-from .protocols import PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
+from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
 from .scoring import contains
 from .tokenizers import cut, protocol_and_tokenizer
 
@@ -208,12 +208,13 @@ def _document_items(
             break
         looked_at += 1
         try:
-            doc = _as_read(task, row)
-            answers = documents_data.answers_of(task, doc)
+            as_it_is = protocol.name in LM_EVAL and task not in PASSAGES  # lm-eval's tasks read a dataset's own text
+            doc = row if as_it_is else _as_read(task, row)
+            answers = _as_scored(task, doc, protocol)
             kept: dict | None = doc
             if tokenizer is not None and protocol.window is not None:
                 kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
-            text = "" if kept is None else prompt(task, kept, strategy)
+            text = "" if kept is None else prompt(task, kept, strategy, protocol)
         except ValueError as error:
             invalid.append(f"document {number} of {documents.source}: {error}")
             continue
@@ -264,6 +265,14 @@ def _as_read(task: str, row: dict) -> dict:
     if published_task(task).name == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row
+
+
+def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
+    """The answers as the protocol compares them: version 1 of lm-eval's own tasks strips them."""
+    answers = tuple(map(LM_EVAL.get(protocol.name, str), documents_data.answers_of(task, doc)))
+    if not all(answers):
+        raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
+    return answers
 
 
 def _position(answers: tuple[str, ...], text: str) -> float | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .data import text_field
-from .protocols import published_task
+from .protocols import LM_EVAL, Protocol, protocol_named, published_task
 
 SWDE_SUMMARY = "Summary of information above..."
 TRIVIA_MARKS = ("[PAR]", "[DOC]", "[TLE]")
@@ -97,23 +97,38 @@ class _Form:
     parts: Callable[[dict], Parts]
 
 
-def prompt(task: str, doc: dict, strategy: str | Strategy = "once") -> str:
+def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: str | Protocol | None = None) -> str:
     """The prompt that asks `doc` for its answer.
 
     task: swde, fda, squad, drop, nq_512, nq_1024, nq_2048 (or nq) or triviaqa, with or without `recall_`; a `qa_*` task
     has the form of squad or fda. strategy: once, twice, question_first or Nx. `once` and `twice` are byte-equal to the
-    published prompts. Raises ValueError for an unknown task or strategy, and for a missing, empty or wrongly typed field,
-    which it names."""
+    published prompts. protocol: `lm-eval-v0` or `lm-eval-v1` for the prompts of lm-eval's own tasks; all others have the
+    published ones (a window cuts the document beforehand: `cut`). Raises ValueError for an unknown task, strategy or protocol,
+    for a protocol that is not for the task, and for a missing, empty or wrongly typed field, which it names."""
     form = _FORMS[published_task(task).name]
     chosen = strategy_named(strategy)
+    upstream = None if protocol is None else LM_EVAL.get(protocol_named(protocol, task).name)
     if not isinstance(doc, dict):
         raise ValueError(f"{task}: a document is a dict of fields, got {type(doc).__name__}")
     if chosen.shots:
         raise ValueError(f"{chosen.name} needs other documents as examples: use jrt_recall.items")
+    if upstream is not None:
+        return _lm_eval_prompt(task, upstream(text_field(task, doc, "text")), chosen)
     if not chosen.announced:
         return form.once(doc)
     announcement, context, closing = form.parts(doc)
     return f"{announcement} " + f"{context}\n" * (chosen.copies - 1) + closing
+
+
+def _lm_eval_prompt(task: str, text: str, strategy: Strategy) -> str:
+    """The document's text, question and all. lm-eval reads it once; read again, it stands there as often, a line each."""
+    if not text.strip():
+        raise ValueError(f"{task}: field 'text' is empty: there is nothing to ask for")
+    if strategy.announced and strategy.copies == 1:
+        raise ValueError(
+            "question_first: lm-eval's own prompts have no question apart from the text; choose once or Nx"
+        )
+    return "\n".join([text] * strategy.copies)
 
 
 def _filled(task: str, doc: dict, field: str) -> str:

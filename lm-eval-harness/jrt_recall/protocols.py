@@ -3,13 +3,16 @@
 A task names the documents that are asked. A protocol names everything else that a score depends on besides the model and
 the strategy. Its window matters most: one model moves by tens of points on one task between the windows in use.
 
-`jrt-table1` and `jrt-table2-*` are the settings of the paper's two tables, `full` cuts nothing, `wW-aA` are window and
-answer room of later papers, `pages-*` belong to the reference pages. `jrt-table2` and `pages` name families of protocols.
+`jrt-table1` and `jrt-table2-*` are the settings of the paper's two tables, `full` cuts nothing, `wW-aA` are any window and
+answer room, `pages-*` belong to the reference pages. `lm-eval-v0` and `lm-eval-v1` are lm-eval's own swde, fda and
+squad_completion. `jrt-table2` and `pages` name families of protocols.
 Windows are measured in the cutting tokenizer, which is part of the protocol, so that every model reads the same text.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 GPT2 = "gpt2"
@@ -18,11 +21,23 @@ SHIPPED = "shipped"
 PREFIX = "recall_"
 PAGES = "recall_reference_pages"
 PAGE_WINDOWS = (512, 1024, 2048)
+LM_EVAL: dict[str, Callable[[str], str]] = {"lm-eval-v0": str, "lm-eval-v1": str.strip}
+"""The protocols of lm-eval's own tasks, by the version that its tables print, and what each does to `text` and `value`.
+
+Version 1 strips both (lm-eval pull request 3795, in 0.4.13). Version 0 takes them as they are in the dataset."""
+_BY_NUMBER = re.compile(r"w([1-9]\d{0,8})-a(0|[1-9]\d{0,8})")
 PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_drop": "squad", "qa_fda": "fda"}
 """Tasks on passages from a local folder, and the published task whose prompts each takes."""
 PASSAGES_VERSION = 2
 """Of their protocols. Since version 2 any of a document's answers counts, and a window is cut around the first that stands
 in the text; version 1 knew the first answer only, as the published tasks do."""
+LM_EVAL_TASKS = (
+    "recall_swde",
+    "recall_fda",
+    "recall_squad",
+    *(task for task, form in PASSAGES.items() if form == "squad"),
+)
+"""Tasks whose `text` ends with what is asked, as lm-eval's own tasks take it for granted (that of `qa_fda` does not)."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +166,8 @@ _ALL = (
     Protocol("w2048-a48", 2048, 48),
     Protocol("w2048-a50", 2048, 50),
     *map(_pages, PAGE_WINDOWS),
+    Protocol("lm-eval-v0", None, 0, max_prompt_tokens=None, cutting_tokenizer=None, version=0),
+    Protocol("lm-eval-v1", None, 0, max_prompt_tokens=None, cutting_tokenizer=None),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 FAMILIES = {
@@ -176,9 +193,7 @@ def cells(name: str | Protocol | None, task: str) -> tuple[Protocol, ...]:
         chosen: tuple[Protocol, ...] = (name,)
     else:
         name = default(task) if name is None else name
-        if name not in PROTOCOLS and name not in FAMILIES:
-            raise ValueError(f"unknown protocol {name!r}: choose one of {', '.join((*PROTOCOLS, *FAMILIES))}")
-        chosen = tuple(PROTOCOLS[member] for member in FAMILIES.get(name, (name,)))
+        chosen = tuple(map(_by_name, FAMILIES.get(name, (name,))))
     fitting = tuple(protocol for protocol in chosen if _fits(protocol, task_named(task)))
     if not fitting:
         allowed = ", ".join(protocol.name for protocol in _ALL if _fits(protocol, task_named(task)))
@@ -186,6 +201,25 @@ def cells(name: str | Protocol | None, task: str) -> tuple[Protocol, ...]:
     if task_named(task) in PASSAGES:
         return tuple(replace(protocol, version=PASSAGES_VERSION) for protocol in fitting)
     return fitting
+
+
+def _by_name(name: str) -> Protocol:
+    """The protocol of that name: one of PROTOCOLS, or `wW-aA`.
+
+    Up to a window of 2048, prompts are cut to 2000 tokens, as the release does for all its windows (2048 positions, 48 of them
+    for the answer). That limit would contradict a longer window, whose prompts are cut to the model's own limit."""
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    numbers = _BY_NUMBER.fullmatch(name)
+    if numbers is None:
+        names = ", ".join((*PROTOCOLS, *FAMILIES))
+        raise ValueError(f"unknown protocol {name!r}: choose one of {names}, or a window by number such as w1536-a64")
+    window, answer_room = map(int, numbers.groups())
+    if answer_room >= window:
+        raise ValueError(
+            f"unknown protocol {name!r}: an answer room of {answer_room} tokens leaves nothing of a window of {window}"
+        )
+    return Protocol(name, window, answer_room, max_prompt_tokens=2000 if window <= 2048 else None)
 
 
 def protocol_named(name: str | Protocol | None, task: str) -> Protocol:
@@ -201,6 +235,8 @@ def _fits(protocol: Protocol, task: str) -> bool:
     """Whether a task (by its one name) can be run under a protocol."""
     if protocol.name.startswith("pages-") or task.startswith(PAGES):
         return protocol.name.startswith("pages-") and task in (PAGES, f"{PAGES}_{protocol.window}")
+    if protocol.name in LM_EVAL:
+        return task in LM_EVAL_TASKS
     if protocol.name.startswith("jrt-table2-"):
         is_nq = task.removeprefix(PREFIX).removeprefix("qa_").startswith("nq")
         return is_nq == protocol.name.startswith("jrt-table2-nq")

@@ -1,0 +1,106 @@
+"""Models of others that transformers does not open by itself: those of flash-linear-attention, and Mamba-2 as its authors save it."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from jrt.checkpoints.files import CheckpointError, Reader, entries
+from jrt.checkpoints.names import find, read_config
+
+# What `mamba_ssm` takes for granted where ssm_cfg does not say otherwise (Mamba-2, arXiv 2405.21060).
+_SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64}
+_FIXED = {"layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False}
+_WITHOUT_EFFECT = ("chunk_size", "use_mem_eff_path", "dt_min", "dt_max", "dt_init_floor", "A_init_range")
+_MODEL_FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
+
+
+def register_architecture(name: str) -> None:
+    """Makes transformers know the model behind a folder or hub id, by importing flash-linear-attention where it has to.
+
+    Raises ValueError that names the package where it is not installed."""
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except OSError:
+        return  # what opens the model says what is wrong with its name
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
+        return
+    if find_spec("fla") is None:
+        raise ValueError(
+            f"the model {name!r} is of the type {kind!r}, which transformers does not have; "
+            "models of flash-linear-attention need it installed: pip install flash-linear-attention"
+        )
+    importlib.import_module("fla.models")
+
+
+def mamba2_folder(name: str) -> Path | None:
+    """The folder on this machine that holds Mamba-2 in its authors' layout, None where the name means another model."""
+    folder = find(name)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    settings = read_config(folder).get("ssm_cfg")
+    return folder if isinstance(settings, dict) and settings.get("layer") == "Mamba2" else None
+
+
+def open_mamba2(folder: Path, dtype: torch.dtype) -> Mamba2ForCausalLM:
+    """Reads Mamba-2 as `mamba_ssm` saves it (`state-spaces/mamba2-*`) into transformers' class.
+
+    Raises CheckpointError for settings that transformers' class does not compute, and for tensors that do not fit."""
+    raw = read_config(folder)
+    settings = raw["ssm_cfg"]
+    for fixed, given, place in ((_MODEL_FIXED, raw, ""), (_FIXED, settings, "ssm_cfg.")):
+        for key, expected in fixed.items():
+            if given.get(key, expected) != expected:
+                raise CheckpointError(f"config.json has {place}{key} = {given[key]!r}; expected {expected!r}")
+    if unknown := sorted(settings.keys() - {*_SIZES, *_FIXED, *_WITHOUT_EFFECT}):
+        raise CheckpointError(f"config.json has ssm_cfg.{unknown[0]}, whose meaning here is unknown")
+    sizes = {key: settings.get(key, default) for key, default in _SIZES.items()}
+    numbers = {"d_model": raw.get("d_model"), "n_layer": raw.get("n_layer"), **sizes}
+    for key, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"config.json has {key} = {value!r}; expected a whole number of at least 1")
+    width, head = sizes["expand"] * numbers["d_model"], sizes["headdim"]
+    if width % head:
+        raise CheckpointError(f"config.json: expand * d_model = {width} is no multiple of headdim = {head}")
+    found = entries(folder)
+    embedding = found.get("backbone.embedding.weight")
+    if embedding is None:
+        raise CheckpointError(
+            f"{folder} has no tensor backbone.embedding.weight: expected Mamba-2 as mamba_ssm saves it"
+        )
+    config = Mamba2Config(
+        vocab_size=embedding.shape[0],
+        hidden_size=numbers["d_model"],
+        num_hidden_layers=numbers["n_layer"],
+        state_size=sizes["d_state"],
+        conv_kernel=sizes["d_conv"],
+        expand=sizes["expand"],
+        head_dim=head,
+        num_heads=width // head,
+        n_groups=1,
+        residual_in_fp32=raw.get("residual_in_fp32", True),
+        tie_word_embeddings=raw.get("tie_embeddings", True),
+        bos_token_id=0,  # of GPT-NeoX's tokenizer: <|endoftext|>
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    named = {name.replace("backbone.embedding.", "backbone.embeddings."): entry for name, entry in found.items()}
+    if config.tie_word_embeddings:
+        named.setdefault("lm_head.weight", embedding)
+    for name in sorted(wanted.keys() | named.keys()):
+        if name not in named or name not in wanted:
+            raise CheckpointError(f"{folder}: the tensor {name} is {'missing' if name in wanted else 'left over'}")
+        if named[name].shape != wanted[name]:
+            raise CheckpointError(f"{folder}: {name} has shape {named[name].shape}; expected {wanted[name]}")
+    reader = Reader("cpu", dtype)
+    model.load_state_dict({name: reader.read(entry) for name, entry in named.items()}, assign=True)
+    model.tie_weights()
+    return model

@@ -1,0 +1,115 @@
+"""`jrt-recall --repeat N`: any task of lm-eval that generates, with its context shown N times.
+
+Each task becomes a small task file that includes the original and changes its prompt's template and its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import task_folder
+from .prompts import strategy_named
+
+CONTEXT_COLUMNS = ("context", "passage", "document", "article")
+"""Columns that are context by their name. `input` is one beside a `question` in the same template (babilong)."""
+
+
+def repeated_template(template: str, copies: int, column: str | None = None) -> tuple[str, str]:
+    """A prompt's Jinja template with its context, or the whole prompt, `copies` times, a line each; and which of the two.
+
+    column: the context's column; None: found by name in the template, else the whole prompt is repeated.
+    Raises ValueError where the named column is not in the template."""
+
+    def places(name: str) -> list[str]:
+        return re.findall(r"\{\{\s*" + re.escape(name) + r"\b[^{}]*\}\}", template)
+
+    if column is not None and not places(column):
+        raise ValueError(f"the template {template[:80]!r} does not show the column {column!r}: name another --context")
+    candidates = [column] if column else [*CONTEXT_COLUMNS, *(["input"] if places("question") else [])]
+    for name in candidates:
+        found = places(name)
+        if len(found) == 1:  # a context that already stands there twice is not repeated again
+            return template.replace(found[0], "\n".join([found[0]] * copies)), "context"
+    return "\n".join([template] * copies), "whole prompt"
+
+
+def write_repeated(
+    index: Mapping[str, Any], names: Sequence[str], copies: int, folder: Path, column: str | None
+) -> list[str]:
+    """Writes a task file for each named task (groups and tags: for each member) to `folder`; returns the new names.
+
+    index: lm-eval's `TaskManager.task_index`. A name carries the strategy, so that no result passes for the plain task's.
+    Raises ValueError for unknown tasks, tasks that do not generate, and prompts that are made by code."""
+    strategy = strategy_named(f"{copies}x")
+    members = [member for name in names for member in _members(index, name)]
+    new_names = []
+    for name in dict.fromkeys(members):
+        original = index[name]
+        settings = original.cfg or {}
+        template = settings.get("doc_to_text")
+        if settings.get("output_type") != "generate_until":
+            raise ValueError(
+                f"{name} does not generate text (output_type {settings.get('output_type')}): --repeat needs that"
+            )
+        if "class" in settings or not isinstance(template, str) or template.startswith(str(original.yaml_path.parent)):
+            raise ValueError(f"{name} makes its prompt by code, not by a template: --repeat cannot see its context")
+        if "{{" not in template and "{%" not in template:
+            template = "{{" + template + "}}"  # the name of a column
+        text, what = repeated_template(template, copies, column)
+        new_name = f"{name}_{copies}x"
+        metadata = {**(settings.get("metadata") or {}), "strategy": strategy.name, "repeated": what}
+        new = {
+            "include": str(original.yaml_path),
+            "task": new_name,
+            "tag": [],
+            "doc_to_text": text,
+            "metadata": metadata,
+        }
+        (folder / f"{new_name}.yaml").write_text(yaml.safe_dump(new, allow_unicode=True), encoding="utf-8")
+        new_names.append(new_name)
+    return new_names
+
+
+def _members(index: Mapping[str, Any], name: str) -> list[str]:
+    if name not in index:
+        raise ValueError(f"unknown task {name!r}: `lm_eval ls tasks` lists those that are here")
+    entry = index[name]
+    match entry.kind.name:
+        case "TAG":
+            return [one.name for one in index.values() if name in one.tags and one.kind.name.endswith("TASK")]
+        case "GROUP":
+            listed = [member for member in (entry.cfg or {}).get("task", []) if isinstance(member, str)]
+            return [leaf for member in listed for leaf in _members(index, member)]
+    return [name]
+
+
+def run(given: list[str]) -> None:
+    """`jrt-recall --repeat N ...`. Raises ValueError as `write_repeated`, and for tasks of this package."""
+    from lm_eval.tasks import TaskManager
+
+    from .harness import command_line
+
+    parser = argparse.ArgumentParser(prog="jrt-recall", allow_abbrev=False)
+    parser.add_argument("--repeat", type=int, required=True)
+    parser.add_argument("--tasks", "-t", nargs="+", required=True)
+    parser.add_argument("--context")
+    parser.add_argument("--include_path")
+    own, rest = parser.parse_known_args([word for word in given if word != "run"])
+    if not 2 <= own.repeat <= 64:
+        raise ValueError(f"--repeat takes 2 to 64, got {own.repeat}")
+    names = [name for words in own.tasks for name in words.split(",") if name]
+    if ours := [name for name in names if name in {file.stem for file in task_folder().glob("*.yaml")}]:
+        raise ValueError(
+            f"{ours[0]} is a task of this package: its second reading is {ours[0]}_twice or {ours[0]}_n_times"
+        )
+    index = TaskManager(include_path=own.include_path).task_index
+    with tempfile.TemporaryDirectory() as folder:
+        repeated = write_repeated(index, names, own.repeat, Path(folder), own.context)
+        command_line(["run", "--include_path", folder, "--tasks", ",".join(repeated), *rest], folder=folder)

@@ -1,0 +1,173 @@
+"""Mamba-2 in its authors' layout, held to a loop in float64 written from the paper; models of flash-linear-attention.
+
+No network: folders in the exact layout of `state-spaces/mamba2-*` and `fla-hub/gla-*` stand in, with random weights."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jrt.checkpoints.files import CheckpointError
+from jrt.evaluate.models import ModelSpec, is_ours, open_model, open_tokenizer
+from jrt.evaluate.others import open_mamba2
+
+WIDTH, LAYERS, STATE, HEAD, ROWS, CONV = 64, 2, 16, 32, 50288, 4
+INNER, HEADS = 2 * WIDTH, 2 * WIDTH // 32
+SETTINGS = {"layer": "Mamba2", "d_state": STATE, "headdim": HEAD}
+
+
+def config(**changes) -> dict:
+    """As state-spaces/mamba2-130m has it, smaller."""
+    usual = {"d_model": WIDTH, "d_intermediate": 0, "n_layer": LAYERS, "vocab_size": 50277, "ssm_cfg": SETTINGS}
+    usual |= {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+    return {**usual, "pad_vocab_size_multiple": 16, "tie_embeddings": True, **changes}
+
+
+def weights() -> dict[str, Tensor]:
+    """Random, scaled so that the state matters; the names and shapes of `mamba_ssm`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    found = {"backbone.embedding.weight": normal(ROWS, WIDTH, scale=WIDTH**-0.5)}
+    for layer in range(LAYERS):
+        at = f"backbone.layers.{layer}"
+        found |= {
+            f"{at}.norm.weight": 1 + normal(WIDTH, scale=0.1),
+            f"{at}.mixer.in_proj.weight": normal(2 * INNER + 2 * STATE + HEADS, WIDTH, scale=WIDTH**-0.5),
+            f"{at}.mixer.conv1d.weight": normal(INNER + 2 * STATE, 1, CONV, scale=0.5),
+            f"{at}.mixer.conv1d.bias": normal(INNER + 2 * STATE, scale=0.1),
+            f"{at}.mixer.dt_bias": normal(HEADS, scale=0.5) - 1,
+            f"{at}.mixer.A_log": normal(HEADS, scale=0.5),
+            f"{at}.mixer.D": normal(HEADS),
+            f"{at}.mixer.norm.weight": 1 + normal(INNER, scale=0.1),
+            f"{at}.mixer.out_proj.weight": normal(WIDTH, INNER, scale=INNER**-0.5),
+        }
+    found["backbone.norm_f.weight"] = 1 + normal(WIDTH, scale=0.1)
+    found["lm_head.weight"] = found["backbone.embedding.weight"]
+    return found
+
+
+def stand_in(folder, tokenizer, changes=None, **settings):
+    folder.mkdir()
+    raw = config(ssm_cfg={**SETTINGS, **settings}, **(changes or {}))
+    (folder / "config.json").write_text(json.dumps(raw))
+    torch.save(weights(), folder / "pytorch_model.bin")
+    if tokenizer:
+        for file in tokenizer.iterdir():
+            shutil.copy(file, folder)
+    return folder
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+def by_the_paper(ids: Tensor) -> Tensor:
+    """Logits (T, V) of one sequence: Mamba-2's recurrence (arXiv 2405.21060, section 3.1 and figure 6), a token at a time."""
+    w = {name: tensor.double() for name, tensor in weights().items()}
+    hidden = w["backbone.embedding.weight"][ids]  # (T, E)
+    for layer in range(LAYERS):
+        part = {name.split("mixer.")[1]: t for name, t in w.items() if f"layers.{layer}.mixer." in name}
+        x = rms_norm(hidden, w[f"backbone.layers.{layer}.norm.weight"])
+        gate, xbc, dt = (x @ part["in_proj.weight"].T).split([INNER, INNER + 2 * STATE, HEADS], dim=-1)
+        padded = F.pad(xbc.T, (CONV - 1, 0))  # (channels, T + 3)
+        convolved = F.conv1d(padded, part["conv1d.weight"], part["conv1d.bias"], groups=len(padded)).T
+        values, b, c = F.silu(convolved).split([INNER, STATE, STATE], dim=-1)
+        step = F.softplus(dt + part["dt_bias"])  # (T, H)
+        decay = torch.exp(-step * part["A_log"].exp())  # (T, H)
+        state = torch.zeros(HEADS, HEAD, STATE, dtype=torch.float64)
+        outputs = []
+        for time in range(len(ids)):
+            value = values[time].view(HEADS, HEAD)
+            update = torch.einsum("h,hp,n->hpn", step[time], value, b[time])
+            state = decay[time, :, None, None] * state + update
+            outputs.append((state @ c[time] + part["D"][:, None] * value).flatten())
+        mixed = rms_norm(torch.stack(outputs) * F.silu(gate), part["norm.weight"])
+        hidden = hidden + mixed @ part["out_proj.weight"].T
+    return rms_norm(hidden, w["backbone.norm_f.weight"]) @ w["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_the_authors_layout_computes_what_the_paper_says(tmp_path, length):
+    model = open_mamba2(stand_in(tmp_path / "mamba2", None), torch.float32).eval()
+    ids = torch.arange(7, 7 + length) * 977 % 50277
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0].double()
+    truth = by_the_paper(ids)
+    assert (logits - truth).abs().max() <= 2e-5 * truth.abs().max()
+
+
+def test_it_is_opened_as_a_model_of_others_with_its_tokenizer(tmp_path, shared):
+    folder = stand_in(tmp_path / "mamba2", shared / "gpt2")
+    assert not is_ours(str(folder))
+    opened = open_model(ModelSpec(str(folder)))
+    assert type(opened.model).__name__ == "Mamba2ForCausalLM" and opened.ours is None
+    assert (
+        opened.vocabulary == ROWS
+        and opened.model.get_output_embeddings().weight is opened.model.get_input_embeddings().weight
+    )
+
+
+def test_without_tokenizer_files_the_size_names_gpt_neox(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = stand_in(tmp_path / "mamba2", None)
+    with pytest.raises(ValueError, match="GPT-NeoX's cannot be had: download 'EleutherAI/gpt-neox-20b'"):
+        open_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "said"),
+    [
+        ({"ngroups": 8}, {}, "ssm_cfg.ngroups = 8"),
+        ({"norm_before_gate": True}, {}, "norm_before_gate"),
+        ({"D_has_hdim": True}, {}, "D_has_hdim"),
+        ({"headdim": 48}, {}, "no multiple of headdim"),
+        ({"d_state": 8}, {}, "has shape"),
+        ({"d_state": "16"}, {}, "whole number"),
+        ({}, {"n_layer": 3}, "missing"),
+        ({}, {"n_layer": 1}, "left over"),
+        ({}, {"attn_layer_idx": [1]}, "attn_layer_idx"),
+    ],
+)
+def test_what_it_cannot_compute_is_refused(tmp_path, settings, changes, said):
+    with pytest.raises(CheckpointError, match=said):
+        open_mamba2(stand_in(tmp_path / "mamba2", None, changes, **settings), torch.float32)
+
+
+def gla_folder(folder, tokenizer):
+    """As fla-hub/gla-1.3B-100B has it, smaller: the fields of its config.json that matter."""
+    folder.mkdir()
+    fields = {"model_type": "gla", "architectures": ["GLAForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2}
+    fields |= {"num_heads": 2, "vocab_size": 50257, "expand_k": 0.5, "expand_v": 1, "hidden_act": "swish"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed")
+def test_without_the_package_one_line_names_it(tmp_path, shared):
+    with pytest.raises(ValueError, match=r"'gla'.*pip install flash-linear-attention") as told:
+        open_model(ModelSpec(str(gla_folder(tmp_path / "gla", shared / "gpt2"))))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention")
+def test_gla_opens_where_the_package_is_installed(tmp_path, shared):
+    from jrt.evaluate.others import register_architecture
+
+    folder = gla_folder(tmp_path / "gla", shared / "gpt2")
+    register_architecture(str(folder))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    opened = open_model(ModelSpec(str(folder), device="cuda", dtype="bfloat16"))
+    ids = torch.arange(20, device="cuda")[None]
+    assert torch.isfinite(opened.model(ids).logits.float()).all()
