@@ -22,7 +22,7 @@ if os.environ.get("JRT_BUILD_KERNELS") == "1":
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["jrt", "jrt.*"]), "jrt_recall", "jrt_recall.tasks"],
+    packages=[*find_packages(include=["jrt", "jrt.*"]), "jrt_recall", "jrt_recall.harness", "jrt_recall.tasks"],
     package_dir={"jrt_recall": "lm-eval-harness/jrt_recall"},
     package_data={
         "jrt": ["minis/*/*", "evaluate/*.csv", "evaluate/*.jinja", "py.typed"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from jrt_recall.repeat import repeated_template, write_repeated
+from jrt_recall.harness.repeat import repeated_template, write_repeated
 from lm_eval.tasks import TaskManager
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"

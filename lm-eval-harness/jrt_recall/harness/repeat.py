@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from . import task_folder
-from .prompts import strategy_named
+from .. import task_folder
+from ..prompts import strategy_named
 
 CONTEXT_COLUMNS = ("context", "passage", "document", "article")
 """Columns that are context by their name. `input` is one beside a `question` in the same template (babilong)."""
@@ -94,7 +94,7 @@ def run(given: list[str]) -> None:
     """`jrt-recall --repeat N ...`. Raises ValueError as `write_repeated`, and for tasks of this package."""
     from lm_eval.tasks import TaskManager
 
-    from .harness import command_line
+    from .command import command_line
 
     parser = argparse.ArgumentParser(prog="jrt-recall", allow_abbrev=False)
     parser.add_argument("--repeat", type=int, required=True)
