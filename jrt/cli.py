@@ -182,8 +182,8 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import LocalPool, Request, plan, run
-    from jrt.evaluate.side_by_side import protocols_side_by_side
     from jrt.evaluate.tables import comparisons_text, results_text
+    from jrt.evaluate.tables.side_by_side import protocols_side_by_side
 
     specs = tuple(_spec(arguments, name) for name in arguments.model)
     if "recall_perplexity" in arguments.tasks:
@@ -230,7 +230,8 @@ def _on_workers(arguments: argparse.Namespace, chosen: Plan) -> Outcome:
 
 
 def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> int:
-    from jrt.evaluate import perplexity, plots
+    from jrt.evaluate import perplexity
+    from jrt.evaluate.report import plots
 
     if len(arguments.tasks) > 1:
         raise ValueError("recall_perplexity measures perplexity, not answers: ask for it alone")

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 import jrt
 from jrt.evaluate.folder import MANIFEST, former_manifest
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
-from jrt.evaluate.tables import aligned
+from jrt.evaluate.tables.results import aligned
 from jrt.files import write_json
 from jrt.provenance import code_sha256, versions
 
