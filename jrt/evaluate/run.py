@@ -21,7 +21,8 @@ from jrt_recall.scoring import bootstrap, paired_difference
 from tqdm import tqdm
 
 import jrt
-from jrt.evaluate.answering import Encoded, Generation, Limits, batches, encode, prompt_limit, reachable
+from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit, reachable
+from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.folder import Cell, RunFolder, cell_of
 from jrt.evaluate.models import ModelSpec, open_tokenizer
 from jrt.evaluate.workers import Failure, Job, Pool
