@@ -26,7 +26,7 @@ class RecurrentCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [False]  # to `generate`: continuing takes the new tokens only, as many as `get_seq_length` leaves
+        return [False]  # so that `generate` passes only the tokens after the first `get_seq_length()`, as for attention
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.state is None else self.state.seen
@@ -63,6 +63,7 @@ def state_of(cache: object) -> ModelState | None:
 
 
 def one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | None) -> RecurrentCache | None:
+    """The one argument that has these two names; raises ValueError where both are given."""
     if past_key_values is not None and cache is not None:
         raise ValueError("cache and past_key_values are two names of one argument: give one")
     return past_key_values if cache is None else cache

@@ -24,7 +24,7 @@ def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.set_defaults(command=_demo, kept="; what was answered is kept: the same command goes on")
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import demo
     from jrt.evaluate.tables import comparisons_text, results_text
 
@@ -40,9 +40,10 @@ def _demo(arguments: argparse.Namespace) -> None:
         chosen = demo.mini_plan(models, arguments.limit or demo.ITEMS, arguments.device)
         title = "Just read twice: mini models on reference pages"
     outcome = demo.demo(chosen, arguments.output, title)
-    print(results_text(outcome.records, chosen.protocols()))
+    print(results_text(outcome.records, chosen.protocols(), outcome.failed))
     print(comparisons_text(outcome.comparisons))
     print(f"\nreport: {arguments.output / 'report.html'}   figures: accuracy, state, position (.png, .svg)")
+    return FAILED if outcome.failed else OK
 
 
 def add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -140,10 +141,10 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> 
             raise ValueError(f"recall_perplexity takes no --{option.replace('_', '-')}: leave it out")
     documents = perplexity.texts(arguments.text)
     size = arguments.batch_size or 16
-    records = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
+    records, failed = perplexity.run(specs, documents, arguments.output, arguments.limit, size, arguments.resume)
     plots.save(plots.by_recall(records), arguments.output)
-    print(f"{perplexity.table(records)}\n\nfigure: {arguments.output / 'figure3.png'} (and .svg)")
-    return OK
+    print(f"{perplexity.table(records, failed)}\n\nfigure: {arguments.output / 'figure3.png'} (and .svg)")
+    return FAILED if failed else OK
 
 
 def add_report(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -37,7 +37,7 @@ from jrt.recurrent_cache import CACHE
 logger = logging.getLogger(__name__)
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-SAVED = 0.25  # of a batch's tokens: for less, a second call is not worth it
+SAVED = 0.25  # the least part of a batch's tokens that is worth a second call of the model
 STEP = {"cuda": 2e12}  # multiply-adds in the time of one decoding step: on a GPU launches take it, on a CPU it is short
 
 
@@ -192,7 +192,8 @@ class Start(NamedTuple):
     """Where decoding starts.
 
     Args:
-        cache: has read the first columns of `ids`, or (`keeps_no_tokens`) none of them and all before; None: nothing.
+        cache: what was read before: the first columns of `ids`, or, where the cache keeps no tokens, a text that `ids` goes
+            on from. None: nothing was read.
         forced: the rest of each row's prompt, which it reads in the first steps of decoding.
     """
 

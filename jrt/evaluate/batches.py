@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SHARE = 0.5  # of a prompt that it must have in common with the others of its group
+SHARE = 0.5  # the least part of a prompt that all prompts of its group begin with
 
 
 class Limits(NamedTuple):

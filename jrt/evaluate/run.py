@@ -28,7 +28,7 @@ from jrt.evaluate.models import ModelSpec, open_tokenizer
 from jrt.evaluate.workers import Failure, Job, Pool
 from jrt.provenance import code_sha256, versions
 
-CPU_TOKENS = 8192  # of a batch: what more of them need falls out of a processor's caches, and small models read slower
+CPU_TOKENS = 8192  # of a batch: more of them no longer fit a processor's caches, and small models read slower
 ON_CPU = Limits(size=16, tokens=CPU_TOKENS)
 CPU_ALONE = 1024  # tokens: masked attention over longer padded rows costs more than decoding them together saves
 ON_GPU = Limits(size=128)  # halved wherever it does not fit

@@ -37,7 +37,7 @@ LM_EVAL_TASKS = (
     "recall_squad",
     *(task for task, form in PASSAGES.items() if form == "squad"),
 )
-"""Tasks whose `text` ends with what is asked, as lm-eval's own tasks take it for granted (that of `qa_fda` does not)."""
+"""Tasks whose `text` ends with the question, as lm-eval's own tasks assume. `qa_fda` is none: its text is the page alone."""
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,8 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     write_text(output / "table.tex", latex(header, rows))
     write_bytes(output / "predictions.parquet", _parquet(found.predictions))
     paper = None if title is None else (title, (header, rows))
-    write_page(
-        "Recall report", output, found.records, comparisons(found.predictions), found.predictions, found.manifest, paper
-    )
+    compared = comparisons(found.predictions)
+    write_page("Recall report", output, found.records, compared, found.predictions, found.manifest, paper, found.failed)
     return text, FILES
 
 

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup, escape
 
+from jrt.evaluate.folder import Cell
 from jrt.evaluate.report import plots
-from jrt.evaluate.tables.results import HEADER, Rows, comparison_row, counts_line, notes, protocols_of, result_row
+from jrt.evaluate.tables.results import (
+    HEADER,
+    Rows,
+    comparison_row,
+    counts_line,
+    not_run,
+    notes,
+    protocols_of,
+    result_row,
+)
 from jrt.files import write_text
 
 SHOWN_ITEMS = 100
@@ -30,11 +41,14 @@ def write_page(
     predictions: Sequence[dict],
     manifest: dict,
     paper: tuple[str, Rows] | None = None,
+    failed: Mapping[Cell, str] = MappingProxyType({}),
 ) -> None:
-    """Writes report.html and the figures, each as PNG and SVG, to `output`. paper: a table of the paper with its title."""
+    """Writes report.html and the figures, each as PNG and SVG, to `output`.
+
+    paper: a table of the paper with its title. failed: cells without a number, and why."""
     figures = plots.draw(records, predictions)
     plots.save(figures, output)
-    text = page(title, records, compared, predictions, manifest, figures.values(), paper)
+    text = page(title, records, compared, predictions, manifest, figures.values(), paper, failed)
     write_text(output / "report.html", text)
 
 
@@ -46,6 +60,7 @@ def page(
     manifest: dict,
     figures: Iterable[plots.Drawn],
     paper: tuple[str, Rows] | None = None,
+    failed: Mapping[Cell, str] = MappingProxyType({}),
     items: int = SHOWN_ITEMS,
 ) -> str:
     """The page's text. items: how many questions are shown with all their answers."""
@@ -58,7 +73,7 @@ def page(
     return environment.get_template("report.html.jinja").render(
         title=title,
         header=HEADER,
-        tables=_tables(records, manifest),
+        tables=_tables(records, manifest, failed),
         paper=paper,
         paper_note=MEASURED_PUBLISHED,
         figures=[(figure.heading, Markup(figure.svg)) for figure in figures],
@@ -70,18 +85,24 @@ def page(
     )
 
 
-def _tables(records: Sequence[dict], manifest: dict) -> list[dict[str, Any]]:
-    """For each task and protocol: what stands above and below its table, and its records by model."""
+def _tables(records: Sequence[dict], manifest: dict, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
+    """For each task and protocol: what stands above and below its table, its records by model, and the cells without one."""
     described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
-    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {(cell.task, cell.protocol): {} for cell in failed}
     for record in records:
         models = groups.setdefault((record["task"], record["protocol"]), {})
         models.setdefault(record["model"], []).append(record)
     found = []
     for (task, protocol), models in groups.items():
         members = [record for rows in models.values() for record in rows]
-        above = [described[protocol, members[0].get("version", 1)], counts_line(members[0])]
-        found.append({"task": task, "above": above, "models": list(models.values()), "below": notes(members)})
+        if members:
+            above = [described[protocol, members[0].get("version", 1)], counts_line(members[0])]
+        else:  # no model answered
+            above = [text for (name, _), text in described.items() if name == protocol]
+        empty = not_run(failed, task, protocol)
+        found.append(
+            {"task": task, "above": above, "models": list(models.values()), "empty": empty, "below": notes(members)}
+        )
     return found
 
 

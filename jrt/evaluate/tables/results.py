@@ -74,10 +74,10 @@ def results_text(
 
     for (task, protocol), members in groupby(sorted(records, key=group), key=group):
         found = list(members)
-        without = {cell: why for cell, why in (failed or {}).items() if (cell.task, cell.protocol) == (task, protocol)}
+        without = not_run(failed or {}, task, protocol)
         empty = [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in without]
         table = aligned(HEADER, [*map(result_row, found), *empty])
-        reasons = dict.fromkeys(f"{cell.model}: not run: {' '.join(why.split())}" for cell, why in without.items())
+        reasons = dict.fromkeys(f"{cell.model}: {why}" for cell, why in without.items())
         parts += [
             f"{task} | {described[protocol, found[0].get('version', 1)]}",
             counts_line(found[0]),
@@ -91,6 +91,12 @@ def results_text(
         if (cell.task, cell.protocol) not in shown:
             parts.append(f"{cell.model} {cell.task} {cell.strategy} {cell.protocol}: not run: {' '.join(why.split())}")
     return "\n".join(parts)
+
+
+def not_run(failed: Mapping[Cell, str], task: str, protocol: str) -> dict[Cell, str]:
+    """The cells of one task and protocol that have no number, each with `not run: ` and the reason on one line."""
+    own = {cell: why for cell, why in failed.items() if (cell.task, cell.protocol) == (task, protocol)}
+    return {cell: f"not run: {' '.join(why.split())}" for cell, why in own.items()}
 
 
 def notes(records: Sequence[dict]) -> list[str]:
