@@ -123,7 +123,7 @@ def test_super_glue_end_to_end(model, tmp_path):
 def test_stand_ins_of_mamba_and_mamba_2_go_through_the_scripts_of_architectures(shared, tmp_path):
     """Folders in the release's layout of Mamba and in the authors' of Mamba-2, random weights, no network. Tables 8 and 9 hold
     models of the release only, so Mamba-2 is refused there in one line."""
-    mirror = fixtures.write_super_glue(fixtures.write(tmp_path / "mirror", count=1), count=3)
+    mirror = fixtures.write_super_glue(fixtures.write(tmp_path / "mirror", count=1))
     shutil.copytree(shared / "gpt2", mirror / "gpt2")
     mamba = str(save_random_mamba(tmp_path / "mamba-random", shared / "gpt2"))
     mamba2 = str(save_random_mamba2(tmp_path / "mamba2-random", shared / "gpt2"))
@@ -133,7 +133,7 @@ def test_stand_ins_of_mamba_and_mamba_2_go_through_the_scripts_of_architectures(
         return typed(*words, "--limit", "1", "--device", "cpu", *more, JRT_DATA=str(mirror), limit=1200)
 
     done = ran("run_jrt_rnn.sh", f"{mamba},{mamba2}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
     _, _, first, second, after, *_ = done.stdout[done.stdout.index("Table 2:") :].splitlines()[3:]
     for line, model in ((first, mamba), (second, mamba2)):
         name, *cells = line.split()
@@ -141,7 +141,7 @@ def test_stand_ins_of_mamba_and_mamba_2_go_through_the_scripts_of_architectures(
     assert not after and "missing" not in done.stdout
 
     done = ran("super_glue_tables.sh", mamba)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
     for title in ("Table 8", "Table 9"):
         table = done.stdout[done.stdout.index(title) :].splitlines()[5:8]
         assert [line.split("first 1")[1].split()[0] for line in table] == ["0", "1", "5"]
