@@ -27,12 +27,11 @@ from jrt import ops
 
 HEADS, DIM, VALUE_DIM, CHUNK, ROWS = 16, 16, 64, 64, 160
 SHAPES = ((8, 2048), (1, 32768))  # B, N
-KERNEL = re.compile("queries_kernel|keys_kernel|piece_kernel|scan_kernel|forward_kernel")
+KERNEL = re.compile("queries_kernel|keys_kernel|piece_kernel|scan_kernel")
 # A token and head of bf16: q, k, dq, dk take 2 d bytes each, v, o, do, dv 2 D each, the two weights 4 each.
-BYTES = {"forward_kernel": 320, "queries_kernel": 488, "keys_kernel": 488}
+BYTES = {"queries_kernel": 488, "keys_kernel": 488}
 # Two operations for each multiplication of the tiles, a token and head: of C x C tiles, then of C x R tiles.
 OPERATIONS = {
-    "forward_kernel": 2 * CHUNK * (DIM + VALUE_DIM) + 2 * ROWS * (4 * DIM + 2 * VALUE_DIM),
     "queries_kernel": 2 * CHUNK * (2 * DIM + VALUE_DIM) + 2 * ROWS * (6 * DIM + 2 * VALUE_DIM),
     "keys_kernel": 2 * CHUNK * (2 * DIM + 2 * VALUE_DIM) + 2 * ROWS * (6 * DIM + 3 * VALUE_DIM),
 }
