@@ -168,7 +168,8 @@ def _losses(model: OpenModel, rows: list[list[int]]) -> list[list[float]]:
     if model.ours and model.ours.core.has("P"):
         prefix = min(half, model.ours.core.enc_length)
         options["prefix_length"] = torch.full(ids.shape[:1], prefix, device=ids.device)  # (B,)
-    output = model.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half + 1, **options)
+    with model.cores:
+        output = model.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half + 1, **options)
     logits = output.logits[:, :-1].float()  # (B, T - half, V)
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, half:], reduction="none").tolist()
 
