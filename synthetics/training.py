@@ -24,7 +24,7 @@ from synthetics.data import Examples, generator
 from synthetics.graphs import RecordedSteps
 from synthetics.optimizer import StackedAdamW
 from synthetics.runs import HEADS, Run
-from synthetics.stack import stack
+from synthetics.stack import Stack
 
 ENOUGH = 0.99
 ORDER = 2  # of batches: one of the key's kinds, beside synthetics.data.TRAIN and TEST
@@ -56,7 +56,7 @@ class Training:
         self.runs, self.device = list(runs), device
         self.batch, self.epochs, self.epochs_done = first.batch, first.epochs, 0
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = stack([run.model() for run in runs], dtype).to(device)
+        self.model = Stack([run.model() for run in runs], dtype).to(device)
         self.optimizer = StackedAdamW(self.model, [run.rate for run in runs])
         seeds = sorted({run.seed for run in runs})
         self.places = torch.tensor([seeds.index(run.seed) for run in runs], device=device)  # (M,)
@@ -87,16 +87,11 @@ class Training:
 
     def step(self, tokens: Tensor, asked: Tensor, answers: Tensor) -> None:
         """One step of all models on a batch of `Segment.batch`."""
-        logits = self.logits(tokens, asked)  # (R, K, V)
+        logits = self.model(tokens, asked)  # (R, K, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), reduction="sum")
         # Each model's loss is a mean over its own answers; the sum of them has each model's own gradients.
         (loss / (answers.numel() // len(self.runs))).backward()
         self.optimizer.step()
-
-    def logits(self, tokens: Tensor, asked: Tensor) -> Tensor:
-        """(R, K, V), after the columns that are asked for; arguments of `Segment.batch`."""
-        hidden, _ = self.model.read(tokens)  # (R, T, E)
-        return self.model.head(hidden.take_along_dim(asked[..., None], dim=1))
 
     @torch.no_grad()
     def test_accuracy(self) -> list[dict[str, float]]:
@@ -109,7 +104,7 @@ class Training:
             right = torch.zeros(len(self.runs), device=self.device)
             for start in range(0, examples, rows):
                 tokens, asked, answers = segment.batch(self.places, slice(start, start + rows))
-                is_right = self.logits(tokens, asked).argmax(-1) == answers  # (R, K)
+                is_right = self.model(tokens, asked).argmax(-1) == answers  # (R, K)
                 right += is_right.view(len(self.runs), -1).sum(1)
             for row, share in zip(found, (right / segment.answers[0].numel()).tolist(), strict=True):
                 row[segment.name] = share
