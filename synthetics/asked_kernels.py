@@ -20,7 +20,7 @@ def forward(queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     rows, count, _ = queries.shape
     sums, totals = torch.empty_like(queries), queries.new_empty(rows, count, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _forward_kernel[(rows,)](queries, x, last.contiguous(), sums, totals, x.shape[1], **_sizes(queries))
+        _weighted_sums_kernel[(rows,)](queries, x, last.contiguous(), sums, totals, x.shape[1], **_sizes(queries))
     return sums, totals
 
 
@@ -29,7 +29,7 @@ def backward(queries: Tensor, x: Tensor, last: Tensor, dsums: Tensor, dtotals: T
     dqueries, dx = torch.empty_like(queries), torch.empty_like(x)
     tensors = (queries, x, last.contiguous(), dsums.contiguous(), dtotals.contiguous())
     with torch.cuda.device_of(x):
-        _backward_kernel[(len(x),)](*tensors, dqueries, dx, x.shape[1], **_sizes(queries))
+        _weighted_sums_gradient_kernel[(len(x),)](*tensors, dqueries, dx, x.shape[1], **_sizes(queries))
     return dqueries, dx
 
 
@@ -54,8 +54,8 @@ def _store(x, value, row, places, end, E: tl.constexpr, PE: tl.constexpr):
     tl.store(x + row * end * E + places[:, None] * E + e[None, :], value.to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _forward_kernel(
+@triton.jit(do_not_specialize=["T"])
+def _weighted_sums_kernel(
     queries, x, last, sums, totals, T,
     J: tl.constexpr, PJ: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
@@ -74,8 +74,8 @@ def _forward_kernel(
     tl.store(totals + row * J + j, total, mask=j < J)
 
 
-@triton.jit
-def _backward_kernel(
+@triton.jit(do_not_specialize=["T"])
+def _weighted_sums_gradient_kernel(
     queries, x, last, dsums, dtotals, dqueries, dx, T,
     J: tl.constexpr, PJ: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip

@@ -14,13 +14,14 @@ from torch import Tensor
 
 
 def add_and_norm(
-    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, y: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x + y, and its root-mean-square norm (arXiv 1910.07467).
+    """x + y + bias, and its root-mean-square norm (arXiv 1910.07467).
 
     Args:
         x: (M, N, E) fp32.
-        y: (M, N, E) in `dtype`; None: nothing is added.
+        y: (M, N, E) in `dtype`; None: nothing is added, nor is a bias.
+        bias: (M, E), of the layer that gave y; None: it has none.
         weight: (M, E), of the norm.
         eps: of the norm.
         dtype: of the norm's result.
@@ -29,9 +30,11 @@ def add_and_norm(
         The sum (M, N, E) in fp32, and its norm (M, N, E) in `dtype`.
     """
     if x.is_cuda:
-        total, normed = AddAndNorm.apply(x, y, weight, eps, dtype)
+        total, normed = AddAndNorm.apply(x, y, bias, weight, eps, dtype)
         return total, normed
     total = x if y is None else x + y
+    if bias is not None:
+        total = total + bias[:, None]
     scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     return total, (total * scale * weight[:, None]).to(dtype)
 
@@ -41,13 +44,13 @@ class AddAndNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+        ctx: Any, x: Tensor, y: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         from synthetics import residual_kernels
 
-        total, normed = residual_kernels.forward(x, y, weight, eps, dtype)
+        total, normed = residual_kernels.forward(x, y, bias, weight, eps, dtype)
         ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.adds = eps, y is not None
+        ctx.eps, ctx.adds, ctx.has_bias = eps, y is not None, bias is not None
         return total, normed
 
     @staticmethod
@@ -55,5 +58,5 @@ class AddAndNorm(torch.autograd.Function):
         from synthetics import residual_kernels
 
         total, weight = ctx.saved_tensors
-        dx, dy, dweight = residual_kernels.backward(dtotal, dnormed, total, weight, ctx.eps, ctx.adds)
-        return dx, dy, dweight, None, None
+        dx, dy, dbias, dweight = residual_kernels.backward(dtotal, dnormed, total, weight, ctx.eps, ctx.adds)
+        return dx, dy, dbias if ctx.has_bias else None, dweight, None, None

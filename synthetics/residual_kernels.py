@@ -16,7 +16,7 @@ PROGRAMS = 1024  # of all models together in the backward, which sums the weight
 
 
 def forward(
-    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, y: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results of `synthetics.residual.add_and_norm`."""
     models, tokens, width = x.shape
@@ -25,28 +25,30 @@ def forward(
     normed = torch.empty_like(x, dtype=dtype)
     sizes = tile(width)
     with torch.cuda.device_of(x):
-        _forward_kernel[triton.cdiv(tokens, sizes["I"]), models](
-            x, x if y is None else y.contiguous(), weight, total, normed, eps, tokens, ADDS=y is not None, **sizes
-        )
+        _add_norm_kernel[triton.cdiv(tokens, sizes["I"]), models](
+            x, x if y is None else y.contiguous(), weight if bias is None else bias, weight, total, normed, eps, tokens,
+            ADDS=y is not None, BIAS=bias is not None, **sizes,
+        )  # fmt: skip
     return total, normed
 
 
 def backward(
     dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, eps: float, adds: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of x and, where `adds`, of y, which are equal but for their dtype, and of the weight."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x and, where `adds`, of y, which are equal but for their dtype; of the bias and of the weight."""
     models, tokens, width = total.shape
     sizes = tile(width)
     programs = max(1, min(triton.cdiv(tokens, sizes["I"]), PROGRAMS // models))
     dx = torch.empty_like(total)
     dy = torch.empty_like(dnormed) if adds else None
-    sums = total.new_empty(models, programs, width)
+    sums = total.new_empty(models, programs, 2, width)
     with torch.cuda.device_of(total):
-        _backward_kernel[programs, models](
+        _add_norm_gradient_kernel[programs, models](
             dtotal.contiguous(), dnormed.contiguous(), total, weight, dx, dx if dy is None else dy, sums, eps, tokens,
             ADDS=adds, P=programs, **sizes,
         )  # fmt: skip
-    return dx, dy, sums.sum(1)
+    sums = sums.sum(1)  # (M, 2, E)
+    return dx, dy, sums[:, 0], sums[:, 1]
 
 
 def tile(width: int) -> dict[str, int]:
@@ -55,10 +57,10 @@ def tile(width: int) -> dict[str, int]:
     return {"E": width, "PE": columns, "I": max(1, NUMBERS // columns)}
 
 
-@triton.jit
-def _forward_kernel(
-    x, y, weight, total, normed, eps, N,
-    ADDS: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def _add_norm_kernel(
+    x, y, bias, weight, total, normed, eps, N,
+    ADDS: tl.constexpr, BIAS: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
     model, n, e = tl.program_id(1), tl.program_id(0) * I + tl.arange(0, I), tl.arange(0, PE)
     inside = (n < N)[:, None] & (e < E)[None, :]
@@ -66,20 +68,22 @@ def _forward_kernel(
     value = tl.load(x + at, mask=inside, other=0.0)
     if ADDS:
         value += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            value += tl.load(bias + model * E + e, mask=e < E, other=0.0)[None, :]
         tl.store(total + at, value, mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, 1) / E + eps)
     gain = tl.load(weight + model * E + e, mask=e < E, other=0.0)
     tl.store(normed + at, (value * scale[:, None] * gain[None, :]).to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _backward_kernel(
+@triton.jit(do_not_specialize=["N"])
+def _add_norm_gradient_kernel(
     dtotal, dnormed, total, weight, dx, dy, sums, eps, N,
     ADDS: tl.constexpr, P: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
     model, e = tl.program_id(1), tl.arange(0, PE)
     gain = tl.load(weight + model * E + e, mask=e < E, other=0.0)
-    dgain = tl.zeros((PE,), tl.float32)
+    dgain, dbias = tl.zeros((PE,), tl.float32), tl.zeros((PE,), tl.float32)
     for start in range(tl.program_id(0) * I, N, P * I):
         n = start + tl.arange(0, I)
         inside = (n < N)[:, None] & (e < E)[None, :]
@@ -92,7 +96,10 @@ def _backward_kernel(
         g = g * gain[None, :]
         own = scale * (g - unit * (tl.sum(g * unit, 1) / E)[:, None])
         own += tl.load(dtotal + at, mask=inside, other=0.0)
+        dbias += tl.sum(tl.where(inside, own, 0.0), 0)
         tl.store(dx + at, own, mask=inside)
         if ADDS:
             tl.store(dy + at, own.to(dy.dtype.element_ty), mask=inside)
-    tl.store(sums + (model * P + tl.program_id(0)) * E + e, dgain, mask=e < E)
+    sums += (model * P + tl.program_id(0)) * 2 * E
+    tl.store(sums + e, dbias, mask=e < E)
+    tl.store(sums + E + e, dgain, mask=e < E)

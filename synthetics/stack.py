@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jrt.model import Block, LanguageModel, RMSNorm
 from synthetics.residual import add_and_norm
-from synthetics.stacked import StackedEmbedding, StackedLinear, StackedLinearAttention, stacked, weights
+from synthetics.stacked import StackedEmbedding, StackedLinear, StackedLinearAttention, late_bias, stacked, weights
 
 
 class StackedNorm(nn.Module):
@@ -27,11 +27,11 @@ class StackedNorm(nn.Module):
         self.weight = weights(copies, "weight")  # (M, E)
         self.eps, self.dtype = copies[0].eps, dtype
 
-    def forward(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x and y (R, ..., E) to their sum, in the dtype of x, and its norm, in the dtype of layers."""
+    def forward(self, x: Tensor, y: Tensor | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and y (R, ..., E), bias (M, E): their sum, in the dtype of x, and its norm, in the dtype of layers."""
         by_model = (len(self.weight), -1, x.shape[-1])
         rows = None if y is None else y.reshape(by_model)
-        total, normed = add_and_norm(x.reshape(by_model), rows, self.weight, self.eps, self.dtype)
+        total, normed = add_and_norm(x.reshape(by_model), rows, bias, self.weight, self.eps, self.dtype)
         return total.view(x.shape), normed.view(x.shape)
 
 
@@ -48,7 +48,7 @@ class Stack(nn.Module):
     """Models without MLPs; its parameters are theirs, stacked: (M, ...) each."""
 
     def __init__(self, models: Sequence[LanguageModel], dtype: torch.dtype = torch.float32) -> None:
-        """`models` are of one configuration. Layers compute in `dtype`; weights and residual stream keep theirs."""
+        """`models` are of one configuration, but for feature_dim. Layers compute in `dtype`; weights and residual stream keep theirs."""
         super().__init__()
         first = models[0]
         assert not first.config.mlp_width
@@ -66,18 +66,27 @@ class Stack(nn.Module):
     def forward(self, tokens: Tensor, asked: Tensor) -> Tensor:
         """Logits (R, K, V) after the columns `asked` (R, K) of the tokens (R, T), the first model's rows first."""
         batch = self.template[0].token_batch(tokens, None, None, None)
-        x, y = self.embedding(tokens), None  # (R, T, E)
+        x, y, bias = self.embedding(tokens), None, None  # (R, T, E)
         *before, last = self.blocks
         for block in before:
-            x, normed = block.norm(x, y)
+            x, normed = block.norm(x, y, bias)
             y, _ = block.mixer(normed, batch, None)
-        x, normed = last.norm(x, y)
+            bias = late_bias(block.mixer)
+        x, normed = last.norm(x, y, bias)
+        x = _columns(x, asked)  # (R, K, E)
         if isinstance(last.mixer, StackedLinearAttention) and last.mixer.can_answer(asked):
-            y = last.mixer.answer(normed, asked)  # (R, K, E)
+            y = last.mixer.answer(normed, last.norm(x, None)[1], asked)
         else:
             y = _columns(last.mixer(normed, batch, None)[0], asked)
-        _, normed = self.norm(_columns(x, asked), y)
+        _, normed = self.norm(x, y, late_bias(last.mixer))
         return self.head(normed)
+
+
+    def keep(self, models: Tensor) -> None:
+        """Goes on with these models (their numbers) where something else than a parameter differs between models."""
+        for module in self.modules():
+            if isinstance(module, StackedLinearAttention):
+                module.scales = module.scales[models]
 
 
 def _columns(x: Tensor, asked: Tensor) -> Tensor:

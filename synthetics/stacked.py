@@ -82,16 +82,18 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.bmm(x, weight.mT.to(x.dtype))
+        half = weight.to(x.dtype)
+        ctx.save_for_backward(x, half)
+        ctx.dtype = weight.dtype
+        return torch.bmm(x, half.mT)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         parts = PARTS if weight[0].numel() <= SMALL and x.shape[1] % PARTS == 0 else 1
         dweight = _in_parts(dy, parts).mT @ _in_parts(x, parts)  # (M parts, out, in)
-        dweight = dweight.unflatten(0, (-1, parts)).sum(1, dtype=weight.dtype)
-        return torch.bmm(dy, weight.to(dy.dtype)), dweight
+        dweight = dweight.unflatten(0, (-1, parts)).sum(1, dtype=ctx.dtype)
+        return torch.bmm(dy, weight), dweight
 
 
 def _in_parts(x: Tensor, parts: int) -> Tensor:
@@ -113,7 +115,7 @@ class StackedEmbedding(nn.Module):
 
 
 class StackedConvolution(nn.Module):
-    """`jrt.mixers.conv.ShortConvolution` for the models' rows."""
+    """`jrt.mixers.conv.ShortConvolution` for the models' rows, but for its last bias: see `late_bias`."""
 
     def __init__(self, copies: Sequence[ShortConvolution]) -> None:
         super().__init__()
@@ -127,42 +129,64 @@ class StackedConvolution(nn.Module):
         in_bias, bias = self.in_proj.bias, self.bias
         in_bias = self.filter.new_zeros(len(self.filter), u.shape[-1]) if in_bias is None else in_bias
         bias = self.filter.new_zeros(self.filter.shape[:2]) if bias is None else bias
-        return self.out_proj(gated_convolution(u, in_bias, self.filter, bias)), _no_state(x)
+        y = gated_convolution(u, in_bias, self.filter, bias)  # (R, T, E)
+        return product(y, self.out_proj.weight), _no_state(x)
+
+
+def late_bias(mixer: nn.Module) -> nn.Parameter | None:
+    """(M, E), a bias that the mixer leaves to the residual stream: there it costs no pass over the tokens."""
+    return mixer.out_proj.bias if isinstance(mixer, StackedConvolution) else None
 
 
 class StackedLinearAttention(nn.Module):
-    """`LinearAttention` or `PrefixLinearAttention` of whole texts, for the models' rows."""
+    """`LinearAttention` or `PrefixLinearAttention` of whole texts, for the models' rows.
+
+    Models may differ in d. Queries and keys of the smaller ones are filled up with zeros, which change no score; their
+    weights are zeros and stay so, as they get no gradient.
+    """
+
+    scales: Tensor  # (M, 1, 1), of the scores
 
     def __init__(self, copies: Sequence[LinearAttention]) -> None:
         super().__init__()
         first = copies[0]
-        self.heads = first.heads
-        self.keys, self.values = (each.out_features // first.heads for each in (first.proj_q, first.proj_v))
-        self.scale = first.key_gain**2 * self.keys**-0.5
+        self.heads, self.values = first.heads, first.proj_v.out_features // first.heads
+        sizes = [each.proj_q.out_features // each.heads for each in copies]
+        self.keys = max(sizes)
+        scales = [each.key_gain**2 * size**-0.5 for each, size in zip(copies, sizes, strict=True)]
+        self.register_buffer("scales", torch.tensor(scales)[:, None, None])
         for name, _ in first.named_children():
-            setattr(self, name, StackedLinear([each.get_submodule(name) for each in copies]))
+            linears = [each.get_submodule(name) for each in copies]
+            if name in ("proj_q", "proj_k", "proj_k_enc"):
+                linears = [_filled_up(each, self.heads, self.keys) for each in linears]
+            setattr(self, name, StackedLinear(linears))
         # What the text is read by: keys and values, and for a prefix, which is the whole text here, once more.
         self.read = [("proj_k", "proj_v")]
         if isinstance(first, PrefixLinearAttention):
             self.read.append(("proj_k_enc", "proj_v_enc"))
 
     def forward(self, x: Tensor, batch: object, state: None) -> tuple[Tensor, Tensor]:
-        names = ["proj_q", *(name for pair in self.read for name in pair)]
-        projected = product(x, torch.cat([self.get_submodule(name).get_parameter("weight") for name in names], dim=1))
-        o = taylor_attention(projected, self.heads, self.keys, self.values, self.scale)  # (R, T, H D)
+        others = [self.get_submodule(name).get_parameter("weight") for pair in self.read for name in pair]
+        projected = product(x, torch.cat([self._scaled_queries(), *others], dim=1))
+        o = taylor_attention(projected, self.heads, self.keys, self.values)  # (R, T, H D)
         return self.out_proj(o), _no_state(x)
+
+    def _scaled_queries(self) -> Tensor:
+        """proj_q (M, H d, E) times the scale of the scores."""
+        return self.proj_q.get_parameter("weight") * self.scales.to(self.proj_q.weight.dtype)
 
     def can_answer(self, asked: Tensor) -> bool:
         """Whether `answer` takes so many columns."""
         return asked.shape[1] * self.heads <= MOST_ASKED
 
-    def answer(self, x: Tensor, asked: Tensor) -> Tensor:
+    def answer(self, x: Tensor, x_asked: Tensor, asked: Tensor) -> Tensor:
         """What `forward` gives at the asked columns alone, with no keys and values of the other tokens.
 
         A score is q (W_k x) = (W_k^T q) x, and a weighted sum of values is W_v (the weighted sum of x).
 
         Args:
             x: (R, T, E).
+            x_asked: (R, K, E), x at the asked columns.
             asked: (R, K), at most MOST_ASKED / H columns.
 
         Returns:
@@ -170,7 +194,7 @@ class StackedLinearAttention(nn.Module):
         """
         (rows, length, width), count = x.shape, asked.shape[1]
         models = len(self.proj_q.weight)
-        q = self.proj_q(x.take_along_dim(asked[..., None], dim=1)) * self.scale  # (R, K, H d)
+        q = product(x_asked, self._scaled_queries())  # (R, K, H d)
         q = q.view(models, -1, self.heads, self.keys).transpose(1, 2)  # (M, H, B K, d)
         ends = asked, asked.new_full((), length - 1).expand_as(asked)  # of the text, of the prefix
         numerator, denominator = [], []
@@ -184,6 +208,15 @@ class StackedLinearAttention(nn.Module):
             denominator.append(totals.view(models, -1, self.heads, 1))
         o = (sum(numerator) / sum(denominator)).to(x.dtype)
         return self.out_proj(o.reshape(rows, count, -1))
+
+
+def _filled_up(linear: nn.Linear, heads: int, size: int) -> nn.Linear:
+    """The same with outputs of `size` for each head, the further ones 0."""
+    weight = linear.weight.detach().unflatten(0, (heads, -1))  # (H, d, E)
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, size - weight.shape[1])).flatten(0, 1)
+    filled = nn.Linear(linear.in_features, len(weight), bias=False, dtype=weight.dtype)
+    filled.weight = nn.Parameter(weight)
+    return filled
 
 
 class OneByOne(nn.Module):

@@ -15,24 +15,23 @@ import torch
 from torch import Tensor
 
 
-def taylor_attention(x: Tensor, heads: int, keys: int, values: int, scale: float) -> Tensor:
+def taylor_attention(x: Tensor, heads: int, keys: int, values: int) -> Tensor:
     """Causal linear attention of whole texts, with or without a prefix: then the whole text is the prefix, too.
 
     Args:
         x: (R, T, C), heads side by side: queries (H d), keys (H d) and values (H D) before the feature map, and for a
-            prefix the encoder's keys (H d) and values (H D).
+            prefix the encoder's keys (H d) and values (H D). Queries are scaled: a score is a query times a key.
         heads, keys, values: H, d and D.
-        scale: of the scores.
 
     Returns:
         (R, T, H D).
     """
     if x.is_cuda:
-        return TaylorAttention.apply(x, heads, keys, values, scale)
+        return TaylorAttention.apply(x, heads, keys, values)
     sizes = [heads * keys, heads * keys, heads * values]
     sizes += sizes[1:] if x.shape[-1] > sum(sizes) else []
     q, *read = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in x.split(sizes, dim=-1))  # (R, H, T, d or D)
-    weights = [TaylorWeights.apply(q @ k.mT * scale, own) for k, own in zip(read[::2], (True, False), strict=False)]
+    weights = [TaylorWeights.apply(q @ k.mT, own) for k, own in zip(read[::2], (True, False), strict=False)]
     numerator = sum(w @ v for w, v in zip(weights, read[1::2], strict=True))  # (R, H, T, D)
     denominator = sum(w.sum(-1, keepdim=True) for w in weights)
     return (numerator / denominator).transpose(1, 2).flatten(2)
@@ -83,11 +82,11 @@ class TaylorAttention(torch.autograd.Function):
     """`taylor_attention` by its kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: int, keys: int, values: int, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, heads: int, keys: int, values: int) -> Tensor:
         from synthetics import taylor_kernels
 
         x = x.contiguous()
-        ctx.sizes = heads, keys, values, scale
+        ctx.sizes = heads, keys, values
         o, denominator = taylor_kernels.forward(x, *ctx.sizes)
         ctx.save_for_backward(x, o, denominator)
         return o
@@ -96,7 +95,7 @@ class TaylorAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         from synthetics import taylor_kernels
 
-        return taylor_kernels.backward(*ctx.saved_tensors, do, *ctx.sizes), None, None, None, None
+        return taylor_kernels.backward(*ctx.saved_tensors, do, *ctx.sizes), None, None, None
 
 
 class WeightedSums(torch.autograd.Function):

@@ -22,25 +22,24 @@ TILE = 64  # I
 SMALLEST = 16  # sizes below are filled with zeros: the matrix units take no fewer
 
 
-def forward(x: Tensor, heads: int, keys: int, values: int, scale: float) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, heads: int, keys: int, values: int) -> tuple[Tensor, Tensor]:
     """o (R, T, H D) in the dtype of `x`, and the denominators (R, H, T) in fp32.
 
     Args:
         x: (R, T, C), contiguous.
         heads, keys, values: H, d and D.
-        scale: of the scores.
     """
     rows, length, _ = x.shape
     o = x.new_empty(rows, length, heads * values)
     denominator = x.new_empty(rows, heads, length, dtype=torch.float32)
     grid = (rows * heads, triton.cdiv(length, TILE))
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](x, o, denominator, scale, length, **_sizes(x, heads, keys, values))
+        _taylor_kernel[grid](x, o, denominator, length, **_sizes(x, heads, keys, values))
     return o, denominator
 
 
 def backward(
-    x: Tensor, o: Tensor, denominator: Tensor, do: Tensor, heads: int, keys: int, values: int, scale: float
+    x: Tensor, o: Tensor, denominator: Tensor, do: Tensor, heads: int, keys: int, values: int
 ) -> Tensor:
     """The gradient of `x` (R, T, C) from that of `o` (R, T, H D); the other arguments are those of `forward`."""
     rows, length, _ = x.shape
@@ -48,9 +47,9 @@ def backward(
     sizes = _sizes(x, heads, keys, values)
     tiles, do = triton.cdiv(length, TILE), do.contiguous()
     with torch.cuda.device_of(x):
-        _query_kernel[rows * heads, tiles](x, o, denominator, do, ddenominator, dx, scale, length, **sizes)
+        _query_gradient_kernel[rows * heads, tiles](x, o, denominator, do, ddenominator, dx, length, **sizes)
         grid = (rows * heads, tiles, sizes["READS"])
-        _key_kernel[grid](x, denominator, do, ddenominator, dx, scale, length, **sizes)
+        _key_gradient_kernel[grid](x, denominator, do, ddenominator, dx, length, **sizes)
     return dx
 
 
@@ -101,9 +100,9 @@ def _value_column(read, h, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
     return tl.where(read == 0, 2 * H * DK, H * (3 * DK + DV)) + h * DV
 
 
-@triton.jit
-def _forward_kernel(
-    x, o, denominator, scale, T,
+@triton.jit(do_not_specialize=["T"])
+def _taylor_kernel(
+    x, o, denominator, T,
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
     PK: tl.constexpr, PV: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +117,7 @@ def _forward_kernel(
             j = start + tl.arange(0, I)
             k = _load(x, j, _key_column(read, h, H, DK, DV), T, C, DK, PK)
             v = _load(x, j, _value_column(read, h, H, DK, DV), T, C, DV, PV)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
             seen = j[None, :] <= i[:, None] if read == 0 else (j < T)[None, :] & (i >= 0)[:, None]
             w = tl.where(seen, 1 + s + 0.5 * s * s, 0.0)
             total += tl.sum(w, 1)
@@ -127,13 +126,13 @@ def _forward_kernel(
     tl.store(denominator + tl.program_id(0).to(tl.int64) * T + i, total, mask=i < T)
 
 
-@triton.jit
-def _query_kernel(
-    x, o, denominator, do, ddenominator, dx, scale, T,
+@triton.jit(do_not_specialize=["T"])
+def _query_gradient_kernel(
+    x, o, denominator, do, ddenominator, dx, T,
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
     PK: tl.constexpr, PV: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, and of the denominators for `_key_kernel`."""
+    """Gradients of the queries, and of the denominators for `_key_gradient_kernel`."""
     x, h = _head(x, T, C, H)
     dx, _ = _head(dx, T, C, H)
     o, _ = _head(o, T, H * DV, H)
@@ -153,17 +152,17 @@ def _query_kernel(
             j = start + tl.arange(0, I)
             k = _load(x, j, _key_column(read, h, H, DK, DV), T, C, DK, PK)
             v = _load(x, j, _value_column(read, h, H, DK, DV), T, C, DV, PV)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
             dw = tl.dot(g, tl.trans(v), input_precision="ieee") + dtotal[:, None]
             seen = j[None, :] <= i[:, None] if read == 0 else (j < T)[None, :] & (i >= 0)[:, None]
             ds = tl.where(seen, dw * (1 + s), 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    _store(dx, dq * scale, i, h * DK, T, C, DK, PK)
+    _store(dx, dq, i, h * DK, T, C, DK, PK)
 
 
-@triton.jit
-def _key_kernel(
-    x, denominator, do, ddenominator, dx, scale, T,
+@triton.jit(do_not_specialize=["T"])
+def _key_gradient_kernel(
+    x, denominator, do, ddenominator, dx, T,
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
     PK: tl.constexpr, PV: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
@@ -183,12 +182,12 @@ def _key_kernel(
         total = tl.load(denominator + at + i, mask=i < T, other=1.0)
         dtotal = tl.load(ddenominator + at + i, mask=i < T, other=0.0)
         g = (_load(do, i, h * DV, T, H * DV, DV, PV).to(tl.float32) / total[:, None]).to(q.dtype)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (keys, queries)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (keys, queries)
         dw = tl.dot(v, tl.trans(g), input_precision="ieee") + dtotal[None, :]
         seen = ((j[:, None] <= i[None, :]) | (read == 1)) & (i < T)[None, :]
         w = tl.where(seen, 1 + s + 0.5 * s * s, 0.0)
         ds = tl.where(seen, dw * (1 + s), 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         dv = tl.dot(w.to(q.dtype), g, dv, input_precision="ieee")
-    _store(dx, dk * scale, j, key, T, C, DK, PK)
+    _store(dx, dk, j, key, T, C, DK, PK)
     _store(dx, dv, j, value, T, C, DV, PV)

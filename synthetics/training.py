@@ -23,12 +23,12 @@ from jrt.files import write_bytes
 from synthetics.data import Examples, generator
 from synthetics.graphs import RecordedSteps
 from synthetics.optimizer import StackedAdamW
-from synthetics.runs import HEADS, Run
+from synthetics.runs import Run
 from synthetics.stack import Stack
 
 ENOUGH = 0.99
 ORDER = 2  # of batches: one of the key's kinds, beside synthetics.data.TRAIN and TEST
-TEST_SCORES = {"cpu": 1 << 24, "cuda": 1 << 30}  # numbers of a test batch that the largest tensor may hold
+TEST_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 21}  # of a test batch, of all models together
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ class Training:
         found: list[dict[str, float]] = [{} for _ in self.runs]
         for segment in self.test:
             examples, length = segment.tokens.shape[1:]
-            scores = len(self.runs) * HEADS * length * 2 * length  # the widest tensor, of a row of each model
-            rows = max(1, min(examples, TEST_SCORES[self.device.type] // scores))
+            rows = max(1, min(examples, TEST_TOKENS[self.device.type] // (len(self.runs) * length)))
             right = torch.zeros(len(self.runs), device=self.device)
             for start in range(0, examples, rows):
                 tokens, asked, answers = segment.batch(self.places, slice(start, start + rows))
@@ -117,6 +116,7 @@ class Training:
             return
         self.places = self.places[models]
         self.optimizer.keep(models)
+        self.model.keep(torch.tensor(models, device=self.device))
         self.steps.forget()
 
     def state_dict(self) -> dict:
