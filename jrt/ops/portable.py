@@ -13,10 +13,21 @@ from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
 from jrt.ops.chunked import linear_attention as chunked_attention
 from jrt.ops.feature_map import State, taylor_features
+from jrt.ops.gated_pytorch import gated_convolution_linear, silu_convolution, swiglu_linear
 from jrt.ops.selective_scan_pytorch import chunked_backward, chunked_forward, stepwise
 from jrt.ops.short_convolution import short_convolution
 
-__all__ = ["State", "encode_prefix", "linear_attention", "selective_scan", "short_convolution", "taylor_features"]
+__all__ = [
+    "State",
+    "encode_prefix",
+    "gated_convolution_linear",
+    "linear_attention",
+    "selective_scan",
+    "short_convolution",
+    "silu_convolution",
+    "swiglu_linear",
+    "taylor_features",
+]
 
 
 def linear_attention(
