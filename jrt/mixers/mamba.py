@@ -42,11 +42,11 @@ class Mamba(nn.Module):
         before = None if state is None else state.conv
         u, conv = silu_convolution(u, self.conv1d.weight[:, 0], self.conv1d.bias, before, batch.mask)
         rank, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
-        wide = torch.promote_types(u.dtype, torch.float32)
-        delta = F.softplus(F.linear(rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias)  # (B, T, E)
+        delta = F.linear(rank, self.dt_proj.weight)  # (B, T, E), before bias and softplus
         if batch.mask is not None:
-            delta = torch.where(batch.mask[..., None], delta, 0)  # padding leaves the state as it was
-        A = -self.A_log.to(wide).exp()
+            delta = delta.masked_fill(~batch.mask[..., None], -torch.inf)  # padding leaves the state as it was
+        wide = torch.promote_types(u.dtype, torch.float32)
+        A, D = -self.A_log.to(wide).exp(), self.D.to(wide)
         ssm = None if state is None else state.ssm
-        y, ssm = selective_scan(u, delta, A, B, C, self.D.to(wide), initial_state=ssm)
+        y, ssm = selective_scan(u, delta, A, B, C, D, delta_bias=self.dt_proj.bias, initial_state=ssm)
         return self.out_proj(y * F.silu(gate)), MambaState(conv, ssm)
