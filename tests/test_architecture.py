@@ -19,6 +19,7 @@ ORDER = (
     "ops",
     "mixers",
     "cache",
+    "recurrent_cache",
     "model",
     "objective",
     "loss",

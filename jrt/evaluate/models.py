@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from jrt.checkpoints.files import first_line
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
 from jrt.evaluate.others import mamba2_folder, open_mamba2, register_architecture
@@ -109,7 +110,7 @@ class OpenModel:
 
     @property
     def pad_token_id(self) -> int:
-        """Any id does where a mask says what counts: the tokenizer may have no pad and no end token."""
+        """The tokenizer's pad or end token, else 0: any id will do, because the mask says which tokens count."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in known if token is not None and token < self.vocabulary), 0)
 
@@ -193,7 +194,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
         try:
             model = load(spec.name, device, dtype, spec.compat, spec.short_prompt)
         except (OSError, ImportError) as error:
-            raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
+            raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
         return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
     _check_options(spec)
     if (authors := mamba2_folder(spec.name)) is not None:
@@ -210,7 +211,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         torch.nn.Module.to(model, device)
     except (OSError, *BREAKS) as error:
-        raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
     return OpenModel(spec, model.eval(), tokenizer, set_aside(model, saved))
 
 
@@ -228,7 +229,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
             register_architecture(folder)
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, *BREAKS) as error:
-        raise ValueError(f"{unknown_model(name)} ({_first_line(error)})") from error
+        raise ValueError(f"{unknown_model(name)} ({first_line(error)})") from error
 
 
 def unknown_model(name: str) -> str:
@@ -305,7 +306,3 @@ def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors(item, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
         yield from _tensors(list(vars(value).values()), seen)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -28,6 +28,7 @@ TOGETHER = 1.35  # two programs on a multiprocessor take this times one alone; f
 SUMMING = {"forward": 0.6, "backward": 0.26}  # time of the sums of pieces, as a part of what follows them
 LEAST_CHUNKS = 4  # of a piece: a shorter one costs more in states than it gains
 SCAN_BLOCK, SCAN_AHEAD = 256, 8
+MOST_TILES = 5  # of a state, see `state_tiles`
 
 
 class Tiles(NamedTuple):
@@ -283,6 +284,20 @@ def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: Tiles, direction: str) -> 
     return Pieces(piece.numel(), 0, tokens, owner, start, end, first)
 
 
+def state_tiles(d: int, rows: int) -> dict[str, int]:
+    """How the F rows of a state lie in tiles of at most `rows` rows, as constants of the kernels with matrix products.
+
+    The loop over these tiles is unrolled. With nine or more of them the kernels need more uniform registers than there
+    are, and the ptxas 12.8 of Triton 3.6 and 3.7 then hands the tensor cores of Hopper addresses that are wrong.
+    """
+    constants = _row_tiles(d, rows)
+    count = constants["PAIR_TILES"] + 1
+    assert count <= MOST_TILES, (
+        f"d = {d} makes {count} tiles of {rows} rows: expected at most {MOST_TILES}, so more rows"
+    )
+    return constants
+
+
 def _constants(k, v, mask, log_decay, cu_seqlens, tiles: Tiles) -> dict[str, object]:
     d, D = k.shape[-1], v.shape[-1]
     return {
@@ -295,7 +310,7 @@ def _constants(k, v, mask, log_decay, cu_seqlens, tiles: Tiles) -> dict[str, obj
         "DK": max(16, triton.next_power_of_2(d)),
         "DV": tiles.DV,
         "C": tiles.C,
-        **_row_tiles(d, tiles.rows),
+        **state_tiles(d, tiles.rows),
         "WIDE": tl.bfloat16 if k.dtype == torch.bfloat16 else tl.float32,
         "PRECISION": "ieee" if k.dtype == torch.bfloat16 else PRODUCTS_FP32,
         "num_warps": tiles.warps,
