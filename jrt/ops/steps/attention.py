@@ -52,7 +52,7 @@ def attention_step(
     block = triton.next_power_of_2(max(1, ring - 1)) if ring <= WHOLE else 8192 // BD
     warps = min(16, max(4, block * BD // 2048))
     if batch * heads * C >= MANY:
-        block, warps = 2048 // BD, 2
+        block, warps = 1024 // BD, 1
     options = early(qkv.device)
     _attention_kernel[(batch * heads, C)](
         qkv, keys, values, column, pads, cos, sin, partial, o, heads, ring, scale, half,

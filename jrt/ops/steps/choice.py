@@ -41,7 +41,7 @@ def _block_kernel(logits, largest, places, V, BV: tl.constexpr, PDL: tl.constexp
     release_next(PDL)
     after_previous(PDL)
     value = tl.load(logits + row * V + n, mask=n < V, other=-float("inf")).to(tl.float32)
-    value = tl.where(value == value, value, float("inf"))
+    value = tl.where(value == value, value, float("inf"))  # noqa: PLR0124 - NaN is unequal to itself
     top = tl.max(value, 0)
     at = row * tl.num_programs(0) + block
     tl.store(largest + at, top)

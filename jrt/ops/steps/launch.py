@@ -43,11 +43,13 @@ def tiles(rows: int, outputs: int, inputs: int, itemsize: int, halves: int = 1, 
     if itemsize == 4:
         BN, BK, stages = 32, 32, 2
     elif may_split and BM == 64:
-        BN, BK, stages = 64, 64, 4
+        BN, BK, stages = 64, 64, 6
     elif rows > 64 and outputs >= LARGE:
         BM, BN, BK, stages = 128, 64, 64, 4
+    elif BM == 16:
+        BN, BK, stages = 32, 128, 4
     else:
-        BN, BK, stages = 32, 128, 4 if BM == 16 else 3
+        BN, BK, stages = 32, 64, 6
     BK = min(BK, max(16, triton.next_power_of_2(inputs)))
     splits = 1
     if may_split:
