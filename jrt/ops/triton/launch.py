@@ -23,11 +23,7 @@ from jrt.ops.triton.decode import decode_kernel
 from jrt.ops.triton.forward import forward_kernel
 from jrt.ops.triton.sums import piece_kernel, scan_kernel
 
-PRODUCTS = {  # how tensor cores multiply numbers of 32 bits that come from inputs of a dtype
-    torch.bfloat16: "ieee",  # there are none
-    torch.float16: "tf32",  # 11 bits of each factor, as many as the inputs have
-    torch.float32: "tf32x3",  # three products: 22 bits of each factor
-}
+PRODUCTS_FP32 = "tf32x3"  # three products in TF32: 22 bits of each factor
 TOGETHER = 1.35  # two programs on a multiprocessor take this times one alone; from times on an H100, as the next
 SUMMING = {"forward": 0.6, "backward": 0.26}  # time of the sums of pieces, as a part of what follows them
 LEAST_CHUNKS = 4  # of a piece: a shorter one costs more in states than it gains
@@ -67,13 +63,10 @@ def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
     if d > 16:
         C = 32 if dtype == torch.bfloat16 else 16
         return Tiles(C=C, DV=min(columns, 32), rows=128, warps=8, stages=1)
-    if dtype == torch.float32 and kernel == "prefix keys":
-        return Tiles(C=64, DV=min(columns, 64), rows=32, warps=4, stages=1)
-    if dtype == torch.float32:
+    if dtype != torch.bfloat16:  # operands of four bytes
+        if kernel == "prefix keys":
+            return Tiles(C=64, DV=min(columns, 64), rows=32, warps=4, stages=1)
         return Tiles(C=16, DV=min(columns, 64), rows=128, warps=8, stages=1)
-    if dtype == torch.float16:
-        rows = 32 if kernel in ("keys", "prefix keys") else 64
-        return Tiles(C=32, DV=min(columns, 64), rows=rows, warps=8, stages=1)
     stages = 1 if kernel in ("keys", "prefix keys") else 2
     return Tiles(C=64, DV=min(columns, 64), rows=32 if narrow else 64, warps=4, stages=stages)
 
@@ -320,7 +313,7 @@ def _constants(k, v, mask, log_decay, cu_seqlens, tiles: Tiles) -> dict[str, obj
         "C": tiles.C,
         **state_tiles(d, tiles.rows),
         "WIDE": tl.bfloat16 if k.dtype == torch.bfloat16 else tl.float32,
-        "PRECISION": PRODUCTS[k.dtype],
+        "PRECISION": "ieee" if k.dtype == torch.bfloat16 else PRODUCTS_FP32,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
