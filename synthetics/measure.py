@@ -33,7 +33,7 @@ from synthetics.workers import check_device
 LOOP_EXAMPLES = 300  # of each pair that the loop draws
 FEWEST = 4  # timed steps of each length
 MEASURED = ((128, 24), (36, 4), (64, 16))  # widths and feature sizes: the largest, the smallest and one between
-WAYS = ("recorded", "compiled", "eager")  # as in the sweep; without CUDA graphs; without the compiler, too
+WAYS = ("recorded", "launched")  # as in the sweep; without CUDA graphs
 
 
 def seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
@@ -82,10 +82,9 @@ def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
         for way in WAYS:
             call = stack.steps if way == "recorded" else stack.step
             times = FEWEST if time.monotonic() > deadline or device.type == "cpu" else 5 * FEWEST
-            with torch.compiler.set_stance("force_eager" if way == "eager" else "default"):
-                for _ in range(FIRST + 1):
-                    call(*batch)
-                row[f"{way}_ms"] = 1e3 * seconds(lambda call=call, batch=batch: call(*batch), times, device)
+            for _ in range(FIRST + 1):
+                call(*batch)
+            row[f"{way}_ms"] = 1e3 * seconds(lambda call=call, batch=batch: call(*batch), times, device)
             epoch[way] += row[f"{way}_ms"] / 1e3 * steps
         rows.append(row)
     test = seconds(stack.test_accuracy, 1, device)

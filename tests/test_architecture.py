@@ -15,6 +15,7 @@ ORDER = (
     "provenance",
     "config",
     "flops",
+    "cores",
     "released.quirks",
     "ops",
     "mixers",

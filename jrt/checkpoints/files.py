@@ -258,5 +258,5 @@ def _state_dict(content: object, file: Path) -> dict:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's message; its class where it has none."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """The first line of an error's message, or so much of it as a CheckpointError can take; its class where it has none."""
+    return str(error).strip().splitlines()[0][: LONGEST_MESSAGE // 2] if str(error).strip() else type(error).__name__

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from jrt.checkpoints.files import first_line
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
+from jrt.cores import FreeCores
 from jrt.evaluate.others import mamba2_folder, open_mamba2, register_architecture
 from jrt.greedy import plain_settings, saved_settings, set_aside
 from jrt.modeling_jrt import JRTForCausalLM
@@ -92,12 +93,14 @@ class ModelInfo:
 
 @dataclass
 class OpenModel:
-    """A model with its tokenizer, ready to compute. set_aside: saved settings that would have changed greedy answers."""
+    """A model with its tokenizer, ready to compute. set_aside: saved settings that would have changed greedy answers;
+    cores: those that other programs leave free, to compute on."""
 
     spec: ModelSpec
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     set_aside: dict[str, object] = field(default_factory=dict)
+    cores: FreeCores = field(default_factory=FreeCores)
 
     @property
     def ours(self) -> JRTForCausalLM | None:
@@ -123,7 +126,10 @@ class OpenModel:
     def findings(self) -> Findings | None:
         """What the probe found: measured once, before the first answer. None for models of this project, whose tests show
         what they get right."""
-        return None if self.ours else probe(self.model, self.pad_token_id)
+        if self.ours:
+            return None
+        with self.cores:
+            return probe(self.model, self.pad_token_id)
 
     @cached_property
     def mode(self) -> RunMode:
