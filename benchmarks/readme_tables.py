@@ -161,7 +161,7 @@ def generation_notes(report: dict) -> str:
     """What differs between the two loops in bf16, and how long a process takes to its first answer."""
     compared = [row for row in report["rows"] if row["compared_tokens"]]
     differ = (f"{row['method']} {row['differing_tokens']} of {row['compared_tokens']:,}" for row in compared)
-    cold = (f"{name} {seconds:.1f} s" for name, seconds in report["cold_start_s"].items())
+    cold = [f"{name} {seconds:.1f} s" for name, seconds in report["cold_start_s"].items()] or ["not measured"]
     batch = compared[0]["shape"]["B"]
     return (
         f"\nTokens in bf16 that differ from those of transformers' loop, B{batch}: {', '.join(differ)}.\n"
