@@ -33,24 +33,24 @@ from synthetics.workers import check_device
 
 LOOP_EXAMPLES = 300  # of each pair that the loop draws
 FEWEST = 4  # timed steps of each length
-WIDTHS = (128, 36)  # of the stacks: the largest and the smallest
 WAYS = ("recorded", "launched")  # as in the sweep; without CUDA graphs
 
 
 def seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
     """Of one call, the mean over `times` calls after one more."""
     function()
-    _wait(device)
-    start = time.perf_counter()
+    start = clock(device)
     for _ in range(times):
         function()
-    _wait(device)
-    return (time.perf_counter() - start) / times
+    return (clock(device) - start) / times
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def clock(device: torch.device) -> float:
+    """Seconds: of this process on a CPU, all its threads together; on a GPU of the wall, when all work is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def data(task: SetDisjointness, device: torch.device) -> dict:
@@ -58,9 +58,9 @@ def data(task: SetDisjointness, device: torch.device) -> dict:
     loop = whole = 0.0
     pairs = []
     for pair in task.train:
-        start = time.perf_counter()
+        start = clock(torch.device("cpu"))
         disjoint_sets(task.vocab_size, LOOP_EXAMPLES, *pair, seed=1)
-        one = (time.perf_counter() - start) / LOOP_EXAMPLES
+        one = (clock(torch.device("cpu")) - start) / LOOP_EXAMPLES
         all_at_once = seconds(
             lambda pair=pair: draw_pair(task.vocab_size, task.train_examples, pair, generator(1), device), 3, device
         )
@@ -104,6 +104,13 @@ def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
     }
 
 
+def widest_and_narrowest(method: str) -> list[list[Run]]:
+    """A method's stacks in `figure2` of the largest and of the smallest width."""
+    own = [group for group in groups(sweeps.figure2) if group[0].method.name == method]
+    widths = {group[0].width for group in own}
+    return [group for group in own if group[0].width in (max(widths), min(widths))]
+
+
 def figure2_minutes(measured: list[dict]) -> dict[str, float]:
     """What all stacks of `figure2` would take, by method: time is linear in the numbers that the tokens of a batch take.
 
@@ -136,7 +143,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=4, help="about how long to measure training; 0: data only")
-    parser.add_argument("--methods", nargs="+", default=["causal", "prefix", "twice"])
+    methods = list(dict.fromkeys(run.method.name for run in sweeps.figure2))
+    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     options = parser.parse_args()
     try:
         check_device(options.device, workers=1)
@@ -144,6 +152,7 @@ def main() -> None:
         parser.error(str(error))
     device = torch.device(options.device)
     deadline = time.monotonic() + 60 * options.minutes
+    torch.set_num_threads(1)  # a CPU's figures are those of one thread
     task = TASKS["paper"]
     assert isinstance(task, SetDisjointness)
     draw_distinct(8, 8, 0, 2048, generator(1), device)  # sets the device up
@@ -151,8 +160,7 @@ def main() -> None:
     report["data"] = data(task, device)
     print(f"data: {report['data']['speedup']:.0f} x the released loop", flush=True)
     report["training"] = []
-    stacks = [group for group in groups(sweeps.figure2) if group[0].width in WIDTHS]
-    for runs in (group for group in stacks if group[0].method.name in options.methods):
+    for runs in (group for name in options.methods for group in widest_and_narrowest(name)):
         if time.monotonic() > deadline:
             print(f"time is over before {runs[0].shape.name}")
             break
