@@ -22,10 +22,10 @@ if os.environ.get("JRT_BUILD_KERNELS") == "1":
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["jrt", "jrt.*"]), "jrt_recall", "jrt_recall.tasks"],
+    packages=[*find_packages(include=["jrt", "jrt.*"]), "jrt_recall", "jrt_recall.harness", "jrt_recall.tasks"],
     package_dir={"jrt_recall": "lm-eval-harness/jrt_recall"},
     package_data={
-        "jrt": ["minis/*/*", "evaluate/*.csv", "evaluate/*.jinja", "py.typed"],
+        "jrt": ["minis/*/*", "evaluate/tables/*.csv", "evaluate/report/*.jinja", "py.typed"],
         "jrt_recall": ["assets/**/*", "tasks/**/*", "tasks/*"],
     },
     **kernels,

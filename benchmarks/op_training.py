@@ -34,6 +34,7 @@ SHAPES = ((8, 2048), (1, 32768))  # (B, N), forward and backward
 FORWARD_SHAPES = ((16, 32768),)
 LONGEST_QUADRATIC = 8192  # tokens up to which quadratic methods of other libraries are timed backwards
 ROTATED_BYTES = 2**28  # inputs of a method together, more than the second-level cache
+MOST_CONFIGURATIONS = 6  # that a tuned kernel of another library tries: to compile all of them takes minutes
 GRADIENT_BOUND = 2e-2  # relative error of other libraries' results that counts as right; ours: twice eager's
 
 
@@ -73,6 +74,19 @@ def fla_based(name: str) -> Callable[..., Tensor]:
         return getattr(fla.ops.based, name)(q, k, v, scale=DIM**-0.5, use_norm=True)
 
     return call
+
+
+def limit_tuning(most: int) -> None:
+    """Lets kernels that tune themselves try `most` of their configurations, evenly taken out of their list."""
+    from triton.runtime.autotuner import Autotuner
+
+    every = Autotuner.prune_configs
+
+    def some(tuner: Autotuner, arguments: dict) -> list:
+        configurations = every(tuner, arguments)
+        return configurations[:: -(-len(configurations) // most)]
+
+    Autotuner.prune_configs = some
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -277,6 +291,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("op_training.py measures a GPU: no CUDA device found")
+    limit_tuning(MOST_CONFIGURATIONS)
     rows: list[dict] = []
     plan = [(*shape, backward) for backward in (False, True) for shape in SHAPES]
     plan += [(*shape, False) for shape in FORWARD_SHAPES]
@@ -288,7 +303,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             row = measure(method, batch, tokens, backward)
             rows.append(row)
-            record.write("op_training", rows, arguments.output)
+            record.write("op_training", rows, arguments.output, most_configurations=MOST_CONFIGURATIONS)
             name = f"{row['pass']:17} B{batch} N{tokens} {row['method']} ({row['backend']})"
             print(f"{name:60} {figures(row)}", flush=True)
 

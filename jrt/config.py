@@ -55,7 +55,7 @@ class Config:
     encoder_mask: bool = True  # P: False only in released configurations whose encoder ignored masks
     decay_const: float | None = None  # L: gamma_h = 1 - 2^(decay_const - h); None: no decay
     decay_projection: bool = False  # L: an output gain per head and token
-    conv_expand: float = 2  # C: channels / width, in halves
+    conv_expand: float = 2  # C: channels / width, a multiple of 1/2
     conv_kernel: int = 3  # C: taps
     state_dim: int = 16  # M: states per channel
     mamba_expand: int = 2  # M: channels / width

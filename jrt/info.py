@@ -1,10 +1,11 @@
 """`jrt info NAME`: what a model is and costs, from its configuration; weights are counted on the meta device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from jrt.checkpoints.files import first_line
 from jrt.checkpoints.load import configuration, has_tokenizer
 from jrt.checkpoints.names import MINIS, Kind, find, kind_of_model, resolve
 from jrt.config import LETTERS, Config, presets, releases
@@ -106,7 +107,7 @@ def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder} is no causal language model: {first_line(error)}") from error
     found = [
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("class", f"{type(model).__name__}, used as it is"),
@@ -142,13 +143,13 @@ def _mixing_flops(config: Config, layer: int, length: int) -> int:
             return config.mamba_expand * width * (2 * config.mamba_kernel + 7 * config.state_dim)
 
 
-def _by_length(count, lengths: Sequence[int]) -> str:
+def _by_length(count: Callable[[int], int], lengths: Sequence[int]) -> str:
     if len({count(length) for length in (*LENGTHS, *lengths)}) == 1:
         return f"{count(lengths[0]):,} bytes (fp32) at any length"
     return ", ".join(f"{count(length):,} at {length:,}" for length in lengths) + " tokens (bytes, fp32)"
 
 
-def _flops(count, lengths: Sequence[int]) -> str:
+def _flops(count: Callable[[int], int], lengths: Sequence[int]) -> str:
     if len({count(length) for length in (*LENGTHS, *lengths)}) == 1:
         return f"{count(lengths[0]) / 1e6:,.1f} M at any length"
     return ", ".join(f"{count(length) / 1e6:,.1f} M at {length:,}" for length in lengths)

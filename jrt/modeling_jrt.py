@@ -1,4 +1,4 @@
-"""The models as transformers knows them: cache, `forward` and `generate`.
+"""The models as transformers knows them: `forward` and `generate`.
 
 Importing this module makes the model class known to AutoModelForCausalLM. `jrt.configuration_jrt` does so with the first
 configuration, so that a folder that `save_pretrained` wrote loads after nothing but `import jrt`.
@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.generation import (
     GenerationConfig,
     LogitsProcessor,
@@ -36,50 +35,11 @@ from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel
 from jrt.objective import IGNORED, mean_loss
 from jrt.packed_rows import documents_of
+from jrt.recurrent_cache import CACHE, RecurrentCache, one_cache, state_of
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import PADDED_MIXERS, Prompt, check_short_prompt, fill_short_prompts, padded
 
-# transformers 5.24 gave this argument and output a new name; `forward` and `generate` here take both.
-CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 log = logging.getLogger(__name__)
-
-
-class RecurrentCache(Cache):
-    """transformers' cache interface around one `ModelState`."""
-
-    is_compileable = False
-    is_croppable = False
-
-    def __init__(self, state: ModelState | None = None) -> None:
-        super().__init__(layers=[])
-        self.state = state
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False]  # to `generate`: continuing takes the new tokens only, as many as `get_seq_length` leaves
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self.state is None else self.state.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1  # no bound
-
-    get_max_cache_shape = get_max_length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state = None if self.state is None else self.state.repeat(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.state = None if self.state is None else self.state.select(indices)
-
-    def reset(self) -> None:
-        self.state = None
-
-    def crop(self, max_length: int) -> None:
-        raise ValueError("a recurrent state cannot be cropped: it does not keep the tokens apart")
 
 
 class VocabularyRows(LogitsProcessor):
@@ -209,8 +169,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         """
         packing = {name: kwargs.pop(name, None) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")}
         check_unknown(kwargs)
-        cache = _one_cache(past_key_values, cache)
-        state = _state_of(cache)
+        cache = one_cache(past_key_values, cache)
+        state = state_of(cache)
         input_ids = check_ids(input_ids, self.core.vocab_rows, is_step=state is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -308,10 +268,10 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate needs input_ids (B, T): an empty prompt has nothing to go on from")
-        past = _one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        past = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if past is not None:
             kwargs[CACHE] = past
-        goes_on, encodes = _state_of(past) is not None, self.core.has("P")
+        goes_on, encodes = state_of(past) is not None, self.core.has("P")
         check_ids(input_ids, self.core.vocab_rows, is_step=goes_on)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_tensor("attention_mask", mask, "a tensor (B, T)")
@@ -388,22 +348,6 @@ def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _state_of(cache: object) -> ModelState | None:
-    """The state in a cache; raises ValueError for a cache that is not ours."""
-    if cache is None:
-        return None
-    if not isinstance(cache, RecurrentCache):
-        kind = type(cache).__name__
-        raise ValueError(f"past_key_values is a {kind}; expected the RecurrentCache that an earlier call returned")
-    return cache.state
-
-
-def _one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | None) -> RecurrentCache | None:
-    if past_key_values is not None and cache is not None:
-        raise ValueError("cache and past_key_values are two names of one argument: give one")
-    return past_key_values if cache is None else cache
 
 
 if IN_PACKAGE:

@@ -5,20 +5,20 @@ Run it after a change of the tables below: `python lm-eval-harness/write_tasks.p
 
 from pathlib import Path
 
+from jrt_recall.harness.super_glue import TASKS as SUPER_GLUE
 from jrt_recall.protocols import PAGE_WINDOWS, PASSAGES, PUBLISHED, default
-from jrt_recall.super_glue import TASKS as SUPER_GLUE
 
 FOLDER = Path(__file__).parent / "jrt_recall" / "tasks"
 READINGS = {"": "once", "_twice": "twice", "_n_times": "n_times", "_question_first": "question_first"}
 
 BASE = """\
-# What all recall tasks share. Each row of the data is a finished prompt with its answers (jrt_recall/hooks.py).
-custom_dataset: !function jrt_recall.hooks.documents
+# What all recall tasks share. Each row of the data is a finished prompt with its answers (jrt_recall/harness/hooks.py).
+custom_dataset: !function jrt_recall.harness.hooks.documents
 output_type: generate_until
 test_split: test
 doc_to_text: prompt
-doc_to_target: !function jrt_recall.hooks.target
-process_results: !function jrt_recall.hooks.score
+doc_to_target: !function jrt_recall.harness.hooks.target
+process_results: !function jrt_recall.harness.hooks.score
 generation_kwargs:
   until: ["\\n"]
   max_gen_toks: 48
@@ -28,44 +28,44 @@ metric_list:
     aggregation: mean
     higher_is_better: true
   - metric: protocol
-    aggregation: !function jrt_recall.hooks.first
+    aggregation: !function jrt_recall.harness.hooks.first
     higher_is_better: true
   - metric: documents
-    aggregation: !function jrt_recall.hooks.first
+    aggregation: !function jrt_recall.harness.hooks.first
     higher_is_better: true
   - metric: dropped
-    aggregation: !function jrt_recall.hooks.first
+    aggregation: !function jrt_recall.harness.hooks.first
     higher_is_better: false
   - metric: invalid
-    aggregation: !function jrt_recall.hooks.first
+    aggregation: !function jrt_recall.harness.hooks.first
     higher_is_better: false
   - metric: lost
-    aggregation: !function jrt_recall.hooks.total
+    aggregation: !function jrt_recall.harness.hooks.total
     higher_is_better: false
   - metric: unreachable
-    aggregation: !function jrt_recall.hooks.total
+    aggregation: !function jrt_recall.harness.hooks.total
     higher_is_better: false
   - metric: truncated
-    aggregation: !function jrt_recall.hooks.total
+    aggregation: !function jrt_recall.harness.hooks.total
     higher_is_better: false
   - metric: prompt_tokens
-    aggregation: !function jrt_recall.hooks.average
+    aggregation: !function jrt_recall.harness.hooks.average
     higher_is_better: true
 """
 
 RECORD = """\
 # SuperGLUE's record as upstream has it, without its import of a module that transformers 5 dropped.
 task: recall_record
-custom_dataset: !function jrt_recall.super_glue.documents
+custom_dataset: !function jrt_recall.harness.super_glue.documents
 dataset_kwargs: {configuration: record}
 output_type: multiple_choice
 training_split: train
 validation_split: validation
-process_docs: !function jrt_recall.super_glue.record_documents
-doc_to_text: !function jrt_recall.super_glue.record_text
-doc_to_target: !function jrt_recall.super_glue.record_target
-doc_to_choice: !function jrt_recall.super_glue.record_choices
-process_results: !function jrt_recall.super_glue.record_score
+process_docs: !function jrt_recall.harness.super_glue.record_documents
+doc_to_text: !function jrt_recall.harness.super_glue.record_text
+doc_to_target: !function jrt_recall.harness.super_glue.record_target
+doc_to_choice: !function jrt_recall.harness.super_glue.record_choices
+process_results: !function jrt_recall.harness.super_glue.record_score
 metric_list:
   - metric: f1
     aggregation: mean
@@ -97,12 +97,12 @@ def task_files() -> dict[str, str]:
         for suffix, reading in READINGS.items():
             files[f"{name}{suffix}.yaml"] = task_file(f"{name}{suffix}", task, reading, protocol, f"{family}{suffix}")
     members = "".join(
-        f"  - task: {task}\n    custom_dataset: !function jrt_recall.super_glue.documents\n"
+        f"  - task: {task}\n    custom_dataset: !function jrt_recall.harness.super_glue.documents\n"
         f"    dataset_kwargs: {{configuration: {configuration}}}\n"
         for configuration, task in SUPER_GLUE.items()
     )
     files["recall_super_glue.yaml"] = (
-        "# SuperGLUE with upstream's tasks, prompts and metrics, from the mirror or the hub (jrt_recall/super_glue.py);\n"
+        "# SuperGLUE with upstream's tasks, prompts and metrics, from the mirror or the hub (jrt_recall/harness/super_glue.py);\n"
         "# the paper's tables use 0, 1 and 5 shots (--num_fewshot).\n"
         f"group: recall_super_glue\ntask:\n{members}metadata: {{version: 1.0}}\n"
     )

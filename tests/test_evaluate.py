@@ -14,7 +14,8 @@ from random_models import save_random_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from jrt.evaluate import LocalPool, ModelSpec, Request, open_model, plan, read_run, run
-from jrt.evaluate.answering import Limits, answer, batches, encode, prompt_limit
+from jrt.evaluate.answering import answer, encode, prompt_limit
+from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.run import comparisons
 
 PAGES = PROTOCOLS["pages-512"]

@@ -16,7 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from jrt.evaluate import ModelSpec, answering, open_model
-from jrt.evaluate.answering import Limits, answer, batches, encode, left_padded, reachable
+from jrt.evaluate import batches as batches_of
+from jrt.evaluate.answering import answer, encode, left_padded, reachable
+from jrt.evaluate.batches import Limits, batches
 
 PAGES = PROTOCOLS["pages-512"]
 
@@ -151,7 +153,7 @@ def test_a_prompt_of_one_token_has_no_beginning_to_share(models):
 
 def test_groups_have_each_row_once_and_a_token_of_its_own():
     rows = questions_on_two_pages()
-    found = answering.groups(rows)
+    found = batches_of.groups(rows)
     assert sorted(index for group in found for index in group.rows) == list(range(len(rows)))
     assert [sorted(group.rows) for group in found] == [[0, 1, 2, 3], [6], [4, 5]]
     for group in found:
@@ -159,9 +161,9 @@ def test_groups_have_each_row_once_and_a_token_of_its_own():
             assert len(rows[index]) > group.common
             assert rows[index][: group.common] == rows[group.rows[0]][: group.common]
     same = [[1, 2, 3, 4]] * 3
-    assert answering.groups(same) == [answering.Group([0, 1, 2], 3)]
+    assert batches_of.groups(same) == [batches_of.Group([0, 1, 2], 3)]
     longer = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
-    assert answering.groups(longer)[0].common == 3
+    assert batches_of.groups(longer)[0].common == 3
 
 
 def test_what_sharing_is_worth():

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from jrt_recall import PROTOCOLS, data, fixtures, protocol_named
 
-from jrt.evaluate import layouts, mixtures
 from jrt.evaluate.report import Collected, collect, paper_table
-from jrt.evaluate.tables import SUPER_GLUE_SIZES, aligned, published_tables
+from jrt.evaluate.tables import SUPER_GLUE_SIZES, aligned, layouts, mixtures, published_tables
 from jrt.files import json_lines, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +135,9 @@ def test_the_mean_gain_is_the_papers_formula(tmp_path):
     gain = sum(own[1::2]) / 6 - sum(own[::2]) / 6
     assert next(line for line in lines if line.startswith("state-spaces")).endswith(f"25.0 ({gain:.1f})")
     assert any(line.startswith("mean and standard deviation, models: 2") and "37.5 +- 17.7" in line for line in lines)
-    assert any(line.startswith("missing: third/model: ") and "DROP twice" in line for line in lines)
+    (twice,) = [line for line in lines if line.startswith("missing: jrt eval --model third/model") and "twice" in line]
+    assert "recall_drop," in twice and "--protocol jrt-table1" in twice
+    assert not any("mamba-130m" in line for line in lines if line.startswith("missing"))
     assert "11.0 +- 1.3 over the 16 rows" in text
 
 
@@ -168,8 +169,64 @@ def test_a_layout_lists_the_runs_it_lacks(tmp_path):
     assert "50.0 (82.0)" in text and "--short-prompt iterate" in text and "--short-prompt repeat" not in text
 
 
+def test_a_layout_lists_the_runs_of_models_that_were_run_under_other_protocols(tmp_path):
+    run = write_run(
+        tmp_path / "a", "hazyresearch/JRT-360M-30B", table1_cells(), dtype="bfloat16", short_prompt="repeat"
+    )
+    text = text_of([run], "table2")
+    assert "under jrt-table1, not jrt-table2-512" in text
+    command = "missing: jrt eval --model hazyresearch/JRT-360M-30B --short-prompt repeat --dtype bfloat16 --tasks"
+    lines = [line for line in text.splitlines() if line.startswith(command)]
+    assert {line.partition("--protocol ")[2].split()[0] for line in lines} == {
+        "jrt-table2-512",
+        "jrt-table2-1024",
+        "jrt-table2-2048",
+        "jrt-table2-nq",
+    }
+    assert all("--strategy once" in line for line in lines)
+
+
+def test_super_glue_marks_settings_and_lists_missing_runs(tmp_path):
+    usual = {"transformers_version": "5.17.0", "versions": dict.fromkeys(SUPER_GLUE_SIZES, 1.0)}
+    for number, (model, shots) in enumerate([("a/a", 0), ("a/a", 1), ("a/a", 5), ("b/b", 5)]):
+        found = super_glue(model, shots) | usual
+        found["config"]["model_dtype"] = "torch.float32"
+        if model == "b/b":
+            found |= {"transformers_version": "5.24.0", "versions": usual["versions"] | {"wic": 2.0}}
+            del found["results"]["copa"]
+        write_json(tmp_path / f"results_{number}.json", found)
+    text, _ = collect([tmp_path], tmp_path / "out", "table8")
+    lines = text.splitlines()
+    row = next(line for line in lines if line.startswith("b/b"))
+    assert row.split()[1:] == [
+        "5",
+        "50.0",
+        "a",
+        "50.0",
+        "a",
+        "50.0",
+        "a",
+        "-",
+        *["50.0", "a"] * 4,
+        "50.0",
+        "b",
+        "50.0",
+        "a",
+    ]
+    assert not any(mark in next(line for line in lines if line.startswith("a/a")).split() for mark in "ab")
+    assert "a: transformers 5.24.0, the others 5.17.0" in lines
+    assert "b: transformers 5.24.0, the others 5.17.0; version of wic 2.0, the others 1.0" in lines
+    missing = [line for line in lines if line.startswith("missing: ")]
+    start = "missing: jrt lm-eval --model jrt --model_args pretrained=b/b --tasks"
+    assert [line.removeprefix(start).split(" --output")[0] for line in missing] == [
+        " recall_super_glue --num_fewshot 0",
+        " recall_super_glue --num_fewshot 1",
+        " copa --num_fewshot 5",
+    ]
+
+
 def test_figure_3_has_a_line_for_each_model(tmp_path):
-    from jrt.evaluate import plots
+    from jrt.evaluate.report import plots
 
     bins = {"distance": ("   0 to   63", "  64 to  255"), "frequency": ("   0 to    0", "   1 to    9")}
     records = [

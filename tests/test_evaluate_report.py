@@ -7,9 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from jrt_recall import PROTOCOLS
 
-from jrt.evaluate import plots
 from jrt.evaluate.perplexity import slices
-from jrt.evaluate.report import FILES, Collected, collect, marked, page, split_question
+from jrt.evaluate.report import FILES, Collected, collect, marked, page, plots, split_question
 from jrt.evaluate.run import comparisons
 from jrt.evaluate.tables import (
     SUPER_GLUE_SIZES,

@@ -7,12 +7,15 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from jrt_recall import PROTOCOLS
 from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
 
 from jrt.cli import main
 from jrt.evaluate import ModelSpec, open_model
+from jrt.evaluate.folder import Cell
 from jrt.evaluate.models import position_bound
+from jrt.evaluate.report import page
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tiny_models
@@ -157,8 +160,37 @@ def test_one_model_that_cannot_be_opened_is_a_row_and_not_the_end(folder_of_pass
     assert "not run" in printed and "expected a JSON object" in printed
     assert manifest["complete"] is False and manifest["failed"][0]["model"] == str(bad)
     assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    row = page[page.index(f"<td class=name>{bad}") :].split("<tr>")[0]
+    assert "not run: " in row and "expected a JSON object" in row
     given = ["eval", "--model", str(bad), "--tasks", "qa_squad", "--passages", str(folder_of_passages)]
     assert main([*given, "--output", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
+
+
+def test_perplexity_of_the_other_models_is_measured_where_one_cannot_be_opened(tmp_path, capsys):
+    good, bad = save_random_model(tmp_path / "good", "CL"), tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_text("[]")
+    (tmp_path / "text.txt").write_text("the little harbour opened before winter " * 700)
+    given = ["eval", "--tasks", "recall_perplexity", "--text", str(tmp_path / "text.txt"), "--limit", "1"]
+    assert main([*given, "--model", f"{bad},{good}", "--output", str(tmp_path / "run")]) == 1
+    printed = capsys.readouterr().out
+    assert f"{bad}: not run: " in printed and "expected a JSON object" in printed
+    assert printed.splitlines()[1].split() == ["slice", good, str(bad)]
+    records = json.loads((tmp_path / "run" / "perplexity.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert {record["model"] for record in records} == {good} and list(manifest["failed"]) == [str(bad)]
+    assert manifest["complete"] is False
+    assert manifest["identity"]["models"][1] == {"name": good, "dtype": "float32", "compat": None, "short_prompt": None}
+    assert main([*given, "--model", str(bad), "--output", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_cell_that_no_model_answered_is_in_the_page():
+    cell = Cell("a/b", "qa_squad", "once", "full")
+    manifest = {"identity": {"protocols": [PROTOCOLS["full"].as_dict()]}}
+    text = page("t", [], [], [], manifest, [], failed={cell: "<no\nmodel>"})
+    assert "documents whole" in text and "not run: &lt;no model&gt;" in text
 
 
 def test_ids_beyond_the_models_rows_make_one_item_invalid(saved, folder_of_passages, tmp_path, capsys):

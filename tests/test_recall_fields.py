@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jrt_recall import data, items
 from jrt_recall.fields import answers_in
+from jrt_recall.harness.settings import as_dict, check, names_of, whole_number
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
-from jrt_recall.settings import as_dict, check, names_of, whole_number
 
 PASSAGE = {"id": "a", "context": "A small page.\nopen_valve(pressure, angle)", "question": "open_valve("}
 CLOZE = {"context": "The valve opens at noon.", "question": "The valve opens at", "orig_question": "When?"}

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jrt_recall import PUBLISHED, fixtures, harness, hooks, items, settings, super_glue, task_folder
+from jrt_recall import PUBLISHED, fixtures, harness, items, task_folder
+from jrt_recall.harness import hooks, settings, super_glue
 from jrt_recall.protocols import PASSAGES
 from lm_eval._cli import HarnessCLI
 
@@ -224,15 +225,28 @@ def test_numbers_in_quotes_are_numbers():
         settings.whole_number("max_items", "0", least=1)
 
 
-def test_the_command_knows_tasks_by_both_spellings():
+@pytest.mark.parametrize(
+    ("given", "tasks"),
+    [
+        (
+            ["--tasks", "fda,recall_squad_twice,nq_512_n_times,qa_nq,mmlu", "--limit", "3"],
+            ["recall_fda", "recall_squad_twice", "recall_nq_512_n_times", "qa_nq", "mmlu"],
+        ),
+        (["-t", "drop", "squad", "--device", "drop"], ["recall_drop", "recall_squad"]),
+        (["--tasks=reference_pages_512"], ["recall_reference_pages_512"]),
+        (["--task", "fda", "--tasks", "swde"], ["recall_fda", "recall_swde"]),
+    ],
+)
+def test_the_command_knows_tasks_by_both_spellings(monkeypatch, given, tasks):
     """A name that is none of this package's is left to lm-eval."""
-    given = ["--tasks", "fda,recall_squad_twice,nq_512_n_times,qa_nq,mmlu", "--limit", "3"]
-    expected = "recall_fda,recall_squad_twice,recall_nq_512_n_times,qa_nq,mmlu"
-    assert harness.with_full_names(given) == ["--tasks", expected, "--limit", "3"]
-    assert harness.with_full_names(["-t", "drop", "squad", "--device", "drop"]) == [
-        *("-t", "recall_drop", "recall_squad", "--device", "drop")
-    ]
-    assert harness.with_full_names(["--tasks=reference_pages_512"]) == ["--tasks=recall_reference_pages_512"]
+    ran = []
+    monkeypatch.setattr(HarnessCLI, "execute", lambda _, namespace: ran.append(namespace))
+    monkeypatch.setattr(sys, "argv", ["jrt-recall", *given])
+    with pytest.raises(SystemExit) as stopped:
+        harness.main()
+    assert stopped.value.code == 0
+    assert [one.tasks for one in ran] == [tasks]
+    assert ran[0].device != "recall_drop"
 
 
 def test_super_glue_is_upstream_with_documents_from_the_mirror(tmp_path, monkeypatch):

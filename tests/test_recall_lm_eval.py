@@ -7,7 +7,7 @@ from jrt_recall import data, fixtures, items, prompt, protocol_named
 from jrt_recall.scoring import contains
 
 from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
-from jrt.evaluate.side_by_side import agreements, protocols_side_by_side
+from jrt.evaluate.tables.side_by_side import agreements, protocols_side_by_side
 
 NAMES = ("swde", "fda", "squad")
 

@@ -3,13 +3,18 @@
 The datasets of ruler, longbench and babilong are on the hub and were not run: their prompts' templates are, and a task made here is."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lm_eval
 import pytest
 import yaml
-from jrt_recall.repeat import repeated_template, write_repeated
+from jrt_recall.harness.repeat import repeated_template, repeating, write_repeated
+from jrt_recall.tokenizers import shipped_tokenizer
 from lm_eval.tasks import TaskManager
+from transformers import GPT2Config, GPT2LMHeadModel
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 LONGBENCH = "Read this.\n{{context}}\nNow answer.\nQuestion: {{question}}\nAnswer:"
@@ -37,8 +42,13 @@ def test_the_whole_prompt_is_repeated_otherwise():
 
 
 @pytest.fixture(scope="module")
+def installed():
+    return TaskManager().task_index
+
+
+@pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Three tasks: longbench's form, one that is scored by likelihood, one whose prompt is a function."""
+    """Four tasks: longbench's form, one that is scored by likelihood, one whose prompt is a function, and a Python class."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "rows.jsonl").write_text(
         json.dumps({"context": "The key is blue.", "question": "Key?", "answers": ["blue"]}) + "\n"
@@ -55,7 +65,8 @@ def made(tmp_path_factory):
         yaml.safe_dump({"task": "made_code", **common, **generate, "tag": []}) + "doc_to_text: !function utils.text\n"
     )
     (folder / "made_code.yaml").write_text(code)
-    (folder / "utils.py").write_text("def text(doc):\n    return doc['context']\n")
+    (folder / "utils.py").write_text("def text(doc):\n    return f\"Page: {doc['context']} {doc['question']}\"\n")
+    (folder / "made_class.yaml").write_text("task: made_class\nclass: !function utils.text\n")
     return folder
 
 
@@ -71,6 +82,59 @@ def test_a_repeated_task_is_lm_evals_own_under_another_name(made, tmp_path):
     )
     metadata = task.config.metadata
     assert (metadata["version"], metadata["strategy"], metadata["repeated"]) == (2.0, "twice", "context")
-    for name, said in (("made_choice", "does not generate"), ("made_code", "by code"), ("nothing", "unknown task")):
+    for name, said in (
+        ("made_choice", "does not generate"),
+        ("made_class", "Python class"),
+        ("nothing", "unknown task"),
+    ):
         with pytest.raises(ValueError, match=said):
             write_repeated(index, [name], 2, tmp_path, None)
+
+
+@pytest.mark.parametrize("name", ["longbench_2wikimqa", "niah_single_2", "babilong_qa1", "coqa"])
+def test_installed_tasks_are_accepted_as_they_are(name, tmp_path, installed):
+    """Settings that a task leaves to lm-eval's defaults or to the file that it includes are those of the task."""
+    assert write_repeated(installed, [name], 2, tmp_path, None) == [f"{name}_2x"]
+
+
+def test_a_prompt_that_a_function_makes_is_repeated_by_a_function(made, tmp_path):
+    index = TaskManager(include_path=made, include_defaults=False).task_index
+    whole = "Page: The key is blue. Key?"
+    context = "Page: The key is blue.\nThe key is blue.\nThe key is blue. Key?"
+    for copies, column, expected in ((2, None, f"{whole}\n{whole}"), (3, "context", context)):
+        folder = tmp_path / str(copies)
+        folder.mkdir()
+        (name,) = write_repeated(index, ["made_code"], copies, folder, column)
+        loaded = TaskManager(include_path=folder, include_defaults=False).load(name)
+        task = loaded["tasks"][name] if "tasks" in loaded else loaded[name]
+        assert task.doc_to_text(next(iter(task.test_docs()))) == expected
+        assert task.config.metadata["repeated"] == ("context" if column else "whole prompt")
+    with pytest.raises(ValueError, match="does not show the column 'answers' once"):
+        repeating(str(made / "made_code.yaml"), 2, "answers")({"context": "a", "question": "b", "answers": "c"})
+
+
+def test_the_command_runs_repeated_tasks_end_to_end(made, tmp_path):
+    """`jrt-recall --repeat 2`, through lm-eval's whole command line: two tasks, their prompts, results under their own names."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / "model")
+    shipped_tokenizer().save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", "from jrt_recall.harness import main; main()", "--repeat", "2"]
+    command += ["--tasks", "made_long,made_code", "--include_path", str(made), "--model", "hf", "--device", "cpu"]
+    command += [
+        "--model_args",
+        f"pretrained={tmp_path / 'model'}",
+        "--log_samples",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    assert set(results["results"]) == {"made_long_2x", "made_code_2x"}
+    assert results["configs"]["made_long_2x"]["metadata"]["strategy"] == "twice"
+    prompts = {}
+    for file in (tmp_path / "out").rglob("samples_*.jsonl"):
+        (sample,) = map(json.loads, file.read_text().splitlines())
+        prompts[file.name.split("_2x")[0]] = sample["arguments"]["gen_args_0"]["arg_0"]
+    assert prompts["samples_made_long"].count("The key is blue.\nThe key is blue.\n") == 1
+    assert prompts["samples_made_code"] == "Page: The key is blue. Key?\nPage: The key is blue. Key?"

@@ -9,6 +9,7 @@ Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D valu
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -24,17 +25,23 @@ from jrt.ops.call import Call
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FACTOR = 2.0
+KERNELS = ("forward", "sums", "queries", "keys", "prefix keys")
 
 kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_run_in_the_interpreter"
 )
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
-def test_the_kernels_run_in_the_interpreter():
+def require_triton() -> None:
+    """Skips the test where triton is not installed, which is an error in CI."""
     if importlib.util.find_spec("triton") is None:
         assert os.environ.get("CI") != "true", "triton is missing: install the extra 'dev'"
         pytest.skip("triton is not installed")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
+def test_the_kernels_run_in_the_interpreter():
+    require_triton()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -403,7 +410,19 @@ def compiled(name: str, architecture: int, d: int, D: int, dtype: torch.dtype):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-COMPILED = [(name, architecture) for name in ("forward", "sums", "queries", "keys") for architecture in (80, 86, 89)]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_setting_has_few_enough_tiles(dtype):
+    """More than five tiles of a state gave wrong addresses on Hopper: d = 32 in tiles of 64 rows, for one."""
+    require_triton()
+    from jrt.ops.triton import launch
+
+    for kernel, d, D in itertools.product(KERNELS, range(1, 33), (1, 16, 64, 112, 128)):
+        launch.state_tiles(d, launch.choose_tiles(kernel, d, D, dtype).rows)
+    with pytest.raises(AssertionError, match="d = 32 makes 9 tiles of 64 rows: expected at most 5, so more rows"):
+        launch.state_tiles(32, 64)
+
+
+COMPILED = [(name, architecture) for name in KERNELS[:4] for architecture in (80, 86, 89)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -423,9 +442,7 @@ COMPILED = [(name, architecture) for name in ("forward", "sums", "queries", "key
     ],
 )
 def test_compiled_for_other_gpus_within_their_shared_memory(name, architecture, d, D, dtype):
-    if importlib.util.find_spec("triton") is None:
-        assert os.environ.get("CI") != "true", "triton is missing: install the extra 'dev'"
-        pytest.skip("triton is not installed")
+    require_triton()
     kernel = compiled(name, architecture, d, D, dtype)
     limit = 100 * 1024 if architecture in (86, 89) else 163 * 1024
     assert 0 < kernel.metadata.shared <= limit
@@ -466,6 +483,24 @@ def test_widths(memory_full_of_nan, dtype, d, D, decays):
     x = draw(batch=2, tokens=300, heads=2, d=d, D=D, dtype=dtype, state=2)
     log_decay = torch.tensor([-0.001, -0.1], device=DEVICE) if decays else None
     assert_as_good_as_eager(x, truth_by="chunked", mask=ragged_mask(2, 300), log_decay=log_decay)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("d", "D"), [(8, 16), (16, 64), (16, 112), (32, 64), (32, 128)])
+def test_widths_of_a_prefix(memory_full_of_nan, dtype, d, D):
+    x = draw(batch=2, tokens=300, heads=2, d=d, D=D, dtype=dtype)
+    mask = ragged_mask(2, 300)
+
+    def state_and_gradients(name: str, wide: torch.dtype) -> list[Tensor]:
+        k, v = (x[key].to(wide, copy=True).requires_grad_() for key in "kv")
+        state = encode_prefix(k, v, mask=mask, backend=name)
+        return [*state, *torch.autograd.grad(state.S.sin().sum() + state.z.cos().sum(), (k, v))]
+
+    truth, eager = state_and_gradients("chunked", torch.float64), state_and_gradients("chunked", dtype)
+    for value, wide, narrow in zip(state_and_gradients("triton", dtype), truth, eager, strict=True):
+        rounding = torch.finfo(value.dtype).eps / 4 if value.dtype != torch.float32 else 4e-7
+        assert relative_error(value, wide) <= FACTOR * relative_error(narrow, wide) + rounding
 
 
 @pytest.mark.gpu

@@ -6,14 +6,15 @@ from. The folder appears when it is complete, or not at all.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 import transformers
+from huggingface_hub.utils.sha import sha_fileobj
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -25,7 +26,6 @@ from jrt.checkpoints.self_contained import make_self_contained
 from jrt.modeling_jrt import JRTForCausalLM
 
 SHARD = "4GB"
-HASH_BYTES = 8 << 20  # read at a time
 LONG_HASH = 256 << 20  # bytes that take long enough for a progress bar
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -104,16 +104,10 @@ def _check_space(folder: Path, model: JRTForCausalLM) -> None:
 
 def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file, with a progress bar for a large one on a terminal."""
-    digest, size = hashlib.sha256(), file.stat().st_size
+    size, name = file.stat().st_size, f"sha256 {file.name}"
     hidden = True if size < LONG_HASH else None  # None: shown on a terminal
-    with (
-        open(file, "rb") as opened,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"sha256 {file.name}", disable=hidden) as bar,
-    ):
-        while block := opened.read(HASH_BYTES):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
+    with open(file, "rb") as opened, tqdm.wrapattr(opened, "read", size, desc=name, disable=hidden) as stream:
+        return sha_fileobj(cast(BinaryIO, stream)).hex()  # it only reads
 
 
 def _card(

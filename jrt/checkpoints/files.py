@@ -20,10 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-CHOICE = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # the first that is there, whole or sharded, as transformers chooses
+# The first that is there, whole or sharded, is read, as in transformers.
+CHOICE = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 FLOATING = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 LARGEST_JSON = 16 << 20  # Python objects take up to twenty times the text
@@ -130,7 +128,7 @@ class Reader:
         try:
             return self._get(entry)
         except UNREADABLE as error:
-            raise CheckpointError(f"{entry.file.name}: {entry.name} cannot be read ({_first_line(error)})") from error
+            raise CheckpointError(f"{entry.file.name}: {entry.name} cannot be read ({first_line(error)})") from error
 
     def _get(self, entry: Entry) -> Tensor:
         if self._file != entry.file or self._touched > self.REOPEN_BYTES:
@@ -151,7 +149,7 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({_first_line(error)})") from error
+        raise CheckpointError(f"{file} is not JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}; expected a JSON object")
     return content
@@ -196,9 +194,7 @@ def _entries_of(file: Path) -> dict[str, Entry]:
     except CheckpointError:
         raise
     except UNREADABLE as error:
-        raise CheckpointError(
-            f"{file.name} is truncated, corrupted or no weight file ({_first_line(error)})"
-        ) from error
+        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({first_line(error)})") from error
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
@@ -261,5 +257,6 @@ def _state_dict(content: object, file: Path) -> dict:
     return content
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or so much of it as a CheckpointError can take; its class where it has none."""
+    return str(error).strip().splitlines()[0][: LONGEST_MESSAGE // 2] if str(error).strip() else type(error).__name__

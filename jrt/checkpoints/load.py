@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from jrt.checkpoints import keys
-from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
+from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, first_line, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
 from jrt.config import LARGEST
 from jrt.configuration_jrt import JRTConfig
@@ -60,7 +60,7 @@ def load(
 
     Raises:
         ValueError: an unknown name, a checkpoint that cannot be read or does not fit, an unknown option, a device
-            that this machine has not.
+            that this machine does not have.
     """
     check_short_prompt(short_prompt)
     device = checked_device(device)
@@ -181,7 +181,7 @@ def _own_config(raw: dict) -> JRTConfig:
         config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
         Quirks(**config.quirks)
     except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json is no jrt configuration ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"config.json is no jrt configuration ({first_line(error)})") from error
     return config
 
 
@@ -254,9 +254,7 @@ def _built(
         with torch.device("meta"):
             model = JRTForCausalLM(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(
-            f"config.json describes no model that can be built ({str(error).splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"config.json describes no model that can be built ({first_line(error)})") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
     optional = {"log_decay"} | ({"head.weight"} if core.tied else set())
     missing = sorted(set(expected) - set(sources) - optional)

@@ -3,8 +3,7 @@
 A row's answer does not depend on its batch, so batches may be formed, cut and repeated at will. Three things save time, and
 none of them changes an answer (docs/batching.md has what each is worth):
 
-- `batches`: prompts that begin alike, or are of like length, are read together (only those of equal length where padding
-  changes a model's answers: `jrt.probe`);
+- `jrt.evaluate.batches`: prompts that begin alike, or are of like length, are read together;
 - `read_beginnings`: what several prompts begin with is read once, and the state after it is copied to each of them;
 - `decode`: on a CPU, decoding pauses when half of the rows have ended, and goes on with the others.
 
@@ -23,21 +22,23 @@ from typing import Any, NamedTuple
 import torch
 from jrt_recall import Protocol, contains
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from jrt.caches import cache_argument, keeps_no_tokens, select_rows
+from jrt.cores import FreeCores
+from jrt.evaluate.batches import groups
 from jrt.evaluate.models import OpenModel
 from jrt.greedy import ForcedTokens
-from jrt.modeling_jrt import CACHE
 from jrt.probe import BREAKS, one_line
+from jrt.recurrent_cache import CACHE
 
 logger = logging.getLogger(__name__)
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-SHARE = 0.5  # of a prompt that it must have in common with the others of its group
-SAVED = 0.25  # of a batch's tokens: for less, a second call is not worth it
+SAVED = 0.25  # the least part of a batch's tokens that is worth a second call of the model
 STEP = {"cuda": 2e12}  # multiply-adds in the time of one decoding step: on a GPU launches take it, on a CPU it is short
 
 
@@ -132,103 +133,10 @@ def prompt_limit(protocol: Protocol, max_length: int | None) -> int | None:
 
 def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """ids and mask, (rows, tokens of the longest); the mask is 1 on a row's own tokens."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad_token_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-# Which prompts are read together
-
-
-class Limits(NamedTuple):
-    """What a batch may hold.
-
-    Args:
-        size: prompts.
-        tokens: to read in a batch of more than one prompt, padding included and common beginnings counted once.
-        alone: a longer prompt only shares a batch with those that begin like it.
-        shares: whether the model can read common beginnings once.
-        pads: whether prompts of unequal length may meet.
-    """
-
-    size: int
-    tokens: int | None = None
-    alone: int | None = None
-    shares: bool = True
-    pads: bool = True
-
-
-class Group(NamedTuple):
-    """Rows (their indices) that begin with the same `common` tokens, and go on with at least one of their own."""
-
-    rows: list[int]
-    common: int
-
-
-def batches(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
-    """Indices of `rows` in batches, longest first: a batch that does not fit on the GPU shows at once.
-
-    Rows that begin alike stand side by side. A batch ends where the next row would go over a limit."""
-    found: list[list[int]] = []
-    batch: list[Group] = []  # the open batch: of each group the rows that are in it
-    for group in groups(rows) if limits.shares else _groups_of_one(rows):
-        batch.append(Group([], group.common))
-        for index in group.rows:
-            batch[-1].rows.append(index)
-            if not _fits(rows, batch, limits):
-                batch[-1].rows.pop()
-                found.append([index for one in batch for index in one.rows])
-                batch = [Group([index], group.common)]
-    return [*found, [index for group in batch for index in group.rows]] if batch else []
-
-
-def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> bool:
-    """Whether these rows may be one batch."""
-    lengths = [len(rows[index]) for group in batch for index in group.rows]
-    if len(lengths) == 1:
-        return True
-    if not limits.pads and min(lengths) < max(lengths):
-        return False
-    own = (len(rows[index]) - group.common for group in batch for index in group.rows[1:])
-    tokens = len(batch) * max(lengths) + sum(own)
-    return (
-        len(lengths) <= limits.size
-        and (limits.tokens is None or tokens <= limits.tokens)
-        and (limits.alone is None or len(batch) == 1 or max(lengths) <= limits.alone)
-    )
-
-
-def groups(rows: Sequence[Sequence[int]]) -> list[Group]:
-    """All rows in groups with a long common beginning; a group may be a single row. Longest rows first."""
-    found: list[Group] = []
-    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
-    for place, index in enumerate(order):
-        if found:
-            group, lengths = found[-1], [len(rows[member]) for member in (*found[-1].rows, index)]
-            common = min(group.common, _common(rows[order[place - 1]], rows[index]), min(lengths) - 1)
-            if common >= SHARE * max(lengths):
-                found[-1] = Group([*group.rows, index], common)
-                continue
-        found.append(Group([index], len(rows[index]) - 1))
-    return sorted(found, key=lambda group: -max(len(rows[index]) for index in group.rows))
-
-
-def _groups_of_one(rows: Sequence[Sequence[int]]) -> list[Group]:
-    """Each row by itself, longest first: for models that cannot read a common beginning once."""
-    return [Group([index], len(rows[index]) - 1) for index in sorted(range(len(rows)), key=lambda i: -len(rows[i]))]
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
-# From a batch of prompts to answers
+    texts = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(texts, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    own = [torch.ones_like(text) for text in texts]
+    return ids.to(device), pad_sequence(own, batch_first=True, padding_side="left").to(device)
 
 
 def answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol) -> list[Generation]:
@@ -236,7 +144,8 @@ def answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol) 
 
     A batch that does not fit on the GPU is halved and tried again."""
     try:
-        return _answer(model, rows, protocol)
+        with model.cores:
+            return _answer(model, rows, protocol)
     except torch.cuda.OutOfMemoryError:
         if len(rows) == 1:
             raise
@@ -285,7 +194,8 @@ class Start(NamedTuple):
     """Where decoding starts.
 
     Args:
-        cache: has read the first columns of `ids`, or (`keeps_no_tokens`) none of them and all before; None: nothing.
+        cache: what was read before: the first columns of `ids`, or, where the cache keeps no tokens, a text that `ids` goes
+            on from. None: nothing was read.
         forced: the rest of each row's prompt, which it reads in the first steps of decoding.
     """
 
@@ -354,14 +264,18 @@ class NaNWatch(LogitsProcessor):
 
 
 class Pause(StoppingCriteria):
-    """Ends rows at any of the tokens or their limit, and the call when all have ended, or half of them if `early`."""
+    """Ends rows at any of the tokens or their limit, and the call when all have ended, or half of them if `early`.
 
-    def __init__(self, tokens: Tensor, forced: Tensor, limits: Tensor, early: bool) -> None:
+    Between two steps it looks how many cores are free."""
+
+    def __init__(self, tokens: Tensor, forced: Tensor, limits: Tensor, early: bool, cores: FreeCores) -> None:
         self.tokens, self.forced, self.limits, self.early = tokens, forced, limits, early  # (N,), (B,), (B,)
+        self.cores = cores
         self.steps = 0
         self.ended = torch.zeros_like(forced, dtype=torch.bool)  # (B,)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.cores.look()
         self.steps += 1
         new = self.steps - self.forced  # (B,)
         self.ended = self.ended | (new > 0) & torch.isin(input_ids[:, -1], self.tokens) | (new >= self.limits)
@@ -386,7 +300,7 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
         limits = [max_new_tokens - len(tokens[row]) for row in rows]
         watch = NaNWatch(len(rows), ends.device)
         counts = torch.tensor([forced, limits], device=ends.device)  # (2, B)
-        pause = Pause(ends, counts[0], counts[1], early)
+        pause = Pause(ends, counts[0], counts[1], early, model.cores)
         output = _generate(
             model,
             start.ids,

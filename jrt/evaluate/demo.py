@@ -43,5 +43,6 @@ def demo(chosen: Plan, output: Path, title: str) -> Outcome:
     A folder that holds the same demo, whole or in part, is gone on with."""
     outcome = run(chosen, LocalPool(), output, BATCH, resume=True)
     manifest = read_run(output)[2]
-    write_page(title, output, outcome.records, outcome.comparisons, outcome.predictions, manifest)
+    records, predictions = outcome.records, outcome.predictions
+    write_page(title, output, records, outcome.comparisons, predictions, manifest, failed=outcome.failed)
     return outcome

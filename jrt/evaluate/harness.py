@@ -9,8 +9,8 @@ import logging
 from typing import Any
 
 import torch
-from jrt_recall import PROTOCOLS, settings
-from jrt_recall.harness import arguments, command_line
+from jrt_recall import PROTOCOLS
+from jrt_recall.harness import arguments, command_line, settings
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm

@@ -15,6 +15,7 @@ import torch
 
 from jrt.evaluate.answering import left_padded
 from jrt.modeling_jrt import JRTForCausalLM
+from jrt.objective import greedy_answers
 from jrt.short_prompts import fill_short_prompts
 
 
@@ -103,7 +104,8 @@ def _scores(model: JRTForCausalLM, rows: list[Row], pad_token_id: int) -> list[S
         own = scores[-len(row.continuation) :]
         target = torch.tensor(row.continuation, device=device)
         likely = own.gather(1, target[:, None]).sum()
-        found.append(Scored(float(likely), bool((own.argmax(-1) == target).all())))
+        right, _ = greedy_answers(own.argmax(-1)[None], target[None], torch.ones_like(target)[None])
+        found.append(Scored(float(likely), bool(right)))
     return found
 
 

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from jrt.checkpoints.files import first_line
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
+from jrt.cores import FreeCores
 from jrt.evaluate.others import mamba2_folder, open_mamba2, register_architecture
 from jrt.greedy import plain_settings, saved_settings, set_aside
 from jrt.modeling_jrt import JRTForCausalLM
@@ -57,6 +59,15 @@ class ModelSpec:
     compat: str | None = None
     short_prompt: str | None = None
 
+    def identity(self) -> dict[str, str | None]:
+        """What decides a model's numbers, as plain values: all but the device."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype or "float32",
+            "compat": self.compat,
+            "short_prompt": self.short_prompt,
+        }
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -91,12 +102,14 @@ class ModelInfo:
 
 @dataclass
 class OpenModel:
-    """A model with its tokenizer, ready to compute. set_aside: saved settings that would have changed greedy answers."""
+    """A model with its tokenizer, ready to compute. set_aside: saved settings that would have changed greedy answers;
+    cores: those that other programs leave free, to compute on."""
 
     spec: ModelSpec
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     set_aside: dict[str, object] = field(default_factory=dict)
+    cores: FreeCores = field(default_factory=FreeCores)
 
     @property
     def ours(self) -> JRTForCausalLM | None:
@@ -109,7 +122,7 @@ class OpenModel:
 
     @property
     def pad_token_id(self) -> int:
-        """Any id does where a mask says what counts: the tokenizer may have no pad and no end token."""
+        """The tokenizer's pad or end token, else 0: any id will do, because the mask says which tokens count."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in known if token is not None and token < self.vocabulary), 0)
 
@@ -122,7 +135,10 @@ class OpenModel:
     def findings(self) -> Findings | None:
         """What the probe found: measured once, before the first answer. None for models of this project, whose tests show
         what they get right."""
-        return None if self.ours else probe(self.model, self.pad_token_id)
+        if self.ours:
+            return None
+        with self.cores:
+            return probe(self.model, self.pad_token_id)
 
     @cached_property
     def mode(self) -> RunMode:
@@ -193,7 +209,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
         try:
             model = load(spec.name, device, dtype, spec.compat, spec.short_prompt)
         except (OSError, ImportError) as error:
-            raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
+            raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
         return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
     _check_options(spec)
     if (authors := mamba2_folder(spec.name)) is not None:
@@ -210,7 +226,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         torch.nn.Module.to(model, device)
     except (OSError, *BREAKS) as error:
-        raise ValueError(f"the model {spec.name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
     return OpenModel(spec, model.eval(), tokenizer, set_aside(model, saved))
 
 
@@ -228,7 +244,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
             register_architecture(folder)
         return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, *BREAKS) as error:
-        raise ValueError(f"{unknown_model(name)} ({_first_line(error)})") from error
+        raise ValueError(f"{unknown_model(name)} ({first_line(error)})") from error
 
 
 def unknown_model(name: str) -> str:
@@ -305,7 +321,3 @@ def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors(item, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
         yield from _tensors(list(vars(value).values()), seen)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

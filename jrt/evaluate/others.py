@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from jrt.checkpoints.files import CheckpointError, Reader, entries
 from jrt.checkpoints.names import find, read_config
 
-# What `mamba_ssm` takes for granted where ssm_cfg does not say otherwise (Mamba-2, arXiv 2405.21060).
+# Defaults of `mamba_ssm` for what ssm_cfg does not say (Mamba-2, arXiv 2405.21060), and the values that are computed here.
 _SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64}
 _FIXED = {"layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False}
 _WITHOUT_EFFECT = ("chunk_size", "use_mem_eff_path", "dt_min", "dt_max", "dt_init_floor", "A_init_range")

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import jrt_recall
 import torch
@@ -27,9 +28,9 @@ from transformers import PreTrainedTokenizerBase
 import jrt
 from jrt.evaluate.folder import MANIFEST, former_manifest
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
-from jrt.evaluate.tables import aligned
+from jrt.evaluate.tables.results import aligned
 from jrt.files import write_json
-from jrt.provenance import code_sha256, versions
+from jrt.provenance import code_sha256, commit, device_name, versions
 
 LENGTH = 2048
 DISTANCES = (64, 256, 512, 1024)
@@ -58,29 +59,53 @@ def run(
     limit: int | None = None,
     batch_size: int = 16,
     resume: bool = False,
-) -> list[dict]:
+) -> tuple[list[dict], dict[str, str]]:
     """Measures all models on the same text into the folder `output`: RESULT, written after each model, and a manifest.
 
-    limit: at most that many sequences; resume: go on after the models that the folder holds. Raises ValueError for a text
-    shorter than one sequence, and for a folder that holds something else."""
+    Args:
+        limit: at most that many sequences.
+        resume: go on after the models that the folder holds.
+
+    Returns:
+        The records, and for each model without any the reason: it cannot be opened, or the text is shorter than one of its
+        sequences. The manifest keeps them.
+
+    Raises:
+        ValueError: no model could be measured, or the folder holds something else.
+    """
     identity = {
-        "models": [asdict(spec) for spec in specs],
+        "models": [spec.identity() for spec in specs],
         "text": digest({"text": document} for document in documents),
         "limit": limit,
     }
     records: list[dict] = []
     if former_manifest(output, identity, resume) is not None and (output / RESULT).is_file():
         records = json.loads((output / RESULT).read_text(encoding="utf-8"))
+    kept = {
+        "identity": identity,
+        "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},
+        "device": device_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(Path(jrt.__file__).parent),
+    }
+    failed: dict[str, str] = {}
     for spec in specs:
         if any(record["model"] == spec.name for record in records):
             continue
-        found = measure(open_model(spec), documents, limit, batch_size)
+        try:
+            found = measure(open_model(spec), documents, limit, batch_size)
+        except ValueError as error:
+            failed[spec.name] = " ".join(str(error).split())
+            found = []
         records += [{"model": spec.name, **record} for record in found]
-        output.mkdir(parents=True, exist_ok=True)
-        provenance = {**versions(), "code": code_sha256(jrt, jrt_recall)}
-        write_json(output / MANIFEST, {"identity": identity, "versions": provenance, "complete": spec == specs[-1]})
-        write_json(output / RESULT, records)
-    return records
+        if records:
+            output.mkdir(parents=True, exist_ok=True)
+            complete = spec == specs[-1] and not failed
+            write_json(output / MANIFEST, {**kept, "failed": failed, "complete": complete})
+            write_json(output / RESULT, records)
+    if not records:
+        raise ValueError(next(iter(failed.values())))
+    return records, failed
 
 
 def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
@@ -142,14 +167,15 @@ def _losses(model: OpenModel, rows: list[list[int]]) -> list[list[float]]:
     if model.ours and model.ours.core.has("P"):
         prefix = min(half, model.ours.core.enc_length)
         options["prefix_length"] = torch.full(ids.shape[:1], prefix, device=ids.device)  # (B,)
-    output = model.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half + 1, **options)
+    with model.cores:
+        output = model.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half + 1, **options)
     logits = output.logits[:, :-1].float()  # (B, T - half, V)
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, half:], reduction="none").tolist()
 
 
-def table(records: Sequence[dict]) -> str:
-    """Perplexities as text, models as columns."""
-    models = list(dict.fromkeys(record["model"] for record in records))
+def table(records: Sequence[dict], failed: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Perplexities as text, models as columns. failed: models that could not be measured, and why."""
+    models = [*dict.fromkeys(record["model"] for record in records), *failed]
     by_slice: dict[Slice, dict[str, str]] = {}
     for record in records:
         text = f"{record['perplexity']:.2f} ({record['tokens']})"
@@ -157,7 +183,9 @@ def table(records: Sequence[dict]) -> str:
     rows = [
         [" ".join(filter(None, key)), *(found.get(model, "-") for model in models)] for key, found in by_slice.items()
     ]
-    return "recall_perplexity: second half of each sequence; perplexity (tokens)\n" + aligned(("slice", *models), rows)
+    title = "recall_perplexity: second half of each sequence; perplexity (tokens)"
+    reasons = (f"{model}: not run: {why}" for model, why in failed.items())
+    return "\n".join([title, aligned(("slice", *models), rows), *reasons])
 
 
 def _bin(value: int, borders: Sequence[int]) -> str:

@@ -21,13 +21,14 @@ from jrt_recall.scoring import bootstrap, paired_difference
 from tqdm import tqdm
 
 import jrt
-from jrt.evaluate.answering import Encoded, Generation, Limits, batches, encode, prompt_limit, reachable
+from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit, reachable
+from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.folder import Cell, RunFolder, cell_of
 from jrt.evaluate.models import ModelSpec, open_tokenizer
 from jrt.evaluate.workers import Failure, Job, Pool
 from jrt.provenance import code_sha256, versions
 
-CPU_TOKENS = 8192  # of a batch: what more of them need falls out of a processor's caches, and small models read slower
+CPU_TOKENS = 8192  # of a batch: more of them no longer fit a processor's caches, and small models read slower
 ON_CPU = Limits(size=16, tokens=CPU_TOKENS)
 CPU_ALONE = 1024  # tokens: masked attention over longer padded rows costs more than decoding them together saves
 ON_GPU = Limits(size=128)  # halved wherever it does not fit
@@ -78,10 +79,7 @@ class Plan:
         """What makes two runs the same run, as plain values. Batches, devices and workers are no part of it."""
         request = self.request
         return {
-            "models": [
-                {"name": m.name, "dtype": m.dtype or "float32", "compat": m.compat, "short_prompt": m.short_prompt}
-                for m in request.models
-            ],
+            "models": [spec.identity() for spec in request.models],
             "limit": request.limit,
             "seed": request.seed,
             "cells": [found.summary() for found in self.questions.values()],

@@ -34,8 +34,8 @@ ALIASES = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-# The values for which the computation is the one here; with any other, the same weights would compute something else.
-# In all tables null counts as not given.
+# Fields and their allowed values: with any other value the same weights would compute something else. A field that is null
+# counts as not given, in all tables here.
 GPT_FIXED: Fixed = {
     "activation_function": ("swiglu",),
     "mlp_type": ("base", "alt"),
@@ -51,7 +51,7 @@ GPT_FIXED: Fixed = {
     "word_embed_proj_dim": (),
     "quantization_config": (),
 }
-# Of flash-attn's own GPT, which the attention models are; the release's class for the others does not know them.
+# Fields of flash-attn's own GPT, the class of the attention models; the release's class of the others does not have them.
 ATTENTION_FIXED: Fixed = {
     "use_alibi": (False,),
     "window_size": ([-1, -1],),

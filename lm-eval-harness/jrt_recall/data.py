@@ -86,8 +86,8 @@ def load(task: str, folder: str | Path | None = None) -> Documents:
         if file.is_file():
             return _from_mirror(spec, mirror, file)
         if folder is not None:
-            raise MissingDataset(_how_to_get(spec, f"{mirror} holds no {file.name}"))
-    return _from_hub(spec)
+            raise MissingDataset(f"{spec.name}: {mirror} holds no {file.name}. {_how_to_get(spec)}")
+    return _published(spec)
 
 
 def load_passages(task: str, folder: str | Path | None = None) -> Documents:
@@ -131,7 +131,7 @@ def fetch(tasks: Iterable[str] = PUBLISHED, folder: str | Path | None = None) ->
             logger.info("%s: already in %s", spec.name, mirror)
             files.append(mirror / f"{spec.name}.jsonl")
         else:
-            documents = _from_hub(spec)
+            documents = _published(spec)
             files.append(store(spec.name, documents.rows, documents.source, mirror))
     return files
 
@@ -297,27 +297,32 @@ def _from_mirror(spec: PublishedTask, mirror: Path, file: Path) -> Documents:
     return Documents(read_lines(file), entry["source"], entry["sha256"])
 
 
-def _from_hub(spec: PublishedTask) -> Documents:
+def from_hub(task: str, dataset: str, instead: str, **which: str) -> Any:
+    """A dataset of the hub or its cache. which: `load_dataset`'s configuration (`name`) and `split`.
+
+    Raises MissingDataset where it cannot be had: the task, the reason, and what to do `instead`."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        loaded = datasets.load_dataset(spec.dataset, split=spec.split)
+        return datasets.load_dataset(dataset, **which)
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise MissingDataset(_how_to_get(spec, f"{spec.dataset} could not be read from the hub ({reason})")) from error
+        raise MissingDataset(f"{task}: {dataset} could not be read from the hub ({reason}). {instead}") from error
+
+
+def _published(spec: PublishedTask) -> Documents:
     source = f"{spec.dataset} ({spec.split})"
-    rows = loaded.to_list()
+    rows = from_hub(spec.name, spec.dataset, _how_to_get(spec), split=spec.split).to_list()
     check_columns(spec, rows, source)
     rows = _as_json_holds(spec, rows, source)
     return Documents(rows, source, digest(rows))
 
 
-def _how_to_get(spec: PublishedTask, reason: str) -> str:
+def _how_to_get(spec: PublishedTask) -> str:
     return (
-        f"{spec.name}: {reason}. With network, run `jrt data fetch {spec.name}` and set {FOLDER_VARIABLE} to that "
-        f"folder; without, bring a file with the columns {', '.join(spec.columns)} and run "
-        f"`jrt data import {spec.name} FILE`"
+        f"With network, run `jrt data fetch {spec.name}` and set {FOLDER_VARIABLE} to that folder; without, bring a file "
+        f"with the columns {', '.join(spec.columns)} and run `jrt data import {spec.name} FILE`"
     )
 
 

@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 
 from .data import canonical_lines, store
+from .harness.super_glue import COLUMNS, SPLITS
 from .protocols import PUBLISHED, published_task
-from .super_glue import COLUMNS, SPLITS
 
 SOURCE = "generated fixtures"
 _SYLLABLES = ("ba", "del", "ki", "lor", "men", "na", "os", "per", "qui", "ros", "sta", "tul", "ver", "wen", "zo")
@@ -44,7 +44,7 @@ def write(folder: str | Path, count: int = 24, seed: int = 0, sentences: int = 4
 
 
 def write_super_glue(folder: str | Path, count: int = 6, seed: int = 0) -> Path:
-    """A mirror folder with generated documents for SuperGLUE's eight tasks, `count` in each split (see `super_glue`)."""
+    """A mirror folder with generated documents for SuperGLUE's eight tasks, `count` in each split (see `harness.super_glue`)."""
     for configuration in COLUMNS:
         place = Path(folder) / "super_glue" / configuration
         place.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from . import data as documents_data
 from . import reference_pages
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, prompt, strategy_named
 from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
-from .scoring import contains
+from .scoring import contains, first_hit
 from .tokenizers import cut, protocol_and_tokenizer
 
 if TYPE_CHECKING:
@@ -46,9 +45,6 @@ class TaskItems:
     Args:
         documents: those looked at. Each is an item, dropped (by the published rule) or invalid (it cannot be asked or
             scored; the reason is kept). For reference pages: the headings of all windows, of which a selection is asked.
-        lost: items whose answer was cut away.
-        absent: items whose answer never stood in the document.
-        unreachable: items of whose answers each holds a stop string, so that no generation can hold it.
         sha256: of the documents.
         seed: of a selection of pages or of examples.
         python: the version whose library was read.
@@ -61,31 +57,31 @@ class TaskItems:
     documents: int
     dropped: int
     invalid: tuple[str, ...]
-    lost: int
-    absent: int
-    unreachable: int
     source: str
     sha256: str
     seed: int | None = None
     python: str | None = None
 
+    @property
+    def lost(self) -> int:
+        """Items whose answer was cut away."""
+        return sum(item.lost for item in self.items)
+
+    @property
+    def absent(self) -> int:
+        """Items whose answer never stood in the document."""
+        return sum(item.position is None and not item.lost for item in self.items)
+
+    @property
+    def unreachable(self) -> int:
+        """Items of whose answers each holds a stop string, so that no generation can hold it."""
+        return sum(not self.protocol.can_hold(item.answers) for item in self.items)
+
     def summary(self) -> dict:
         """The counts and settings as plain values, without the items."""
-        counts = {"protocol": self.protocol.name, "items": len(self.items), "invalid": len(self.invalid)}
-        names = (
-            "task",
-            "strategy",
-            "documents",
-            "dropped",
-            "lost",
-            "absent",
-            "unreachable",
-            "source",
-            "sha256",
-            "seed",
-            "python",
-        )
-        return {**{name: getattr(self, name) for name in names}, **counts}
+        names = ("task", "strategy", "documents", "dropped", "lost", "absent", "unreachable")
+        found = {name: getattr(self, name) for name in (*names, "source", "sha256", "seed", "python")}
+        return {**found, "protocol": self.protocol.name, "items": len(self.items), "invalid": len(self.invalid)}
 
 
 def items(
@@ -178,9 +174,6 @@ def _page_items(
         documents=selection.facts,
         dropped=sum(selection.left_out.values()),
         invalid=(),
-        lost=0,
-        absent=0,
-        unreachable=0,
         source=f"standard library of Python {python}",
         sha256=documents_data.digest(selection.documents),
         seed=seed,
@@ -201,7 +194,7 @@ def _document_items(
     prefix = task if task in PASSAGES else published_task(task).name  # of the items' ids
     found: list[Item] = []
     invalid: list[str] = []
-    dropped = absent = looked_at = 0
+    dropped = looked_at = 0
     ids = _ids(prefix, documents.rows)
     for number, (row, item_id) in enumerate(zip(documents.rows, ids, strict=True)):
         if len(found) == limit:
@@ -221,9 +214,9 @@ def _document_items(
         if kept is None:
             dropped += 1
             continue
-        whole, position = contains(doc[column], answers), _position(answers, kept[column])
-        absent += not whole
-        found.append(Item(item_id, kept, text, answers, position, lost=whole and position is None))
+        position = _position(answers, kept[column])
+        lost = position is None and contains(doc[column], answers)
+        found.append(Item(item_id, kept, text, answers, position, lost))
     return TaskItems(
         task=task,
         strategy=strategy.name,
@@ -232,9 +225,6 @@ def _document_items(
         documents=looked_at,
         dropped=dropped,
         invalid=tuple(invalid),
-        lost=sum(item.lost for item in found),
-        absent=absent,
-        unreachable=sum(all(any(s in a for s in protocol.stop) for a in item.answers) for item in found),
         source=documents.source,
         sha256=documents.sha256,
     )
@@ -277,5 +267,5 @@ def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
 
 def _position(answers: tuple[str, ...], text: str) -> float | None:
     """Where the first answer stands in a text, by the metric's own search; 0 is the start and 1 the end."""
-    hits = [hit.start() for answer in answers if (hit := re.search(re.escape(answer), text, re.IGNORECASE))]
+    hits = [hit for answer in answers if (hit := first_hit(answer, text)) >= 0]
     return min(hits) / max(1, len(text)) if hits else None

@@ -12,7 +12,7 @@ Windows are measured in the cutting tokenizer, which is part of the protocol, so
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
 GPT2 = "gpt2"
@@ -37,7 +37,7 @@ LM_EVAL_TASKS = (
     "recall_squad",
     *(task for task, form in PASSAGES.items() if form == "squad"),
 )
-"""Tasks whose `text` ends with what is asked, as lm-eval's own tasks take it for granted (that of `qa_fda` does not)."""
+"""Tasks whose `text` ends with the question, as lm-eval's own tasks assume. `qa_fda` is none: its text is the page alone."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,10 @@ class Protocol:
         """Name, version and numbers, short enough for a cell of a table."""
         cut = "documents whole" if self.window is None else f"{self.window}/{self.answer_room}"
         return f"{self.name} v{self.version} ({cut})"
+
+    def can_hold(self, answers: Iterable[str]) -> bool:
+        """Whether a generation can hold any of the answers: it ends before a stop string."""
+        return any(not any(stop in answer for stop in self.stop) for answer in answers)
 
     def cut_with(self, tokenizer_name: str) -> Protocol:
         """This protocol with another cutting tokenizer, under a name that says so: its scores are not the same."""

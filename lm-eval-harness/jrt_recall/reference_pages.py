@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ARGUMENT_CHARACTERS = (4, 60)
 DEFAULT_ITEMS = 512
-MIN_FILL = 0.75  # of the window's tokens: shorter pieces of pages are left out, or "2048" would often mean 300
+MIN_FILL = 0.75  # least part of a window that is filled: without it many windows of 2048 tokens would hold 300
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 

@@ -15,15 +15,22 @@ _COMES_BACK = 4
 _WORD = re.compile(r"\w+")
 
 
+def first_hit(answer: str, text: str) -> int:
+    """Where `answer` first stands in `text`, -1 where it does not: literal and case-insensitive, as published.
+
+    `re.IGNORECASE` on the escaped answer: no Unicode case folding, no trimming."""
+    hit = re.search(re.escape(answer), text, re.IGNORECASE)
+    return hit.start() if hit else -1
+
+
 def contains(prediction: str, answers: str | Sequence[str]) -> bool:
     """The published metric: True if `prediction` contains any of `answers` (one string stands for a list of one).
 
-    Literal and case-insensitive (`re.IGNORECASE` on the escaped answer, as published: no Unicode case folding, no
-    trimming). Raises ValueError for an empty list, which no prediction could ever satisfy."""
+    Raises ValueError for an empty list, which no prediction could ever satisfy."""
     labels = [answers] if isinstance(answers, str) else list(answers)
     if not labels:
         raise ValueError("contains needs at least one answer, got an empty list")
-    return any(re.search(re.escape(label), prediction, re.IGNORECASE) for label in labels)
+    return any(first_hit(label, prediction) >= 0 for label in labels)
 
 
 def error_kind(prediction: str, answers: str | Sequence[str]) -> str | None:

@@ -5,13 +5,13 @@ The cutting tokenizer is part of a protocol, so a score made with another one ca
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field
 from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, published_task
+from .scoring import first_hit
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
         needles = [answer for answer in answers_of(task, doc) if len(answer) > 1]
         if not needles:
             return None
-        position = next((hit for needle in needles if (hit := _first_hit(needle, context)) >= 0), -1)
+        position = next((hit for needle in needles if (hit := first_hit(needle, context)) >= 0), -1)
     else:
         needles = [_needle(task, doc, key) for key in spec.answer_keys]
         if any(len(needle) <= 1 for needle in needles):
@@ -136,16 +136,11 @@ def _answer_position(spec: PublishedTask, doc: dict, context: str, needles: list
     """Character at which the earliest answer or key stands; -1 if none does; 0 where the task asks for no answer."""
     if not spec.answer_keys:
         return 0
-    hits = [hit for needle in needles if (hit := _first_hit(needle, context)) >= 0]
+    hits = [hit for needle in needles if (hit := first_hit(needle, context)) >= 0]
     if hits:
         return min(hits)
-    alternatives = (_first_hit(alternative, context) for alternative in doc.get("alt_answers") or ())
+    alternatives = (first_hit(alternative, context) for alternative in doc.get("alt_answers") or ())
     return next((hit for hit in alternatives if hit >= 0), -1)
-
-
-def _first_hit(answer: str, context: str) -> int:
-    hit = re.search(re.escape(answer), context, re.IGNORECASE)
-    return hit.start() if hit else -1
 
 
 @cache

@@ -28,6 +28,7 @@ TOGETHER = 1.35  # two programs on a multiprocessor take this times one alone; f
 SUMMING = {"forward": 0.6, "backward": 0.26}  # time of the sums of pieces, as a part of what follows them
 LEAST_CHUNKS = 4  # of a piece: a shorter one costs more in states than it gains
 SCAN_BLOCK, SCAN_AHEAD = 256, 8
+MOST_TILES = 5  # of a state, see `state_tiles`
 
 
 class Tiles(NamedTuple):
@@ -53,19 +54,20 @@ class Pieces(NamedTuple):
 
 
 def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
-    """Sizes for "forward", "sums", "queries" or "keys", measured on an H100; at most 99 KB of shared memory.
+    """Sizes for "forward", "sums", "queries", "keys" or "prefix keys", measured on an H100; at most 99 KB of shared memory.
 
-    The chunk is the same for all kernels, so that pieces are whole chunks to each.
+    The chunk is the same for all kernels of a text, so that pieces are whole chunks to each.
     """
     columns = max(16, triton.next_power_of_2(D))
-    if dtype != torch.bfloat16:  # operands of four bytes
-        if d > 16:
-            return Tiles(C=16, DV=min(columns, 32), rows=128, warps=8, stages=1)
-        return Tiles(C=32, DV=min(columns, 64), rows=128, warps=4, stages=1)
+    narrow = kernel in ("queries", "keys", "prefix keys")  # the gradients need more registers beside the state
     if d > 16:
-        return Tiles(C=32, DV=min(columns, 32), rows=128, warps=8, stages=1)
-    narrow = kernel in ("queries", "keys")  # the gradients need more registers beside the state
-    stages = 1 if kernel == "keys" else 2
+        C = 32 if dtype == torch.bfloat16 else 16
+        return Tiles(C=C, DV=min(columns, 32), rows=128, warps=8, stages=1)
+    if dtype != torch.bfloat16:  # operands of four bytes
+        if kernel == "prefix keys":
+            return Tiles(C=64, DV=min(columns, 64), rows=32, warps=4, stages=1)
+        return Tiles(C=16, DV=min(columns, 64), rows=128, warps=8, stages=1)
+    stages = 1 if kernel in ("keys", "prefix keys") else 2
     return Tiles(C=64, DV=min(columns, 64), rows=32 if narrow else 64, warps=4, stages=stages)
 
 
@@ -187,7 +189,7 @@ def prefix_backward(
     """Gradients of k and v; the tokens of a prefix have no order, so pieces need no sums."""
     k, v, mask, cu_seqlens = _rows(k), _rows(v), _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
-    tiles = choose_tiles("keys", d, D, k.dtype)
+    tiles = choose_tiles("prefix keys", d, D, k.dtype)
     pieces = _cut(k, cu_seqlens, tiles, "backward")
     column_tiles = triton.cdiv(D, tiles.DV)
     partial = k.dtype if column_tiles == 1 else torch.float32
@@ -283,6 +285,20 @@ def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: Tiles, direction: str) -> 
     return Pieces(piece.numel(), 0, tokens, owner, start, end, first)
 
 
+def state_tiles(d: int, rows: int) -> dict[str, int]:
+    """How the F rows of a state lie in tiles of at most `rows` rows, as constants of the kernels with matrix products.
+
+    The loop over these tiles is unrolled. With nine or more of them the kernels need more uniform registers than there
+    are, and the ptxas 12.8 of Triton 3.6 and 3.7 then hands the tensor cores of Hopper addresses that are wrong.
+    """
+    constants = _row_tiles(d, rows)
+    count = constants["PAIR_TILES"] + 1
+    assert count <= MOST_TILES, (
+        f"d = {d} makes {count} tiles of {rows} rows: expected at most {MOST_TILES}, so more rows"
+    )
+    return constants
+
+
 def _constants(k, v, mask, log_decay, cu_seqlens, tiles: Tiles) -> dict[str, object]:
     d, D = k.shape[-1], v.shape[-1]
     return {
@@ -295,7 +311,7 @@ def _constants(k, v, mask, log_decay, cu_seqlens, tiles: Tiles) -> dict[str, obj
         "DK": max(16, triton.next_power_of_2(d)),
         "DV": tiles.DV,
         "C": tiles.C,
-        **_row_tiles(d, tiles.rows),
+        **state_tiles(d, tiles.rows),
         "WIDE": tl.bfloat16 if k.dtype == torch.bfloat16 else tl.float32,
         "PRECISION": "ieee" if k.dtype == torch.bfloat16 else PRODUCTS_FP32,
         "num_warps": tiles.warps,

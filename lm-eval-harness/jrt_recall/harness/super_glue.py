@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .data import MissingDataset, mirror_folder, read_lines
+from ..data import from_hub, mirror_folder, read_lines
 
 DATASET = "aps/super_glue"
 COLUMNS = {
@@ -46,27 +46,14 @@ def documents(configuration: str, data: str | Path | None = None, **metadata: An
     mirror = mirror_folder(data)
     folder = None if mirror is None else mirror / "super_glue" / configuration
     if folder is None or not folder.is_dir():
-        found = _from_hub(configuration)
+        place = f"$JRT_DATA/super_glue/{configuration}/train.jsonl and validation.jsonl"
+        found = from_hub(configuration, DATASET, f"Without network, put its splits at {place}", name=configuration)
     else:
         found = {split: Dataset.from_list(read_lines(folder / f"{split}.jsonl")) for split in SPLITS}
     for split in SPLITS:
         if missing := [column for column in COLUMNS[configuration] if column not in found[split].column_names]:
             raise ValueError(f"{configuration}: the {split} split lacks {', '.join(missing)}")
     return found
-
-
-def _from_hub(configuration: str) -> dict[str, Any]:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    try:
-        return datasets.load_dataset(DATASET, configuration)
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise MissingDataset(
-            f"{configuration}: {DATASET} could not be read from the hub ({reason}). Without network, put its splits at "
-            f"$JRT_DATA/super_glue/{configuration}/train.jsonl and validation.jsonl"
-        ) from error
 
 
 # recall_record: a passage with its highlights, and a query whose placeholder takes the entity

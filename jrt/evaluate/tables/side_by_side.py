@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from jrt.evaluate.folder import cell_of
-from jrt.evaluate.tables import aligned, percent
+from jrt.evaluate.tables.results import aligned, percent
 
 Row = tuple[str, str, str]  # model, task, strategy
 

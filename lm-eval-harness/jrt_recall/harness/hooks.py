@@ -18,12 +18,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .items import TaskItems, items
-from .prompts import times
-from .protocols import Protocol
-from .scoring import contains
+from ..items import TaskItems, items
+from ..prompts import times
+from ..protocols import Protocol
+from ..scoring import contains
+from ..tokenizers import model_tokenizer
 from .settings import whole_number
-from .tokenizers import model_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def documents(
             "answers": list(item.answers),
             "position": -1.0 if item.position is None else item.position,
             "lost": int(item.lost),
-            "unreachable": int(all(any(s in a for s in found.protocol.stop) for a in item.answers)),
+            "unreachable": int(not found.protocol.can_hold(item.answers)),
             "prompt_tokens": count if limit is None or count is None else min(count, limit),
             "truncated": None if limit is None or count is None else int(count > limit),
             **shared,

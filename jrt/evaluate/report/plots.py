@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from jrt.evaluate.tables import size
+from jrt.evaluate.tables.results import size
 from jrt.files import write_bytes, write_text
 
 POSITION_BINS = 5

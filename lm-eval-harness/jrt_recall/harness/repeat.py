@@ -1,6 +1,7 @@
 """`jrt-recall --repeat N`: any task of lm-eval that generates, with its context shown N times.
 
-Each task becomes a small task file that includes the original and changes its prompt's template and its name.
+Each task becomes a small task file that includes the original and changes its prompt and its name. A prompt that is a Jinja
+template gets a longer template; one that is made by a function gets a function around that one.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from . import task_folder
-from .prompts import strategy_named
+from .. import task_folder
+from ..prompts import strategy_named
 
 CONTEXT_COLUMNS = ("context", "passage", "document", "article")
 """Columns that are context by their name. `input` is one beside a `question` in the same template (babilong)."""
@@ -40,39 +41,62 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
     return "\n".join([template] * copies), "whole prompt"
 
 
+def repeating(task_file: str, copies: int, column: str | None = None) -> Callable[[dict], str]:
+    """The function that makes a task's prompts, with its context, or the whole prompt, `copies` times, a line each.
+
+    task_file: whose `doc_to_text` is a function. column: whose text is repeated; None: the whole prompt is.
+    The new function raises ValueError for a document whose column does not stand in its prompt exactly once."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    original = load_yaml(task_file)["doc_to_text"]
+
+    def doc_to_text(doc: dict) -> str:
+        text = original(doc)
+        shown = text if column is None else str(doc.get(column, "")).strip()
+        if not shown or text.count(shown) != 1:
+            raise ValueError(
+                f"the prompt {text[:80]!r} does not show the column {column!r} once: name another --context"
+            )
+        return text.replace(shown, "\n".join([shown] * copies))
+
+    return doc_to_text
+
+
 def write_repeated(
     index: Mapping[str, Any], names: Sequence[str], copies: int, folder: Path, column: str | None
 ) -> list[str]:
     """Writes a task file for each named task (groups and tags: for each member) to `folder`; returns the new names.
 
     index: lm-eval's `TaskManager.task_index`. A name carries the strategy, so that no result passes for the plain task's.
-    Raises ValueError for unknown tasks, tasks that do not generate, and prompts that are made by code."""
+    Raises ValueError for unknown tasks, tasks that do not generate, and tasks that are a Python class."""
     strategy = strategy_named(f"{copies}x")
     members = [member for name in names for member in _members(index, name)]
-    new_names = []
+    new_names: list[str] = []
     for name in dict.fromkeys(members):
         original = index[name]
         settings = original.cfg or {}
         template = settings.get("doc_to_text")
-        if settings.get("output_type") != "generate_until":
-            raise ValueError(
-                f"{name} does not generate text (output_type {settings.get('output_type')}): --repeat needs that"
-            )
-        if "class" in settings or not isinstance(template, str) or template.startswith(str(original.yaml_path.parent)):
-            raise ValueError(f"{name} makes its prompt by code, not by a template: --repeat cannot see its context")
-        if "{{" not in template and "{%" not in template:
-            template = "{{" + template + "}}"  # the name of a column
-        text, what = repeated_template(template, copies, column)
+        output_type = settings.get("output_type", "generate_until")  # as lm-eval's own default
+        if output_type != "generate_until":
+            raise ValueError(f"{name} does not generate text (output_type {output_type}): --repeat needs that")
+        if not isinstance(template, str):
+            raise ValueError(f"{name} is a Python class, which has no doc_to_text: --repeat cannot see its prompt")
         new_name = f"{name}_{copies}x"
-        metadata = {**(settings.get("metadata") or {}), "strategy": strategy.name, "repeated": what}
-        new = {
-            "include": str(original.yaml_path),
-            "task": new_name,
-            "tag": [],
-            "doc_to_text": text,
-            "metadata": metadata,
-        }
-        (folder / f"{new_name}.yaml").write_text(yaml.safe_dump(new, allow_unicode=True), encoding="utf-8")
+        new: dict[str, Any] = {"include": str(original.yaml_path), "task": new_name, "tag": []}
+        if template.startswith(str(original.yaml_path.parent)):  # where lm-eval keeps the place of a function
+            what = "whole prompt" if column is None else "context"
+            module = f"repeated_{len(new_names)}"
+            arguments = f"{str(original.yaml_path)!r}, {copies}, {column!r}"
+            code = f"from {__name__} import repeating\n\ndoc_to_text = repeating({arguments})\n"
+            (folder / f"{module}.py").write_text(code, encoding="utf-8")
+            prompt = f"doc_to_text: !function {module}.doc_to_text\n"
+        else:
+            if "{{" not in template and "{%" not in template:
+                template = "{{" + template + "}}"  # the name of a column
+            text, what = repeated_template(template, copies, column)
+            prompt = yaml.safe_dump({"doc_to_text": text}, allow_unicode=True)
+        new["metadata"] = {**(settings.get("metadata") or {}), "strategy": strategy.name, "repeated": what}
+        (folder / f"{new_name}.yaml").write_text(yaml.safe_dump(new, allow_unicode=True) + prompt, encoding="utf-8")
         new_names.append(new_name)
     return new_names
 
@@ -94,7 +118,7 @@ def run(given: list[str]) -> None:
     """`jrt-recall --repeat N ...`. Raises ValueError as `write_repeated`, and for tasks of this package."""
     from lm_eval.tasks import TaskManager
 
-    from .harness import command_line
+    from .command import command_line
 
     parser = argparse.ArgumentParser(prog="jrt-recall", allow_abbrev=False)
     parser.add_argument("--repeat", type=int, required=True)

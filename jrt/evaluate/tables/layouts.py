@@ -1,6 +1,7 @@
-"""The paper's tables that are not a grid of recall scores: 5 (latency), 7 (datasets), 10 (padding) and the mean gain.
+"""The paper's tables from what was measured: recall (1 to 4, 13, 14), the mean gain, latency (5) and datasets (7).
 
 Published values are those of arXiv 2407.05483, version of July 9, 2024, in parentheses beside the measured ones.
+SuperGLUE's tables are in `super_glue`.
 """
 
 from __future__ import annotations
@@ -8,24 +9,24 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jrt_recall import data
 from jrt_recall.fixtures import SOURCE as GENERATED
 from jrt_recall.protocols import GPT2, PUBLISHED
+from jrt_recall.scoring import error_kind
 from jrt_recall.tokenizers import cutting_tokenizer, token_ids
 
 from jrt.evaluate.folder import Cell, cell_of
-from jrt.evaluate.tables import Rows, Table, beside, mean, published_row, published_tables, super_glue_rows
+from jrt.evaluate.tables.mixtures import NOTHING_MIXED, Mixture
+from jrt.evaluate.tables.published import TITLES, Column, Table, published_row, published_tables
+from jrt.evaluate.tables.results import Rows, beside, mean
+from jrt.evaluate.tables.super_glue import padding, super_glue
+from jrt.short_prompts import SHORT_PROMPTS
 
-TITLES = {
-    "table5": "Table 5: prefill latency in ms on one H100",
-    "table7": "Table 7: documents and their mean length in GPT-2 tokens",
-    "table10": "Table 10: padding that linear attention does not mask, SuperGLUE 5-shot",
-    "mean-gain": "Mean gain of JRT-Prompt over the default prompt, points of Table 1's average",
-}
 PROFILE = "lin_attn_profile.json"
+_WIDE = 9  # a table of more columns is printed with models as columns
 
 # Table 7: examples, mean tokens of a document. The paper's NQ is whole articles; nq_512 ... are cut beforehand.
 _DOCUMENTS = {
@@ -36,12 +37,6 @@ _DOCUMENTS = {
     "drop": (2084, 236.6),
     **dict.fromkeys(("nq_512", "nq_1024", "nq_2048"), (3157, None)),
 }
-# Table 10, "+ no pad mask", in the order of Table 8's columns.
-_NO_PAD_MASK = (49.1, 55.4, 38.2, 56.0, 56.3, 26.7, 25.8, 51.6, 49.7, 40.4)
-_TABLE_10_NOTE = (
-    "The JRT-RNN row that the paper prints in Table 10 repeats Table 8's Based row, so JRT-RNN has no published value here. "
-    "No option of this package leaves pads of the encoder unmasked, so the row without mask is the paper's alone."
-)
 
 
 def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
@@ -113,20 +108,6 @@ def datasets(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
     return (("dataset", "examples", "mean tokens"), rows), missing
 
 
-def padding(results: Sequence[dict]) -> tuple[Rows, list[str]]:
-    """Table 10 from what lm-eval wrote of 5-shot runs, with notes. Raises ValueError where there is none."""
-    table = published_tables()["table8"]
-    unpublished = Table(TITLES["table10"], table.columns, {})
-    header, rows = super_glue_rows(unpublished, results)
-    kept = [row for row in rows if row[1] == "5"]
-    if not kept:
-        raise ValueError(
-            f"{TITLES['table10']}: missing a run with 5 examples: architecture_scripts/super_glue.sh makes it"
-        )
-    published = ["JRT-RNN, no pad mask (the paper's)", "5", *(f"({value:.1f})" for value in _NO_PAD_MASK)]
-    return (header, [*kept, published]), [_TABLE_10_NOTE]
-
-
 def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
     """The paper's headline from runs of Table 1: mean and standard deviation over models, with notes.
 
@@ -138,12 +119,9 @@ def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
     rows: list[list[str]] = []
     gains: list[float] = []
     published: list[float] = []
-    missing = []
     for model in dict.fromkeys(record["model"] for record in records):
         cells = {(c.label, c.strategy): scores.get(Cell(model, c.task, c.strategy, c.protocol)) for c in table.columns}
-        absent = [label for (label, _), score in cells.items() if score is None]
-        if absent:
-            missing.append(f"missing: {model}: {', '.join(absent)}")
+        if None in cells.values():
             continue
         once, twice = (
             mean([s for (_, strategy), s in cells.items() if strategy == name]) for name in ("once", "twice")
@@ -157,8 +135,9 @@ def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
         gains.append(twice - once)
         known = None if before is None or after is None else after - before
         rows.append([model, beside(once, before), beside(twice, after), beside(gains[-1], known)])
+    missing = missing_runs(table, records)
     if not rows:
-        raise ValueError(f"no run holds all of Table 1 for a model: {'; '.join(missing) or 'no cell at all'}")
+        raise ValueError(f"no run holds all of Table 1 for a model; {'; '.join(missing) or 'no cell of it at all'}")
     total = spread(gains) + (f" ({spread(published)})" if len(published) == len(gains) else "")
     rows.append([f"mean and standard deviation, models: {len(gains)}", "", "", total])
     every = [sum(row[1::2]) / 6 - sum(row[::2]) / 6 for row in table.rows.values()]
@@ -173,23 +152,86 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
 
 
-def missing_runs(table: Table, records: Sequence[dict]) -> list[str]:
-    """For each model of a table of recall, the cells that no run holds, with the command that makes them."""
-    run = {cell_of(record) for record in records}
+def layout_rows(
+    table: Table, records: Sequence[dict], predictions: Sequence[dict], mixed: Mixture = NOTHING_MIXED
+) -> Rows:
+    """One of the paper's tables of recall from measured cells; wide tables have models as columns.
+
+    mixed: marks for cells that were not measured as the others. Published values never stand beside generated documents, nor
+    beside cells of another protocol."""
+    of_cell = {cell_of(record): record for record in records}
+    answered: dict[Cell, list[dict]] = {}
+    for row in predictions:
+        answered.setdefault(cell_of(row), []).append(row)
+    scores = table.columns[0].measure == "score"
     lines = []
     for model in dict.fromkeys(record["model"] for record in records):
-        wanted: dict[tuple[str, str], list[str]] = {}
-        cells = {Cell(model, column.task, column.strategy, column.protocol) for column in table.columns}
-        if not cells & run:
+        cells = [Cell(model, column.task, column.strategy, column.protocol) for column in table.columns]
+        if not any(cell in of_cell or cell in mixed.substitutes for cell in cells):
             continue
-        for _, task, strategy, protocol in sorted(cells - run):
+        read = [mixed.substitutes.get(cell, cell) for cell in cells]
+        measured: list[float | None] = [
+            _measured(column, of_cell.get(cell), answered.get(cell, []))
+            for column, cell in zip(table.columns, read, strict=True)
+        ]
+        generated = any(of_cell[cell]["source"].startswith(GENERATED) for cell in read if cell in of_cell)
+        known = None if generated else published_row(table, model)
+        paper: list[float | None] = [None] * len(cells) if known is None else list(known)
+        letters = [mixed.letters.get(cell, "") for cell in cells]
+        if scores:
+            measured.append(mean(measured))
+            paper.append(mean(paper))
+            letters.append("".join(dict.fromkeys(letters)) if measured[-1] is not None else "")
+        other = [cell in mixed.substitutes for cell in cells] + [
+            any(cell in mixed.substitutes for cell in cells)
+        ] * scores
+        paper = [None if substituted else value for value, substituted in zip(paper, other, strict=True)]
+        texts = [
+            beside(value, printed, letter) for value, printed, letter in zip(measured, paper, letters, strict=True)
+        ]
+        lines.append([model, *texts])
+    labels = [column.label for column in table.columns] + ["average"] * scores
+    if lines and len(labels) > _WIDE + 1:
+        turned = [[label, *(line[place + 1] for line in lines)] for place, label in enumerate(labels)]
+        return ("", *(line[0] for line in lines)), turned
+    return ("model", *labels), lines
+
+
+def _measured(column: Column, record: Mapping | None, rows: Sequence[dict]) -> float | None:
+    """Percent: a cell's score, or the share of its answers that are wrong in one way."""
+    if record is None:
+        return None
+    if column.measure == "score":
+        return 100 * record["score"]
+    return 100 * sum(error_kind(row["prediction"], row["answers"]) == column.measure for row in rows) / len(rows)
+
+
+def missing_runs(table: Table, records: Sequence[dict]) -> list[str]:
+    """For each model in a table of recall, the cells that no run holds, with the commands that make them.
+
+    A cell that was run under another protocol is missing, too: it stands in the table with a mark."""
+    run = {cell_of(record) for record in records}
+    asked = {(column.task, column.strategy) for column in table.columns}
+    models = dict.fromkeys(record["model"] for record in records if (record["task"], record["strategy"]) in asked)
+    lines = []
+    for model in models:
+        wanted: dict[tuple[str, str], list[str]] = {}
+        for _, task, strategy, protocol in sorted({Cell(model, *column[1:4]) for column in table.columns} - run):
             wanted.setdefault((strategy, protocol), []).append(task)
-        name = model.partition(" [")[0]
         lines += [
-            f"missing: jrt eval --model {name} --tasks {','.join(tasks)} --strategy {strategy} --protocol {protocol}"
+            f"missing: jrt eval --model {_options(model)} --tasks {','.join(tasks)} --strategy {strategy} "
+            f"--protocol {protocol} --output FOLDER"
             for (strategy, protocol), tasks in wanted.items()
         ]
-    return lines + _missing_rules(table, {record["model"] for record in records})
+    return lines + _missing_rules(table, set(models))
+
+
+def _options(model: str) -> str:
+    """`NAME --short-prompt pad --dtype bfloat16` of a model's label, `NAME [pad, bfloat16]`."""
+    name, _, label = model.partition(" [")
+    words = label.rstrip("]").split(", ") if label else []
+    options = {**dict.fromkeys(SHORT_PROMPTS, "--short-prompt"), "released": "--compat"}
+    return " ".join([name, *(f"{options.get(word, '--dtype')} {word}" for word in words)])
 
 
 def _missing_rules(table: Table, models: set[str]) -> list[str]:
@@ -205,3 +247,13 @@ def _missing_rules(table: Table, models: set[str]) -> list[str]:
         for rule in rules
         if rule not in seen
     ]
+
+
+FROM_FILES: dict[str, Callable[[Sequence[Path]], tuple[Rows, list[str]]]] = {
+    "table5": latency,
+    "table7": datasets,
+    "table8": lambda folders: super_glue(published_tables()["table8"], folders),
+    "table9": lambda folders: super_glue(published_tables()["table9"], folders),
+    "table10": padding,
+}
+"""The layouts that are made of other files than runs of `jrt eval`; each gives its rows and the lines below them."""

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from .protocols import PASSAGES, PREFIX
+from ..protocols import PASSAGES, PREFIX
 
 METADATA = ("protocol", "n", "cut_with", "data", "seed", "max_items")
 """Keys of --metadata that the recall tasks read."""

@@ -10,8 +10,9 @@ import logging
 import sys
 from collections.abc import Callable
 
-from . import repeat, settings, task_folder
-from .protocols import PREFIX, PROTOCOLS
+from .. import task_folder
+from ..protocols import PREFIX, PROTOCOLS
+from . import repeat, settings
 
 _USAGE = """usage: jrt-recall [lm_eval's options]     runs lm_eval with the recall tasks
        jrt-recall --path                 prints the folder for lm_eval --include_path
@@ -24,30 +25,14 @@ Tasks may be named with or without `recall_`: here `fda` is recall_fda. Upstream
 
 
 def arguments(given: list[str]) -> list[str]:
-    """lm_eval's arguments: `run`, the include path, then the given ones.
-
-    Raises ValueError for an include path: lm-eval takes one only."""
+    """lm_eval's arguments: `run`, the include path, then the given ones."""
     rest = given[1:] if given[:1] == ["run"] else given
     return ["run", "--include_path", str(task_folder()), *rest]
 
 
-def with_full_names(given: list[str]) -> list[str]:
-    """The arguments with this package's tasks under their one name: `--tasks fda,qa_nq` is `--tasks recall_fda,qa_nq`."""
-    words = []
-    of_tasks = False  # lm-eval takes several words after --tasks
-    for word in given:
-        option, equals, value = word.partition("=")
-        if word.startswith("-"):
-            of_tasks = option in ("--tasks", "-t")
-            words.append(f"{option}={_full_names(value)}" if of_tasks and equals else word)
-        else:
-            words.append(_full_names(word) if of_tasks else word)
-    return words
-
-
-def _full_names(names: str) -> str:
-    files = {file.stem for file in task_folder().glob("*.yaml")}
-    return ",".join(PREFIX + name if PREFIX + name in files else name for name in names.split(","))
+def full_name(task: str) -> str:
+    """The one name of a task of this package, `recall_fda` for `fda`; any other name as it is."""
+    return PREFIX + task if (task_folder() / f"{PREFIX}{task}.yaml").is_file() else task
 
 
 def main() -> None:
@@ -69,7 +54,7 @@ def _run(given: list[str]) -> int:
         if any(word.split("=", maxsplit=1)[0] == "--repeat" for word in given):
             repeat.run(given)
         else:
-            command_line(arguments(with_full_names(given)))
+            command_line(arguments(given), named=full_name)
     except ValueError as error:
         print(f"jrt-recall: {error}", file=sys.stderr)
         return 2
@@ -77,22 +62,33 @@ def _run(given: list[str]) -> int:
 
 
 def command_line(
-    given: list[str], check_model: Callable[[dict], None] | None = None, folder: str | None = None
+    given: list[str],
+    check_model: Callable[[dict], None] | None = None,
+    folder: str | None = None,
+    named: Callable[[str], str] = str,
 ) -> None:
     """lm-eval's own command line, with this package's messages shown: each task's protocol, source and counts.
 
-    check_model: looks at the parsed settings before anything runs. folder: of the task files; None: this package's. Raises ValueError for settings that contradict the
-    protocols (see `settings`)."""
+    Args:
+        given: lm-eval's arguments.
+        check_model: looks at the parsed settings before anything runs.
+        folder: of the task files; None: this package's.
+        named: from a name on the command line to the task's own.
+
+    Raises:
+        ValueError: a setting that contradicts the protocols (see `settings`), or another include path: lm-eval takes one.
+    """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
     setup_logging()
-    logger = logging.getLogger(__package__)  # lm-eval shows its own loggers only
+    logger = logging.getLogger("jrt_recall")  # lm-eval shows its own loggers only
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
     sys.argv = ["lm_eval", *given]
     parser = HarnessCLI()
     namespace = parser.parse_args()
+    namespace.tasks = namespace.tasks and [named(task) for task in namespace.tasks]
     found = settings.parsed(namespace)
     if str(found.get("include_path")) != (folder or str(task_folder())):
         raise ValueError("--include_path is set here; use lm_eval directly to name another folder")

@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from string import ascii_lowercase
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from jrt.evaluate.folder import Cell, cell_of
-
-if TYPE_CHECKING:
-    from jrt.evaluate.tables import Table
+from jrt.evaluate.tables.published import Table
 
 Settings = Mapping[str, str]  # dtype, and the version of each package
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -63,39 +62,45 @@ def mixture(table: Table, records: Sequence[dict], settings: Mapping[Cell, Setti
             elif other := next(others, None):
                 substitutes[cell] = other
                 cells.append(cell)
-    found = {cell: settings.get(substitutes.get(cell, cell), {}) for cell in cells}
-    usual = _usual(list(found.values()))
-    reasons: dict[str, str] = {}  # reason -> letter
-    letters = {}
-    for cell in cells:
-        said = _differences(found[cell], usual)
-        if cell in substitutes:
-            said.insert(
-                0, f"measured under {substitutes[cell].protocol}, not {cell.protocol}: no published value beside it"
-            )
-        if said:
-            letters[cell] = reasons.setdefault("; ".join(said), _letter(len(reasons)))
-    return Mixture(substitutes, letters, tuple(f"{letter}: {reason}" for reason, letter in reasons.items()))
+    said = differences({cell: settings.get(substitutes.get(cell, cell), {}) for cell in cells})
+    for cell, other in substitutes.items():
+        said[cell].insert(0, f"measured under {other.protocol}, not {cell.protocol}: no published value beside it")
+    reasons: dict[str, str] = {}
+    letters = marked(said, reasons)
+    return Mixture(substitutes, letters, explained(reasons))
+
+
+def differences(settings: Mapping[Key, Settings]) -> dict[Key, list[str]]:
+    """For each cell, what of its settings is not as in most cells."""
+    counted = Counter(tuple(sorted(found.items())) for found in settings.values())
+    usual = dict(counted.most_common(1)[0][0]) if counted else {}
+    return {
+        cell: [
+            f"{name} {_short(found.get(name))}, the others {_short(usual.get(name))}"
+            for name in {**usual, **found}
+            if found.get(name) != usual.get(name)
+        ]
+        for cell, found in settings.items()
+    }
+
+
+def marked(said: Mapping[Key, Sequence[str]], reasons: dict[str, str]) -> dict[Key, str]:
+    """The letter of each cell of which something is said. reasons: letters by reason, to which new ones are added."""
+    return {cell: reasons.setdefault("; ".join(lines), _letter(len(reasons))) for cell, lines in said.items() if lines}
+
+
+def explained(reasons: Mapping[str, str]) -> tuple[str, ...]:
+    """The lines below a table: each letter with its reason."""
+    return tuple(f"{letter}: {reason}" for reason, letter in reasons.items())
 
 
 def unlike(settings: Mapping[Cell, Settings]) -> list[str]:
     """For tables of all that was measured: a line for each group of cells that was not computed as most were."""
-    usual = _usual(list(settings.values()))
     groups: dict[str, list[str]] = {}
-    for cell, found in settings.items():
-        if said := _differences(found, usual):
+    for cell, said in differences(settings).items():
+        if said:
             groups.setdefault("; ".join(said), []).append(cell.model)
     return [f"not measured alike: {', '.join(dict.fromkeys(models))}: {reason}" for reason, models in groups.items()]
-
-
-def _usual(found: list[Settings]) -> Settings:
-    counted = Counter(tuple(sorted(settings.items())) for settings in found)
-    return dict(counted.most_common(1)[0][0]) if counted else {}
-
-
-def _differences(found: Settings, usual: Settings) -> list[str]:
-    names = [name for name in {**usual, **found} if found.get(name) != usual.get(name)]
-    return [f"{name} {_short(found.get(name))}, the others {_short(usual.get(name))}" for name in names]
 
 
 def _short(value: str | None) -> str:

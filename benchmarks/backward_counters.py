@@ -1,0 +1,116 @@
+"""What Nsight Compute counts while the Triton kernels of a training step run, beside what they have to do at least.
+
+    python benchmarks/backward_counters.py [--output FILE]
+
+It starts itself under `ncu`, as kernel_counters.py does. A kernel has to move its inputs and outputs once, at the rate of
+a large copy, and to do the products of its tiles, at the rate of a large matrix product; both rates are of the same run.
+
+Shapes: B batch, N tokens, H heads, d query/key size, D value size, C tokens of a chunk, R rows of a state with padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import record
+import torch
+from kernel_counters import COUNTERS, SCALE, STALL, number
+from op_training import median_ms
+
+from jrt import ops
+
+HEADS, DIM, VALUE_DIM, CHUNK, ROWS = 16, 16, 64, 64, 160
+SHAPES = ((8, 2048), (1, 32768))  # B, N
+KERNEL = re.compile("queries_kernel|keys_kernel|piece_kernel|scan_kernel")
+# A token and head of bf16: q, k, dq, dk take 2 d bytes each, v, o, do, dv 2 D each, the two weights 4 each.
+BYTES = {"queries_kernel": 488, "keys_kernel": 488}
+# Two operations for each multiplication of the tiles, a token and head: of C x C tiles, then of C x R tiles.
+OPERATIONS = {
+    "queries_kernel": 2 * CHUNK * (2 * DIM + VALUE_DIM) + 2 * ROWS * (6 * DIM + 2 * VALUE_DIM),
+    "keys_kernel": 2 * CHUNK * (2 * DIM + 2 * VALUE_DIM) + 2 * ROWS * (6 * DIM + 3 * VALUE_DIM),
+}
+
+
+def launch() -> None:
+    """Forward and backward at each shape, each kernel once."""
+    torch.manual_seed(0)
+    for batch, tokens in SHAPES:
+        sizes = (DIM, DIM, VALUE_DIM)
+        q, k, v = (torch.randn(batch, tokens, HEADS, n, device="cuda", dtype=torch.bfloat16) for n in sizes)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        o, _ = ops.linear_attention(q, k, v, backend="triton")
+        o.backward(torch.randn_like(o))
+    torch.cuda.synchronize()
+
+
+def counted(page: Path) -> list[dict]:
+    """Rows out of ncu's raw page: one a launch, in order."""
+    with open(page, newline="") as file:
+        lines = [line for line in file if line.startswith('"')]
+    units, *launches = csv.DictReader(lines)
+    rows = []
+    for line in launches:
+        name = KERNEL.search(line["Kernel Name"])
+        assert name is not None
+        row: dict = {"method": name[0]}
+        for mine, theirs in COUNTERS.items():
+            row[mine] = number(line[theirs]) * SCALE.get(units[theirs], 1)
+        found = ((STALL.match(column or ""), value) for column, value in line.items())
+        stalls = {match[1]: number(value) for match, value in found if match and value and not match[2]}
+        total = sum(stalls.values()) or 1
+        largest = sorted(stalls.items(), key=lambda item: -item[1])[:6]
+        row["stall_percent"] = {name: round(100 * value / total, 1) for name, value in largest}
+        rows.append(row)
+    return rows
+
+
+def rates() -> tuple[float, float]:
+    """Bytes a second of a copy, read and written, and operations a second of a bf16 product."""
+    x = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    y = torch.empty_like(x)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copy, product = median_ms(lambda: y.copy_(x), 10), median_ms(lambda: a @ b, 10)
+    return 2 * x.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--launch", action="store_true", help="only run the kernels (what ncu starts)")
+    parser.add_argument("--page", type=Path, default=Path("backward_counters.csv"), help="where ncu's raw page goes")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; the default is benchmarks/results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    if arguments.launch:
+        launch()
+        return
+    if shutil.which("ncu") is None:
+        parser.error("needs ncu, Nsight Compute, on PATH")
+    bytes_a_second, operations_a_second = rates()
+    launch()  # compiles, so that ncu meets finished kernels
+    command = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{KERNEL.pattern}"]
+    command += ["--page", "raw", "--csv", sys.executable, __file__, "--launch"]
+    with open(arguments.page, "w") as page:
+        subprocess.run(command, stdout=page, check=True)
+    rows = counted(arguments.page)
+    ends = [i for i, row in enumerate(rows) if row["method"] == "keys_kernel"]  # the last kernel of a shape
+    for i, row in enumerate(rows):
+        batch, tokens = SHAPES[sum(end < i for end in ends)]
+        row["shape"] = {"B": batch, "N": tokens, "H": HEADS, "d": DIM, "D": VALUE_DIM}
+        if row["method"] in BYTES:
+            count = batch * tokens * HEADS
+            row["microseconds_by_bytes"] = 1e6 * count * BYTES[row["method"]] / bytes_a_second
+            row["microseconds_by_products"] = 1e6 * count * OPERATIONS[row["method"]] / operations_a_second
+        print(row)
+    more = {"copy_bytes_a_second": bytes_a_second, "product_operations_a_second": operations_a_second}
+    print(record.write("backward_counters", rows, arguments.output, **more))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""Time and memory of the layers around linear attention at JRT-360M's training shapes, each in several implementations.
+
+    python benchmarks/layers.py [--layer NAME] [--output FILE]
+
+An implementation is first held to fp64 on one text of the batch (outputs and gradients); what is wrong is not timed. The
+time is that of the GPU, of a captured graph, as in op_training.py. "here" is what jrt/ calls; the model is compiled in
+training, so "here, compiled" is what training runs. Packages that are not installed are rows with the reason.
+
+Shapes: B batch, T tokens, E width, H heads, D head size, F hidden units of the MLP, K taps, W earlier keys of a window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import record
+import torch
+import torch.nn.functional as F
+from op_training import captured, median_ms
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from jrt.config import presets
+from jrt.mixers.attention import rotary_angles, rotate, window_attention
+from jrt.model import RMSNorm
+from jrt.ops import short_convolution
+
+CONFIG = presets()["jrt-360m"]
+B, T, E, H, M = 16, 2048, CONFIG.width, CONFIG.heads, CONFIG.enc_length
+D, W, K, EPS = E // H, CONFIG.window_of(CONFIG.pattern.index("S")), CONFIG.conv_kernel, CONFIG.norm_eps
+BF16 = torch.bfloat16
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    inputs: Callable[[int], list[Tensor]]  # of a batch size
+    exact: Call  # the definition, for inputs in fp64
+    implementations: dict[str, Call | str]  # by name; a string: why it cannot be measured
+
+
+def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def installed(package: str, call: Call) -> Call | str:
+    return call if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+# ---- gated short convolution
+
+
+def gated(convolve: Callable[..., Tensor]) -> Call:
+    """silu(convolution of the first half) times the second half of the projection (B, T, 2 E)."""
+
+    def call(x: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor]:
+        u, gate = x.chunk(2, -1)
+        return (F.silu(convolve(u, weight, *state)) * gate,)
+
+    return call
+
+
+def convolution_here(u: Tensor, weight: Tensor, state: Tensor | None = None) -> Tensor:
+    return short_convolution(u, weight, None, state)[0]
+
+
+def convolution_cudnn(u: Tensor, weight: Tensor, state: Tensor | None = None) -> Tensor:
+    before = u.new_zeros(u.shape[0], K - 1, u.shape[2]) if state is None else state
+    u = torch.cat([before, u], 1).mT
+    return F.conv1d(u, weight[:, None].to(u.dtype), groups=u.shape[1]).mT
+
+
+def convolution_fla(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    u, gate = x.chunk(2, -1)
+    before = None if state is None else F.pad(state.mT, (1, 0))  # fla keeps K columns
+    return (causal_conv1d(u.contiguous(), weight, initial_state=before, activation="silu")[0] * gate,)
+
+
+def convolution_dao(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
+    from causal_conv1d import causal_conv1d_fn
+
+    u, gate = x.chunk(2, -1)
+    before = None if state is None else state.mT
+    return (causal_conv1d_fn(u.mT, weight, initial_states=before, activation="silu").mT * gate,)
+
+
+def convolution(with_state: bool) -> Layer:
+    channels = CONFIG.conv_channels
+
+    def inputs(batch: int) -> list[Tensor]:
+        found = [normal(batch, T, 2 * channels), normal(channels, K, dtype=torch.float32)]
+        return [*found, normal(batch, K - 1, channels)] if with_state else found
+
+    here = gated(convolution_here)
+    others = {
+        "conv1d (cuDNN), compiled": torch.compile(gated(convolution_cudnn), dynamic=False),
+        "flash-linear-attention": installed("fla", convolution_fla),
+        "causal-conv1d": installed("causal_conv1d", convolution_dao),
+    }
+    return Layer(inputs, here, {"here": here, "here, compiled": torch.compile(here, dynamic=False), **others})
+
+
+# ---- residual and RMSNorm
+
+
+RMS_NORM = RMSNorm(E, EPS)
+
+
+def norm_here(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, functional_call(RMS_NORM, {"weight": weight}, (x,)).to(y.dtype)
+
+
+def norm_torch(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, F.rms_norm(x, (E,), weight, EPS).to(y.dtype)
+
+
+def norm_liger(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    y, x = LigerFusedAddRMSNormFunction.apply(y.to(x.dtype), x, weight, EPS, 0.0, "gemma", False)
+    return x, y.to(BF16)
+
+
+def norm() -> Layer:
+    def inputs(batch: int) -> list[Tensor]:
+        return [normal(batch, T, E, dtype=torch.float32), normal(batch, T, E), normal(E, dtype=torch.float32)]
+
+    implementations = {
+        "here": norm_here,
+        "here, compiled": torch.compile(norm_here, dynamic=False),
+        "F.rms_norm": norm_torch,
+        "F.rms_norm, compiled": torch.compile(norm_torch, dynamic=False),
+        "Liger": installed("liger_kernel", norm_liger),
+    }
+    return Layer(inputs, norm_torch, implementations)
+
+
+# ---- SwiGLU
+
+
+def swiglu_here(x: Tensor) -> tuple[Tensor]:
+    value, gate = x.chunk(2, -1)
+    return (value * F.silu(gate),)
+
+
+def swiglu_liger(x: Tensor) -> tuple[Tensor]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    value, gate = x.chunk(2, -1)
+    return (LigerSiLUMulFunction.apply(gate, value),)
+
+
+def swiglu() -> Layer:
+    implementations = {
+        "here": swiglu_here,
+        "here, compiled": torch.compile(swiglu_here, dynamic=False),
+        "Liger": installed("liger_kernel", swiglu_liger),
+    }
+    return Layer(lambda batch: [normal(batch, T, 2 * CONFIG.mlp_width)], swiglu_here, implementations)
+
+
+# ---- rotary positions
+
+
+@functools.cache
+def angles() -> tuple[Tensor, Tensor]:
+    return rotary_angles(torch.arange(T, device="cuda")[None], CONFIG.rotary_dim)  # (1, T, 1, D / 2)
+
+
+def rotary_here(x: Tensor) -> tuple[Tensor]:
+    return (rotate(x, *angles()),)
+
+
+def rotary_liger(x: Tensor) -> tuple[Tensor]:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    cos, sin = (torch.cat([a[:, :, 0], a[:, :, 0]], -1).to(x.dtype) for a in angles())
+    q, k = (part.transpose(1, 2) for part in x.clone().chunk(2, 2))  # it rotates in place
+    return (torch.cat(LigerRopeFunction.apply(q, k, cos, sin), 1).transpose(1, 2),)
+
+
+def rotary() -> Layer:
+    angles()
+    implementations = {
+        "here": rotary_here,
+        "here, compiled": torch.compile(rotary_here, dynamic=False),
+        "Liger": installed("liger_kernel", rotary_liger),
+    }
+    return Layer(lambda batch: [normal(batch, T, 2 * H, D)], rotary_here, implementations)
+
+
+# ---- sliding window
+
+
+def window_here(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    empty = k.new_zeros(k.shape[0], W, H, D)
+    k, v = torch.cat([empty, k], 1), torch.cat([empty, v], 1)
+    valid = (torch.arange(W + T, device=q.device) >= W).expand(q.shape[0], -1)
+    return (window_attention(q, k, v, valid, W, D**-0.5),)
+
+
+def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (query >= key) & (query - key <= W)
+
+
+def window_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    """One mask of T x T: the definition too."""
+    t = torch.arange(T, device=q.device)
+    mask = in_window(t, t, t[:, None], t[None, :])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2),)
+
+
+def window_flex() -> Call:
+    blocks = create_block_mask(in_window, None, None, T, T, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return (compiled(q, k, v, block_mask=blocks).transpose(1, 2),)
+
+    return call
+
+
+def window_varlen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    ends = torch.arange(0, (q.shape[0] + 1) * T, T, device=q.device, dtype=torch.int32)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return (varlen_attn(q, k, v, ends, ends, T, T, window_size=(W, 0)).unflatten(0, (-1, T)),)
+
+
+def window_dao(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    from flash_attn import flash_attn_func
+
+    return (flash_attn_func(q, k, v, causal=True, window_size=(W, 0)),)
+
+
+def window() -> Layer:
+    has_window = "window_size" in inspect.signature(varlen_attn).parameters
+    flash: Call | str = window_varlen if has_window else "this PyTorch's varlen_attn knows no window"
+    implementations = {
+        "here": window_here,
+        "here, compiled": torch.compile(window_here, dynamic=False),
+        "SDPA, dense mask": window_dense,
+        "FlexAttention": window_flex(),
+        "PyTorch's FlashAttention-2 (varlen_attn)": flash,
+        "flash-attn": installed("flash_attn", window_dao),
+    }
+    return Layer(lambda batch: [normal(batch, T, H, D) for _ in range(3)], window_dense, implementations)
+
+
+# ---- projections of linear attention, of the text and of the prefix
+
+SIZES = (CONFIG.linear_heads * CONFIG.feature_dim,) * 2 + (E,)  # of q, k, v
+
+
+def projections_apart(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, prefix_k, prefix_v = (weight.to(x.dtype) for weight in weights)
+    prefix = x[:, :M]
+    return F.linear(x, q), F.linear(x, k), F.linear(x, v), F.linear(prefix, prefix_k), F.linear(prefix, prefix_v)
+
+
+def projections_joined(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    text, prefix = (torch.cat(part).to(x.dtype) for part in (weights[:3], weights[3:]))
+    return *F.linear(x, text).split(SIZES, -1), *F.linear(x[:, :M], prefix).split(SIZES[1:], -1)
+
+
+def projections() -> Layer:
+    def inputs(batch: int) -> list[Tensor]:
+        weights = (normal(size, E, dtype=torch.float32) / E**0.5 for size in (*SIZES, *SIZES[1:]))
+        return [normal(batch, T, E), *weights]
+
+    implementations = {
+        "one product each": projections_apart,
+        "one product each, compiled": torch.compile(projections_apart, dynamic=False),
+        "one for the text, one for the prefix": projections_joined,
+        "one for the text, one for the prefix, compiled": torch.compile(projections_joined, dynamic=False),
+    }
+    return Layer(inputs, projections_apart, implementations)
+
+
+LAYERS: dict[str, Callable[[], Layer]] = {
+    "gated short convolution": functools.partial(convolution, False),
+    "gated short convolution, from a state": functools.partial(convolution, True),
+    "residual + RMSNorm": norm,
+    "SwiGLU": swiglu,
+    "rotary": rotary,
+    "sliding window": window,
+    "projections of P": projections,
+}
+
+
+# ---- right, and how fast?
+
+
+def with_gradients(call: Call, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = call(*leaves)
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, grads)]
+
+
+def first_row(tensors: list[Tensor]) -> list[Tensor]:
+    """Of those that have a row for each text of the batch; the others are weights."""
+    return [x[:1] if x.shape[0] == B else x for x in tensors]
+
+
+def errors(call: Call, layer: Layer, inputs: list[Tensor]) -> list[float]:
+    """Relative errors of outputs and gradients on the first text of the batch, against the definition in fp64.
+
+    The other texts get a gradient of zero, so that the weights' gradients are those of the first.
+    """
+    wide = [x.double() for x in first_row(inputs)]
+    with torch.no_grad():
+        grads = [torch.randn_like(x) for x in layer.exact(*wide)]
+    truth = with_gradients(layer.exact, wide, grads)
+    given = []
+    for output, grad in zip(call(*(x.detach().requires_grad_() for x in inputs)), grads, strict=True):
+        given.append(torch.zeros_like(output))
+        given[-1][:1] = grad
+    pairs = zip(first_row(with_gradients(call, inputs, given)), truth, strict=True)
+    return [((value.double() - right).norm() / right.norm()).item() for value, right in pairs]
+
+
+def measure(name: str, layer: Layer, implementation: str, allowed: list[float]) -> list[dict]:
+    """A row for the forward pass and one for both; `allowed` are the largest errors that count as right."""
+    call = layer.implementations[implementation]
+    passes = ("forward", "forward+backward")
+    rows: list[dict] = [
+        {"layer": name, "implementation": implementation, "pass": each, "shape": {"B": B, "T": T}, "ms": None}
+        for each in passes
+    ]
+    if isinstance(call, str):
+        return [row | {"reason": call} for row in rows]
+    torch.manual_seed(0)
+    inputs = layer.inputs(B)
+    try:
+        found = errors(call, layer, inputs)
+        if not all(error <= most for error, most in zip(found, allowed, strict=True)):
+            return [row | {"reason": f"wrong result: errors {found}, at most {allowed} count as right"} for row in rows]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        grads = [torch.randn_like(x) for x in call(*leaves)]
+        runs = (lambda: call(*leaves), lambda: with_gradients(call, inputs, grads))
+        for row, run in zip(rows, runs, strict=True):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            kept = run()
+            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+            del kept
+            graph = captured(run)
+            row["ms"] = median_ms(graph.replay, 20)
+            row["largest_error"] = max(found)
+    except (RuntimeError, ImportError, TypeError, torch.cuda.OutOfMemoryError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        return [row if row["ms"] else row | {"reason": reason} for row in rows]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layer", choices=LAYERS, action="append", help="only this one; may be given again")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; the default is benchmarks/results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("layers.py measures a GPU: no CUDA device found")
+    rows: list[dict] = []
+    for name in arguments.layer or LAYERS:
+        layer = LAYERS[name]()
+        torch.manual_seed(0)
+        first = next(iter(layer.implementations.values()))
+        allowed = [2 * error + 1e-6 for error in errors(first, layer, layer.inputs(B))]
+        for implementation in layer.implementations:
+            torch.cuda.empty_cache()
+            found = measure(name, layer, implementation, allowed)
+            rows += found
+            record.write("layers", rows, arguments.output)
+            figures = ", ".join(f"{row['ms']:.3f} ms" if row["ms"] else row["reason"] for row in found)
+            print(f"{name:40} {implementation:50} {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What the commands share: exit codes, kinds of values, and the options that say how to compute with a model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:  # the commands import what they need, so that `jrt --help` is quick
+    from jrt.evaluate import ModelSpec
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.strip().removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}")
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a number of at least {least}, not {text}")
+    return int(text)
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    add("--dtype", help="float32 (default), bfloat16, float16, float64")
+    add("--compat", choices=("released",), help="compute as the published numbers were measured")
+    add(
+        "--short-prompt", choices=("none", "pad", "repeat", "iterate"), help="rule for prompts shorter than the encoder"
+    )
+
+
+def model_spec(arguments: argparse.Namespace, name: str) -> ModelSpec:
+    """A model as the options of `model_options` say how to compute with it."""
+    from jrt.evaluate import ModelSpec
+
+    return ModelSpec(name, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)

@@ -1,0 +1,148 @@
+"""One HTML page for a run or several: tables, figures, and items to read with the found answer marked.
+
+The page needs no other file. Its template escapes all text that came from a dataset or a model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from jrt.evaluate.folder import Cell
+from jrt.evaluate.report import plots
+from jrt.evaluate.tables.results import (
+    HEADER,
+    Rows,
+    comparison_row,
+    counts_line,
+    not_run,
+    notes,
+    protocols_of,
+    result_row,
+)
+from jrt.files import write_text
+
+SHOWN_ITEMS = 100
+MEASURED_PUBLISHED = "measured (published), percent"
+
+
+def write_page(
+    title: str,
+    output: Path,
+    records: Sequence[dict],
+    compared: Sequence[dict],
+    predictions: Sequence[dict],
+    manifest: dict,
+    paper: tuple[str, Rows] | None = None,
+    failed: Mapping[Cell, str] = MappingProxyType({}),
+) -> None:
+    """Writes report.html and the figures, each as PNG and SVG, to `output`.
+
+    paper: a table of the paper with its title. failed: cells without a number, and why."""
+    figures = plots.draw(records, predictions)
+    plots.save(figures, output)
+    text = page(title, records, compared, predictions, manifest, figures.values(), paper, failed)
+    write_text(output / "report.html", text)
+
+
+def page(
+    title: str,
+    records: Sequence[dict],
+    compared: Sequence[dict],
+    predictions: Sequence[dict],
+    manifest: dict,
+    figures: Iterable[plots.Drawn],
+    paper: tuple[str, Rows] | None = None,
+    failed: Mapping[Cell, str] = MappingProxyType({}),
+    items: int = SHOWN_ITEMS,
+) -> str:
+    """The page's text. items: how many questions are shown with all their answers."""
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"marked": marked, "comparison_row": comparison_row, "result_row": result_row}
+    shown, total, tasks = _chosen_items(predictions, items)
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        header=HEADER,
+        tables=_tables(records, manifest, failed),
+        paper=paper,
+        paper_note=MEASURED_PUBLISHED,
+        figures=[(figure.heading, Markup(figure.svg)) for figure in figures],
+        compared=compared,
+        items=shown,
+        total=total,
+        tasks=tasks,
+        manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
+    )
+
+
+def _tables(records: Sequence[dict], manifest: dict, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
+    """For each task and protocol: what stands above and below its table, its records by model, and the cells without one."""
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {(cell.task, cell.protocol): {} for cell in failed}
+    for record in records:
+        models = groups.setdefault((record["task"], record["protocol"]), {})
+        models.setdefault(record["model"], []).append(record)
+    found = []
+    for (task, protocol), models in groups.items():
+        members = [record for rows in models.values() for record in rows]
+        if members:
+            above = [described[protocol, members[0].get("version", 1)], counts_line(members[0])]
+        else:  # no model answered
+            above = [text for (name, _), text in described.items() if name == protocol]
+        empty = not_run(failed, task, protocol)
+        found.append(
+            {"task": task, "above": above, "models": list(models.values()), "empty": empty, "below": notes(members)}
+        )
+    return found
+
+
+def _chosen_items(predictions: Sequence[dict], count: int) -> tuple[list[dict[str, Any]], int, list[str]]:
+    """Items with all their answers, how many there are, and the tasks.
+
+    The tasks take turns, and each gives first the items on which its cells disagree."""
+    tasks: dict[str, dict[tuple[str, str], list[dict]]] = {}
+    for row in predictions:
+        tasks.setdefault(row["task"], {}).setdefault((row["protocol"], row["id"]), []).append(row)
+    queues = [sorted(items.values(), key=lambda rows: len({r["score"] for r in rows}) < 2) for items in tasks.values()]
+    turns = [rows for turn in zip_longest(*queues) for rows in turn if rows is not None]
+    return [_shown(rows) for rows in turns[:count]], len(turns), list(tasks)
+
+
+def _shown(rows: list[dict]) -> dict[str, Any]:
+    first, scores = rows[0], {row["score"] for row in rows}
+    kind = "differ" if len(scores) > 1 else ("right" if scores == {1} else "wrong")
+    context, question = split_question(first["prompt"])
+    return {"first": first, "rows": rows, "kinds": f"{first['task']} {kind}", "context": context, "question": question}
+
+
+def split_question(prompt: str) -> tuple[str, str]:
+    """Context and question of a prompt read once: its last line where that is short, else what follows its last full stop."""
+    context, line_end, last = prompt.rpartition("\n")
+    if last == "Answer:":  # the passages' form, where the question has a line of its own
+        context, line_end, asked = context.rpartition("\n")
+        last = f"{asked} {last}"
+    if line_end and len(last) <= 300:
+        return context, last
+    context, stop, last = prompt.rpartition(". ")
+    return (context + stop, last) if stop else ("", prompt)
+
+
+def marked(text: str, answers: Sequence[str]) -> Markup:
+    """`text` escaped, with the first answer that stands in it marked at each of its places."""
+    for answer in answers:
+        parts = re.split(f"({re.escape(answer)})", text, flags=re.IGNORECASE) if answer else [text]
+        if len(parts) > 1:
+            return Markup("").join(
+                Markup("<mark>{}</mark>").format(p) if n % 2 else escape(p) for n, p in enumerate(parts)
+            )
+    return escape(text)

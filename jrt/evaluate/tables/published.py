@@ -1,0 +1,91 @@
+"""The paper's tables: their columns, and the values that it prints.
+
+`published.csv` holds the values (arXiv 2407.05483, version of July 9, 2024) as printed, in percent. A model is named there by
+the last part of its hub id where the authors released one (`hazyresearch/JRT-360M-30B`, `fla-hub/gla-1.3B-100B`,
+`state-spaces/mamba-1.4b`), in lower case. Only the paper's own tasks, windows and metric may stand beside these values: never
+`qa_*` tasks, generated documents, reference pages, or the mini models.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+TITLES = {
+    "table1": "Table 1: default and JRT-Prompt",
+    "table2": "Table 2: JRT-RNN (the paper's length-512 cells fill short prompts by reading again: short_prompt='repeat')",
+    "table3": "Table 3: prompts of 2k tokens, beyond the encoder",
+    "table4": "Table 4: rules for prompts shorter than the encoder",
+    "table5": "Table 5: prefill latency in ms on one H100",
+    "table7": "Table 7: documents and their mean length in GPT-2 tokens",
+    "table8": "Table 8: SuperGLUE, 360M models",
+    "table9": "Table 9: SuperGLUE, 1.3B models",
+    "table10": "Table 10: padding that linear attention does not mask, SuperGLUE 5-shot",
+    "table13": "Table 13: error modes, percent of all items",
+    "table14": "Table 14: default, 2-shot and JRT-Prompt",
+    "mean-gain": "Mean gain of JRT-Prompt over the default prompt, points of Table 1's average",
+}
+SUPER_GLUE_TABLES = ("table8", "table9")
+SUPER_GLUE_SIZES = {
+    "boolq": 3270,
+    "cb": 56,
+    "copa": 100,
+    "multirc": 4848,
+    "recall_record": 10000,
+    "sglue_rte": 277,
+    "wic": 638,
+    "wsc": 104,
+}
+"""Documents of SuperGLUE's validation splits."""
+
+
+class Column(NamedTuple):
+    """Where a column's number comes from.
+
+    measure: "score", an error kind of `jrt_recall.scoring`, or (SuperGLUE) a metric of lm-eval."""
+
+    label: str
+    task: str
+    strategy: str
+    protocol: str
+    measure: str
+
+
+class Table(NamedTuple):
+    """A table of the paper: its columns, and percentages by model (SuperGLUE: by model and shots) in their order."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: dict[tuple[str, str], tuple[float, ...]]
+
+
+@cache
+def published_tables() -> dict[str, Table]:
+    """All tables of `published.csv` by the names that `jrt report --layout` takes."""
+    with (Path(__file__).parent / "published.csv").open(encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    tables = {}
+    for name, members in groupby(lines, key=lambda line: line["table"]):
+        columns: dict[Column, None] = {}  # in their order, each once
+        rows: dict[tuple[str, str], tuple[float, ...]] = {}
+        for line in members:
+            columns[Column(line["column"], *(line[key] for key in Column._fields[1:]))] = None
+            key = line["model"], line["shots"]
+            rows[key] = (*rows.get(key, ()), float(line["percent"]))
+        tables[name] = Table(TITLES[name], tuple(columns), rows)
+    return tables
+
+
+def published_row(table: Table, model: str, shots: str = "") -> tuple[float, ...] | None:
+    """The paper's numbers for a model by hub id or folder, None where the paper has none.
+
+    A label in brackets says how it was computed; the rule for short prompts in it chooses the row where a table has several."""
+    name, _, label = model.partition(" [")
+    name = name.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-hf")
+    for word in label.rstrip("]").split(", "):
+        if (f"{name}[{word}]", shots) in table.rows:
+            return table.rows[f"{name}[{word}]", shots]
+    return table.rows.get((name, shots))

@@ -1,0 +1,158 @@
+"""Records and paired differences as text: what `jrt eval` and `jrt demo` print, and the rows of a page's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from jrt_recall import Protocol
+
+from jrt.evaluate.folder import Cell
+
+HEADER = ("model", "strategy", "accuracy", "95% interval", "items", "prompt tokens", "truncated", "seconds", "state")
+Rows = tuple[tuple[str, ...], list[list[str]]]
+"""A table's header and its rows."""
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    texts = []
+    for line in [header, ["-" * width for width in widths], *rows]:
+        cells = (text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))
+        texts.append("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(texts)
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} GiB"
+
+
+def result_row(record: dict) -> list[str]:
+    """The cells under HEADER; a star marks prompts longer than the model's training sequences."""
+    return [
+        record["model"] + (" *" if record["beyond_training"] else ""),
+        record["strategy"],
+        percent(record["score"]),
+        f"{percent(record['low'])} to {percent(record['high'])}",
+        str(record["n"]),
+        f"{record['prompt_tokens']:.0f}",
+        str(record["truncated"]),
+        f"{record['seconds']:.1f}",
+        size(record["state_bytes"]),
+    ]
+
+
+def protocols_of(manifest: dict) -> list[Protocol]:
+    """The protocols that a run's manifest records."""
+    return [Protocol(**{**known, "stop": tuple(known["stop"])}) for known in manifest["identity"]["protocols"]]
+
+
+def results_text(
+    records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str] | None = None
+) -> str:
+    """One table for each task and protocol, with the protocol in words and the counts that the scores rest on.
+
+    failed: cells without a number, which are rows with their reason below the table."""
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
+    parts = []
+
+    def group(record: dict) -> tuple[str, str]:
+        return record["task"], record["protocol"]
+
+    for (task, protocol), members in groupby(sorted(records, key=group), key=group):
+        found = list(members)
+        without = not_run(failed or {}, task, protocol)
+        empty = [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in without]
+        table = aligned(HEADER, [*map(result_row, found), *empty])
+        reasons = dict.fromkeys(f"{cell.model}: {why}" for cell, why in without.items())
+        parts += [
+            f"{task} | {described[protocol, found[0].get('version', 1)]}",
+            counts_line(found[0]),
+            table,
+            *notes(found),
+            *reasons,
+            "",
+        ]
+    shown = {(record["task"], record["protocol"]) for record in records}
+    for cell, why in (failed or {}).items():
+        if (cell.task, cell.protocol) not in shown:
+            parts.append(f"{cell.model} {cell.task} {cell.strategy} {cell.protocol}: not run: {' '.join(why.split())}")
+    return "\n".join(parts)
+
+
+def not_run(failed: Mapping[Cell, str], task: str, protocol: str) -> dict[Cell, str]:
+    """The cells of one task and protocol that have no number, each with `not run: ` and the reason on one line."""
+    own = {cell: why for cell, why in failed.items() if (cell.task, cell.protocol) == (task, protocol)}
+    return {cell: f"not run: {' '.join(why.split())}" for cell, why in own.items()}
+
+
+def notes(records: Sequence[dict]) -> list[str]:
+    """What has to be said below a table of one task and protocol: NaN logits, long prompts, models run otherwise."""
+    found = []
+    if any(record["nan"] for record in records):
+        counted = ", ".join(f"{r['model']} {r['strategy']}: {r['nan']}" for r in records if r["nan"])
+        found.append(f"NaN logits, counted as wrong: {counted}")
+    if any(record["beyond_training"] for record in records):
+        found.append("* prompts longer than the model's training sequences")
+    said = dict.fromkeys((record["model"], note) for record in records for note in record.get("notes", ()))
+    return [*found, *(f"{model}: {note}" for model, note in said)]
+
+
+def counts_line(record: dict) -> str:
+    """What happened to a task's documents."""
+    unreachable = record.get("unreachable", 0)
+    told = f", {unreachable} unreachable (no generation of the model can hold an answer)" if unreachable else ""
+    return (
+        f"{record['n']} items of {record['documents']} documents ({record['source']}): {record['dropped']} dropped by the "
+        f"task's rules, {record['invalid']} invalid, {record['lost']} with the answer cut away{told}"
+    )
+
+
+def comparison_row(found: dict) -> list[str]:
+    """A paired difference: task and protocol, what is compared, points, their interval, items."""
+    first, second = found["first"], found["second"]
+    if found["between"] == "strategy":
+        what = f"{first['model']}: {second['strategy']} - {first['strategy']}"
+    else:
+        what = f"{first['strategy']}: {second['model']} - {first['model']}"
+    points, low, high = (f"{100 * found[key]:+.1f}" for key in ("difference", "low", "high"))
+    return [f"{first['task']} {first['protocol']}", what, points, f"{low} to {high}", str(found["n"])]
+
+
+def comparisons_text(comparisons: Sequence[dict]) -> str:
+    """Paired differences in points, one a line."""
+    rows = [[f"{place} | {what}", *rest] for place, what, *rest in map(comparison_row, comparisons)]
+    return aligned(("paired difference (points)", "mean", "95% interval", "items"), rows) if rows else ""
+
+
+def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A booktabs table."""
+    import pandas
+
+    frame = pandas.DataFrame(rows, columns=list(header))
+    return frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(header) - 1))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean, None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def beside(measured: float | None, published: float | None, letter: str = "") -> str:
+    """A cell: the measured value, its mark, and the published value in parentheses."""
+    text = "-" if measured is None else f"{measured:.1f}{letter and ' ' + letter}"
+    return text if published is None else f"{text} ({published:.1f})"

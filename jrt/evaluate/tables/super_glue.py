@@ -1,0 +1,136 @@
+"""Tables 8, 9 and 10: SuperGLUE, from what lm-eval wrote of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from jrt.evaluate.tables.mixtures import differences, explained, marked
+from jrt.evaluate.tables.published import SUPER_GLUE_SIZES, TITLES, Column, Table, published_row, published_tables
+from jrt.evaluate.tables.results import Rows, beside
+
+# Table 10, "+ no pad mask", in the order of Table 8's columns.
+_NO_PAD_MASK = (49.1, 55.4, 38.2, 56.0, 56.3, 26.7, 25.8, 51.6, 49.7, 40.4)
+_TABLE_10_NOTE = (
+    "The JRT-RNN row that the paper prints in Table 10 repeats Table 8's Based row, so JRT-RNN has no published value here. "
+    "No option of this package leaves pads of the encoder unmasked, so the row without mask is the paper's alone."
+)
+
+
+def super_glue(table: Table, folders: Sequence[Path]) -> tuple[Rows, list[str]]:
+    """A table of SuperGLUE, and below it the reason of each mark and the runs that are missing.
+
+    Raises ValueError where no folder holds results of SuperGLUE."""
+    results = _results(folders)
+    letters, reasons = _marks(table, results)
+    return super_glue_rows(table, results, letters), [*reasons, *_missing(table, results)]
+
+
+def padding(folders: Sequence[Path]) -> tuple[Rows, list[str]]:
+    """Table 10: 5-shot runs, and below them as in `super_glue`. Raises ValueError where there is none."""
+    results = [found for found in _results(folders) if _shots(found) == 5]
+    if not results:
+        raise ValueError(
+            f"{TITLES['table10']}: missing a run with 5 examples: architecture_scripts/super_glue.sh makes it"
+        )
+    table = Table(TITLES["table10"], published_tables()["table8"].columns, {})
+    letters, reasons = _marks(table, results)
+    header, rows = super_glue_rows(table, results, letters)
+    published = ["JRT-RNN, no pad mask (the paper's)", "5", *(f"({value:.1f})" for value in _NO_PAD_MASK)]
+    return (header, [*rows, published]), [*reasons, _TABLE_10_NOTE]
+
+
+def super_glue_rows(
+    table: Table, results: Sequence[dict], letters: Mapping[tuple[int, int], str] = MappingProxyType({})
+) -> Rows:
+    """A row for each model and number of examples, in their order. letters: marks by the places of row and column.
+
+    Published values stand only beside a whole validation split: generated documents have other numbers of them."""
+    rows = []
+    for number, found in enumerate(sorted(results, key=_order)):
+        paper = published_row(table, found["model_name"], str(_shots(found)))
+        cells = []
+        for place, column in enumerate(table.columns):
+            score = _score(found, column)
+            whole = score is not None and found["n-samples"][column.task]["effective"] == SUPER_GLUE_SIZES[column.task]
+            published = paper[place] if paper and whole else None
+            cells.append(beside(score, published, letters.get((number, place), "")))
+        rows.append([_row_name(found), str(_shots(found)), *cells])
+    return ("model", "shots", *(column.label for column in table.columns)), rows
+
+
+def _marks(table: Table, results: Sequence[dict]) -> tuple[dict[tuple[int, int], str], tuple[str, ...]]:
+    """Letters of cells whose dtype, package or task version is not that of most cells of their column; and the reasons."""
+    letters: dict[tuple[int, int], str] = {}
+    reasons: dict[str, str] = {}
+    rows = list(enumerate(sorted(results, key=_order)))
+    for place, column in enumerate(table.columns):
+        settings = {
+            (number, place): _settings(found, column.task)
+            for number, found in rows
+            if _score(found, column) is not None
+        }
+        letters |= marked(differences(settings), reasons)
+    return letters, explained(reasons)
+
+
+def _results(folders: Sequence[Path]) -> list[dict]:
+    """What lm-eval wrote of SuperGLUE. Raises ValueError where it wrote none."""
+    files = (file for folder in folders for file in sorted(folder.rglob("results_*.json")))
+    contents = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    results = [found for found in contents if SUPER_GLUE_SIZES.keys() & found.get("results", {}).keys()]
+    if not results:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue.sh")
+    return results
+
+
+def _score(found: dict, column: Column) -> float | None:
+    """A cell in percent; None where the run does not have it."""
+    value = found["results"].get(column.task, {}).get(f"{column.measure},none")
+    return None if value is None else 100 * value
+
+
+def _order(found: dict) -> tuple[str, int, float]:
+    return found["model_name"], _shots(found), found["config"]["limit"] or 0
+
+
+def _shots(found: dict) -> int:
+    return next(shots for task, shots in found["n-shot"].items() if task in SUPER_GLUE_SIZES)
+
+
+def _row_name(found: dict) -> str:
+    """The model with what else decides its scores."""
+    options, limit = found["config"]["model_args"], found["config"]["limit"] or 0
+    settings = ", ".join(options[key] for key in ("short_prompt", "compat") if options.get(key))
+    return found["model_name"] + (f" [{settings}]" if settings else "") + (f", first {limit:.0f}" if limit else "")
+
+
+def _settings(found: dict, task: str) -> dict[str, str]:
+    """How a cell was computed, as far as lm-eval's file says it."""
+    said = {
+        "dtype": found["config"].get("model_dtype"),
+        "lm-eval": found.get("lm_eval_version"),
+        "transformers": found.get("transformers_version"),
+        f"version of {task}": found.get("versions", {}).get(task),
+    }
+    return {name: str(value) for name, value in said.items() if value is not None}
+
+
+def _missing(table: Table, results: Sequence[dict]) -> Iterator[str]:
+    """For each model, the command of each run that the table still lacks."""
+    wanted = dict.fromkeys(column.task for column in table.columns)
+    by_model: dict[str, dict[int, set[str]]] = {}
+    for found in results:
+        by_model.setdefault(found["model_name"], {}).setdefault(_shots(found), set()).update(found["results"])
+    for model, runs in sorted(by_model.items()):
+        for shots in sorted({int(shots) for _, shots in table.rows}):
+            lacking = [task for task in wanted if task not in runs.get(shots, ())]
+            tasks = "recall_super_glue" if len(lacking) == len(wanted) else ",".join(lacking)
+            if lacking:
+                yield (
+                    f"missing: jrt lm-eval --model jrt --model_args pretrained={model} --tasks {tasks} "
+                    f"--num_fewshot {shots} --output_path FOLDER"
+                )
