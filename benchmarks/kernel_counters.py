@@ -31,10 +31,10 @@ KERNELS = {
     "hopper": re.compile("prefill_text|prefill_state|add_pieces|decode_kernel"),
     "step": re.compile(
         "_linear_attention_kernel|_attention_kernel|_selective_kernel|gated_kernel|partial_kernel|residual_kernel"
-        "|project_kernel|_norm_kernel|_embed_kernel|_block_kernel|_row_kernel"
+        "|project_kernel|_norm_kernel"
     ),
 }
-STEPS = (("jrt-360m", "CPS", 128), ("jrt-360m", "CPS", 1), ("mamba-360m", "M", 1))  # preset, its layers here, B
+STEPS = (("jrt-360m", "CPS", 128), ("jrt-360m", "CP", 1), ("mamba-360m", "M", 1))  # preset, its layers here, B
 SCALE = {"ns": 1e-3, "us": 1, "ms": 1e3, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # to microseconds and bytes
 COUNTERS = {  # our name: ncu's
     "microseconds": "gpu__time_duration.sum",
@@ -133,7 +133,8 @@ def main() -> None:
     if not hopper:
         launch_step()  # compiles, so that ncu meets finished kernels
     kernel = KERNELS[arguments.kernels]
-    command = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{kernel.pattern}"]
+    command = ["ncu", "--clock-control", "none", "--metrics", ",".join(COUNTERS.values())]
+    command += ["--section", "SourceCounters", "--kernel-name", f"regex:{kernel.pattern}"]
     command += ["--page", "raw", "--csv", sys.executable, __file__, arguments.kernels, "--launch"]
     with open(arguments.page, "w") as page:
         subprocess.run(command, stdout=page, check=True)

@@ -26,7 +26,7 @@ HEADS = 3
 # 63 to 65 tokens: uneven ends; 200: stages are filled again; 1,100 of one sequence: cut into pieces.
 SHAPES = [(2, 1), (2, 63), (2, 65), (2, 200), (2, 700), (1, 1100)]  # batch, tokens
 TRITON_SHAPES = [(2, 1), (2, 70), (1, 700)]
-TRITON_SIZES = [(16, 64), (16, 112), (8, 20), (32, 128)]  # d, D
+TRITON_SIZES = [(16, 64), (8, 20)]  # d, D
 STEPS = 3
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of `synthetics.taylor.weighted_sums`: a program reads the tokens of a row once.
 
-Shapes: R rows, J queries, T tokens, E width, I tokens of a tile.
+Shapes: R rows, J queries, T tokens, E width, L tokens of a tile.
 """
 # mypy: disable-error-code="assignment"
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 32  # I
+TILE = 32  # L
 QUERIES = 16  # most queries; the matrix units take no fewer columns
 
 
@@ -36,7 +36,7 @@ def backward(queries: Tensor, x: Tensor, last: Tensor, dsums: Tensor, dtotals: T
 def _sizes(queries: Tensor) -> dict[str, int]:
     _, count, width = queries.shape
     assert count <= QUERIES
-    return {"J": count, "PJ": QUERIES, "E": width, "PE": max(16, triton.next_power_of_2(width)), "I": TILE}
+    return {"J": count, "PJ": QUERIES, "E": width, "PE": max(16, triton.next_power_of_2(width)), "L": TILE}
 
 
 @triton.jit
@@ -57,16 +57,16 @@ def _store(x, value, row, places, end, E: tl.constexpr, PE: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def _weighted_sums_kernel(
     queries, x, last, sums, totals, T,
-    J: tl.constexpr, PJ: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+    J: tl.constexpr, PJ: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     row, j = tl.program_id(0).to(tl.int64), tl.arange(0, PJ)
     q = _load(queries, row, j, J, E, PE)
     end = tl.load(last + row * J + j, mask=j < J, other=-1)
     sum_, total = tl.zeros((PJ, PE), tl.float32), tl.zeros((PJ,), tl.float32)
-    for start in range(0, T, I):
-        t = start + tl.arange(0, I)
+    for start in range(0, T, L):
+        t = start + tl.arange(0, L)
         each = _load(x, row, t, T, E, PE)
-        s = tl.dot(q, tl.trans(each), input_precision="ieee")  # (PJ, I)
+        s = tl.dot(q, tl.trans(each), input_precision="ieee")  # (PJ, L)
         w = tl.where(t[None, :] <= end[:, None], 1 + s + 0.5 * s * s, 0.0)
         total += tl.sum(w, 1)
         sum_ = tl.dot(w.to(each.dtype), each, sum_, input_precision="ieee")
@@ -77,17 +77,17 @@ def _weighted_sums_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _weighted_sums_gradient_kernel(
     queries, x, last, dsums, dtotals, dqueries, dx, T,
-    J: tl.constexpr, PJ: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+    J: tl.constexpr, PJ: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     row, j = tl.program_id(0).to(tl.int64), tl.arange(0, PJ)
     q, g = _load(queries, row, j, J, E, PE), _load(dsums, row, j, J, E, PE)
     end = tl.load(last + row * J + j, mask=j < J, other=-1)
     dtotal = tl.load(dtotals + row * J + j, mask=j < J, other=0.0)
     dq = tl.zeros((PJ, PE), tl.float32)
-    for start in range(0, T, I):
-        t = start + tl.arange(0, I)
+    for start in range(0, T, L):
+        t = start + tl.arange(0, L)
         each = _load(x, row, t, T, E, PE)
-        s = tl.dot(q, tl.trans(each), input_precision="ieee")  # (PJ, I)
+        s = tl.dot(q, tl.trans(each), input_precision="ieee")  # (PJ, L)
         dw = tl.dot(g, tl.trans(each), input_precision="ieee") + dtotal[:, None]
         seen = t[None, :] <= end[:, None]
         w = tl.where(seen, 1 + s + 0.5 * s * s, 0.0).to(each.dtype)

@@ -1,6 +1,6 @@
 """Triton kernels of `synthetics.convolution`: element-wise work, and sums over tokens for biases and taps.
 
-Shapes: M models, B rows of each, R = M x B, T tokens, E channels, K taps, P programs a model, I tokens of a tile.
+Shapes: M models, B rows of each, R = M x B, T tokens, E channels, K taps, P programs a model, L tokens of a tile.
 """
 # mypy: disable-error-code="assignment"
 
@@ -21,7 +21,7 @@ def forward(u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor) -> Tenso
     y = u.new_empty(rows, length, width)
     sizes = _sizes(taps)
     with torch.cuda.device_of(u):
-        _gated_convolution_kernel[triton.cdiv(length, sizes["I"]), rows](
+        _gated_convolution_kernel[rows, triton.cdiv(length, sizes["L"])](
             u.contiguous(), bias, taps.contiguous(), filter_bias, y, length, rows // models, **sizes
         )
     return y
@@ -34,16 +34,16 @@ def backward(
     (rows, length, _), (models, width, count) = u.shape, taps.shape
     sizes = _sizes(taps)
     per_model = rows // models
-    programs = max(1, min(per_model * triton.cdiv(length, sizes["I"]), PROGRAMS // models))
+    programs = max(1, min(per_model * triton.cdiv(length, sizes["L"]), PROGRAMS // models))
     u = u.contiguous()
     du, dc = torch.empty_like(u), torch.empty_like(dy, memory_format=torch.contiguous_format)
     sums = bias.new_empty(models, programs, count + 3, width)  # of each tap, then filter_bias, bias of input and gate
     with torch.cuda.device_of(u):
         _gate_gradient_kernel[programs, models](
             dy.contiguous(), u, bias, taps.contiguous(), filter_bias, dc, du, sums, length, per_model,
-            P=programs, S=triton.next_power_of_2(count + 3), **sizes, num_warps=1,
+            S=triton.next_power_of_2(count + 3), **sizes, num_warps=1,
         )  # fmt: skip
-        _input_gradient_kernel[triton.cdiv(length, sizes["I"]), rows](
+        _input_gradient_kernel[rows, triton.cdiv(length, sizes["L"])](
             dc, taps.contiguous(), du, length, per_model, **sizes
         )
     sums = sums.sum(1)  # (M, K + 3, E)
@@ -53,12 +53,12 @@ def backward(
 def _sizes(taps: Tensor) -> dict[str, int]:
     _, width, count = taps.shape
     columns = triton.next_power_of_2(width)
-    return {"E": width, "K": count, "PE": columns, "I": max(1, NUMBERS // columns)}
+    return {"E": width, "K": count, "PE": columns, "L": max(1, NUMBERS // columns)}
 
 
 @triton.jit
 def _load(u, bias, t, e, T, E: tl.constexpr):
-    """Inputs (I, PE) of these tokens with their bias in fp32, zero before the text and beyond it."""
+    """Inputs (L, PE) of these tokens with their bias in fp32, zero before the text and beyond it."""
     inside = ((t >= 0) & (t < T))[:, None] & (e < E)[None, :]
     value = tl.load(u + t[:, None] * (2 * E) + e[None, :], mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, value + bias[None, :], 0.0)
@@ -66,7 +66,7 @@ def _load(u, bias, t, e, T, E: tl.constexpr):
 
 @triton.jit
 def _convolved(u, bias, taps, filter_bias, t, e, T, E: tl.constexpr, K: tl.constexpr):
-    """(I, PE): the convolution's results at these tokens; taps of one model (E, K)."""
+    """(L, PE): the convolution's results at these tokens; taps of one model (E, K)."""
     c = tl.load(filter_bias + e, mask=e < E, other=0.0)[None, :]
     for tap in tl.static_range(K):
         weight = tl.load(taps + e * K + tap, mask=e < E, other=0.0)
@@ -77,9 +77,9 @@ def _convolved(u, bias, taps, filter_bias, t, e, T, E: tl.constexpr, K: tl.const
 @triton.jit(do_not_specialize=["T", "B"])
 def _gated_convolution_kernel(
     u, bias, taps, filter_bias, y, T, B,
-    E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    row, t, e = tl.program_id(1).to(tl.int64), tl.program_id(0) * I + tl.arange(0, I), tl.arange(0, PE)
+    row, t, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * L + tl.arange(0, L), tl.arange(0, PE)
     model = row // B
     u += row * T * 2 * E
     own_bias = tl.load(bias + model * 2 * E + e, mask=e < E, other=0.0)
@@ -93,7 +93,7 @@ def _gated_convolution_kernel(
 @triton.jit(do_not_specialize=["T", "B"])
 def _gate_gradient_kernel(
     dy, u, bias, taps, filter_bias, dc, du, sums, T, B,
-    P: tl.constexpr, S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+    S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the convolution's results, of the gate (into the second half of du), of biases and taps.
 
@@ -105,10 +105,10 @@ def _gate_gradient_kernel(
     taps += model * E * K
     filter_bias += model * E
     total = tl.zeros((S, PE), tl.float32)
-    tiles = tl.cdiv(T, I)
-    for tile in range(tl.program_id(0), B * tiles, P):
+    tiles = tl.cdiv(T, L)
+    for tile in range(tl.program_id(0), B * tiles, tl.num_programs(0)):
         row = model * B + tile // tiles
-        t = (tile % tiles) * I + tl.arange(0, I)
+        t = (tile % tiles) * L + tl.arange(0, L)
         own = u + row * T * 2 * E
         inside = (t < T)[:, None] & (e < E)[None, :]
         c = _convolved(own, own_bias, taps, filter_bias, t, e, T, E, K)
@@ -120,7 +120,7 @@ def _gate_gradient_kernel(
         tl.store(dc + at, g.to(dc.dtype.element_ty), mask=inside)
         gate_at = row * T * 2 * E + t[:, None] * (2 * E) + E + e[None, :]
         tl.store(du + gate_at, dgate.to(du.dtype.element_ty), mask=inside)
-        reached = tl.zeros((I, PE), tl.float32)  # the taps that meet a token of the text, and its bias
+        reached = tl.zeros((L, PE), tl.float32)  # the taps that meet a token of the text, and its bias
         for tap in tl.static_range(K):
             before = t + (tap - K + 1)
             each = tl.sum(g * _load(own, own_bias, before, e, T, E), 0)
@@ -130,19 +130,19 @@ def _gate_gradient_kernel(
         total += tl.where(s == K, 1.0, 0.0)[:, None] * tl.sum(g, 0)[None, :]
         total += tl.where(s == K + 1, 1.0, 0.0)[:, None] * tl.sum(g * reached, 0)[None, :]
         total += tl.where(s == K + 2, 1.0, 0.0)[:, None] * tl.sum(dgate, 0)[None, :]
-    at = (model * P + tl.program_id(0)) * (K + 3) * E + s[:, None] * E + e[None, :]
+    at = (model * tl.num_programs(0) + tl.program_id(0)) * (K + 3) * E + s[:, None] * E + e[None, :]
     tl.store(sums + at, total, mask=(s < K + 3)[:, None] & (e < E)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def _input_gradient_kernel(
     dc, taps, du, T, B,
-    E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the inputs (into the first half of du): each counts in its own result and in the next K - 1."""
-    row, t, e = tl.program_id(1).to(tl.int64), tl.program_id(0) * I + tl.arange(0, I), tl.arange(0, PE)
+    row, t, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * L + tl.arange(0, L), tl.arange(0, PE)
     taps += row // B * E * K
-    dvalue = tl.zeros((I, PE), tl.float32)
+    dvalue = tl.zeros((L, PE), tl.float32)
     for ahead in tl.static_range(K):
         there = (t + ahead < T)[:, None] & (e < E)[None, :]
         g = tl.load(dc + row * T * E + (t[:, None] + ahead) * E + e[None, :], mask=there, other=0.0).to(tl.float32)

@@ -59,9 +59,7 @@ class StackedAdamW:
         from synthetics import optimizer_kernels
 
         tables = (self.weights, self.first, self.second, gradients, self.peak, self.factor, self.steps)
-        optimizer_kernels.step(
-            *tables, betas=BETAS, eps=EPS, weight_decay=self.weight_decay, largest_norm=LARGEST_NORM
-        )
+        optimizer_kernels.step(*tables, betas=BETAS, eps=EPS, weight_decay=self.weight_decay, largest_norm=LARGEST_NORM)
 
     def _step(self, g: Tensor) -> None:
         norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)  # (M, 1)

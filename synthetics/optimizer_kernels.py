@@ -41,20 +41,20 @@ def step(
     models, parameters = weights.shape
     squares = weights.new_empty(models, PARTS)
     with torch.cuda.device_of(weights):
-        _square_kernel[PARTS, models](gradients, squares, parameters, N=PARTS, I=BLOCK)
+        _square_kernel[PARTS, models](gradients, squares, parameters, N=PARTS, L=BLOCK)
         _step_kernel[triton.cdiv(parameters, BLOCK), models](
             weights, first, second, gradients, squares, peak, factor, steps, parameters,
             BETA1=betas[0], BETA2=betas[1], LOG1=math.log(betas[0]), LOG2=math.log(betas[1]),
-            EPS=eps, DECAY=weight_decay, LARGEST=largest_norm, N=PARTS, I=BLOCK,
+            EPS=eps, DECAY=weight_decay, LARGEST=largest_norm, N=PARTS, L=BLOCK,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["P"])
-def _square_kernel(gradients, squares, P, N: tl.constexpr, I: tl.constexpr):
+def _square_kernel(gradients, squares, P, N: tl.constexpr, L: tl.constexpr):
     model = tl.program_id(1).to(tl.int64)
-    total = tl.zeros((I,), tl.float32)
-    for start in range(tl.program_id(0) * I, P, N * I):
-        p = start + tl.arange(0, I)
+    total = tl.zeros((L,), tl.float32)
+    for start in range(tl.program_id(0) * L, P, N * L):
+        p = start + tl.arange(0, L)
         g = tl.load(gradients + model * P + p, mask=p < P, other=0.0)
         total += g * g
     tl.store(squares + model * N + tl.program_id(0), tl.sum(total, 0))
@@ -64,7 +64,7 @@ def _square_kernel(gradients, squares, P, N: tl.constexpr, I: tl.constexpr):
 def _step_kernel(
     weights, first, second, gradients, squares, peak, factor, steps, P,
     BETA1: tl.constexpr, BETA2: tl.constexpr, LOG1: tl.constexpr, LOG2: tl.constexpr,
-    EPS: tl.constexpr, DECAY: tl.constexpr, LARGEST: tl.constexpr, N: tl.constexpr, I: tl.constexpr,
+    EPS: tl.constexpr, DECAY: tl.constexpr, LARGEST: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     model = tl.program_id(1).to(tl.int64)
     norm = tl.sqrt(tl.sum(tl.load(squares + model * N + tl.arange(0, N)), 0))
@@ -74,7 +74,7 @@ def _step_kernel(
     size = rate / (1.0 - tl.exp(count * LOG1))
     correction = tl.sqrt((1.0 - tl.exp(count * LOG2)).to(tl.float32))
     kept = (1.0 - rate * DECAY).to(tl.float32)
-    p = tl.program_id(0) * I + tl.arange(0, I)
+    p = tl.program_id(0) * L + tl.arange(0, L)
     at, inside = model * P + p, p < P
     g = tl.load(gradients + at, mask=inside) * clip
     m = tl.load(first + at, mask=inside)

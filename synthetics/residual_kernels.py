@@ -1,6 +1,6 @@
 """Triton kernels of `synthetics.residual`.
 
-Shapes: M models, N tokens of each, E width, P programs a model, I tokens of a tile.
+Shapes: M models, N tokens of each, E width, P programs a model, L tokens of a tile.
 """
 # mypy: disable-error-code="assignment"
 
@@ -25,7 +25,7 @@ def forward(
     normed = torch.empty_like(x, dtype=dtype)
     sizes = tile(width)
     with torch.cuda.device_of(x):
-        _add_norm_kernel[triton.cdiv(tokens, sizes["I"]), models](
+        _add_norm_kernel[triton.cdiv(tokens, sizes["L"]), models](
             x, x if y is None else y.contiguous(), weight if bias is None else bias, weight, total, normed, eps, tokens,
             ADDS=y is not None, BIAS=bias is not None, **sizes,
         )  # fmt: skip
@@ -38,14 +38,14 @@ def backward(
     """Gradients of x and, where `adds`, of y, which are equal but for their dtype; of the bias and of the weight."""
     models, tokens, width = total.shape
     sizes = tile(width)
-    programs = max(1, min(triton.cdiv(tokens, sizes["I"]), PROGRAMS // models))
+    programs = max(1, min(triton.cdiv(tokens, sizes["L"]), PROGRAMS // models))
     dx = torch.empty_like(total)
     dy = torch.empty_like(dnormed) if adds else None
     sums = total.new_empty(models, programs, 2, width)
     with torch.cuda.device_of(total):
         _add_norm_gradient_kernel[programs, models](
             dtotal.contiguous(), dnormed.contiguous(), total, weight, dx, dx if dy is None else dy, sums, eps, tokens,
-            ADDS=adds, P=programs, **sizes,
+            ADDS=adds, **sizes,
         )  # fmt: skip
     sums = sums.sum(1)  # (M, 2, E)
     return dx, dy, sums[:, 0], sums[:, 1]
@@ -54,15 +54,15 @@ def backward(
 def tile(width: int) -> dict[str, int]:
     """Columns and tokens of a program's tile."""
     columns = triton.next_power_of_2(width)
-    return {"E": width, "PE": columns, "I": max(1, NUMBERS // columns)}
+    return {"E": width, "PE": columns, "L": max(1, NUMBERS // columns)}
 
 
 @triton.jit(do_not_specialize=["N"])
 def _add_norm_kernel(
     x, y, bias, weight, total, normed, eps, N,
-    ADDS: tl.constexpr, BIAS: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+    ADDS: tl.constexpr, BIAS: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    model, n, e = tl.program_id(1), tl.program_id(0) * I + tl.arange(0, I), tl.arange(0, PE)
+    model, n, e = tl.program_id(1), tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, PE)
     inside = (n < N)[:, None] & (e < E)[None, :]
     at = (model.to(tl.int64) * N + n)[:, None] * E + e[None, :]
     value = tl.load(x + at, mask=inside, other=0.0)
@@ -79,13 +79,13 @@ def _add_norm_kernel(
 @triton.jit(do_not_specialize=["N"])
 def _add_norm_gradient_kernel(
     dtotal, dnormed, total, weight, dx, dy, sums, eps, N,
-    ADDS: tl.constexpr, P: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, I: tl.constexpr,
+    ADDS: tl.constexpr, E: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     model, e = tl.program_id(1), tl.arange(0, PE)
     gain = tl.load(weight + model * E + e, mask=e < E, other=0.0)
     dgain, dbias = tl.zeros((PE,), tl.float32), tl.zeros((PE,), tl.float32)
-    for start in range(tl.program_id(0) * I, N, P * I):
-        n = start + tl.arange(0, I)
+    for start in range(tl.program_id(0) * L, N, tl.num_programs(0) * L):
+        n = start + tl.arange(0, L)
         inside = (n < N)[:, None] & (e < E)[None, :]
         at = (model.to(tl.int64) * N + n)[:, None] * E + e[None, :]
         value = tl.load(total + at, mask=inside, other=0.0)
@@ -100,6 +100,6 @@ def _add_norm_gradient_kernel(
         tl.store(dx + at, own, mask=inside)
         if ADDS:
             tl.store(dy + at, own.to(dy.dtype.element_ty), mask=inside)
-    sums += (model * P + tl.program_id(0)) * 2 * E
+    sums += (model * tl.num_programs(0) + tl.program_id(0)) * 2 * E
     tl.store(sums + e, dbias, mask=e < E)
     tl.store(sums + E + e, dgain, mask=e < E)

@@ -81,7 +81,6 @@ class Stack(nn.Module):
         _, normed = self.norm(x, y, late_bias(last.mixer))
         return self.head(normed)
 
-
     def keep(self, models: Tensor) -> None:
         """Goes on with these models (their numbers) where something else than a parameter differs between models."""
         for module in self.modules():

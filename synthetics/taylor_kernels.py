@@ -7,7 +7,7 @@ prefix is a second walk, over all tokens, with keys and values of its own.
 Everything of a token lies in one row of `x`, heads side by side: q, k, v, and for a prefix k_enc, v_enc.
 
 Shapes: R rows, T tokens, H heads, d query/key size, D value size, C = 2 H d + H D columns, and H d + H D more for a
-prefix; I tokens of a tile.
+prefix; L tokens of a tile.
 """
 # mypy: disable-error-code="assignment"
 
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 64  # I
+TILE = 64  # L
 SMALLEST = 16  # sizes below are filled with zeros: the matrix units take no fewer
 
 
@@ -38,9 +38,7 @@ def forward(x: Tensor, heads: int, keys: int, values: int) -> tuple[Tensor, Tens
     return o, denominator
 
 
-def backward(
-    x: Tensor, o: Tensor, denominator: Tensor, do: Tensor, heads: int, keys: int, values: int
-) -> Tensor:
+def backward(x: Tensor, o: Tensor, denominator: Tensor, do: Tensor, heads: int, keys: int, values: int) -> Tensor:
     """The gradient of `x` (R, T, C) from that of `o` (R, T, H D); the other arguments are those of `forward`."""
     rows, length, _ = x.shape
     dx, ddenominator = torch.empty_like(x), torch.empty_like(denominator)
@@ -63,7 +61,7 @@ def _sizes(x: Tensor, heads: int, keys: int, values: int) -> dict[str, int]:
         "READS": 1 if x.shape[2] == own else 2,  # the text; the text and the prefix
         "PK": max(SMALLEST, triton.next_power_of_2(keys)),
         "PV": max(SMALLEST, triton.next_power_of_2(values)),
-        "I": TILE,
+        "L": TILE,
     }
 
 
@@ -76,7 +74,7 @@ def _head(x, T, C: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _load(x, tokens, first, T, C: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
-    """(I, P): the D columns from `first` on of these tokens, zero beyond."""
+    """(L, P): the D columns from `first` on of these tokens, zero beyond."""
     column = tl.arange(0, P)
     inside = (tokens < T)[:, None] & (column < D)[None, :]
     return tl.load(x + tokens[:, None] * C + first + column[None, :], mask=inside, other=0.0)
@@ -104,17 +102,17 @@ def _value_column(read, h, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
 def _taylor_kernel(
     x, o, denominator, T,
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
-    PK: tl.constexpr, PV: tl.constexpr, I: tl.constexpr,
+    PK: tl.constexpr, PV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     x, h = _head(x, T, C, H)
     o, _ = _head(o, T, H * DV, H)
-    i = tl.program_id(1) * I + tl.arange(0, I)
+    i = tl.program_id(1) * L + tl.arange(0, L)
     q = _load(x, i, h * DK, T, C, DK, PK)
-    numerator, total = tl.zeros((I, PV), tl.float32), tl.zeros((I,), tl.float32)
+    numerator, total = tl.zeros((L, PV), tl.float32), tl.zeros((L,), tl.float32)
     for read in tl.static_range(READS):
-        end = tl.minimum(T, (tl.program_id(1) + 1) * I) if read == 0 else T
-        for start in range(0, end, I):
-            j = start + tl.arange(0, I)
+        end = tl.minimum(T, (tl.program_id(1) + 1) * L) if read == 0 else T
+        for start in range(0, end, L):
+            j = start + tl.arange(0, L)
             k = _load(x, j, _key_column(read, h, H, DK, DV), T, C, DK, PK)
             v = _load(x, j, _value_column(read, h, H, DK, DV), T, C, DV, PV)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -130,7 +128,7 @@ def _taylor_kernel(
 def _query_gradient_kernel(
     x, o, denominator, do, ddenominator, dx, T,
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
-    PK: tl.constexpr, PV: tl.constexpr, I: tl.constexpr,
+    PK: tl.constexpr, PV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, and of the denominators for `_key_gradient_kernel`."""
     x, h = _head(x, T, C, H)
@@ -138,18 +136,18 @@ def _query_gradient_kernel(
     o, _ = _head(o, T, H * DV, H)
     do, _ = _head(do, T, H * DV, H)
     at = tl.program_id(0).to(tl.int64) * T
-    i = tl.program_id(1) * I + tl.arange(0, I)
+    i = tl.program_id(1) * L + tl.arange(0, L)
     q = _load(x, i, h * DK, T, C, DK, PK)
     total = tl.load(denominator + at + i, mask=i < T, other=1.0)
     g = _load(do, i, h * DV, T, H * DV, DV, PV).to(tl.float32) / total[:, None]  # of the numerator
     dtotal = -tl.sum(g * _load(o, i, h * DV, T, H * DV, DV, PV).to(tl.float32), 1)
     tl.store(ddenominator + at + i, dtotal, mask=i < T)
     g = g.to(q.dtype)
-    dq = tl.zeros((I, PK), tl.float32)
+    dq = tl.zeros((L, PK), tl.float32)
     for read in tl.static_range(READS):
-        end = tl.minimum(T, (tl.program_id(1) + 1) * I) if read == 0 else T
-        for start in range(0, end, I):
-            j = start + tl.arange(0, I)
+        end = tl.minimum(T, (tl.program_id(1) + 1) * L) if read == 0 else T
+        for start in range(0, end, L):
+            j = start + tl.arange(0, L)
             k = _load(x, j, _key_column(read, h, H, DK, DV), T, C, DK, PK)
             v = _load(x, j, _value_column(read, h, H, DK, DV), T, C, DV, PV)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -164,7 +162,7 @@ def _query_gradient_kernel(
 def _key_gradient_kernel(
     x, denominator, do, ddenominator, dx, T,
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
-    PK: tl.constexpr, PV: tl.constexpr, I: tl.constexpr,
+    PK: tl.constexpr, PV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values, of the text (third program index 0) or of the prefix (1)."""
     x, h = _head(x, T, C, H)
@@ -172,12 +170,12 @@ def _key_gradient_kernel(
     do, _ = _head(do, T, H * DV, H)
     at = tl.program_id(0).to(tl.int64) * T
     read = tl.program_id(2)
-    j = tl.program_id(1) * I + tl.arange(0, I)
+    j = tl.program_id(1) * L + tl.arange(0, L)
     key, value = _key_column(read, h, H, DK, DV), _value_column(read, h, H, DK, DV)
     k, v = _load(x, j, key, T, C, DK, PK), _load(x, j, value, T, C, DV, PV)
-    dk, dv = tl.zeros((I, PK), tl.float32), tl.zeros((I, PV), tl.float32)
-    for start in range(tl.where(read == 0, tl.program_id(1) * I, 0), T, I):
-        i = start + tl.arange(0, I)
+    dk, dv = tl.zeros((L, PK), tl.float32), tl.zeros((L, PV), tl.float32)
+    for start in range(tl.where(read == 0, tl.program_id(1) * L, 0), T, L):
+        i = start + tl.arange(0, L)
         q = _load(x, i, h * DK, T, C, DK, PK)
         total = tl.load(denominator + at + i, mask=i < T, other=1.0)
         dtotal = tl.load(ddenominator + at + i, mask=i < T, other=0.0)

@@ -63,14 +63,14 @@ class Training:
         splits = [first.task.draw(seed, device) for seed in seeds]
         self.train = _segments([split.train for split in splits], first)
         self.test = _segments([split.test for split in splits], first)
-        self.steps = RecordedSteps(self.step, device)
+        self.steps = RecordedSteps(device)
 
     def epoch(self) -> list[float]:
         """One epoch over the training examples; the test accuracy of each model after it, averaged over sizes."""
         progress = self.epochs_done / self.epochs
         self.optimizer.factor.fill_((1 + math.cos(math.pi * progress)) / 2)
         for segment, part in self.order():
-            self.steps(*segment.batch(self.places, part))
+            self.steps(self.step, *segment.batch(self.places, part))
         self.epochs_done += 1
         self.accuracy = self.test_accuracy()
         return [sum(each.values()) / len(each) for each in self.accuracy]

@@ -163,9 +163,7 @@ def test_steps_of_adamw_are_those_without_kernels():
     found = [each.to(DEVICE) for each in tables]
     optimizer.step()
     scalars = (each.to(DEVICE) for each in (optimizer.peak, optimizer.factor, optimizer.steps))
-    optimizer_kernels.step(
-        *found, *scalars, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, largest_norm=LARGEST_NORM
-    )
+    optimizer_kernels.step(*found, *scalars, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, largest_norm=LARGEST_NORM)
     assert math.isclose(float(optimizer.steps), 4)
     for ours, theirs in zip(found, own, strict=False):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-6)

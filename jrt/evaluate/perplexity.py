@@ -13,7 +13,6 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +74,7 @@ def run(
         ValueError: no model could be measured, or the folder holds something else.
     """
     identity = {
-        "models": [asdict(spec) for spec in specs],
+        "models": [spec.identity() for spec in specs],
         "text": digest({"text": document} for document in documents),
         "limit": limit,
     }

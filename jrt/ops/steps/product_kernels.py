@@ -181,7 +181,7 @@ def _older_inputs(place, taps, e, E, inside, channel, T: tl.constexpr):
     c = tl.zeros(inside.shape, tl.float32)
     inputs = ()
     for tap in tl.static_range(T - 1):
-        inputs = inputs + (tl.load(place + tap * E, mask=inside, other=0.0),)
+        inputs = inputs + (tl.load(place + tap * E, mask=inside, other=0.0),)  # type: ignore[assignment]  # it grows
         c += inputs[tap].to(tl.float32) * tl.load(taps + e * T + tap, mask=channel, other=0.0).to(tl.float32)[None, :]
     tl.debug_barrier()  # all are read before any is overwritten
     for tap in tl.static_range(1, T - 1):
