@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it.
 ORDER = (
     "files",
+    "breaks",
     "provenance",
     "config",
     "flops",

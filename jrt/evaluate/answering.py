@@ -27,12 +27,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from jrt.breaks import BREAKS, one_line
 from jrt.caches import cache_argument, keeps_no_tokens, select_rows
 from jrt.cores import FreeCores
 from jrt.evaluate.batches import groups
 from jrt.evaluate.models import OpenModel
 from jrt.greedy import ForcedTokens
-from jrt.probe import BREAKS, one_line
 from jrt.recurrent_cache import CACHE
 
 logger = logging.getLogger(__name__)
