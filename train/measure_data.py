@@ -74,7 +74,8 @@ def main() -> None:
     shuffle = data.stream.shuffle
     order = speed_of(lambda i: shuffle(i * ROWS + np.arange(ROWS)), options.batches) * ROWS
     read = speed_of(lambda i: data.part(i, ROWS, 0, ROWS), options.batches) * ROWS
-    batches = iter(loader(data, 0, options.batches, 0, 1, ROWS))
+    # Other batches than before, whose pages are not in memory yet.
+    batches = iter(loader(data, options.batches, 2 * options.batches, 0, 1, ROWS))
     next(batches)  # starts the worker
     start = time.perf_counter()
     for _ in range(options.batches - 1):
