@@ -125,8 +125,8 @@ def op_training() -> str:
     return rows_as_markdown(header, rows) + origin(report)
 
 
-def training() -> str:
-    report = load("train_throughput")
+def training(name: str = "train_throughput") -> str:
+    report = load(name)
     plain = {row["method"].rsplit(" ", 1)[1]: row for row in report["rows"] if row["method"].startswith("plain")}
     rows = []
     for row in report["rows"]:
@@ -285,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill, in short": prefill_in_short,
     "op training": op_training,
     "training": training,
+    "training, large": lambda: training("train_throughput_1.3b"),
     "whole models": whole_models,
     "generation": generation,
     "generation, in short": generation_in_short,
