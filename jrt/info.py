@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from jrt.checkpoints.files import first_line
+from jrt.breaks import first_line
 from jrt.checkpoints.load import configuration, has_tokenizer
 from jrt.checkpoints.names import MINIS, Kind, find, kind_of_model, resolve
 from jrt.config import LETTERS, Config, presets, releases

@@ -12,9 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it.
 ORDER = (
     "files",
+    "breaks",
     "provenance",
     "config",
     "flops",
+    "cores",
     "released.quirks",
     "ops",
     "mixers",

@@ -1,7 +1,9 @@
 """`jrt eval` of models that get something wrong: each is run as it can be, says so, and gives the answers of one prompt at a time."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import ROOT
 from jrt_recall import PROTOCOLS
 from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
+from safetensors.torch import load_file, save_file
 
 from jrt.cli import main
 from jrt.evaluate import ModelSpec, open_model
@@ -181,6 +184,7 @@ def test_perplexity_of_the_other_models_is_measured_where_one_cannot_be_opened(t
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {record["model"] for record in records} == {good} and list(manifest["failed"]) == [str(bad)]
     assert manifest["complete"] is False
+    assert manifest["identity"]["models"][1] == {"name": good, "dtype": "float32", "compat": None, "short_prompt": None}
     assert main([*given, "--model", str(bad), "--output", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
 
@@ -214,3 +218,54 @@ def test_limits_are_read_whatever_their_name():
 def test_models_of_this_project_are_not_probed(tmp_path):
     info = open_model(ModelSpec(save_random_model(tmp_path, "CP"))).info()
     assert info.probe is None and info.pads and info.batches and not info.shares_beginnings and info.notes == []
+
+
+def with_weights(folder, change):
+    """The folder's file of weights, changed."""
+    file = Path(folder) / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lacking", lambda weights: weights.pop(DOWN)),
+        ("other_shape", lambda weights: weights.update({DOWN: weights[DOWN][:3].clone()})),
+    ],
+)
+def test_a_model_with_weights_missing_is_not_run_on_random_ones(name, change, saved):
+    folder = with_weights(saved("llama", name), change)
+    with pytest.raises(ValueError, match=f"cannot be loaded.*{DOWN}"):
+        open_model(ModelSpec(folder))
+
+
+def test_weights_that_a_model_does_not_use_are_stated(saved):
+    folder = saved("llama", "shallow", config={"num_hidden_layers": 1})
+    (note,) = open_model(ModelSpec(folder)).info().notes
+    assert "9 weights of the file are not used" in note and "model.layers.1." in note
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[1"),
+        ("config.json", '{"model_type": "llama", "attention_bias": null}'),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+        ("model.safetensors", "no weights"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "ours"])
+def test_broken_files_of_a_model_are_one_line(file, content, kind, saved, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(save_random_model(tmp_path / "ours", "CL") if kind == "ours" else saved("llama"), folder)
+    (folder / file).write_text(content)
+    for command in (["doctor", str(folder)], ["generate", "--model", str(folder), "--prompt", "a"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from jrt.breaks import first_line
+
 # The first that is there, whole or sharded, is read, as in transformers.
 CHOICE = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -255,8 +257,3 @@ def _state_dict(content: object, file: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.name} holds a {type(content).__name__}; expected a dict of named tensors")
     return content
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's message; its class where it has none."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -13,8 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from jrt.breaks import as_value_error, first_line
 from jrt.checkpoints import keys
-from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, first_line, read_json
+from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
 from jrt.config import LARGEST
 from jrt.configuration_jrt import JRTConfig
@@ -102,15 +103,20 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         ValueError: neither the folder nor the hub nor its cache has it.
     """
     folder = resolve(name_or_path)
-    wanted = str(folder) if has_tokenizer(folder) else _tokenizer_by_size(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(wanted, padding_side="left", trust_remote_code=False)
-    except OSError as error:
-        owner = "GPT-2" if wanted == "gpt2" else "GPT-NeoX"
-        raise ValueError(
-            f"{name_or_path} has no tokenizer and {owner}'s cannot be had: download {wanted!r} once, online, or put its "
-            "files into the folder"
-        ) from error
+    options = {"padding_side": "left", "trust_remote_code": False}
+    if has_tokenizer(folder):
+        with as_value_error(f"the tokenizer of {name_or_path} cannot be read"):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    else:
+        wanted = _tokenizer_by_size(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(wanted, **options)
+        except OSError as error:
+            owner = "GPT-2" if wanted == "gpt2" else "GPT-NeoX"
+            raise ValueError(
+                f"{name_or_path} has no tokenizer and {owner}'s cannot be had: download {wanted!r} once, online, or put "
+                "its files into the folder"
+            ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # as the release pads
     return tokenizer

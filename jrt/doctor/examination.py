@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from jrt.probe import BREAKS, CHECKS, Check, Findings, one_line, probe, read_row
+from jrt.breaks import BREAKS, one_line
+from jrt.probe import CHECKS, Check, Findings, probe, read_row
 
 LOADED = {
     "save and load": "a model saved and loaded again gives the same logits",
@@ -79,7 +80,7 @@ def _loaded(model: PreTrainedModel, pad_token_id: int) -> Iterator[Check]:
             return
         try:
             model.save_pretrained(folder)
-        except (*BREAKS, OSError) as error:
+        except BREAKS as error:
             yield Check("save and load", math.inf, 0.0, reason=one_line(error))
             return
         yield _same_again(model, folder)
@@ -104,7 +105,7 @@ def _same_again(model: PreTrainedModel, folder: str) -> Check:
         again, notes = loaded
         strangers = [key for kind in ("missing_keys", "unexpected_keys") for key in notes.get(kind, ())]
         truth, logits = read_row(model), read_row(again.to(model.device).eval())
-    except (*BREAKS, OSError) as error:
+    except BREAKS as error:
         return Check("save and load", math.inf, 0.0, reason=one_line(error))
     deviation = float((logits - truth).abs().max() / truth.abs().max())
     if strangers:
@@ -119,7 +120,7 @@ def _in_dtype(model: PreTrainedModel, folder: str, dtype: torch.dtype, pad_token
     try:
         narrow: Any = type(model).from_pretrained(folder, dtype=dtype)
         narrow = narrow.to(model.device).eval()
-    except (*BREAKS, OSError) as error:
+    except BREAKS as error:
         return Check(name, math.inf, 0.0, reason=one_line(error))
     decoded = next(check for check in probe(narrow, pad_token_id).checks if check.name == "decode")
     return dataclasses.replace(decoded, name=name)

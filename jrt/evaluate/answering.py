@@ -27,11 +27,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from jrt.breaks import BREAKS, one_line
 from jrt.caches import cache_argument, keeps_no_tokens, select_rows
+from jrt.cores import FreeCores
 from jrt.evaluate.batches import groups
 from jrt.evaluate.models import OpenModel
 from jrt.greedy import ForcedTokens
-from jrt.probe import BREAKS, one_line
 from jrt.recurrent_cache import CACHE
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ def answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol) 
 
     A batch that does not fit on the GPU is halved and tried again."""
     try:
-        return _answer(model, rows, protocol)
+        with model.cores:
+            return _answer(model, rows, protocol)
     except torch.cuda.OutOfMemoryError:
         if len(rows) == 1:
             raise
@@ -262,14 +264,18 @@ class NaNWatch(LogitsProcessor):
 
 
 class Pause(StoppingCriteria):
-    """Ends rows at any of the tokens or their limit, and the call when all have ended, or half of them if `early`."""
+    """Ends rows at any of the tokens or their limit, and the call when all have ended, or half of them if `early`.
 
-    def __init__(self, tokens: Tensor, forced: Tensor, limits: Tensor, early: bool) -> None:
+    Between two steps it looks how many cores are free."""
+
+    def __init__(self, tokens: Tensor, forced: Tensor, limits: Tensor, early: bool, cores: FreeCores) -> None:
         self.tokens, self.forced, self.limits, self.early = tokens, forced, limits, early  # (N,), (B,), (B,)
+        self.cores = cores
         self.steps = 0
         self.ended = torch.zeros_like(forced, dtype=torch.bool)  # (B,)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.cores.look()
         self.steps += 1
         new = self.steps - self.forced  # (B,)
         self.ended = self.ended | (new > 0) & torch.isin(input_ids[:, -1], self.tokens) | (new >= self.limits)
@@ -294,7 +300,7 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
         limits = [max_new_tokens - len(tokens[row]) for row in rows]
         watch = NaNWatch(len(rows), ends.device)
         counts = torch.tensor([forced, limits], device=ends.device)  # (2, B)
-        pause = Pause(ends, counts[0], counts[1], early)
+        pause = Pause(ends, counts[0], counts[1], early, model.cores)
         output = _generate(
             model,
             start.ids,

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from jrt.checkpoints.files import first_line
+from jrt.breaks import as_value_error, first_line
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
+from jrt.cores import FreeCores
 from jrt.evaluate.others import mamba2_folder, open_mamba2, register_architecture
 from jrt.greedy import plain_settings, saved_settings, set_aside
 from jrt.modeling_jrt import JRTForCausalLM
-from jrt.probe import BREAKS, STATES, Findings, RunMode, probe
+from jrt.probe import STATES, Findings, RunMode, probe
 from jrt.released.quirks import Quirks
 
 SMOLLM2 = "smollm2"
@@ -57,6 +58,15 @@ class ModelSpec:
     dtype: str | None = None
     compat: str | None = None
     short_prompt: str | None = None
+
+    def identity(self) -> dict[str, str | None]:
+        """What decides a model's numbers, as plain values: all but the device."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype or "float32",
+            "compat": self.compat,
+            "short_prompt": self.short_prompt,
+        }
 
 
 @dataclass(frozen=True)
@@ -92,12 +102,20 @@ class ModelInfo:
 
 @dataclass
 class OpenModel:
-    """A model with its tokenizer, ready to compute. set_aside: saved settings that would have changed greedy answers."""
+    """A model with its tokenizer, ready to compute.
+
+    Args:
+        set_aside: saved settings that would have changed greedy answers.
+        unused: weights of the file that the model has no place for.
+        cores: those that other programs leave free, to compute on.
+    """
 
     spec: ModelSpec
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     set_aside: dict[str, object] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    cores: FreeCores = field(default_factory=FreeCores)
 
     @property
     def ours(self) -> JRTForCausalLM | None:
@@ -123,7 +141,10 @@ class OpenModel:
     def findings(self) -> Findings | None:
         """What the probe found: measured once, before the first answer. None for models of this project, whose tests show
         what they get right."""
-        return None if self.ours else probe(self.model, self.pad_token_id)
+        if self.ours:
+            return None
+        with self.cores:
+            return probe(self.model, self.pad_token_id)
 
     @cached_property
     def mode(self) -> RunMode:
@@ -167,7 +188,11 @@ class OpenModel:
     def _notes(self) -> list[str]:
         saved = ", ".join(f"{name}={value}" for name, value in self.set_aside.items())
         sentences = [] if self.ours else self.mode.sentences()
-        return [*sentences, *([f"saved settings set aside for greedy decoding: {saved}"] if saved else [])]
+        if saved:
+            sentences.append(f"saved settings set aside for greedy decoding: {saved}")
+        if self.unused:
+            sentences.append(f"{len(self.unused)} weights of the file are not used by the model: {_few(self.unused)}")
+        return sentences
 
     @torch.no_grad()
     def state_bytes(self, length: int) -> int:
@@ -203,16 +228,24 @@ def open_model(spec: ModelSpec) -> OpenModel:
         return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
     folder, options = _location(spec.name)
     saved = None
-    try:
+    with as_value_error(f"the model {spec.name!r} cannot be loaded"):
         if "gguf_file" not in options:
             register_architecture(folder)
-        if "gguf_file" not in options and (saved := saved_settings(folder)) is not None:
-            options["generation_config"] = plain_settings(saved)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+            if (saved := saved_settings(folder)) is not None:
+                options["generation_config"] = plain_settings(saved)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        model, found = loaded
+        # In their place are random numbers now.
+        if lacking := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+            raise ValueError(f"the file lacks {len(lacking)} of its weights, or has other shapes: {_few(lacking)}")
         torch.nn.Module.to(model, device)
-    except (OSError, *BREAKS) as error:
-        raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
-    return OpenModel(spec, model.eval(), tokenizer, set_aside(model, saved))
+    return OpenModel(spec, model.eval(), tokenizer, set_aside(model, saved), sorted(found["unexpected_keys"]))
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -224,12 +257,10 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
         raise ValueError(unknown_model(name))
-    try:
+    with as_value_error(unknown_model(name)):
         if not options:
             register_architecture(folder)
         return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, *BREAKS) as error:
-        raise ValueError(f"{unknown_model(name)} ({first_line(error)})") from error
 
 
 def unknown_model(name: str) -> str:

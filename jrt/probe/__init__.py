@@ -12,13 +12,12 @@ from transformers import PreTrainedModel
 
 from jrt.greedy import set_aside
 from jrt.probe.findings import CHECKS, Check, Findings, RunMode
-from jrt.probe.trials import BREAKS, LENGTH, STATES, Trials, one_line, read_row
+from jrt.probe.trials import LENGTH, STATES, Trials, read_row
 
 PASSES = 20
 """The most calls of a model's `forward` that a probe makes."""
 
 __all__ = [
-    "BREAKS",
     "CHECKS",
     "LENGTH",
     "PASSES",
@@ -26,7 +25,6 @@ __all__ = [
     "Check",
     "Findings",
     "RunMode",
-    "one_line",
     "probe",
     "read_row",
 ]

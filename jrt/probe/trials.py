@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 from transformers.utils import ModelOutput
 
+from jrt.breaks import BREAKS, one_line
 from jrt.caches import cache_argument, keeps_no_tokens, select_rows
 from jrt.greedy import ForcedTokens
 from jrt.modeling_jrt import CACHE, JRTForCausalLM
@@ -35,19 +36,6 @@ HALF = 16  # of them, read in a first call
 STEPS = 4  # tokens that are decoded, or read one at a time
 ROWS = 4  # of the batch that shows how far rounding goes in half precision
 MOVED = 64  # one in so many values of its second half is rounded to the other side
-
-# What code of other projects raises when it cannot do what it was asked for.
-BREAKS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    AssertionError,
-    ImportError,
-)
 
 STATES = (CACHE, "cache_params", "state")
 """What transformers' models call the state that `forward` returns and takes."""
@@ -288,11 +276,6 @@ def _difference(first: Tensor, second: Tensor) -> Tensor:
     """|first - second| in float32; two equal infinities differ by 0, and any NaN by infinity."""
     first, second = first.float(), second.float()
     return torch.where(first == second, 0.0, (first - second).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-
-
-def one_line(error: Exception) -> str:
-    """An error of another project's code, short enough for a table."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @torch.no_grad()
