@@ -2,12 +2,15 @@
 
 Models have random weights: time does not depend on them. JRT reads its prompt once; Based reads it twice, one copy after the
 other, as the paper's prompts do. A Llama-type model of transformers' own, of the same size, runs beside them, as it is and
-with a static cache, which transformers compiles. `ms_per_token` is everything after the prompt was read, over the tokens after the
-first: copying the states into place is part of it. The floor of a step is the time to read the weights that it needs once and
-to read and write its states, at the speed of a large copy on the same GPU.
+with a static cache, which transformers compiles. `ms_per_token` is everything after the prompt was read, over the tokens
+after the first: copying the states into place is part of it. The floor of a step is the time to read the weights that it
+needs once and to read and write its states, at the speed of a large copy on the same GPU.
 
-A method's first row also says how many of its bf16 tokens differ from those of transformers' own loop; in fp32 none do
-(tests/test_decoding.py). Tokens after the first difference are other texts, so `first_difference` says where that is.
+One row of each method (batch 16) also says how many of its bf16 tokens differ from those of transformers' own loop; in fp32
+none do (tests/test_decoding.py). Tokens after the first difference are other texts, so `first_difference` says where that is.
+
+`cold_start_s` is the time from the start of a Python process to the end of its first answer: imports, reading a checkpoint
+of safetensors, a prompt of 1,024 tokens, 32 new ones, with no compiled kernel in any cache.
 
 Shapes: B rows, N prompt tokens of a row, before it is read twice.
 
@@ -20,7 +23,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,23 +38,18 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import jrt
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.ops import feature_count
 
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1, 4096), (16, 8192), (1, 16384), (1, 65536))
-MODELS = (
-    "jrt-360m",
-    "jrt-1.3b",
-    "mamba-360m",
-    "llama-360m",
-    "attention-360m",
-    "based-360m",
-    "mamba-1.3b",
-    "based-1.3b",
-)
+MODELS = ("jrt-360m", "llama-360m", "jrt-1.3b", "mamba-360m", "attention-360m", "based-360m")
+COLD = ("jrt-1.3b",)  # models whose first answer is timed
 OWN_LOOP = " (transformers' loop)"
 LLAMAS = {"llama-360m": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24)}
 REPEATS = 3
+COMPARED = 64  # tokens of a row that are compared between the two loops
+SLOW = 32  # tokens that a loop of one launch after the other decodes at most
 
 
 @dataclasses.dataclass
@@ -62,6 +64,8 @@ class Row:
     floor_ms: float | None = None
     percent_of_floor: float | None = None
     peak_bytes: int | None = None
+    new_tokens: int | None = None
+    compared_tokens: int | None = None
     differing_tokens: int | None = None
     first_difference: int | None = None
     reason: str = ""
@@ -76,6 +80,7 @@ class Method:
     arguments: dict[str, str] = dataclasses.field(default_factory=dict)  # more arguments of `generate`
     loop: bool = False
     shapes: int = len(SHAPES)  # how many of the shapes, from the first on
+    most: int | None = None  # new tokens at most
 
     def generate(self, model: PreTrainedModel, ids: Tensor, new: int) -> Tensor:
         """(B, new) new tokens, greedy; nothing ends early."""
@@ -91,11 +96,11 @@ def methods(name: str) -> list[Method]:
     """The ways in which a model is measured, the main one first."""
     if name in LLAMAS:
         return [
-            Method(name, shapes=3),
+            Method(name, shapes=3, most=SLOW),
             Method(f"{name} static", arguments={"cache_implementation": "static"}, shapes=1),
         ]
     repeats = 2 if name.startswith("based") else 1
-    return [Method(name, repeats), Method(name + OWN_LOOP, repeats, loop=True, shapes=1)]
+    return [Method(name, repeats), Method(name + OWN_LOOP, repeats, loop=True, shapes=1, most=SLOW)]
 
 
 def make_model(name: str, device: str) -> PreTrainedModel:
@@ -183,7 +188,8 @@ def timed(model: PreTrainedModel, method: Method, ids: Tensor, new: int) -> tupl
 
 def measure(model: PreTrainedModel, method: Method, batch: int, length: int, new: int, speed: float) -> Row:
     device = model.device.type
-    row = Row(method.name, {"B": batch, "N": length})
+    new = min(new, method.most or new)
+    row = Row(method.name, {"B": batch, "N": length}, new_tokens=new)
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     ids = ids.repeat(1, method.repeats)
@@ -210,8 +216,28 @@ def compare(model: PreTrainedModel, row: Row, method: Method, new: int) -> None:
     ours = method.generate(model, ids, new)
     theirs = dataclasses.replace(method, loop=True).generate(model, ids, new)
     differs = (ours != theirs).any(0)
-    row.differing_tokens = int((ours != theirs).sum())
+    row.compared_tokens, row.differing_tokens = ours.numel(), int((ours != theirs).sum())
     row.first_difference = int(differs.int().argmax()) if bool(differs.any()) else None
+
+
+def cold_start(name: str, device: str) -> float:
+    """Seconds from the start of a process to the end of its first answer, with empty caches of compiled kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(name, device).save_pretrained(folder)
+        free(None)
+        caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "JRT_HOME")
+        environment = os.environ | {cache: f"{folder}/{cache}" for cache in caches}
+        start = time.perf_counter()
+        command = [sys.executable, __file__, "--answer", folder, "--device", device]
+        subprocess.run(command, env=environment, check=True)
+        return time.perf_counter() - start
+
+
+def answer(folder: str, device: str) -> None:
+    """What the process of `cold_start` does."""
+    model = jrt.load(folder, device, torch.bfloat16)
+    ids = torch.arange(1024 if device == "cuda" else 32, device=device)[None] % model.config.vocab_size
+    print(Method("").generate(model, ids, 32)[0, :4].tolist())
 
 
 def free(model: nn.Module | None) -> None:
@@ -224,17 +250,22 @@ def free(model: nn.Module | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--new", type=int, default=128, help="new tokens of a row")
+    parser.add_argument("--new", type=int, default=256, help="new tokens of a row")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after so long")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--answer", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
+    if arguments.answer:
+        answer(arguments.answer, arguments.device)
+        return
     if unknown := set(arguments.models) - set(presets()) - set(LLAMAS):
         parser.error(f"unknown models {sorted(unknown)}: expected names out of {[*presets(), *LLAMAS]}")
     end = time.monotonic() + arguments.seconds
     speed = bytes_per_ms(arguments.device)
+    more = {"bytes_per_ms": speed, "cold_start_s": {}}
     shapes = SHAPES if arguments.device == "cuda" else ((1, 32), (2, 32))
     rows: list[Row] = []
     for name in arguments.models:
@@ -244,26 +275,28 @@ def main() -> None:
                 row = Row(method.name, {"B": batch, "N": length}, reason="out of time")
                 if time.monotonic() < end:
                     row = measure(model, method, batch, length, arguments.new, speed)
-                if row.ms_per_token and not rows_of(rows, method) and not method.loop and name not in LLAMAS:
-                    compare(model, row, method, arguments.new)
+                if row.ms_per_token and (batch, length) == shapes[1] and not method.loop and name not in LLAMAS:
+                    compare(model, row, method, min(arguments.new, COMPARED))
                 rows.append(row)
                 free(model)
                 print(describe(row), flush=True)
+            record.write("generation", [dataclasses.asdict(row) for row in rows], arguments.output, **more)
         del model
         free(None)
-        more = {"bytes_per_ms": speed, "new_tokens": arguments.new}
-        record.write("generation", [dataclasses.asdict(row) for row in rows], arguments.output, **more)
-
-
-def rows_of(rows: list[Row], method: Method) -> list[Row]:
-    return [row for row in rows if row.method == method.name]
+    for name in arguments.models:
+        if time.monotonic() < end and (name in COLD or arguments.device == "cpu"):
+            more["cold_start_s"][name] = cold_start(name, arguments.device)
+            print(f"{name}: first answer {more['cold_start_s'][name]:.1f} s after the start of a process", flush=True)
+    record.write("generation", [dataclasses.asdict(row) for row in rows], arguments.output, **more)
 
 
 def describe(row: Row) -> str:
     what = f"{row.method} B{row.shape['B']} N{row.shape['N']}:"
     if row.ms_per_token is None:
         return f"{what} {row.reason}"
-    differs = "" if row.differing_tokens is None else f", {row.differing_tokens} tokens differ"
+    differs = ""
+    if row.differing_tokens is not None:
+        differs = f", {row.differing_tokens} of {row.compared_tokens} tokens differ"
     return (
         f"{what} first token {row.first_token_ms:.1f} ms, then {row.ms_per_token:.3f} ms a token"
         f" ({row.tokens_per_s:,.0f} tokens/s), {row.percent_of_floor:.0f}% of the floor{differs}"

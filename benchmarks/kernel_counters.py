@@ -1,14 +1,17 @@
-"""What Nsight Compute counts while the Hopper kernels run: memory, tensor cores, occupancy, why warps wait.
+"""What Nsight Compute counts while kernels run: memory, tensor cores, occupancy, why warps wait.
 
-    python benchmarks/kernel_counters.py --output benchmarks/results/kernel_counters.json
+    python benchmarks/kernel_counters.py         # the Hopper kernels: benchmarks/results/kernel_counters.json
+    python benchmarks/kernel_counters.py step    # the Triton kernels of a decoding step: step_counters.json
 
-It starts itself under `ncu`, which runs each launch several times, once for each group of counters.
+It starts itself under `ncu`, which runs each launch several times, once for each group of counters, with the caches
+emptied before. (benchmarks/backward_counters.py: the Triton kernels of the op.)
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -18,12 +21,20 @@ from pathlib import Path
 import record
 import torch
 
-from jrt import ops
+from jrt import ops, presets
+from jrt.model import LanguageModel
 from jrt.ops import cuda
 
 HEADS, DIM, VALUE_DIM = 16, 16, 64
 LAUNCHES = (("JRT-RNN", 16, 32768), ("JRT-RNN", 1, 32768), ("decode step", 128, 1))  # what, B, N
-KERNEL = re.compile("prefill_text|prefill_state|add_pieces|decode_kernel")
+KERNELS = {
+    "hopper": re.compile("prefill_text|prefill_state|add_pieces|decode_kernel"),
+    "step": re.compile(
+        "_linear_attention_kernel|_attention_kernel|_selective_kernel|gated_kernel|partial_kernel|residual_kernel"
+        "|project_kernel|_norm_kernel"
+    ),
+}
+STEPS = (("jrt-360m", "CPS", 128), ("jrt-360m", "CP", 1), ("mamba-360m", "M", 1))  # preset, its layers here, B
 SCALE = {"ns": 1e-3, "us": 1, "ms": 1e3, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # to microseconds and bytes
 COUNTERS = {  # our name: ncu's
     "microseconds": "gpu__time_duration.sum",
@@ -43,7 +54,21 @@ COUNTERS = {  # our name: ncu's
 STALL = re.compile(r"smsp__pcsamp_warps_issue_stalled_(\w+?)(_not_issued)?$")
 
 
-def launch() -> None:
+def launch_step() -> None:
+    """One step of models of a few layers, with the sizes of released ones."""
+    from jrt.decoding.fused import FusedStep  # needs Triton
+
+    torch.manual_seed(0)
+    for preset, pattern, batch in STEPS:
+        config = dataclasses.replace(presets()[preset], pattern=pattern)
+        with torch.device("cuda"), torch.no_grad():
+            step = FusedStep(LanguageModel(config).to(torch.bfloat16), batch, 2048)
+            step.position.column.fill_(1024)
+            step.likeliest(step.advance(torch.zeros(batch, dtype=torch.long)))
+    torch.cuda.synchronize()
+
+
+def launch_hopper() -> None:
     """Each kernel once, on inputs as the model gives them."""
     torch.manual_seed(0)
 
@@ -66,14 +91,16 @@ def number(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def counted(page: Path) -> list[dict]:
-    """Rows out of ncu's raw page: one a launch, in order."""
+def counted(page: Path, kernel: re.Pattern[str]) -> list[dict]:
+    """Rows out of ncu's raw page: one a launch, in order; kernel: finds the name of each."""
     with open(page, newline="") as file:
         lines = [line for line in file if line.startswith('"')]
     units, *launches = csv.DictReader(lines)
     rows = []
     for line in launches:
-        row: dict = {"method": KERNEL.search(line["Kernel Name"])[0]}
+        name = kernel.search(line["Kernel Name"])
+        assert name is not None
+        row: dict = {"method": name[0]}
         for name, counter in COUNTERS.items():
             row[name] = number(line[counter]) * SCALE.get(units[counter], 1)
         stalls = {}
@@ -90,25 +117,32 @@ def counted(page: Path) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kernels", choices=KERNELS, nargs="?", default="hopper")
     parser.add_argument("--launch", action="store_true", help="only run the kernels (what ncu starts)")
     parser.add_argument("--page", type=Path, default=Path("kernel_counters.csv"), help="where ncu's raw page goes")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
+    hopper = arguments.kernels == "hopper"
     if arguments.launch:
-        launch()
+        launch_hopper() if hopper else launch_step()
         return
     if shutil.which("ncu") is None:
         parser.error("needs ncu, Nsight Compute, on PATH")
-    command = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{KERNEL.pattern}"]
-    command += ["--page", "raw", "--csv", sys.executable, __file__, "--launch"]
+    if not hopper:
+        launch_step()  # compiles, so that ncu meets finished kernels
+    kernel = KERNELS[arguments.kernels]
+    command = ["ncu", "--clock-control", "none", "--metrics", ",".join(COUNTERS.values())]
+    command += ["--section", "SourceCounters", "--kernel-name", f"regex:{kernel.pattern}"]
+    command += ["--page", "raw", "--csv", sys.executable, __file__, arguments.kernels, "--launch"]
     with open(arguments.page, "w") as page:
         subprocess.run(command, stdout=page, check=True)
-    rows = counted(arguments.page)
+    rows = counted(arguments.page, kernel)
     for row in rows:
         print(row)
-    print(record.write("kernel_counters", rows, arguments.output, launches=[list(each) for each in LAUNCHES]))
+    name, launches = ("kernel_counters", LAUNCHES) if hopper else ("step_counters", STEPS)
+    print(record.write(name, rows, arguments.output, launches=[list(each) for each in launches]))
 
 
 if __name__ == "__main__":

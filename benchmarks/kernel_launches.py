@@ -1,31 +1,45 @@
 """Launches every kernel at small shapes, for compute-sanitizer: `bash benchmarks/sanitize_kernels.sh`.
 
-Nothing is compared here (tests/test_cuda_kernels.py does) and inputs are made on the CPU, so that hardly any other kernel
-runs under the tool: PyTorch's own, with their reports, and cuBLAS's, which racecheck cannot run.
+    python benchmarks/kernel_launches.py hopper    # the CUDA kernels of kernels/
+    python benchmarks/kernel_launches.py triton    # linear attention in Triton, forward and backward
+    python benchmarks/kernel_launches.py step      # the Triton kernels of a decoding step
+
+Nothing is compared here (tests/test_cuda_kernels.py, test_triton_ops.py and test_decoding.py do) and inputs are made on the
+CPU, so that hardly any other kernel runs under the tool: PyTorch's own, with their reports, and cuBLAS's, which racecheck
+cannot run.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import itertools
 
 import torch
 
-from jrt import ops
+from jrt import ops, presets
+from jrt.model import LanguageModel
 from jrt.ops import cuda
-from jrt.ops.feature_map import State
+from jrt.ops.feature_map import State, feature_count
 
 HEADS = 3
 # 63 to 65 tokens: uneven ends; 200: stages are filled again; 1,100 of one sequence: cut into pieces.
 SHAPES = [(2, 1), (2, 63), (2, 65), (2, 200), (2, 700), (1, 1100)]  # batch, tokens
+TRITON_SHAPES = [(2, 1), (2, 70), (1, 700)]
+TRITON_SIZES = [(16, 64), (8, 20)]  # d, D
+STEPS = 3
 
 
-def inputs(batch: int, tokens: int, value_dim: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    draws = (torch.randn(batch, tokens, HEADS, size).to(dtype) for size in (cuda.DIM, cuda.DIM, value_dim))
+def inputs(
+    batch: int, tokens: int, value_dim: int, dtype: torch.dtype, device: str, dim: int = cuda.DIM
+) -> tuple[torch.Tensor, ...]:
+    draws = (torch.randn(batch, tokens, HEADS, size).to(dtype) for size in (dim, dim, value_dim))
     return tuple(draw.to(device) for draw in draws)
 
 
-def state(batch: int, value_dim: int, device: str) -> State:
-    S, z = torch.randn(batch, HEADS, cuda.FEATURES, value_dim), torch.rand(batch, HEADS, cuda.FEATURES)
+def state(batch: int, value_dim: int, device: str, dim: int = cuda.DIM) -> State:
+    features = feature_count(dim)
+    S, z = torch.randn(batch, HEADS, features, value_dim), torch.rand(batch, HEADS, features)
     return State(S.to(device), z.to(device))
 
 
@@ -54,7 +68,58 @@ def launch_all(device: str, backend: str) -> int:
     return calls
 
 
-if __name__ == "__main__":
-    calls = launch_all("cuda", "cuda")
+def launch_gradients(device: str, backend: str) -> int:
+    """Forward and backward of linear attention and of its prefix, each size and dtype; returns how many calls ran."""
+    torch.manual_seed(0)
+    calls = 0
+    dtypes = (torch.bfloat16, torch.float32)
+    for (batch, tokens), (dim, width), dtype in itertools.product(TRITON_SHAPES, TRITON_SIZES, dtypes):
+        q, k, v = (x.requires_grad_() for x in inputs(batch, tokens, width, dtype, device, dim))
+        before = state(batch, width, device, dim)
+        log_decay = torch.full((HEADS,), -0.1).to(device)
+        o, after = ops.linear_attention(
+            q, k, v, initial_state=before, mask=mask(batch, tokens, device), log_decay=log_decay, backend=backend
+        )
+        S, z = ops.encode_prefix(k, v, backend=backend)
+        ones = [torch.ones(x.shape, dtype=x.dtype).to(device) for x in (o, *after, S, z)]
+        torch.autograd.backward([o, *after, S, z], ones)
+        calls += 2
+    return calls
+
+
+def launch_step(device: str, rows: tuple[int, ...] = (1, 3, 20, 130)) -> int:
+    """Some steps of small models with every mixer, in each dtype; returns how many steps ran."""
+    from jrt.decoding.fused import FusedStep  # needs Triton
+
+    torch.manual_seed(0)
+    debug = dataclasses.replace(presets()["debug"], vocab_rows=70)
+    configs = (
+        dataclasses.replace(debug, pattern="CPSAM", width=96),
+        dataclasses.replace(debug, pattern="LCMS", width=44, rotary_dim=11, decay_const=-3, decay_projection=True),
+    )
+    dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
+    steps = 0
+    for config, dtype, count in itertools.product(configs, dtypes, rows):
+        model = LanguageModel(config).to(dtype).to(device)
+        step, tokens = FusedStep(model, count, 64), torch.arange(count).remainder(70).to(device)
+        with torch.no_grad():
+            for _ in range(STEPS):
+                step.advance(tokens)
+                steps += 1
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kernels", choices=("hopper", "triton", "step"), nargs="?", default="hopper")
+    kernels = parser.parse_args().kernels
+    if kernels == "step":
+        calls = launch_step("cuda")
+    else:
+        calls = launch_all("cuda", "cuda") if kernels == "hopper" else launch_gradients("cuda", "triton")
     torch.cuda.synchronize()
     print(f"{calls} calls ran")
+
+
+if __name__ == "__main__":
+    main()

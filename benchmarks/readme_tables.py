@@ -139,6 +139,57 @@ def training() -> str:
     return rows_as_markdown(header, rows) + origin(report)
 
 
+def generation() -> str:
+    report = load("generation")
+    found = {(row["method"], row["shape"]["B"], row["shape"]["N"]): row for row in report["rows"]}
+    shapes = list(dict.fromkeys(key[1:] for key in found))
+
+    def cell(method: str, shape: tuple[int, int]) -> str:
+        row = found.get((method, *shape))
+        if row is None or row["ms_per_token"] is None:
+            return "-"
+        floor = f" ({row['percent_of_floor']:.0f}%)"
+        return f"{row['first_token_ms']:,.0f}; {row['ms_per_token']:.3g}{floor}; {row['tokens_per_s']:,.0f}"
+
+    rows = [[method, *(cell(method, shape) for shape in shapes)] for method in dict.fromkeys(key[0] for key in found)]
+    header = ["ms to the first token; then ms a token (% of the floor); tokens/s"]
+    header += [f"B{batch} N{length:,}" for batch, length in shapes]
+    return rows_as_markdown(header, rows) + generation_notes(report) + origin(report)
+
+
+def generation_notes(report: dict) -> str:
+    """What differs between the two loops in bf16, and how long a process takes to its first answer."""
+    compared = [row for row in report["rows"] if row["compared_tokens"]]
+    differ = (f"{row['method']} {row['differing_tokens']} of {row['compared_tokens']:,}" for row in compared)
+    cold = [f"{name} {seconds:.1f} s" for name, seconds in report["cold_start_s"].items()] or ["not measured"]
+    batch = compared[0]["shape"]["B"]
+    return (
+        f"\nTokens in bf16 that differ from those of transformers' loop, B{batch}: {', '.join(differ)}.\n"
+        f"From the start of a process to the end of its first answer: {', '.join(cold)}.\n"
+    )
+
+
+def generation_in_short() -> str:
+    report = load("generation")
+    found = {(row["method"], row["shape"]["B"]): row for row in report["rows"] if row["shape"]["N"] == 1024}
+    rows = []
+    for method in dict.fromkeys(key[0] for key in found):
+        mine = [found.get((method, batch)) for batch in (1, 16, 128)]
+        if mine[0] is None or mine[0]["ms_per_token"] is None:
+            continue
+        rates = ("-" if row is None or row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}" for row in mine)
+        rows.append([method, f"{mine[0]['first_token_ms']:.0f}", f"{mine[0]['ms_per_token']:.3g}", *rates])
+    header = [
+        "prompt of 1,024 tokens, bf16",
+        "first token, ms",
+        "ms a token, batch 1",
+        "tokens/s, batch 1",
+        "batch 16",
+        "batch 128",
+    ]
+    return rows_as_markdown(header, rows) + origin(report)
+
+
 def whole_models() -> str:
     report = load("model_prefill")
     found = {(r["method"], r["shape"]["B"], r["shape"]["N"], r["kernels"]): r["ms"] for r in report["rows"]}
@@ -235,6 +286,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "op training": op_training,
     "training": training,
     "whole models": whole_models,
+    "generation": generation,
+    "generation, in short": generation_in_short,
     "cpu": cpu,
     "evaluation": evaluation,
     "evaluation, in short": evaluation_in_short,

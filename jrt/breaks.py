@@ -23,6 +23,7 @@ BREAKS = (
     StrictDataclassError,
     pickle.PickleError,
 )
+LONGEST_LINE = 500
 
 
 @contextmanager
@@ -39,8 +40,8 @@ def as_value_error(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's message; its class where it has none."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """The first line of an error's message, at most LONGEST_LINE letters of it; its class where it has none."""
+    return str(error).strip().splitlines()[0][:LONGEST_LINE] if str(error).strip() else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:

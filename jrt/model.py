@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jrt.cache import LayerState, ModelState
@@ -17,6 +16,7 @@ from jrt.config import Config
 from jrt.mixers import MIXERS, Prefix, TokenBatch
 from jrt.mixers.attention import rotary_angles
 from jrt.mixers.mamba import Mamba
+from jrt.ops import swiglu_linear
 
 
 class RMSNorm(nn.Module):
@@ -44,8 +44,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_width, config.width, bias="mlp.fc2" in config.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(value * F.silu(gate))
+        return swiglu_linear(self.fc1(x), self.fc2)
 
 
 class Block(nn.Module):

@@ -23,7 +23,10 @@ NAME = "jrt_kernels"
 HERE = Path(__file__).resolve().parent
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
-SOURCES = ("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "pieces.cpp", "bindings.cpp")
+SOURCES = (
+    *("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "pieces.cpp", "bindings.cpp"),
+    *("selective_scan.cu", "selective_scan_bindings.cpp"),
+)
 NEEDS_NVCC = f"JRT_BUILD_KERNELS=1 needs nvcc, the CUDA compiler ({'.'.join(map(str, OLDEST_NVCC))} or newer)"
 WITHOUT = "Without the kernels everything works, through PyTorch: install again with JRT_BUILD_KERNELS unset."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from synthetics import plot
 from synthetics.folder import Folder
-from synthetics.runs import groups
+from synthetics.runs import Run, groups
 from synthetics.sweeps import SWEEPS
 from synthetics.workers import check_device, train_all
 
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that has results in DIR")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes, at the next epoch")
+    parser.add_argument("--part", metavar="K/N", default="1/1", help="only the K-th of N parts of the sweep's groups")
     parser.add_argument("--workers", type=int, help="processes; default: one a GPU, or one a core")
     parser.add_argument("--ray", action="store_true", help="let Ray place the groups on its cluster")
     options = parser.parse_args(arguments)
@@ -42,12 +44,13 @@ def run(options: argparse.Namespace) -> int:
     if options.minutes is not None and not options.minutes > 0:
         raise ValueError(f"--minutes {options.minutes:g}: expected more than 0")
     runs = SWEEPS[options.sweep]
+    part_of(groups(runs), options.part)
     units = torch.cuda.device_count() if options.device == "cuda" else torch.get_num_threads()
     workers = max(1, units) if options.workers is None else options.workers
     check_device(options.device, workers)
     folder = Folder(options.out, options.sweep, runs, options.resume)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    missing = [group for group in groups(runs) if not folder.is_done(group)]
+    missing = [group for group in part_of(groups(runs), options.part) if not folder.is_done(group)]
     work = [(group, folder.checkpoint(group)) for group in missing]
     results = train_all(work, options.device, min(workers, max(1, len(work))), deadline, options.ray)
     for rows in tqdm(results, total=len(work), desc=options.sweep, unit="group", disable=not sys.stderr.isatty()):
@@ -59,6 +62,17 @@ def run(options: argparse.Namespace) -> int:
     if len(folder.rows) < len(runs):
         print(f"next: python -m synthetics {options.sweep} --out {options.out} --resume")
     return 0
+
+
+def part_of(items: Sequence[list[Run]], part: str) -> Sequence[list[Run]]:
+    """Neighbours of nearly equal number; raises ValueError for what is no part."""
+    numbers = part.split("/")
+    if not (len(numbers) == 2 and all(each.isdecimal() for each in numbers)):
+        raise ValueError(f"--part {part}: expected K/N, as in 1/3")
+    which, parts = map(int, numbers)
+    if not 1 <= which <= parts <= len(items):
+        raise ValueError(f"--part {part}: expected 1 <= K <= N <= {len(items)}, which is the number of groups")
+    return items[(which - 1) * len(items) // parts : which * len(items) // parts]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ Shapes: N examples, C context tokens, Q question tokens, K answers an example.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ SPECIAL_TOKENS = 4
 IGNORED = -100
 TRAIN, TEST = 0, 1
 ATTEMPTS = 100  # redraws of test examples that are also training examples
+
+Size = TypeVar("Size")  # of an example: what a task calls it by
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,39 @@ def fingerprints(examples: Examples) -> Tensor:
     text = torch.cat([examples.context, examples.question], dim=1)  # (N, C + Q)
     weights = torch.randint(-(2**62), 2**62, (text.shape[1],), generator=torch.Generator().manual_seed(1)) | 1
     return (text * weights.to(text.device)).sum(1)  # wraps around
+
+
+def draw_split(
+    draw: Callable[[Size, int, torch.Generator], Examples],
+    train: Sequence[Size],
+    train_examples: int,
+    test: Sequence[Size],
+    test_examples: int,
+    seed: int,
+) -> Split:
+    """Draws the training and test examples of a task.
+
+    Args:
+        draw: gives so many examples of a size.
+        train, test: sizes.
+        train_examples, test_examples: of each size.
+        seed: of all draws.
+
+    Raises:
+        ValueError: so few examples of a size exist that training holds nearly all.
+    """
+    drawn, seen, tests = [], {}, []
+    for index, size in enumerate(train):
+        drawn.append(draw(size, train_examples, generator(seed, TRAIN, index)))
+        seen[size] = fingerprints(drawn[-1])
+    for index, size in enumerate(test):
+        same_size = partial(draw, size)
+        random = generator(seed, TEST, index)
+        if size in seen:
+            tests.append(draw_unseen(same_size, test_examples, random, seen[size]))
+        else:
+            tests.append(same_size(test_examples, random))
+    return Split(drawn, tests)
 
 
 def draw_unseen(

@@ -1,8 +1,8 @@
 """Measures how fast examples are drawn and models are trained: ``python -m synthetics.measure --out FILE``.
 
 The data part draws the examples of the paper's task with the released loop and in whole tensors. The training part
-times steps of stacks of the `figure2` sweep at every length it trains on, as they run in the sweep (recorded, with
-compiled parts) and without either, and says what the whole sweep would take at those speeds if no model ended early.
+times steps of stacks of the `figure2` sweep at every length it trains on, as they run in the sweep (recorded) and
+launched one by one, and says what the whole sweep would take at those speeds if no model ended early.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from itertools import product
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from synthetics import sweeps
@@ -24,7 +25,7 @@ from synthetics.folder import provenance
 from synthetics.graphs import FIRST
 from synthetics.permutations import draw_distinct
 from synthetics.released import disjoint_sets
-from synthetics.runs import METHODS, Run, groups
+from synthetics.runs import HEADS, Run, groups
 from synthetics.set_disjointness import SetDisjointness, draw_pair
 from synthetics.tasks import TASKS
 from synthetics.training import Segment, Training
@@ -32,24 +33,24 @@ from synthetics.workers import check_device
 
 LOOP_EXAMPLES = 300  # of each pair that the loop draws
 FEWEST = 4  # timed steps of each length
-MEASURED = ((128, 24), (36, 4), (64, 16))  # widths and feature sizes: the largest, the smallest and one between
-WAYS = ("recorded", "compiled", "eager")  # as in the sweep; without CUDA graphs; without the compiler, too
+WAYS = ("recorded", "launched")  # as in the sweep; without CUDA graphs
 
 
 def seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
     """Of one call, the mean over `times` calls after one more."""
     function()
-    _wait(device)
-    start = time.perf_counter()
+    start = clock(device)
     for _ in range(times):
         function()
-    _wait(device)
-    return (time.perf_counter() - start) / times
+    return (clock(device) - start) / times
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def clock(device: torch.device) -> float:
+    """Seconds: of this process on a CPU, all its threads together; on a GPU of the wall, when all work is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def data(task: SetDisjointness, device: torch.device) -> dict:
@@ -57,9 +58,9 @@ def data(task: SetDisjointness, device: torch.device) -> dict:
     loop = whole = 0.0
     pairs = []
     for pair in task.train:
-        start = time.perf_counter()
+        start = clock(torch.device("cpu"))
         disjoint_sets(task.vocab_size, LOOP_EXAMPLES, *pair, seed=1)
-        one = (time.perf_counter() - start) / LOOP_EXAMPLES
+        one = (clock(torch.device("cpu")) - start) / LOOP_EXAMPLES
         all_at_once = seconds(
             lambda pair=pair: draw_pair(task.vocab_size, task.train_examples, pair, generator(1), device), 3, device
         )
@@ -80,12 +81,11 @@ def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
         steps = sum(len(range(0, each.tokens.shape[1], stack.batch)) for each in segments)
         row: dict[str, float] = {"tokens": length}
         for way in WAYS:
-            call = stack.steps if way == "recorded" else stack.step
+            call = partial(stack.steps, stack.step) if way == "recorded" else stack.step
             times = FEWEST if time.monotonic() > deadline or device.type == "cpu" else 5 * FEWEST
-            with torch.compiler.set_stance("force_eager" if way == "eager" else "default"):
-                for _ in range(FIRST + 1):
-                    call(*batch)
-                row[f"{way}_ms"] = 1e3 * seconds(lambda call=call, batch=batch: call(*batch), times, device)
+            for _ in range(FIRST + 1):
+                call(*batch)
+            row[f"{way}_ms"] = 1e3 * seconds(lambda call=call, batch=batch: call(*batch), times, device)
             epoch[way] += row[f"{way}_ms"] / 1e3 * steps
         rows.append(row)
     test = seconds(stack.test_accuracy, 1, device)
@@ -94,7 +94,7 @@ def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
     return {
         "method": first.method.name,
         "width": first.width,
-        "feature_dim": first.feature_dim,
+        "feature_dim": first.shape.feature_dim,
         "models": len(runs),
         "lengths": rows,
         "epoch_seconds": epoch,
@@ -104,30 +104,38 @@ def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
     }
 
 
-def figure2_minutes(measured: list[dict], epochs: int) -> dict[str, float]:
-    """What all stacks of `figure2` would take: a stack between two measured ones lies on the line between them.
+def widest_and_narrowest(method: str) -> list[list[Run]]:
+    """A method's stacks in `figure2` of the largest and of the smallest width."""
+    own = [group for group in groups(sweeps.figure2) if group[0].method.name == method]
+    widths = {group[0].width for group in own}
+    return [group for group in own if group[0].width in (max(widths), min(widths))]
 
-    The line is over the numbers a token takes: width and features of all heads, in which memory traffic is linear.
+
+def figure2_minutes(measured: list[dict]) -> dict[str, float]:
+    """What all stacks of `figure2` would take, by method: time is linear in the numbers that the tokens of a batch take.
+
+    Args:
+        measured: results of `training`, two or more of a method.
     """
-
-    def size(width: int, feature_dim: int) -> int:
-        return width + 2 * feature_dim
-
     total: dict[str, float] = {}
-    for group in groups(sweeps.figure2):
-        run = group[0]
-        own = [row for row in measured if row["method"] == run.method.name]
-        points = sorted((size(row["width"], row["feature_dim"]), _group_seconds(row, epochs)) for row in own)
-        if len(points) < 2:
+    for method in {row["method"] for row in measured}:
+        own = [row for row in measured if row["method"] == method]
+        sizes = [_numbers(row["models"], row["width"], row["feature_dim"]) for row in own]
+        if len(set(sizes)) < 2:
             continue
-        x = size(run.width, run.feature_dim)
-        (x0, y0), (x1, y1) = points[:2] if x <= points[1][0] else points[-2:]
-        total[run.method.name] = total.get(run.method.name, 0) + max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0)) / 60
+        seconds = [row["epoch_seconds"]["recorded"] + row["test_seconds"] for row in own]
+        slope, start = np.polyfit(sizes, seconds, 1)
+        stacks = [group for group in groups(sweeps.figure2) if group[0].method.name == method]
+        total[method] = sum(
+            group[0].epochs * (start + slope * _numbers(len(group), group[0].width, group[0].shape.feature_dim)) / 60
+            for group in stacks
+        )
     return total
 
 
-def _group_seconds(row: dict, epochs: int) -> float:
-    return epochs * (row["epoch_seconds"]["recorded"] + row["test_seconds"])
+def _numbers(models: int, width: int, feature_dim: int) -> int:
+    """Of a token in all models: residual stream, queries and keys."""
+    return models * (width + 2 * HEADS * feature_dim)
 
 
 def main() -> None:
@@ -135,7 +143,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=4, help="about how long to measure training; 0: data only")
-    parser.add_argument("--methods", nargs="+", default=["causal", "prefix", "twice"])
+    methods = list(dict.fromkeys(run.method.name for run in sweeps.figure2))
+    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     options = parser.parse_args()
     try:
         check_device(options.device, workers=1)
@@ -143,6 +152,7 @@ def main() -> None:
         parser.error(str(error))
     device = torch.device(options.device)
     deadline = time.monotonic() + 60 * options.minutes
+    torch.set_num_threads(1)  # a CPU's figures are those of one thread
     task = TASKS["paper"]
     assert isinstance(task, SetDisjointness)
     draw_distinct(8, 8, 0, 2048, generator(1), device)  # sets the device up
@@ -150,17 +160,13 @@ def main() -> None:
     report["data"] = data(task, device)
     print(f"data: {report['data']['speedup']:.0f} x the released loop", flush=True)
     report["training"] = []
-    for (width, features), method in product(MEASURED, options.methods):
+    for runs in (group for name in options.methods for group in widest_and_narrowest(name)):
         if time.monotonic() > deadline:
-            print(f"time is over before {method}, width {width}, feature size {features}")
+            print(f"time is over before {runs[0].shape.name}")
             break
-        runs = [
-            Run(METHODS[method], task, width, features, rate, seed)
-            for rate, seed in product(sweeps.RATES, sweeps.SEEDS)
-        ]
         report["training"].append(training(runs, deadline, device))
         print(json.dumps(report["training"][-1]), flush=True)
-        report["figure2_minutes"] = figure2_minutes(report["training"], runs[0].epochs)
+        report["figure2_minutes"] = figure2_minutes(report["training"])
         options.out.write_text(json.dumps(report, indent=1) + "\n")
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -17,17 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from synthetics.data import (
-    PREFIX,
-    SPECIAL_TOKENS,
-    TEST,
-    TRAIN,
-    Examples,
-    Split,
-    draw_unseen,
-    fingerprints,
-    generator,
-)
+from synthetics.data import PREFIX, SPECIAL_TOKENS, Examples, Split, draw_split
 from synthetics.permutations import draw_distinct
 
 
@@ -57,24 +47,11 @@ class MQAR:
     def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
         """No test example is a training example; raises ValueError as `check`."""
         self.check()
-        train, seen = [], {}
-        for index, pairs in enumerate(self.train):
-            train.append(self._draw(pairs, self.train_examples, generator(seed, TRAIN, index), device))
-            seen[pairs] = fingerprints(train[-1])
-        test = []
-        for index, pairs in enumerate(self.test):
-            test.append(
-                draw_unseen(
-                    lambda count, random, pairs=pairs: self._draw(pairs, count, random, device),
-                    self.test_examples,
-                    generator(seed, TEST, index),
-                    seen.get(pairs, torch.empty(0, dtype=torch.int64, device=device)),
-                )
-            )
-        return Split(train, test)
 
-    def _draw(self, pairs: int, examples: int, random: torch.Generator, device: torch.device | str) -> Examples:
-        return draw_pairs(self.vocab_size, examples, pairs, pairs * self.columns, random, device)
+        def draw(pairs: int, count: int, random: torch.Generator) -> Examples:
+            return draw_pairs(self.vocab_size, count, pairs, pairs * self.columns, random, device)
+
+        return draw_split(draw, self.train, self.train_examples, self.test, self.test_examples, seed)
 
 
 def check_pairs(vocab_size: int, pairs: int) -> None:

@@ -17,8 +17,8 @@ LARGEST_NORM = 1.0
 class StackedAdamW:
     """`torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`, for each model of a stack by itself.
 
-    Takes over the module's parameters: they become views of one table (M, P). Gradients are allocated here, too, and all
-    updates are in place, so that a CUDA graph can replay them.
+    Takes over the module's parameters: they become views of one table (M, P). All updates are in place, so that a CUDA
+    graph can replay them.
     """
 
     def __init__(self, module: nn.Module, learning_rates: list[float], weight_decay: float = WEIGHT_DECAY) -> None:
@@ -34,22 +34,36 @@ class StackedAdamW:
         self._attach()
 
     def _attach(self) -> None:
-        """Points the parameters into the table and gives them gradients of zero."""
+        """Points the parameters into the table."""
         start = 0
         for each in self.parameters:
             shape, end = each.shape[1:], start + each[0].numel()
             each.grad = None
             each.data = self.weights[:, start:end].unflatten(1, shape)
-            each.grad = torch.zeros(each.shape, dtype=each.dtype, device=each.device)
             start = end
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates the weights, then sets the gradients to zero."""
-        g = torch.cat([each.grad.flatten(1) for each in self.parameters], dim=1)  # (M, P)
+        """Updates the weights and drops the gradients."""
+        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.parameters]
+        gradients = torch.cat([each.flatten(1) for each in found], dim=1)  # (M, P)
+        for each in self.parameters:
+            each.grad = None  # the next one is then kept as it comes, and not added
+        self.steps += 1
+        if self.weights.is_cuda:
+            self._step_by_kernels(gradients)
+        else:
+            self._step(gradients)
+
+    def _step_by_kernels(self, gradients: Tensor) -> None:
+        from synthetics import optimizer_kernels
+
+        tables = (self.weights, self.first, self.second, gradients, self.peak, self.factor, self.steps)
+        optimizer_kernels.step(*tables, betas=BETAS, eps=EPS, weight_decay=self.weight_decay, largest_norm=LARGEST_NORM)
+
+    def _step(self, g: Tensor) -> None:
         norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)  # (M, 1)
         g.mul_((LARGEST_NORM / (norm + 1e-6)).clamp(max=1))
-        self.steps += 1
         rate = self.peak * self.factor
         step_size = rate / (1 - BETAS[0] ** self.steps)
         correction = (1 - BETAS[1] ** self.steps).sqrt()  # a scalar, which leaves the dtype of tables alone
@@ -57,8 +71,6 @@ class StackedAdamW:
         self.first.lerp_(g, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
         self.weights.sub_(self.first / (self.second.sqrt() / correction + EPS) * step_size.to(g.dtype))
-        for each in self.parameters:
-            each.grad.zero_()
 
     def keep(self, models: list[int]) -> None:
         """Goes on with these models of the stack alone."""

@@ -13,6 +13,7 @@ from synthetics.data import Task
 from synthetics.readings import READINGS, Reading
 
 HEADS = 2  # paper appendix B.1
+TOGETHER = 16  # feature size
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ class Run:
 
     @property
     def shape(self) -> Run:
-        """The same for runs that can be trained in one stack: those that differ in rate and seed alone."""
-        return replace(self, rate=1.0, seed=0)
+        """The same for runs that can be trained in one stack: they differ in rate, seed and feature size alone.
+
+        Feature sizes share a stack up to TOGETHER, below which a GPU's matrix units save nothing.
+        """
+        return replace(self, rate=1.0, seed=0, feature_dim=max(self.feature_dim, TOGETHER))
 
     def check(self) -> None:
         """Raises ValueError, before anything is drawn or trained, for a run that cannot be."""

@@ -21,13 +21,9 @@ from synthetics.data import (
     SEPARATE_ANSWER,
     SEPARATE_LISTS,
     SPECIAL_TOKENS,
-    TEST,
-    TRAIN,
     Examples,
     Split,
-    draw_unseen,
-    fingerprints,
-    generator,
+    draw_split,
 )
 from synthetics.permutations import draw_distinct
 
@@ -61,24 +57,11 @@ class SetDisjointness:
             ValueError: as `check`, or so few examples exist that training holds nearly all.
         """
         self.check()
-        train, seen = [], {}
-        for index, pair in enumerate(self.train):
-            train.append(self._draw(pair, self.train_examples, generator(seed, TRAIN, index), device))
-            seen[pair] = fingerprints(train[-1])
-        test = []
-        for index, pair in enumerate(self.test):
-            test.append(
-                draw_unseen(
-                    lambda count, random, pair=pair: self._draw(pair, count, random, device),
-                    self.test_examples,
-                    generator(seed, TEST, index),
-                    seen.get(pair, torch.empty(0, dtype=torch.int64, device=device)),
-                )
-            )
-        return Split(train, test)
 
-    def _draw(self, pair: Pair, examples: int, random: torch.Generator, device: torch.device | str) -> Examples:
-        return draw_pair(self.vocab_size, examples, pair, random, device)
+        def draw(pair: Pair, count: int, random: torch.Generator) -> Examples:
+            return draw_pair(self.vocab_size, count, pair, random, device)
+
+        return draw_split(draw, self.train, self.train_examples, self.test, self.test_examples, seed)
 
 
 def check_lengths(vocab_size: int, first: int, second: int) -> None:

@@ -1,10 +1,10 @@
 """Linear attention with the Taylor feature map for short texts, by its scores (paper equations 3 and 6-7).
 
-Training batches here hold thousands of texts of at most a few hundred tokens, with heads of odd sizes. Scores take
-T x T numbers there and features T x F, of which F is often the larger; scores also need few and large products.
-The result is that of `jrt.ops.linear_attention` after `jrt.ops.encode_prefix`.
+Training batches here hold thousands of texts of a few hundred tokens, with heads of odd sizes. Scores take T numbers a
+token there and features F, of which F is often the larger; scores also need few and large products. On a GPU, Triton
+kernels keep them on the chip. Results are those of `jrt.ops.linear_attention` after `jrt.ops.encode_prefix`.
 
-Shapes: R rows (of all models), T tokens, M prefix tokens, H heads, d query/key size, D value size, J columns of scores.
+Shapes: R rows (of all models), T tokens, H heads, d query/key size, D value size, E width, J asked queries.
 """
 
 from __future__ import annotations
@@ -12,79 +12,105 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from synthetics.fused import fused
 
-ALIGNMENT = 8  # tensor cores read half precision in groups of so many numbers
-
-
-def taylor_attention(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Causal linear attention on top of an optional prefix, all of which every query sees.
+def taylor_attention(x: Tensor, heads: int, keys: int, values: int) -> Tensor:
+    """Causal linear attention of whole texts, with or without a prefix: then the whole text is the prefix, too.
 
     Args:
-        q, k: (R, T, H, d), before the feature map.
-        v: (R, T, H, D).
-        prefix: keys (R, M, H, d) and values (R, M, H, D).
+        x: (R, T, C), heads side by side: queries (H d), keys (H d) and values (H D) before the feature map, and for a
+            prefix the encoder's keys (H d) and values (H D). Queries are scaled: a score is a query times a key.
+        heads, keys, values: H, d and D.
 
     Returns:
-        (R, T, H, D).
+        (R, T, H D).
     """
-    size = v.shape[-1]
-    q, k, v = (q * q.shape[-1] ** -0.5).transpose(1, 2), _keys(k), _values(v)
-    own = k.shape[2]
-    if prefix is not None:
-        k, v = torch.cat([k, _keys(prefix[0])], dim=2), torch.cat([v, _values(prefix[1])], dim=2)
-    sums = TaylorWeights.apply(q @ k.mT, own) @ v  # (R, H, T, D + 1 or more): numerator, then denominator
-    return (sums[..., :size] / sums[..., size : size + 1]).transpose(1, 2)
+    if x.is_cuda:
+        return TaylorAttention.apply(x, heads, keys, values)
+    sizes = [heads * keys, heads * keys, heads * values]
+    sizes += sizes[1:] if x.shape[-1] > sum(sizes) else []
+    q, *read = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in x.split(sizes, dim=-1))  # (R, H, T, d or D)
+    weights = [TaylorWeights.apply(q @ k.mT, own) for k, own in zip(read[::2], (True, False), strict=False)]
+    numerator = sum(w @ v for w, v in zip(weights, read[1::2], strict=True))  # (R, H, T, D)
+    denominator = sum(w.sum(-1, keepdim=True) for w in weights)
+    return (numerator / denominator).transpose(1, 2).flatten(2)
+
+
+def weighted_sums(queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over tokens, weighted by the Taylor weights of a few queries.
+
+    Args:
+        queries: (R, J, E), scaled; their scores with the tokens are the products over E.
+        x: (R, T, E).
+        last: (R, J) int64, the last token that a query sees.
+
+    Returns:
+        Weighted sums of x (R, J, E) in its dtype, and sums of the weights (R, J) in fp32.
+    """
+    if x.is_cuda:
+        sums, totals = WeightedSums.apply(queries, x, last)
+        return sums, totals
+    scores = queries @ x.mT  # (R, J, T)
+    seen = torch.arange(x.shape[1]) <= last[..., None]
+    weights = (1 + scores + 0.5 * scores * scores) * seen
+    return weights @ x, weights.sum(-1)
 
 
 class TaylorWeights(torch.autograd.Function):
-    """1 + s + s^2 / 2, and 0 where a query would see a later token.
+    """1 + s + s^2 / 2, and 0 where a query would see a later token, if the tokens are its own text's.
 
     Written with its derivative, 1 + s, because these are the largest tensors: autograd would keep and pass over several.
-    scores (R, H, T, J), of which the first `own` columns are causal.
+    scores (R, H, T, T).
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, own: int) -> Tensor:
-        seen = _seen(scores, own)
-        ctx.save_for_backward(scores, seen)
-        return _weights(scores, seen)
+    def forward(ctx: Any, scores: Tensor, own: bool) -> Tensor:
+        ctx.save_for_backward(scores)
+        ctx.own = own
+        weights = (0.5 * scores).add_(1).mul_(scores).add_(1)
+        return weights.tril_() if own else weights
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _slopes(*ctx.saved_tensors, gradient), None
+        (scores,) = ctx.saved_tensors
+        slopes = (scores + 1).mul_(gradient)
+        return slopes.tril_() if ctx.own else slopes, None
 
 
-def _seen(scores: Tensor, own: int) -> Tensor:
-    """(T, J), 1 where the query may see the column's token."""
-    row = torch.arange(scores.shape[-2], device=scores.device)[:, None]
-    column = torch.arange(scores.shape[-1], device=scores.device)
-    return ((column <= row) | (column >= own)).to(scores.dtype)
+class TaylorAttention(torch.autograd.Function):
+    """`taylor_attention` by its kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int, keys: int, values: int) -> Tensor:
+        from synthetics import taylor_kernels
+
+        x = x.contiguous()
+        ctx.sizes = heads, keys, values
+        o, denominator = taylor_kernels.forward(x, *ctx.sizes)
+        ctx.save_for_backward(x, o, denominator)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        from synthetics import taylor_kernels
+
+        return taylor_kernels.backward(*ctx.saved_tensors, do, *ctx.sizes), None, None, None
 
 
-@fused
-def _weights(scores: Tensor, seen: Tensor) -> Tensor:
-    return (0.5 * scores).add_(1).mul_(scores).add_(1).mul_(seen)
+class WeightedSums(torch.autograd.Function):
+    """`weighted_sums` by its kernels."""
 
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        from synthetics import asked_kernels
 
-@fused
-def _slopes(scores: Tensor, seen: Tensor, gradient: Tensor) -> Tensor:
-    return (scores + 1).mul_(gradient).mul_(seen)
+        queries, x = queries.contiguous(), x.contiguous()
+        ctx.save_for_backward(queries, x, last)
+        return asked_kernels.forward(queries, x, last)
 
+    @staticmethod
+    def backward(ctx: Any, dsums: Tensor, dtotals: Tensor) -> tuple[Tensor, Tensor, None]:
+        from synthetics import asked_kernels
 
-def _keys(k: Tensor) -> Tensor:
-    """(R, H, T or more, d)."""
-    return F.pad(k.transpose(1, 2), (0, 0, 0, _missing(k.shape[1], k)))
-
-
-def _values(v: Tensor) -> Tensor:
-    """(R, H, T or more, D + 1 or more): a column of ones sums the weights; what is added for alignment is 0."""
-    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).transpose(1, 2)
-    return F.pad(v, (0, _missing(v.shape[-1], v), 0, _missing(v.shape[2], v)))
-
-
-def _missing(size: int, x: Tensor) -> int:
-    return -size % ALIGNMENT if x.dtype in (torch.bfloat16, torch.float16) else 0
+        return *asked_kernels.backward(*ctx.saved_tensors, dsums, dtotals), None

@@ -23,12 +23,12 @@ from jrt.files import write_bytes
 from synthetics.data import Examples, generator
 from synthetics.graphs import RecordedSteps
 from synthetics.optimizer import StackedAdamW
-from synthetics.runs import HEADS, Run
-from synthetics.stack import stack
+from synthetics.runs import Run
+from synthetics.stack import Stack
 
 ENOUGH = 0.99
 ORDER = 2  # of batches: one of the key's kinds, beside synthetics.data.TRAIN and TEST
-TEST_SCORES = {"cpu": 1 << 24, "cuda": 1 << 30}  # numbers of a test batch that the largest tensor may hold
+TEST_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 21}  # of a test batch, of all models together
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ class Training:
         self.runs, self.device = list(runs), device
         self.batch, self.epochs, self.epochs_done = first.batch, first.epochs, 0
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = stack([run.model() for run in runs], dtype).to(device)
+        self.model = Stack([run.model() for run in runs], dtype).to(device)
         self.optimizer = StackedAdamW(self.model, [run.rate for run in runs])
         seeds = sorted({run.seed for run in runs})
         self.places = torch.tensor([seeds.index(run.seed) for run in runs], device=device)  # (M,)
         splits = [first.task.draw(seed, device) for seed in seeds]
         self.train = _segments([split.train for split in splits], first)
         self.test = _segments([split.test for split in splits], first)
-        self.steps = RecordedSteps(self.step, device)
+        self.steps = RecordedSteps(device)
 
     def epoch(self) -> list[float]:
         """One epoch over the training examples; the test accuracy of each model after it, averaged over sizes."""
         progress = self.epochs_done / self.epochs
         self.optimizer.factor.fill_((1 + math.cos(math.pi * progress)) / 2)
         for segment, part in self.order():
-            self.steps(*segment.batch(self.places, part))
+            self.steps(self.step, *segment.batch(self.places, part))
         self.epochs_done += 1
         self.accuracy = self.test_accuracy()
         return [sum(each.values()) / len(each) for each in self.accuracy]
@@ -87,16 +87,11 @@ class Training:
 
     def step(self, tokens: Tensor, asked: Tensor, answers: Tensor) -> None:
         """One step of all models on a batch of `Segment.batch`."""
-        logits = self.logits(tokens, asked)  # (R, K, V)
+        logits = self.model(tokens, asked)  # (R, K, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), reduction="sum")
         # Each model's loss is a mean over its own answers; the sum of them has each model's own gradients.
         (loss / (answers.numel() // len(self.runs))).backward()
         self.optimizer.step()
-
-    def logits(self, tokens: Tensor, asked: Tensor) -> Tensor:
-        """(R, K, V), after the columns that are asked for; arguments of `Segment.batch`."""
-        hidden, _ = self.model.read(tokens)  # (R, T, E)
-        return self.model.head(hidden.take_along_dim(asked[..., None], dim=1))
 
     @torch.no_grad()
     def test_accuracy(self) -> list[dict[str, float]]:
@@ -104,12 +99,11 @@ class Training:
         found: list[dict[str, float]] = [{} for _ in self.runs]
         for segment in self.test:
             examples, length = segment.tokens.shape[1:]
-            scores = len(self.runs) * HEADS * length * 2 * length  # the widest tensor, of a row of each model
-            rows = max(1, min(examples, TEST_SCORES[self.device.type] // scores))
+            rows = max(1, min(examples, TEST_TOKENS[self.device.type] // (len(self.runs) * length)))
             right = torch.zeros(len(self.runs), device=self.device)
             for start in range(0, examples, rows):
                 tokens, asked, answers = segment.batch(self.places, slice(start, start + rows))
-                is_right = self.logits(tokens, asked).argmax(-1) == answers  # (R, K)
+                is_right = self.model(tokens, asked).argmax(-1) == answers  # (R, K)
                 right += is_right.view(len(self.runs), -1).sum(1)
             for row, share in zip(found, (right / segment.answers[0].numel()).tolist(), strict=True):
                 row[segment.name] = share
@@ -122,6 +116,7 @@ class Training:
             return
         self.places = self.places[models]
         self.optimizer.keep(models)
+        self.model.keep(torch.tensor(models, device=self.device))
         self.steps.forget()
 
     def state_dict(self) -> dict:

@@ -63,6 +63,8 @@ def _train_one(group: Group, device: torch.device, deadline: float | None) -> Ro
     rows = train(runs, device, checkpoint, deadline)
     if rows is not None:
         checkpoint.unlink(missing_ok=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the next group's tensors have other sizes
     return rows
 
 

@@ -184,6 +184,7 @@ def test_perplexity_of_the_other_models_is_measured_where_one_cannot_be_opened(t
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {record["model"] for record in records} == {good} and list(manifest["failed"]) == [str(bad)]
     assert manifest["complete"] is False
+    assert manifest["identity"]["models"][1] == {"name": good, "dtype": "float32", "compat": None, "short_prompt": None}
     assert main([*given, "--model", str(bad), "--output", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_mamba import original_layout, released_layout
 from transformers import MambaConfig, MambaForCausalLM, MptConfig, PreTrainedConfig, T5Config
 
 import jrt
@@ -33,56 +34,6 @@ def theirs() -> MambaForCausalLM:
 
 def hf_layout(model: MambaForCausalLM, folder: Path) -> Path:
     model.save_pretrained(folder)
-    return folder
-
-
-def original_layout(model: MambaForCausalLM, folder: Path) -> Path:
-    """As `mamba_ssm` writes it: other names for the embedding and in the configuration, a tied head in the file."""
-    weights = {name.replace("embeddings.", "embedding."): tensor for name, tensor in model.state_dict().items()}
-    assert weights["lm_head.weight"].data_ptr() == weights["backbone.embedding.weight"].data_ptr()
-    config = {
-        "d_model": 48,
-        "n_layer": 3,
-        "vocab_size": 100,  # padded to a multiple of 8
-        "ssm_cfg": {},
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": 8,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.save(weights, folder / "pytorch_model.bin")
-    return folder
-
-
-def released_layout(model: MambaForCausalLM, folder: Path) -> Path:
-    """As the original release's class writes it: all fields of its dataclass, GPT's among them, at their defaults."""
-    original_layout(model, folder)
-    config = {
-        "d_model": 48,
-        "n_layer": 3,
-        "vocab_size": 100,
-        "ssm_cfg": {},
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": 8,
-        "reorder_and_upcast_attn": False,
-        "scale_attn_by_inverse_layer_idx": False,
-        "n_positions": 2048,
-        "n_embd": 1024,
-        "n_head": 16,
-        "use_flash_attn": False,
-        "fused_dropout_add_ln": False,
-        "fused_mlp": False,
-        "fused_bias_fc": False,
-        "use_fast_path": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = torch.load(folder / "pytorch_model.bin")
-    counters = {f"{split}_metrics.num-tokens.count": torch.tensor(1) for split in ("train", "val", "test")}
-    torch.save({"model." + name: tensor for name, tensor in weights.items()} | counters, folder / "pytorch_model.bin")
     return folder
 
 

@@ -9,59 +9,12 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from random_mamba import CONV, HEAD, HEADS, INNER, LAYERS, ROWS, STATE, save_random_mamba2, weights
 from torch import Tensor
 
 from jrt.checkpoints.files import CheckpointError
 from jrt.evaluate.models import ModelSpec, is_ours, open_model, open_tokenizer
 from jrt.evaluate.others import open_mamba2
-
-WIDTH, LAYERS, STATE, HEAD, ROWS, CONV = 64, 2, 16, 32, 50288, 4
-INNER, HEADS = 2 * WIDTH, 2 * WIDTH // 32
-SETTINGS = {"layer": "Mamba2", "d_state": STATE, "headdim": HEAD}
-
-
-def config(**changes) -> dict:
-    """As state-spaces/mamba2-130m has it, smaller."""
-    usual = {"d_model": WIDTH, "d_intermediate": 0, "n_layer": LAYERS, "vocab_size": 50277, "ssm_cfg": SETTINGS}
-    usual |= {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
-    return {**usual, "pad_vocab_size_multiple": 16, "tie_embeddings": True, **changes}
-
-
-def weights() -> dict[str, Tensor]:
-    """Random, scaled so that the state matters; the names and shapes of `mamba_ssm`."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(*shape, generator=generator)
-
-    found = {"backbone.embedding.weight": normal(ROWS, WIDTH, scale=WIDTH**-0.5)}
-    for layer in range(LAYERS):
-        at = f"backbone.layers.{layer}"
-        found |= {
-            f"{at}.norm.weight": 1 + normal(WIDTH, scale=0.1),
-            f"{at}.mixer.in_proj.weight": normal(2 * INNER + 2 * STATE + HEADS, WIDTH, scale=WIDTH**-0.5),
-            f"{at}.mixer.conv1d.weight": normal(INNER + 2 * STATE, 1, CONV, scale=0.5),
-            f"{at}.mixer.conv1d.bias": normal(INNER + 2 * STATE, scale=0.1),
-            f"{at}.mixer.dt_bias": normal(HEADS, scale=0.5) - 1,
-            f"{at}.mixer.A_log": normal(HEADS, scale=0.5),
-            f"{at}.mixer.D": normal(HEADS),
-            f"{at}.mixer.norm.weight": 1 + normal(INNER, scale=0.1),
-            f"{at}.mixer.out_proj.weight": normal(WIDTH, INNER, scale=INNER**-0.5),
-        }
-    found["backbone.norm_f.weight"] = 1 + normal(WIDTH, scale=0.1)
-    found["lm_head.weight"] = found["backbone.embedding.weight"]
-    return found
-
-
-def stand_in(folder, tokenizer, changes=None, **settings):
-    folder.mkdir()
-    raw = config(ssm_cfg={**SETTINGS, **settings}, **(changes or {}))
-    (folder / "config.json").write_text(json.dumps(raw))
-    torch.save(weights(), folder / "pytorch_model.bin")
-    if tokenizer:
-        for file in tokenizer.iterdir():
-            shutil.copy(file, folder)
-    return folder
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -95,7 +48,7 @@ def by_the_paper(ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("length", [1, 3, 40])
 def test_the_authors_layout_computes_what_the_paper_says(tmp_path, length):
-    model = open_mamba2(stand_in(tmp_path / "mamba2", None), torch.float32).eval()
+    model = open_mamba2(save_random_mamba2(tmp_path / "mamba2", None), torch.float32).eval()
     ids = torch.arange(7, 7 + length) * 977 % 50277
     with torch.no_grad():
         logits = model(ids[None]).logits[0].double()
@@ -104,7 +57,7 @@ def test_the_authors_layout_computes_what_the_paper_says(tmp_path, length):
 
 
 def test_it_is_opened_as_a_model_of_others_with_its_tokenizer(tmp_path, shared):
-    folder = stand_in(tmp_path / "mamba2", shared / "gpt2")
+    folder = save_random_mamba2(tmp_path / "mamba2", shared / "gpt2")
     assert not is_ours(str(folder))
     opened = open_model(ModelSpec(str(folder)))
     assert type(opened.model).__name__ == "Mamba2ForCausalLM" and opened.ours is None
@@ -116,7 +69,7 @@ def test_it_is_opened_as_a_model_of_others_with_its_tokenizer(tmp_path, shared):
 
 def test_without_tokenizer_files_the_size_names_gpt_neox(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = stand_in(tmp_path / "mamba2", None)
+    folder = save_random_mamba2(tmp_path / "mamba2", None)
     with pytest.raises(ValueError, match="GPT-NeoX's cannot be had: download 'EleutherAI/gpt-neox-20b'"):
         open_tokenizer(str(folder))
 
@@ -137,7 +90,7 @@ def test_without_tokenizer_files_the_size_names_gpt_neox(tmp_path, monkeypatch):
 )
 def test_what_it_cannot_compute_is_refused(tmp_path, settings, changes, said):
     with pytest.raises(CheckpointError, match=said):
-        open_mamba2(stand_in(tmp_path / "mamba2", None, changes, **settings), torch.float32)
+        open_mamba2(save_random_mamba2(tmp_path / "mamba2", None, changes, **settings), torch.float32)
 
 
 def gla_folder(folder, tokenizer):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from jrt_recall import fixtures
+from random_mamba import save_random_mamba, save_random_mamba2
 from random_models import save_random_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +23,12 @@ SCRIPTS = [
 ]
 
 
-def typed(*words: str, **environment: str) -> subprocess.CompletedProcess:
+def typed(*words: str, limit: int = 300, **environment: str) -> subprocess.CompletedProcess:
     """Runs a command with this Python's programs first, `jrt` among them."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     search = os.pathsep.join([str(ROOT), str(ROOT / "lm-eval-harness")])
     env = {**os.environ, "PATH": path, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=300)
+    return subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=limit)
 
 
 @pytest.fixture
@@ -116,6 +117,38 @@ def test_super_glue_end_to_end(model, tmp_path):
     cells = table[5].split("first 2")[1].split()
     assert cells[0] == "1" and len(cells) == 11 and not set(cells) & {"-"}
     assert all(float(cell) in (0.0, 50.0, 100.0) for cell in cells[1:3])
+
+
+@pytest.mark.slow
+def test_stand_ins_of_mamba_and_mamba_2_go_through_the_scripts_of_architectures(shared, tmp_path):
+    """Folders in the release's layout of Mamba and in the authors' of Mamba-2, random weights, no network. Tables 8 and 9 hold
+    models of the release only, so Mamba-2 is refused there in one line."""
+    mirror = fixtures.write_super_glue(fixtures.write(tmp_path / "mirror", count=1))
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    mamba = str(save_random_mamba(tmp_path / "mamba-random", shared / "gpt2"))
+    mamba2 = str(save_random_mamba2(tmp_path / "mamba2-random", shared / "gpt2"))
+
+    def ran(script: str, models: str, *more: str) -> subprocess.CompletedProcess:
+        words = ["bash", str(ROOT / "architecture_scripts" / script), str(tmp_path / script), "--models", models]
+        return typed(*words, "--limit", "1", "--device", "cpu", *more, JRT_DATA=str(mirror), limit=1200)
+
+    done = ran("run_jrt_rnn.sh", f"{mamba},{mamba2}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, _, first, second, after, *_ = done.stdout[done.stdout.index("Table 2:") :].splitlines()[3:]
+    for line, model in ((first, mamba), (second, mamba2)):
+        name, *cells = line.split()
+        assert name == model and len(cells) == 10 and set(cells) <= {"0.0", "100.0"} | {cells[-1]}
+    assert not after and "missing" not in done.stdout
+
+    done = ran("super_glue_tables.sh", mamba)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for title in ("Table 8", "Table 9"):
+        table = done.stdout[done.stdout.index(title) :].splitlines()[5:8]
+        assert [line.split("first 1")[1].split()[0] for line in table] == ["0", "1", "5"]
+        assert all("mamba-random" in line and "-" not in line.split("first 1")[1].split() for line in table)
+
+    done = ran("super_glue.sh", mamba2, "--tasks", "cb")
+    assert done.returncode == 2 and "is no model of this project" in done.stderr.splitlines()[-1]
 
 
 def test_table_1_end_to_end_and_the_notebook_of_its_runs(model, shared, tmp_path):

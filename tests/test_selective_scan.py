@@ -16,6 +16,8 @@ BACKENDS = [
     pytest.param("chunked", "cpu", id="chunked"),
     pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
 ]
+ALL = [*BACKENDS, pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.hopper)]
+STATES = {"cuda": 16}  # a backend that is built for one number
 
 
 def make_inputs(batch=2, steps=100, channels=12, states=5, dtype=torch.float64, device="cpu", seed=0):
@@ -78,7 +80,7 @@ def test_chunked_gradients_equal_those_of_the_definition(steps):
         torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 63, 64, 1000])
 def test_error_is_at_most_twice_that_of_eager_in_the_same_dtype(backend, device, dtype, steps):
@@ -92,10 +94,10 @@ def test_error_is_at_most_twice_that_of_eager_in_the_same_dtype(backend, device,
         assert relative_error(value, truth[name]) <= bound, name
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), ALL)
 @pytest.mark.parametrize("cut", [1, 32, 50, 99])
 def test_a_text_read_in_two_parts_is_the_text_read_whole(backend, device, cut):
-    x = make_inputs(dtype=torch.float32, device=device)
+    x = make_inputs(states=STATES.get(backend, 5), dtype=torch.float32, device=device)
     whole, end = call(x, backend)
     first = {k: x[k][:, :cut] for k in ("u", "delta", "B", "C")}
     second = {k: x[k][:, cut:] for k in ("u", "delta", "B", "C")}
@@ -130,9 +132,9 @@ def test_steps_with_delta_zero_leave_the_state_as_it_was(backend, device):
     torch.testing.assert_close(end_padded, end, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), ALL)
 def test_without_skip_and_initial_state(backend, device):
-    x = make_inputs(dtype=torch.float32, device=device)
+    x = make_inputs(states=STATES.get(backend, 5), dtype=torch.float32, device=device)
     leaves = {k: x[k].requires_grad_() for k in ("u", "delta", "A", "B", "C")}
     found = torch.autograd.grad(selective_scan(**leaves, backend=backend)[0].sum(), leaves.values())
     zeros = leaves | {"D": torch.zeros_like(x["D"]), "initial_state": torch.zeros_like(x["initial_state"])}
@@ -140,10 +142,34 @@ def test_without_skip_and_initial_state(backend, device):
     torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_sizes_that_are_softplus_of_what_is_given(backend, device, dtype):
+    """delta_bias, and -inf for padding, which leaves no trace."""
+    x = make_inputs(steps=40, channels=130, states=STATES.get(backend, 5), dtype=dtype, device=device)
+    x["delta"] = (x["delta"] * 4 - 2).masked_fill(torch.arange(40, device=device)[:, None] < 7, -torch.inf)
+    x["delta_bias"] = torch.linspace(-3, 25, 130, dtype=torch.float64, device=device).to(x["A"].dtype)
+
+    def found(backend, dtype=None):
+        leaves = {k: v.to(dtype or v.dtype, copy=True).detach().requires_grad_() for k, v in x.items()}
+        y, state = selective_scan(**leaves, backend=backend)
+        draw = torch.Generator().manual_seed(1)
+        weights = [torch.randn(o.shape, generator=draw).to(device, x["u"].dtype).to(o.dtype) for o in (y, state)]
+        torch.autograd.backward([y, state], weights)
+        return {"y": y, "state": state} | {f"d{k}": v.grad for k, v in leaves.items()}
+
+    truth, eager = found("reference", torch.float64), found("reference")
+    for name, value in found(backend).items():
+        bound = 2 * relative_error(eager[name], truth[name]) + 4 * torch.finfo(torch.float32).eps
+        assert value.dtype == eager[name].dtype and relative_error(value, truth[name]) <= bound, name
+        if name == "ddelta":
+            assert not value[:, :7].any()
+
+
+@pytest.mark.parametrize(("backend", "device"), ALL)
 def test_extreme_steps_stay_finite(backend, device):
     """A product of decays that vanishes must not be divided by, and a growing exponent must not appear."""
-    x = make_inputs(steps=200, dtype=torch.float32, device=device)
+    x = make_inputs(states=STATES.get(backend, 5), steps=200, dtype=torch.float32, device=device)
     x["delta"][:, ::3] = 200.0
     x["delta"][:, 1::3] = 1e-6
     truth = values_and_gradients(x, "reference", torch.float64)
@@ -151,9 +177,9 @@ def test_extreme_steps_stay_finite(backend, device):
         assert relative_error(value, truth[name]) < 1e-4, name
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), ALL)
 def test_no_memory_is_read_before_it_is_written_and_results_repeat(backend, device):
-    x = make_inputs(steps=77, channels=72, dtype=torch.float32, device=device)
+    x = make_inputs(states=STATES.get(backend, 5), steps=77, channels=72, dtype=torch.float32, device=device)
     before = values_and_gradients(x, backend)
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -189,9 +215,30 @@ def test_registered_operator_obeys_pytorch(backend, device):
     torch.library.opcheck(torch.ops.jrt.selective_scan.default, (*leaves, backend, True))
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.hopper
+def test_the_cuda_operator_obeys_pytorch():
+    x = make_inputs(steps=40, states=16, dtype=torch.float32, device="cuda")
+    bias = torch.zeros(12, device="cuda", requires_grad=True)
+    leaves = [x[k].requires_grad_() for k in NAMES]
+    torch.library.opcheck(torch.ops.jrt.selective_scan_cuda.default, (*leaves[:-1], bias, leaves[-1], True))
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("segments", [1, 2, 5, 63])
+def test_results_do_not_depend_on_how_a_text_is_cut(monkeypatch, segments):
+    from jrt.ops import selective_scan_cuda
+
+    x = make_inputs(steps=1000, channels=300, states=16, dtype=torch.float32, device="cuda")
+    monkeypatch.setattr(selective_scan_cuda, "segments", lambda u: segments)
+    truth, eager = values_and_gradients(x, "reference", torch.float64), values_and_gradients(x, "reference")
+    for name, value in values_and_gradients(x, "cuda").items():
+        bound = 2 * relative_error(eager[name], truth[name]) + 4 * torch.finfo(torch.float32).eps
+        assert relative_error(value, truth[name]) <= bound, name
+
+
+@pytest.mark.parametrize(("backend", "device"), ALL)
 def test_compiled_without_a_graph_break(backend, device):
-    x = make_inputs(steps=40, dtype=torch.float32, device=device)
+    x = make_inputs(states=STATES.get(backend, 5), steps=40, dtype=torch.float32, device=device)
     leaves = {k: v.requires_grad_() for k, v in x.items()}
 
     def loss(inputs):
@@ -241,7 +288,9 @@ def test_wrong_inputs_are_named(changes, message):
 
 
 def test_a_backend_that_cannot_serve_says_why():
-    with pytest.raises(ValueError, match="unknown backend 'cuda', expected one of"):
+    with pytest.raises(ValueError, match="unknown backend 'fast', expected one of"):
+        call(make_inputs(), "fast")
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call: tensors are on cpu"):
         call(make_inputs(), "cuda")
     with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*'chunked'"):
         call(make_inputs(), "triton")

@@ -25,7 +25,7 @@ from jrt.ops.call import Call
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FACTOR = 2.0
-KERNELS = ("forward", "sums", "queries", "keys")
+KERNELS = ("forward", "sums", "queries", "keys", "prefix keys")
 
 kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_run_in_the_interpreter"
@@ -422,7 +422,7 @@ def test_every_setting_has_few_enough_tiles(dtype):
         launch.state_tiles(32, 64)
 
 
-COMPILED = [(name, architecture) for name in KERNELS for architecture in (80, 86, 89)]
+COMPILED = [(name, architecture) for name in KERNELS[:4] for architecture in (80, 86, 89)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -483,6 +483,24 @@ def test_widths(memory_full_of_nan, dtype, d, D, decays):
     x = draw(batch=2, tokens=300, heads=2, d=d, D=D, dtype=dtype, state=2)
     log_decay = torch.tensor([-0.001, -0.1], device=DEVICE) if decays else None
     assert_as_good_as_eager(x, truth_by="chunked", mask=ragged_mask(2, 300), log_decay=log_decay)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("d", "D"), [(8, 16), (16, 64), (16, 112), (32, 64), (32, 128)])
+def test_widths_of_a_prefix(memory_full_of_nan, dtype, d, D):
+    x = draw(batch=2, tokens=300, heads=2, d=d, D=D, dtype=dtype)
+    mask = ragged_mask(2, 300)
+
+    def state_and_gradients(name: str, wide: torch.dtype) -> list[Tensor]:
+        k, v = (x[key].to(wide, copy=True).requires_grad_() for key in "kv")
+        state = encode_prefix(k, v, mask=mask, backend=name)
+        return [*state, *torch.autograd.grad(state.S.sin().sum() + state.z.cos().sum(), (k, v))]
+
+    truth, eager = state_and_gradients("chunked", torch.float64), state_and_gradients("chunked", dtype)
+    for value, wide, narrow in zip(state_and_gradients("triton", dtype), truth, eager, strict=True):
+        rounding = torch.finfo(value.dtype).eps / 4 if value.dtype != torch.float32 else 4e-7
+        assert relative_error(value, wide) <= FACTOR * relative_error(narrow, wide) + rounding
 
 
 @pytest.mark.gpu

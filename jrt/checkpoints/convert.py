@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 import transformers
@@ -106,7 +107,7 @@ def sha256(file: Path) -> str:
     size, name = file.stat().st_size, f"sha256 {file.name}"
     hidden = True if size < LONG_HASH else None  # None: shown on a terminal
     with open(file, "rb") as opened, tqdm.wrapattr(opened, "read", size, desc=name, disable=hidden) as stream:
-        return sha_fileobj(stream).hex()
+        return sha_fileobj(cast(BinaryIO, stream)).hex()  # it only reads
 
 
 def _card(

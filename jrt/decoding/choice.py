@@ -60,6 +60,10 @@ class Choice:
         pad_token = pad_token.to(device) if pads and pad_token is not None else None
         return cls(processors, bool(config.do_sample), pads, torch.cat(ends) if ends else None, pad_token)
 
+    def is_of_the_likeliest(self) -> bool:
+        """Whether nothing counts but which logit is the largest."""
+        return not self.do_sample and len(self.processors) == 0
+
     def pick(self, scores: Tensor) -> Tensor:
         """(B,) the likeliest token, or one that is drawn; scores (B, V)."""
         if self.do_sample:

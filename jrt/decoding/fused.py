@@ -23,8 +23,9 @@ from jrt.decoding.step import Step
 from jrt.decoding.tables import feature_table
 from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution
 from jrt.model import Block, LanguageModel, RMSNorm
-from jrt.ops.steps import attention, launch, linear_attention, mamba, products
-from jrt.ops.steps.products import Norm, Stream, Taps
+from jrt.ops.steps import attention, choice, launch, linear_attention, mamba, products
+from jrt.ops.steps.products import Taps
+from jrt.ops.steps.stream import Norm, Stream, embed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Launch = Callable[[], None]  # reads and writes buffers that were bound to it
@@ -56,8 +57,7 @@ class FusedStep(Step):
     def __init__(self, model: LanguageModel, rows: int, capacity: int) -> None:
         super().__init__(model, rows, capacity)
         width, weight = model.config.width, model.embedding.weight
-        x = torch.zeros(rows, width, device=weight.device)
-        self.stream = Stream(x, torch.zeros_like(x), [0], weight.new_zeros(rows, width))
+        self.stream = Stream.empty(rows, width, weight)
         self.scratch: dict[tuple[str, int], Tensor] = {}
         self.launches: list[Launch] = []
         for block, buffers in zip(self.blocks, self.buffers, strict=True):
@@ -65,15 +65,23 @@ class FusedStep(Step):
             if hasattr(block, "mlp"):
                 self._add_mlp(block)
         self.norm = _norm(model.norm)
-        self.logits = weight.new_zeros(rows, model.head.out_features)
+        vocabulary = model.head.out_features
+        self.logits = weight.new_zeros(rows, vocabulary)
+        self.largest = torch.zeros(rows, choice.blocks(vocabulary), device=weight.device)
+        self.places = torch.zeros_like(self.largest, dtype=torch.int32)
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=weight.device)
 
     def advance(self, ids: Tensor) -> Tensor:
-        products.embed(ids, self.model.embedding.weight, self.stream)
+        embed(ids, self.model.embedding.weight, self.stream)
         for launch_one in self.launches:
             launch_one()
         products.project(self.stream, self.norm, [self.model.head.weight], None, self.logits)
-        self.position.column.add_(1)
+        self.position.column.add_(1)  # an ordinary kernel: the next step starts after it (`launch.after_previous`)
         return self.logits
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        choice.likeliest(logits, self.largest, self.places, self.tokens)
+        return self.tokens
 
     def copies_of_z(self) -> int:
         heads = self.model.config.linear_heads

@@ -9,7 +9,6 @@ Shapes: B rows, E width or channels, K taps, H heads, d query/key size, D value 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -87,9 +86,10 @@ class PlainStep(Step):
 
 def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """What `module` computes; for an nn.Linear without the calls around it."""
-    if type(module) is nn.Linear:
-        return functools.partial(F.linear, weight=module.weight, bias=module.bias)
-    return module
+    if type(module) is not nn.Linear:
+        return module
+    weight, bias = module.weight, module.bias
+    return lambda x: F.linear(x, weight, bias)  # by position: torchao's int8 weights take no names
 
 
 def _norm(module: RMSNorm, one_row: bool) -> Callable[[Tensor], Tensor]:

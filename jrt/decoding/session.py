@@ -123,9 +123,13 @@ class CapturedSession(Session):
         self.count.zero_()
 
     def _choose(self, choice: Choice) -> Tensor:
-        logits = self.step.advance(self.tokens).float()
-        scores = choice.processors(cast(torch.LongTensor, self.chosen), cast(torch.FloatTensor, logits))
-        tokens = choice.padded(choice.pick(scores), self.unfinished)
+        logits = self.step.advance(self.tokens)
+        if choice.is_of_the_likeliest():
+            tokens = self.step.likeliest(logits)
+        else:
+            chosen, scores = cast(torch.LongTensor, self.chosen), cast(torch.FloatTensor, logits.float())
+            tokens = choice.pick(choice.processors(chosen, scores))
+        tokens = choice.padded(tokens, self.unfinished)
         self.chosen.index_copy_(1, self.count, tokens[:, None])
         self.count.add_(1)
         self.tokens.copy_(tokens)

@@ -50,6 +50,10 @@ class Step(ABC):
         The position on the device moves on, `position.seen` does not: a captured step runs no Python.
         """
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """(B,) the token with the largest of the logits (B, V), the first of equal ones."""
+        return torch.argmax(logits, dim=-1)
+
     def load(self, state: ModelState) -> None:
         """Goes on from `state`, which stays as it is."""
         state.check(self.model.config, self.rows)

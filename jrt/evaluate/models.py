@@ -59,6 +59,15 @@ class ModelSpec:
     compat: str | None = None
     short_prompt: str | None = None
 
+    def identity(self) -> dict[str, str | None]:
+        """What decides a model's numbers, as plain values: all but the device."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype or "float32",
+            "compat": self.compat,
+            "short_prompt": self.short_prompt,
+        }
+
 
 @dataclass(frozen=True)
 class ModelInfo:

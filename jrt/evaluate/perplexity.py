@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from jrt.evaluate.folder import MANIFEST, former_manifest
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 from jrt.evaluate.tables.results import aligned
 from jrt.files import write_json
-from jrt.provenance import code_sha256, versions
+from jrt.provenance import code_sha256, commit, device_name, versions
 
 LENGTH = 2048
 DISTANCES = (64, 256, 512, 1024)
@@ -74,14 +74,20 @@ def run(
         ValueError: no model could be measured, or the folder holds something else.
     """
     identity = {
-        "models": [asdict(spec) for spec in specs],
+        "models": [spec.identity() for spec in specs],
         "text": digest({"text": document} for document in documents),
         "limit": limit,
     }
     records: list[dict] = []
     if former_manifest(output, identity, resume) is not None and (output / RESULT).is_file():
         records = json.loads((output / RESULT).read_text(encoding="utf-8"))
-    provenance = {**versions(), "code": code_sha256(jrt, jrt_recall)}
+    kept = {
+        "identity": identity,
+        "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},
+        "device": device_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(Path(jrt.__file__).parent),
+    }
     failed: dict[str, str] = {}
     for spec in specs:
         if any(record["model"] == spec.name for record in records):
@@ -93,10 +99,9 @@ def run(
             found = []
         records += [{"model": spec.name, **record} for record in found]
         if records:
-            complete = spec == specs[-1] and not failed
             output.mkdir(parents=True, exist_ok=True)
-            manifest = {"identity": identity, "versions": provenance, "failed": failed, "complete": complete}
-            write_json(output / MANIFEST, manifest)
+            complete = spec == specs[-1] and not failed
+            write_json(output / MANIFEST, {**kept, "failed": failed, "complete": complete})
             write_json(output / RESULT, records)
     if not records:
         raise ValueError(next(iter(failed.values())))

@@ -79,10 +79,7 @@ class Plan:
         """What makes two runs the same run, as plain values. Batches, devices and workers are no part of it."""
         request = self.request
         return {
-            "models": [
-                {"name": m.name, "dtype": m.dtype or "float32", "compat": m.compat, "short_prompt": m.short_prompt}
-                for m in request.models
-            ],
+            "models": [spec.identity() for spec in request.models],
             "limit": request.limit,
             "seed": request.seed,
             "cells": [found.summary() for found in self.questions.values()],

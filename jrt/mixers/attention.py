@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from jrt.config import Config
 from jrt.mixers.batch import TokenBatch
@@ -64,6 +65,9 @@ class WindowAttention(Attention):
 
     def forward(self, x: Tensor, batch: TokenBatch, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
         q, k, v = self.rotated(x, batch)
+        if state is None and batch.mask is None and torch.compiler.is_compiling() and x.is_cuda and x.requires_grad:
+            o = compiled_window_attention(q, k, v, self.window, self.scale)
+            return self.out_proj(o.flatten(2)), KeyValues(*(_last_columns(y, self.window) for y in (k, v)))
         if state is None:
             empty = k.new_zeros(k.shape[0], self.window, *k.shape[2:])
             state = KeyValues(empty, empty)
@@ -129,6 +133,32 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int
     shown = rearrange(valid.unfold(1, window + block, block), "b n j -> (b n) 1 1 j")
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=near & shown | itself, scale=scale)
     return rearrange(o, "(b n) h i d -> b (n i) h d", b=batch)[:, :length]
+
+
+def compiled_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """`window_attention` of a whole text without padding, for training under torch.compile: FlexAttention, which torch
+    compiles to a kernel that skips the blocks outside of the window (`benchmarks/results/layers.json` has the times).
+
+    Args:
+        q, k, v: (B, T, H, D).
+
+    Returns:
+        (B, T, H, D).
+    """
+
+    def is_shown(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key <= window)
+
+    length = q.shape[1]
+    mask = create_block_mask(is_shown, None, None, length, length, device=q.device)
+    o = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, scale=scale)
+    return o.transpose(1, 2)
+
+
+def _last_columns(x: Tensor, count: int) -> Tensor:
+    """The last `count` columns of x (B, T, H, D), zeros before the first."""
+    missing = max(0, count - x.shape[1])
+    return F.pad(x[:, max(0, x.shape[1] - count) :], (0, 0, 0, 0, missing, 0))
 
 
 def rotary_angles(positions: Tensor, dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

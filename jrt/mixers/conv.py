@@ -5,13 +5,11 @@ Shapes: B batch, T tokens, E channels, K taps.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jrt.config import Config
 from jrt.mixers.batch import TokenBatch
-from jrt.ops import short_convolution
+from jrt.ops import gated_convolution_linear
 
 
 class ShortConvolution(nn.Module):
@@ -27,8 +25,5 @@ class ShortConvolution(nn.Module):
         self.out_proj = nn.Linear(channels, config.width, bias=bias)
 
     def forward(self, x: Tensor, batch: TokenBatch, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
-        if batch.mask is not None:
-            u = torch.where(batch.mask[..., None], u, 0)
-        c, state = short_convolution(u, self.conv.weight[:, 0], self.conv.bias, state)
-        return self.out_proj(F.silu(c) * gate), state  # the gate itself is linear
+        weight, bias = self.conv.weight[:, 0], self.conv.bias
+        return gated_convolution_linear(self.in_proj(x), weight, bias, self.out_proj, state, batch.mask)

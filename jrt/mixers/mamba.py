@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jrt.config import Config
 from jrt.mixers.batch import TokenBatch
-from jrt.ops import selective_scan, short_convolution
+from jrt.ops import selective_scan, silu_convolution
 
 
 class MambaState(NamedTuple):
@@ -39,18 +39,14 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, batch: TokenBatch, state: MambaState | None) -> tuple[Tensor, MambaState]:
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
-        if batch.mask is not None:
-            u = torch.where(batch.mask[..., None], u, 0)
-        c, conv = short_convolution(
-            u, self.conv1d.weight[:, 0], self.conv1d.bias, None if state is None else state.conv
-        )
-        u = F.silu(c)
+        before = None if state is None else state.conv
+        u, conv = silu_convolution(u, self.conv1d.weight[:, 0], self.conv1d.bias, before, batch.mask)
         rank, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
-        wide = torch.promote_types(u.dtype, torch.float32)
-        delta = F.softplus(F.linear(rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias)  # (B, T, E)
+        delta = F.linear(rank, self.dt_proj.weight)  # (B, T, E), before bias and softplus
         if batch.mask is not None:
-            delta = torch.where(batch.mask[..., None], delta, 0)  # padding leaves the state as it was
-        A = -self.A_log.to(wide).exp()
+            delta = delta.masked_fill(~batch.mask[..., None], -torch.inf)  # padding leaves the state as it was
+        wide = torch.promote_types(u.dtype, torch.float32)
+        A, D = -self.A_log.to(wide).exp(), self.D.to(wide)
         ssm = None if state is None else state.ssm
-        y, ssm = selective_scan(u, delta, A, B, C, self.D.to(wide), initial_state=ssm)
+        y, ssm = selective_scan(u, delta, A, B, C, D, delta_bias=self.dt_proj.bias, initial_state=ssm)
         return self.out_proj(y * F.silu(gate)), MambaState(conv, ssm)

@@ -15,6 +15,7 @@ from torch import Tensor
 from jrt.ops import backends, checks
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count, taylor_features
+from jrt.ops.gated import gated_convolution_linear, silu_convolution, swiglu_linear
 from jrt.ops.selective_scan import selective_scan
 from jrt.ops.short_convolution import short_convolution
 
@@ -25,9 +26,12 @@ __all__ = [
     "State",
     "encode_prefix",
     "feature_count",
+    "gated_convolution_linear",
     "linear_attention",
     "selective_scan",
     "short_convolution",
+    "silu_convolution",
+    "swiglu_linear",
     "taylor_features",
 ]
 

@@ -26,7 +26,7 @@ from jrt.ops.triton import gradients_of_call, gradients_of_prefix, save_call, sa
 
 DIM = 16
 FEATURES = feature_count(DIM)
-INTERFACE = 2  # of jrt_kernels
+INTERFACE = 3  # of jrt_kernels
 LONGEST = 2**30  # tokens: kernels count them in 32 bits
 VECTOR_BYTES = 16  # copies and decoding move these at once
 DTYPES = (torch.bfloat16, torch.float16)

@@ -7,16 +7,28 @@ than once in a process. It computes what `jrt.ops` computes on a CPU; shapes and
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
 from jrt.ops.chunked import linear_attention as chunked_attention
 from jrt.ops.feature_map import State, taylor_features
-from jrt.ops.selective_scan_pytorch import chunked_backward, chunked_forward, stepwise
+from jrt.ops.gated_pytorch import gated_convolution_linear, silu_convolution, swiglu_linear
+from jrt.ops.selective_scan_pytorch import chunked_backward, chunked_forward, state_dtype, stepwise
 from jrt.ops.short_convolution import short_convolution
 
-__all__ = ["State", "encode_prefix", "linear_attention", "selective_scan", "short_convolution", "taylor_features"]
+__all__ = [
+    "State",
+    "encode_prefix",
+    "gated_convolution_linear",
+    "linear_attention",
+    "selective_scan",
+    "short_convolution",
+    "silu_convolution",
+    "swiglu_linear",
+    "taylor_features",
+]
 
 
 def linear_attention(
@@ -47,9 +59,12 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None = None,
     *,
+    delta_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba's recurrence."""
+    if delta_bias is not None:
+        delta = F.softplus(delta.to(state_dtype(u, delta, A, B, C, D, delta_bias, initial_state)) + delta_bias)
     inputs = (u, delta, A, B, C, D, initial_state)
     return stepwise(*inputs) if u.shape[1] == 1 else ChunkedScan.apply(*inputs)
 

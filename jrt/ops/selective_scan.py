@@ -3,22 +3,25 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = C_t . h_t + D u_t
 
 Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk.
-Three backends compute it: "reference" is the loop above and the truth, "chunked" is PyTorch with memory bounded in T,
-and "triton" are the GPU kernels of `selective_scan_triton`. The last two are one custom operator each way, so that
-torch.compile sees a single node; both keep only the states between chunks and compute the rest again in the backward.
+Four backends compute it: "reference" is the loop above and the truth, "chunked" is PyTorch with memory bounded in T,
+"triton" and "cuda" are the GPU kernels of `selective_scan_triton` and `selective_scan_cuda`. The last three are one
+custom operator each way, so that torch.compile sees a single node; they keep only the states between chunks and compute
+the rest again in the backward.
 """
 
 import importlib.util
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from jrt.ops import selective_scan_cuda
 from jrt.ops.registration import register
 from jrt.ops.selective_scan_pytorch import CHUNK as PYTORCH_CHUNK
 from jrt.ops.selective_scan_pytorch import between_shape, chunked_backward, chunked_forward, state_dtype, stepwise
 
-BACKENDS = ("reference", "chunked", "triton")
+BACKENDS = ("reference", "chunked", "triton", "cuda")
 CHUNK = {"chunked": PYTORCH_CHUNK, "triton": 16}  # steps between two states kept for the backward
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -31,6 +34,7 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None = None,
     *,
+    delta_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -43,9 +47,11 @@ def selective_scan(
         A: decay rates `(E, N)`, negative, fp32.
         B, C: input and output coefficients `(B, T, N)`.
         D: skip weights `(E,)`, or None for no skip.
+        delta_bias: `(E,)`; the step size is then softplus(delta + delta_bias), and padding is delta = -inf. None: the
+            step size is delta.
         initial_state: state before the first step `(B, E, N)`; None is zero.
-        backend: "reference" (loop over T), "chunked" (PyTorch, any device) or "triton" (GPU); None takes the fastest
-            that serves the call.
+        backend: "reference" (loop over T), "chunked" (PyTorch, any device), "triton" (GPU) or "cuda" (Hopper GPU, built
+            kernels); None takes the fastest that serves the call.
 
     Returns:
         y `(B, T, E)` in u's dtype, and the state after the last step `(B, E, N)` in fp32 (fp64 when an input is fp64).
@@ -54,11 +60,21 @@ def selective_scan(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call.
     """
-    _check(u, delta, A, B, C, D, initial_state)
-    inputs = (u, delta, A, B, C, D, initial_state)
+    _check(u, delta, A, B, C, D, delta_bias, initial_state)
     if backend not in (None, *BACKENDS):
         raise ValueError(f"selective_scan: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
     one_step = u.shape[1] == 1
+    whole = (u, delta, A, B, C, D, delta_bias, initial_state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in whole)
+    if backend == "cuda" or (backend is None and not one_step):
+        reason = selective_scan_cuda.unsupported(whole)
+        if backend == "cuda" and reason:
+            raise ValueError(f"selective_scan: backend 'cuda' cannot serve this call: {reason}")
+        if reason is None:
+            return selective_scan_cuda.selective_scan(*whole, keep)
+    if delta_bias is not None:
+        delta = F.softplus(delta.to(state_dtype(*whole)) + delta_bias)
+    inputs = (u, delta, A, B, C, D, initial_state)
     reason = None if backend in ("reference", "chunked") else triton_unsupported(inputs)
     if backend == "triton" and reason:
         raise ValueError(f"selective_scan: backend 'triton' cannot serve this call: {reason}")
@@ -66,7 +82,6 @@ def selective_scan(
         backend = "triton" if u.is_cuda and not one_step and reason is None else "chunked"
     if backend == "reference" or (backend == "chunked" and one_step):  # one step of decoding is the definition itself
         return stepwise(*inputs)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, state, _ = torch.ops.jrt.selective_scan(*inputs, backend, keep)
     return y, state
 
@@ -84,7 +99,7 @@ def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _check(u, delta, A, B, C, D, initial_state) -> None:
+def _check(u, delta, A, B, C, D, delta_bias, initial_state) -> None:
     if u.ndim != 3 or A.ndim != 2:
         found = f"{tuple(u.shape)} and {tuple(A.shape)}"
         raise ValueError(f"selective_scan: expected u (B, T, E) and A (E, N), got {found}")
@@ -99,6 +114,7 @@ def _check(u, delta, A, B, C, D, initial_state) -> None:
         "B": (B, (batch, steps, states)),
         "C": (C, (batch, steps, states)),
         "D": (D, (channels,)),
+        "delta_bias": (delta_bias, (channels,)),
         "initial_state": (initial_state, (batch, channels, states)),
     }
     for name, (x, shape) in wanted.items():

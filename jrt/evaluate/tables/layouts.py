@@ -119,12 +119,9 @@ def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
     rows: list[list[str]] = []
     gains: list[float] = []
     published: list[float] = []
-    missing = []
     for model in dict.fromkeys(record["model"] for record in records):
         cells = {(c.label, c.strategy): scores.get(Cell(model, c.task, c.strategy, c.protocol)) for c in table.columns}
-        absent = [label for (label, _), score in cells.items() if score is None]
-        if absent:
-            missing.append(f"missing: {model}: {', '.join(absent)}")
+        if None in cells.values():
             continue
         once, twice = (
             mean([s for (_, strategy), s in cells.items() if strategy == name]) for name in ("once", "twice")
@@ -138,8 +135,9 @@ def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
         gains.append(twice - once)
         known = None if before is None or after is None else after - before
         rows.append([model, beside(once, before), beside(twice, after), beside(gains[-1], known)])
+    missing = missing_runs(table, records)
     if not rows:
-        raise ValueError(f"no run holds all of Table 1 for a model: {'; '.join(missing) or 'no cell at all'}")
+        raise ValueError(f"no run holds all of Table 1 for a model; {'; '.join(missing) or 'no cell of it at all'}")
     total = spread(gains) + (f" ({spread(published)})" if len(published) == len(gains) else "")
     rows.append([f"mean and standard deviation, models: {len(gains)}", "", "", total])
     every = [sum(row[1::2]) / 6 - sum(row[::2]) / 6 for row in table.rows.values()]

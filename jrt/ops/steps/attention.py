@@ -19,7 +19,8 @@ from jrt.ops.steps.launch import after_previous, early, release_next
 
 PART = 256  # fewest columns of a part
 PROGRAMS = 264  # programs beyond which more parts do not help
-WHOLE = 256  # columns of a ring that is fetched at once, so that a window costs one trip to memory
+WHOLE = 256  # columns of a ring that few programs fetch at once, so that a window costs one trip to memory
+MANY = 1024  # programs that keep the memory busy, each with a small block of columns at a time
 
 
 def parts(rows: int, heads: int, ring: int) -> int:
@@ -48,8 +49,10 @@ def attention_step(
     C = partial.shape[2]
     BD = triton.next_power_of_2(D)
     cos, sin, half = (qkv, qkv, 0) if rotary is None else rotary
-    block = triton.next_power_of_2(ring) if ring <= WHOLE else 8192 // BD
+    block = triton.next_power_of_2(max(1, ring - 1)) if ring <= WHOLE else 8192 // BD
     warps = min(16, max(4, block * BD // 2048))
+    if batch * heads * C >= MANY:
+        block, warps = 1024 // BD, 1
     options = early(qkv.device)
     _attention_kernel[(batch * heads, C)](
         qkv, keys, values, column, pads, cos, sin, partial, o, heads, ring, scale, half,
@@ -75,6 +78,18 @@ def _rotated(x, cos, sin, position, e, inside, half, D: tl.constexpr, ROTARY: tl
 
 
 @triton.jit
+def _block(keys, values, start, end, R, e, inside, D: tl.constexpr, BR: tl.constexpr):
+    """Keys and values (BR, BD) of the tokens from column `start` on, and which of them (BR,) come before `end`."""
+    i = tl.arange(0, BR)
+    r = start % R + i
+    r = tl.where(r >= R, r - R, r)  # once is enough: fewer than R tokens are seen
+    seen = start + i < end
+    at = r[:, None] * D + e[None, :]
+    read = seen[:, None] & inside[None, :]
+    return tl.load(keys + at, mask=read, other=0.0), tl.load(values + at, mask=read, other=0.0), seen
+
+
+@triton.jit
 def _attention_kernel(
     qkv, keys, values, column, pads, cos, sin, partial, o, H, R, scale, half,
     D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ROTARY: tl.constexpr, PDL: tl.constexpr,
@@ -83,43 +98,39 @@ def _attention_kernel(
     b, h = pair // H, pair % H
     e = tl.arange(0, BD)
     inside = e < D
+    now = tl.load(column).to(tl.int32)
+    first = tl.load(pads + b).to(tl.int32)
+    oldest = tl.maximum(now - R + 1, first)  # column of the first token that is seen
+    share = tl.cdiv(tl.cdiv(now - oldest, C), BR) * BR
+    start = oldest + part * share
+    end = tl.minimum(start + share, now)
+    ring = pair * R * D
+    k, v, seen = _block(keys + ring, values + ring, start, end, R, e, inside, D, BR)
     release_next(PDL)
     after_previous(PDL)
     dtype: tl.constexpr = keys.dtype.element_ty
-    now = tl.load(column)
-    first = tl.load(pads + b)
     x = qkv + b * (3 * H * D) + h * D
     q = _rotated(x, cos, sin, now - first, e, inside, half, D, ROTARY, dtype) * scale
-    new = now % R
-    is_first = part == 0  # takes the new token itself
     own_k = _rotated(x + H * D, cos, sin, now - first, e, inside, half, D, ROTARY, dtype)
     own_v = tl.load(x + 2 * H * D + e, mask=inside, other=0.0)
-    place = (pair * R + new) * D + e
+    is_first = part == 0  # takes the new token itself
+    place = ring + (now % R) * D + e
     tl.store(keys + place, own_k, mask=inside & is_first)
     tl.store(values + place, own_v, mask=inside & is_first)
     top = tl.where(is_first, tl.sum(q * own_k, 0), -float("inf"))
     total = tl.where(is_first, 1.0, 0.0)
     y = tl.where(is_first, own_v.to(tl.float32), 0.0)
-    used = tl.minimum(R, now + 1)  # columns of the ring that hold anything
-    share = tl.cdiv(tl.cdiv(used, C), BR) * BR
-    start = part * share
-    end = tl.minimum(start + share, used)
-    for r0 in range(start, end, BR):
-        r = r0 + tl.arange(0, BR)
-        t = now - (now - r + R) % R  # column of the token there
-        seen = (r < end) & (r != new) & (t >= first)
-        at = (pair * R + r[:, None]) * D + e[None, :]
-        read = seen[:, None] & inside[None, :]
-        k = tl.load(keys + at, mask=read, other=0.0).to(tl.float32)  # (BR, BD)
-        v = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
-        s = tl.where(seen, tl.sum(k * q[None, :], 1), -float("inf"))
+    for t0 in range(start, end, BR):
+        next_k, next_v, next_seen = _block(keys + ring, values + ring, t0 + BR, end, R, e, inside, D, BR)
+        s = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))
         higher = tl.maximum(top, tl.max(s, 0))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         p = tl.exp(s - safe)
         shrink = tl.exp(top - safe)
         total = total * shrink + tl.sum(p, 0)
-        y = y * shrink + tl.sum(p[:, None] * v, 0)
+        y = y * shrink + tl.sum(p[:, None] * v.to(tl.float32), 0)
         top = higher
+        k, v, seen = next_k, next_v, next_seen
     if C == 1:
         tl.store(o + pair * D + e, y / total, mask=inside)
     else:

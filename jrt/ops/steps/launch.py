@@ -14,9 +14,13 @@ PROGRAMS = 132  # programs that a product should have at least, about one a mult
 LONGEST = 16_384  # inputs of a product that one program can hold
 
 
+LARGE = 8192  # outputs from which weights have to be read once, for all rows together
+MOST_SPLITS = 8  # parts that the sum over a product's inputs is cut into
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of a product's tiles: BM rows, BN outputs, BK inputs; ROWS is 1 or "more"."""
+    """Sizes of a product's tiles: BM rows, BN outputs, BK inputs at a time; ROWS is 1 or 2, which means more."""
 
     rows: int
     BM: int
@@ -24,10 +28,11 @@ class Tiles:
     BK: int
     stages: int
     warps: int
+    splits: int = 1  # programs that share the inputs of one tile
 
 
 @functools.cache
-def tiles(rows: int, outputs: int, inputs: int, halves: int, itemsize: int) -> Tiles:
+def tiles(rows: int, outputs: int, inputs: int, itemsize: int, halves: int = 1, may_split: bool = False) -> Tiles:
     """Tiles for `rows` x `inputs` times a matrix with `outputs` rows (of each half, where there are two)."""
     if rows == 1:
         BK = triton.next_power_of_2(inputs)
@@ -35,9 +40,22 @@ def tiles(rows: int, outputs: int, inputs: int, halves: int, itemsize: int) -> T
         BN = min(most, _power_below(outputs // PROGRAMS))
         return Tiles(1, 1, BN, BK, 1, 4)
     BM = min(64, max(16, triton.next_power_of_2(rows)))
-    BN = 16 if itemsize < 4 and outputs // 32 * -(-rows // BM) < PROGRAMS else 32
-    BK = min(32 if itemsize == 4 else 128, max(16, triton.next_power_of_2(inputs)))
-    return Tiles(2, BM, BN, BK, 2 if itemsize == 4 else 4 if BM == 16 else 3, 4)
+    if itemsize == 4:
+        BN, BK, stages = 32, 32, 2
+    elif may_split and BM == 64:
+        BN, BK, stages = 64, 64, 6
+    elif rows > 64 and outputs >= LARGE:
+        BM, BN, BK, stages = 128, 64, 64, 4
+    elif BM == 16:
+        BN, BK, stages = 32, 128, 4
+    else:
+        BN, BK, stages = 32, 64, 6
+    BK = min(BK, max(16, triton.next_power_of_2(inputs)))
+    splits = 1
+    if may_split:
+        tiles_of_all = -(-outputs // BN) * -(-rows // BM)
+        splits = max(1, min(MOST_SPLITS, PROGRAMS // tiles_of_all, inputs // BK))
+    return Tiles(2, BM, BN, BK, stages, 4, splits)
 
 
 def _power_below(number: int) -> int:
@@ -57,7 +75,11 @@ def early(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def after_previous(PDL: tl.constexpr):
-    """Waits until the kernel before this one has ended; only what no kernel of the step writes may be read before."""
+    """Waits until the kernel before this one has ended.
+
+    Before that a kernel may read weights, and states that it alone writes: those of the last token are complete, because a
+    step ends with an ordinary kernel, which nothing overtakes.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from jrt.ops.steps.launch import after_previous, early, release_next
 
+MANY = 1024  # programs that keep the memory busy, each with a small block of features at a time
+
 
 def column_blocks(rows: int, heads: int, value_dim: int) -> int:
     """C: more blocks where there are few heads to share the work."""
@@ -37,11 +39,13 @@ def linear_attention_step(
     batch, heads, features, value_dim = S.shape
     copies = z.shape[2]
     BD = triton.next_power_of_2(-(-value_dim // copies))
+    few = batch * heads * copies < MANY  # a program then fetches its whole state at once
+    BF, warps = (triton.next_power_of_2(features), 8) if few else (32, 1)
     has_gains = qkv.shape[1] > heads * (2 * d + value_dim)
     _linear_attention_kernel[(batch * heads, copies)](
         qkv, S, z, *table, S if decay is None else decay, o, heads, features, value_dim, qkv.shape[1], gain,
-        d=d, C=copies, DECAY=decay is not None, GAINS=has_gains, BF=triton.next_power_of_2(features), BD=BD,
-        num_warps=8, **early(S.device),
+        d=d, C=copies, DECAY=decay is not None, GAINS=has_gains, BF=BF, BD=BD,
+        num_warps=warps, **early(S.device),
     )  # fmt: skip
 
 
@@ -53,32 +57,42 @@ def _linear_attention_kernel(
 ):  # fmt: skip
     pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = pair // H, pair % H
-    f, e = tl.arange(0, BF), block * BD + tl.arange(0, BD)
-    feature, column = f < F, e < D
-    i = tl.load(table_i + f, mask=feature, other=d)
-    j = tl.load(table_j + f, mask=feature, other=d)
-    w = tl.load(table_w + f, mask=feature, other=0.0)
-    tile = S + pair * F * D + f[:, None] * D + e[None, :]
-    inside = feature[:, None] & column[None, :]
+    e = block * BD + tl.arange(0, BD)
+    column = e < D
+    tile = S + pair * F * D + e[None, :]
+    sums = z + (pair * C + block) * F
+    f = tl.arange(0, BF)
+    s = tl.load(tile + f[:, None] * D, mask=(f < F)[:, None] & column[None, :], other=0.0)  # (BF, BD)
+    old_z = tl.load(sums + f, mask=f < F, other=0.0)
     release_next(PDL)
     after_previous(PDL)
-    s = tl.load(tile, mask=inside, other=0.0)  # (BF, BD)
-    sums = z + (pair * C + block) * F + f
-    old_z = tl.load(sums, mask=feature, other=0.0)
     q, k = qkv + b * width + h * d, qkv + b * width + (H + h) * d
     dtype: tl.constexpr = qkv.dtype.element_ty
-    phi_q = w * _factor(q, i, gain, d, dtype) * _factor(q, j, gain, d, dtype)
-    phi_k = w * _factor(k, i, gain, d, dtype) * _factor(k, j, gain, d, dtype)
     values = qkv + b * width + 2 * H * d
     v = tl.load(values + h * D + e, mask=column, other=0.0).to(tl.float32)
+    gamma = 1.0
     if DECAY:
-        s *= tl.load(decay + h)
-    s += phi_k[:, None] * v[None, :]
-    new_z = old_z + phi_k
-    tl.store(tile, s, mask=inside)
-    tl.store(sums, new_z, mask=feature)
-    y = tl.sum(phi_q[:, None] * s, 0) / tl.sum(phi_q * new_z, 0)
-    y = y.to(dtype)
+        gamma = tl.load(decay + h)
+    y = tl.zeros((BD,), tl.float32)
+    total = 0.0
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        later = f + BF
+        next_s = tl.load(tile + later[:, None] * D, mask=(later < F)[:, None] & column[None, :], other=0.0)
+        next_z = tl.load(sums + later, mask=later < F, other=0.0)
+        i = tl.load(table_i + f, mask=f < F, other=d)
+        j = tl.load(table_j + f, mask=f < F, other=d)
+        w = tl.load(table_w + f, mask=f < F, other=0.0)
+        phi_q = w * _factor(q, i, gain, d, dtype) * _factor(q, j, gain, d, dtype)
+        phi_k = w * _factor(k, i, gain, d, dtype) * _factor(k, j, gain, d, dtype)
+        s = s * gamma + phi_k[:, None] * v[None, :]
+        new_z = old_z + phi_k
+        tl.store(tile + f[:, None] * D, s, mask=(f < F)[:, None] & column[None, :])
+        tl.store(sums + f, new_z, mask=f < F)
+        y += tl.sum(phi_q[:, None] * s, 0)
+        total += tl.sum(phi_q * new_z, 0)
+        s, old_z = next_s, next_z
+    y = (y / total).to(dtype)
     if GAINS:
         y = (y.to(tl.float32) * tl.load(values + H * D + h).to(tl.float32)).to(dtype)
     tl.store(o + (b * H + h) * D + e, y, mask=column)

@@ -58,7 +58,7 @@ def queries_kernel(
         faded = tl.exp(rate * tl.maximum(step[:, None] - step[None, :], 0))  # (C, C)
     for first in range(start, end, C):
         t = first + step
-        zero = zero_of(first, d)
+        zero = zero_of(first, k, d)
         inside = t < end
         keep = inside
         if HAS_MASK:
@@ -166,7 +166,7 @@ def keys_kernel(
     for n in range(0, chunks):
         first = start + (chunks - 1 - n) * C
         t = first + step
-        zero = zero_of(first, d)
+        zero = zero_of(first, k, d)
         inside = t < end
         keep = inside
         if HAS_MASK:
@@ -204,6 +204,8 @@ def keys_kernel(
             r = tl.arange(0, a.shape[1])[None, :]
             phi = products(a, b, r, i, d, PAIR_TILES, PAIR_ROWS)
             narrow = tiles[i].to(WIDE)
+            if not HAS_QUERIES and WIDE == tl.float32:  # noqa: SIM300 - WIDE is a constant of the kernel
+                narrow += (first >> 31).to(tl.float32)  # zero; a tile that never changes would be kept in shared memory
             if HAS_DECAY:
                 phi = phi * to_end[:, None]
             dv_c = tl.dot(phi.to(WIDE), narrow, dv_c, input_precision=PRECISION)

@@ -17,13 +17,14 @@ import triton.language as tl
 
 
 @triton.jit
-def zero_of(first, d: tl.constexpr):
-    """Zero, which for large d is known only when running, from the (never negative) number of a token.
+def zero_of(first, x, d: tl.constexpr):
+    """Zero, which for large d or for x in fp32 is known only when running, from the (never negative) number of a token.
 
-    The compiler keeps what does not change from chunk to chunk in shared memory. For small d these are the pickers; for
-    large d they would fill it, so their numbers are made to look as if they changed.
+    The compiler keeps what does not change from chunk to chunk: the pickers. Where these are small, that saves time. For
+    large d they would fill the shared memory, in fp32 the registers, so their numbers are made to look as if they
+    changed. `x` points at queries or keys.
     """
-    if d > 16:
+    if d > 16 or x.dtype.element_ty == tl.float32:
         zero = first >> 31
     else:
         zero = 0

@@ -50,7 +50,7 @@ def forward_kernel(
         age = tl.maximum(step[:, None] - step[None, :], 0)
     for first in range(start, end, C):
         t = first + step
-        zero = zero_of(first, d)
+        zero = zero_of(first, k, d)
         inside = t < end
         keep = inside
         if HAS_MASK:

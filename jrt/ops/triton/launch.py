@@ -54,19 +54,20 @@ class Pieces(NamedTuple):
 
 
 def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
-    """Sizes for "forward", "sums", "queries" or "keys", measured on an H100; at most 99 KB of shared memory.
+    """Sizes for "forward", "sums", "queries", "keys" or "prefix keys", measured on an H100; at most 99 KB of shared memory.
 
-    The chunk is the same for all kernels, so that pieces are whole chunks to each.
+    The chunk is the same for all kernels of a text, so that pieces are whole chunks to each.
     """
     columns = max(16, triton.next_power_of_2(D))
-    if dtype != torch.bfloat16:  # operands of four bytes
-        if d > 16:
-            return Tiles(C=16, DV=min(columns, 32), rows=128, warps=8, stages=1)
-        return Tiles(C=32, DV=min(columns, 64), rows=128, warps=4, stages=1)
+    narrow = kernel in ("queries", "keys", "prefix keys")  # the gradients need more registers beside the state
     if d > 16:
-        return Tiles(C=32, DV=min(columns, 32), rows=128, warps=8, stages=1)
-    narrow = kernel in ("queries", "keys")  # the gradients need more registers beside the state
-    stages = 1 if kernel == "keys" else 2
+        C = 32 if dtype == torch.bfloat16 else 16
+        return Tiles(C=C, DV=min(columns, 32), rows=128, warps=8, stages=1)
+    if dtype != torch.bfloat16:  # operands of four bytes
+        if kernel == "prefix keys":
+            return Tiles(C=64, DV=min(columns, 64), rows=32, warps=4, stages=1)
+        return Tiles(C=16, DV=min(columns, 64), rows=128, warps=8, stages=1)
+    stages = 1 if kernel in ("keys", "prefix keys") else 2
     return Tiles(C=64, DV=min(columns, 64), rows=32 if narrow else 64, warps=4, stages=stages)
 
 
@@ -188,7 +189,7 @@ def prefix_backward(
     """Gradients of k and v; the tokens of a prefix have no order, so pieces need no sums."""
     k, v, mask, cu_seqlens = _rows(k), _rows(v), _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
-    tiles = choose_tiles("keys", d, D, k.dtype)
+    tiles = choose_tiles("prefix keys", d, D, k.dtype)
     pieces = _cut(k, cu_seqlens, tiles, "backward")
     column_tiles = triton.cdiv(D, tiles.DV)
     partial = k.dtype if column_tiles == 1 else torch.float32

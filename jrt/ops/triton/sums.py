@@ -57,7 +57,7 @@ def piece_kernel(
         else:
             first = start + n * C
         t = first + step
-        zero = zero_of(first, d)
+        zero = zero_of(first, x, d)
         inside = t < end
         keep = inside
         if HAS_MASK:

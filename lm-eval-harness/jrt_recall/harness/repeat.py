@@ -71,7 +71,7 @@ def write_repeated(
     Raises ValueError for unknown tasks, tasks that do not generate, and tasks that are a Python class."""
     strategy = strategy_named(f"{copies}x")
     members = [member for name in names for member in _members(index, name)]
-    new_names = []
+    new_names: list[str] = []
     for name in dict.fromkeys(members):
         original = index[name]
         settings = original.cfg or {}

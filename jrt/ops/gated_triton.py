@@ -1,0 +1,204 @@
+"""Triton kernels of `gated`: each reads its inputs once and computes in fp32.
+
+The sums over tokens in the taps' gradients go through partial sums in memory, never atomics, so that results repeat bit
+for bit.
+
+Shapes: B batch, T tokens, E channels, K taps, M hidden units, N = B x T rows, S segments of a text.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, UNITS = 4, 512  # of a SwiGLU program
+STEPS, CHANNELS = 8, 128  # of a convolution program's tile
+SEGMENT = 256  # steps that one program of the backward sums over
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """value * silu(gate) (..., M) for x = [value, gate] (..., 2 M)."""
+    x = x.contiguous()
+    units = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], units)
+    rows = y.numel() // units
+    with torch.cuda.device_of(x):
+        _swiglu_kernel[_swiglu_grid(rows, units)](x, y, rows, units, R=ROWS, W=UNITS, num_warps=4)
+    return y
+
+
+def swiglu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x (..., 2 M), and value * silu(gate) (..., M) again."""
+    x, dy = x.contiguous(), dy.contiguous()
+    units = x.shape[-1] // 2
+    dx, y = torch.empty_like(x), torch.empty_like(dy)
+    rows = y.numel() // units
+    with torch.cuda.device_of(x):
+        _swiglu_backward_kernel[_swiglu_grid(rows, units)](x, dy, dx, y, rows, units, R=ROWS, W=UNITS, num_warps=4)
+    return dx, y
+
+
+def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, is_gated: bool) -> Tensor:
+    """silu(conv(u)) (B, T, E) for x = u (B, T, E), or that times gate for x = [u, gate] (B, T, 2 E)."""
+    x, taps = _rows(x), taps.contiguous()
+    batch, steps, (channels, count) = x.shape[0], x.shape[1], taps.shape
+    y = x.new_empty(batch, steps, channels)
+    sizes = {"T": steps, "E": channels, "K": count, "S": x.stride(1)}
+    grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(steps, STEPS), batch)
+    with torch.cuda.device_of(x):
+        _convolution_kernel[grid](
+            x, taps, _given(bias, taps), y, **sizes, BIASED=bias is not None, GATED=is_gated, L=STEPS, W=CHANNELS,
+            num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def convolution_backward(
+    x: Tensor, taps: Tensor, bias: Tensor | None, dy: Tensor, is_gated: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x, and in fp32 of taps and bias; with a gate also what `convolution` gave, else None."""
+    x, taps, dy = _rows(x), taps.contiguous(), dy.contiguous()
+    batch, steps, (channels, count) = x.shape[0], x.shape[1], taps.shape
+    segments = triton.cdiv(steps, SEGMENT)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(dy) if is_gated else None
+    partial = torch.empty(batch * segments, count + 1, channels, dtype=torch.float32, device=x.device)
+    sizes = {"T": steps, "E": channels, "K": count, "S": x.stride(1), "SEGMENT": SEGMENT}
+    grid = (triton.cdiv(channels, CHANNELS), segments, batch)
+    with torch.cuda.device_of(x):
+        _convolution_backward_kernel[grid](
+            x, taps, _given(bias, taps), dy, dx, _given(y, dx), partial, **sizes, BIASED=bias is not None,
+            GATED=is_gated, L=STEPS, W=CHANNELS, num_warps=4,
+        )  # fmt: skip
+    summed = partial.sum(0)  # (K + 1, E)
+    return dx, summed[:count].mT.contiguous(), summed[count], y
+
+
+def _swiglu_grid(rows: int, units: int) -> tuple[int, int]:
+    return triton.cdiv(rows, ROWS), triton.cdiv(units, UNITS)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (B, T, .) as rows of equal distance, which a slice of a wider tensor has already."""
+    if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1):
+        return x
+    return x.contiguous()
+
+
+def _given(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
+
+
+@triton.jit
+def _swiglu_place(rows, units, R: tl.constexpr, W: tl.constexpr):
+    """Offsets (R, W) of a program's values in y and in x, and which exist."""
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    unit = (tl.program_id(1) * W + tl.arange(0, W))[None, :]
+    return row * units + unit, row * (2 * units) + unit, (row < rows) & (unit < units)
+
+
+@triton.jit
+def _swiglu_kernel(x, y, rows, units, R: tl.constexpr, W: tl.constexpr):
+    own, pair, inside = _swiglu_place(rows, units, R, W)
+    value = tl.load(x + pair, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x + pair + units, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + own, (value * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward_kernel(x, dy, dx, y, rows, units, R: tl.constexpr, W: tl.constexpr):
+    own, pair, inside = _swiglu_place(rows, units, R, W)
+    value = tl.load(x + pair, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x + pair + units, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(dy + own, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    silu = gate * share
+    tl.store(y + own, (value * silu).to(y.dtype.element_ty), mask=inside)
+    tl.store(dx + pair, (out * silu).to(dx.dtype.element_ty), mask=inside)
+    slope = share * (1 + gate * (1 - share))
+    tl.store(dx + pair + units, (out * value * slope).to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _convolved(x, steps, e, first, taps, bias, T, E, S, K: tl.constexpr, BIASED: tl.constexpr):
+    """conv(u) at `steps` (L,) of the row that begins at step `first`, for channels e (W,): (L, W) in fp32."""
+    c = tl.zeros((steps.shape[0], e.shape[0]), tl.float32)
+    if BIASED:
+        c += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    for k in tl.static_range(K):
+        tap = tl.load(taps + e * K + k, mask=e < E, other=0.0).to(tl.float32)
+        c += _inputs(x, steps - (K - 1) + k, e, first, T, E, S) * tap[None, :]
+    return c
+
+
+@triton.jit
+def _inputs(x, steps, e, first, T, E, S):
+    """x (L, W) in fp32 at these steps, zero outside of the text."""
+    inside = ((steps >= 0) & (steps < T))[:, None] & (e < E)[None, :]
+    return tl.load(x + (first + steps)[:, None] * S + e[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _convolution_kernel(
+    x, taps, bias, y, T, E, S, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0) * W + tl.arange(0, W)
+    steps = tl.program_id(1) * L + tl.arange(0, L)
+    first = tl.program_id(2).to(tl.int64) * T
+    c = _convolved(x, steps, e, first, taps, bias, T, E, S, K, BIASED)
+    out = c * tl.sigmoid(c)
+    if GATED:
+        out *= _inputs(x + E, steps, e, first, T, E, S)
+    inside = (steps < T)[:, None] & (e < E)[None, :]
+    tl.store(y + (first + steps)[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _convolution_backward_kernel(
+    x, taps, bias, dy, dx, y, partial, T, E, S, SEGMENT, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: the gradients dc of the K steps from t on are computed for each t, and
+    their inputs come from the cache."""
+    e = tl.program_id(0) * W + tl.arange(0, W)
+    segment = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    first = tl.program_id(2).to(tl.int64) * T
+    width = E * (2 if GATED else 1)  # of a row of dx
+    by_bias = tl.zeros((L, W), tl.float32)
+    by_taps = ()
+    for _ in tl.static_range(K):
+        by_taps = by_taps + (tl.zeros((L, W), tl.float32),)  # noqa: RUF005 - Triton knows no unpacking inside a tuple
+    for start in range(tl.program_id(1) * SEGMENT, tl.minimum(T, (tl.program_id(1) + 1) * SEGMENT), L):
+        steps = start + tl.arange(0, L)
+        inside = (steps < T)[:, None] & (e < E)[None, :]
+        row = (first + steps)[:, None]
+        du = tl.zeros((L, W), tl.float32)
+        for j in tl.static_range(K):
+            c = _convolved(x, steps + j, e, first, taps, bias, T, E, S, K, BIASED)
+            out = _inputs(dy, steps + j, e, first, T, E, E)
+            share = tl.sigmoid(c)
+            if GATED:
+                gate = _inputs(x + E, steps + j, e, first, T, E, S)
+                if j == 0:
+                    silu = c * share
+                    tl.store(y + row * E + e[None, :], (silu * gate).to(y.dtype.element_ty), mask=inside)
+                    tl.store(dx + row * width + E + e[None, :], (out * silu).to(dx.dtype.element_ty), mask=inside)
+                out *= gate
+            dc = out * share * (1 + c * (1 - share))
+            if j == 0:
+                by_bias += dc
+                sums = ()
+                for k in tl.static_range(K):
+                    u = _inputs(x, steps - (K - 1) + k, e, first, T, E, S)
+                    sums = sums + (by_taps[k] + dc * u,)  # noqa: RUF005
+                by_taps = sums
+            tap = tl.load(taps + e * K + (K - 1 - j), mask=e < E, other=0.0).to(tl.float32)
+            du += dc * tap[None, :]
+        tl.store(dx + row * width + e[None, :], du.to(dx.dtype.element_ty), mask=inside)
+    partial += segment * (K + 1) * E + e
+    for k in tl.static_range(K):
+        tl.store(partial + k * E, tl.sum(by_taps[k], 0), mask=e < E)
+    tl.store(partial + K * E, tl.sum(by_bias, 0), mask=e < E)

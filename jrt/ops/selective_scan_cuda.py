@@ -1,0 +1,206 @@
+"""The selective scan's CUDA kernels (kernels/selective_scan.cu) as torch operators, forward and backward.
+
+The step sizes' softplus is computed inside, so that they are read in the inputs' dtype. The backward keeps the states
+between chunks of 16 steps and computes the rest again. Results repeat bit for bit.
+
+Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from jrt.ops import cuda
+from jrt.ops.registration import register
+
+STATES, STEPS, WIDTH = 16, 16, 128  # N; steps of a chunk; channels of a block
+BLOCKS = 3  # that a multiprocessor holds at a time
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
+    """Why the kernels cannot serve (u, delta, A, B, C, D, delta_bias, initial_state), or None."""
+    u, delta, A, B, C, *_ = inputs
+    assert u is not None and delta is not None and A is not None and B is not None and C is not None
+    if u.device.type != "cuda":
+        return f"tensors are on {u.device}; expected a CUDA device"
+    if reason := cuda._missing(u.device.index):
+        return reason
+    if A.shape[1] != STATES:
+        return f"{A.shape[1]} states a channel: the kernels are built for {STATES}"
+    if u.dtype not in DTYPES or any(x.dtype != u.dtype for x in (delta, B, C)):
+        kinds = ", ".join(str(x.dtype) for x in (u, delta, B, C))
+        return f"u, delta, B and C are {kinds}: expected one of float32, bfloat16 and float16 for all four"
+    if any(x is not None and x.dtype == torch.float64 for x in inputs):
+        return "they compute in fp32 and an input is fp64"
+    if max(u.shape[0], slices(u)) > 65535 or u.shape[1] >= 2**31 - STEPS:
+        return "the text or the batch is too large for one launch"
+    if not torch.compiler.is_compiling() and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        return "a forward-mode derivative is wanted and the kernels have none"
+    return None
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """`jrt.ops.selective_scan` for inputs that `unsupported` lets pass; `keep`: a gradient will be wanted."""
+    y, state, _ = torch.ops.jrt.selective_scan_cuda(u, delta, A, B, C, D, delta_bias, initial_state, keep)
+    return y, state
+
+
+def segments(u: Tensor) -> int:
+    """Parts into which each text is cut, so that the blocks of all fill the card once."""
+    count = torch.cuda.get_device_properties(u.device).multi_processor_count * BLOCKS
+    return max(1, min(count // (u.shape[0] * slices(u)), -(-u.shape[1] // STEPS)))
+
+
+def slices(u: Tensor) -> int:
+    """P, the slices of channels."""
+    return -(-u.shape[2] // WIDTH)
+
+
+# ---- the operators
+
+
+def _forward(u, delta, A, B, C, D, delta_bias, initial_state, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    u, delta, B, C = u.contiguous(), delta.contiguous(), _rows(B), _rows(C)
+    between = _between(u, keep)
+    y, end = torch.empty_like(u), torch.empty(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
+    start = None if initial_state is None else initial_state.float().contiguous()
+    with _Launch(u, delta, A, B, C, D, delta_bias) as launch:
+        states = launch.states(start, end, between if keep else None)
+        launch.kernels.scan_forward(
+            launch.inputs, launch.strides, states, launch.sizes, launch.dtype, y.data_ptr(), launch.stream
+        )
+    return y, end, between
+
+
+def _forward_fake(u, delta, A, B, C, D, delta_bias, initial_state, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    end = torch.empty(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
+    return u.new_empty(u.shape), end, _between(u, keep)
+
+
+def _backward(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tuple[Tensor, ...]:
+    """Gradients of u, delta, A, B, C, D, delta_bias and initial_state; those of A, D, bias and state in fp32."""
+    u, delta, dy, B, C = u.contiguous(), delta.contiguous(), dy.contiguous(), _rows(B), _rows(C)
+    batch, steps, channels = u.shape
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    with _Launch(u, delta, A, B, C, D, delta_bias) as launch:
+        parts = launch.segments
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+        dA, dD, dbias = (
+            empty(batch, parts, STATES, channels),
+            empty(batch, parts, channels),
+            empty(batch, parts, channels),
+        )
+        dB, dC = (empty(slices(u), batch, between.shape[1] * STEPS, STATES) for _ in range(2))
+        dinitial = empty(batch, channels, STATES)
+        states = launch.states(dstate.float().contiguous(), dinitial, between)
+        gradients = [x.data_ptr() for x in (dy, du, ddelta, dA, dD, dbias, dB, dC)]
+        launch.kernels.scan_backward(
+            launch.inputs, launch.strides, states, launch.sizes, launch.dtype, gradients, launch.stream
+        )
+    by_B, by_C = (x.sum(0)[:, :steps].to(u.dtype) for x in (dB, dC))  # (B, T, N)
+    whole = dA.sum((0, 1)).mT.contiguous()  # (E, N)
+    return du, ddelta, whole, by_B.contiguous(), by_C.contiguous(), dD.sum((0, 1)), dbias.sum((0, 1)), dinitial
+
+
+def _backward_fake(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tuple[Tensor, ...]:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=u.device)
+
+    channels = u.shape[2]
+    du, ddelta, dB, dC = (x.new_empty(x.shape) for x in (u, delta, B, C))
+    return du, ddelta, empty(*A.shape), dB, dC, empty(channels), empty(channels), empty(u.shape[0], *A.shape)
+
+
+class _Launch:
+    """The arguments that both directions share, and their tensors, which must live until the work is queued."""
+
+    def __init__(self, u, delta, A, B, C, D, delta_bias) -> None:
+        rates = (A.float() * math.log2(math.e)).mT.contiguous()  # (N, E): exp(delta A) = exp2(delta rate)
+        skip = rates.new_zeros(u.shape[2]) if D is None else D.float().contiguous()
+        bias = None if delta_bias is None else delta_bias.float().contiguous()
+        self.kernels, self.segments = cuda._module(), segments(u)
+        self.tensors = [u, delta, bias, rates, B, C, skip]
+        self.inputs = [cuda._address(x) for x in self.tensors]
+        self.strides = [B.stride(0), B.stride(1), C.stride(0), C.stride(1)]
+        self.sizes = [*u.shape, self.segments]
+        self.dtype = cuda._name(u.dtype)
+        self.stream = torch.cuda.current_stream(u.device).cuda_stream
+        self.device = torch.cuda.device_of(u)
+
+    def states(self, start: Tensor | None, end: Tensor, between: Tensor | None) -> list[int]:
+        batch, _, channels, parts = self.sizes
+        local, spans = end.new_empty(batch, parts, STATES, channels), end.new_empty(batch, parts, channels)
+        found = [start, end, between, local, spans]
+        self.tensors += found
+        return [cuda._address(x) for x in found]
+
+    def __enter__(self) -> _Launch:
+        self.device.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.device.__exit__(*error)
+
+
+def _between(u: Tensor, keep: bool) -> Tensor:
+    """States before each chunk (B, K, N, E) in fp32; empty where none are kept."""
+    chunks = -(-u.shape[1] // STEPS) if keep else 0
+    return torch.empty(u.shape[0], chunks, STATES, u.shape[2], dtype=torch.float32, device=u.device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """B or C with the states of a step side by side."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, initial_state, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+
+
+def _gradients(ctx, dy: Tensor, dstate: Tensor, dbetween: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, A, _, _, D, bias, _ = ctx.saved_tensors
+    found = torch.ops.jrt.selective_scan_cuda_backward(*ctx.saved_tensors, dy, dstate)
+    du, ddelta, dA, dB, dC, dD, dbias, dh = found
+    dD = None if D is None else dD.to(D.dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    dh = None if ctx.state_dtype is None else dh.to(ctx.state_dtype)
+    return du, ddelta, dA.to(A.dtype), dB, dC, dD, dbias, dh, None
+
+
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
+register(
+    "selective_scan_cuda",
+    f"({_INPUTS}, Tensor? initial_state, bool keep) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+register(
+    "selective_scan_cuda_backward",
+    f"({_INPUTS}, Tensor between, Tensor dy, Tensor dstate)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+torch.library.register_autograd("jrt::selective_scan_cuda", _gradients, setup_context=_save)

@@ -1,0 +1,113 @@
+"""The residual stream of a step: where it starts, what is added to it, and the RMSNorm that each product begins with.
+
+The stream x is fp32. With one row, whoever writes x also writes the sums of squares of its columns, and the next product
+adds these up and norms what it reads. With more rows, a product leaves S partial sums of its output, each over a part of
+its inputs; a kernel of its own adds them to x, norms the rows and writes them in the dtype of the weights.
+
+Shapes: B batch rows, W width, P partial sums of squares a row, S partial sums of a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jrt.ops.steps.launch import MOST_SPLITS, after_previous, early, release_next
+
+BLOCK = 256  # columns that one program of `embed` writes
+
+
+@dataclass
+class Stream:
+    """The residual stream, and what was said about it but not yet done."""
+
+    x: Tensor  # (B, W) fp32
+    squares: Tensor  # (B, W) fp32; of a row, the first `parts` are partial sums of x^2
+    partial: Tensor  # (MOST_SPLITS, B, W) fp32; the first `splits` have to be added to x
+    normed: Tensor  # (B, W) in the dtype of the weights
+    parts: int = 0
+    splits: int = 0
+    bias: Tensor | None = None  # (W,) to be added with the partial sums
+
+    @classmethod
+    def empty(cls, rows: int, width: int, like: Tensor) -> Stream:
+        """A stream of so many rows for weights such as `like`."""
+        x = torch.zeros(rows, width, device=like.device)
+        splits = 1 if rows == 1 else MOST_SPLITS
+        return cls(x, torch.zeros_like(x), x.new_zeros(splits, rows, width), like.new_zeros(rows, width))
+
+
+class Norm(NamedTuple):
+    """An RMSNorm of the residual stream."""
+
+    weight: Tensor  # (W,)
+    eps: float
+
+
+def embed(ids: Tensor, table: Tensor, stream: Stream) -> None:
+    """Starts the residual stream with the rows `ids` (B,) of `table` (V, W)."""
+    batch, width = stream.x.shape
+    stream.parts, stream.splits = triton.cdiv(width, BLOCK), 0
+    _embed_kernel[(stream.parts, batch)](
+        ids, table, stream.x, stream.squares, width, stream.squares.shape[1], BN=BLOCK, num_warps=4,
+        **early(ids.device),
+    )  # fmt: skip
+
+
+def add_and_norm(stream: Stream, norm: Norm) -> Tensor:
+    """Adds what has to be added; gives norm(x) (B, W) in the dtype of the weights, good until the next call."""
+    batch, width = stream.x.shape
+    BW = triton.next_power_of_2(width)
+    _norm_kernel[(batch,)](
+        stream.x, stream.partial, stream.x if stream.bias is None else stream.bias, norm.weight, stream.normed,
+        batch, width, norm.eps, S=stream.splits, BIAS=stream.splits > 0 and stream.bias is not None, BW=BW,
+        num_warps=min(16, max(4, BW // 256)), **early(stream.x.device),
+    )  # fmt: skip
+    stream.splits = 0
+    return stream.normed
+
+
+@triton.jit
+def inverse_norm(squares, P, K, eps, PP: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of one row from its first P partial sums of squares; PP >= P, a power of two."""
+    part = tl.arange(0, PP)
+    return tl.rsqrt(tl.sum(tl.load(squares + part, mask=part < P, other=0.0), 0) / K + eps)
+
+
+@triton.jit
+def _norm_kernel(
+    x, partial, bias, norm, out, B, W, eps, S: tl.constexpr, BIAS: tl.constexpr, BW: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BW)
+    inside = k < W
+    weight = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
+    added = tl.zeros((BW,), tl.float32)
+    if BIAS:
+        added += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
+    release_next(PDL)
+    after_previous(PDL)
+    y = tl.load(x + row * W + k, mask=inside, other=0.0)
+    if S > 0:
+        for split in tl.static_range(S):
+            added += tl.load(partial + (split * B + row) * W + k, mask=inside, other=0.0)
+        y += added.to(out.dtype.element_ty).to(tl.float32)
+        tl.store(x + row * W + k, y, mask=inside)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / W + eps) * weight
+    tl.store(out + row * W + k, y, mask=inside)
+
+
+@triton.jit
+def _embed_kernel(ids, table, x, squares, W, stride, BN: tl.constexpr, PDL: tl.constexpr):
+    release_next(PDL)
+    after_previous(PDL)
+    row, block = tl.program_id(1), tl.program_id(0)
+    n = block * BN + tl.arange(0, BN)
+    y = tl.load(table + tl.load(ids + row) * W + n, mask=n < W, other=0.0).to(tl.float32)
+    tl.store(x + row * W + n, y, mask=n < W)
+    tl.store(squares + row * stride + block, tl.sum(y * y, 0))

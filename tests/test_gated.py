@@ -1,0 +1,167 @@
+"""SwiGLU and the gated short convolution with the projection behind them: kernels against fp64 PyTorch, and when they serve."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from jrt.ops import gated_convolution_linear, gated_pytorch, silu_convolution, swiglu_linear
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# In the interpreter these run within `test_kernels_in_the_interpreter`.
+kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter")
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+
+
+def drawn(*shape, scale=1.0):
+    return torch.randn(*shape, dtype=torch.float64, device=DEVICE) * scale
+
+
+def gradients(function, inputs, dtype, weights):
+    """Results and gradients under a fixed random loss."""
+    leaves = {name: x.to(dtype).detach().requires_grad_() for name, x in inputs.items()}
+    found = function(**leaves)
+    torch.autograd.backward(found, [w.to(found.dtype) for w in weights])
+    return {"y": found.detach()} | {name: x.grad for name, x in leaves.items()}
+
+
+def error(found, truth):
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+def compare(kernel, plain, inputs, dtype):
+    """The kernel's error against fp64 is at most twice that of plain PyTorch in the same dtype."""
+    inputs = {name: x.to(dtype).double() for name, x in inputs.items()}
+    weights = [torch.randn_like(plain(**inputs)).to(dtype)]
+    truth = gradients(plain, inputs, torch.float64, weights)
+    eager, found = (gradients(f, inputs, dtype, weights) for f in (plain, kernel))
+    for name, value in truth.items():
+        assert found[name].dtype == dtype and found[name].shape == value.shape
+        assert error(found[name], value) <= 2 * error(eager[name], value) + 1e-6, name
+
+
+def linear_of(weight, bias):
+    """A plain nn.Linear whose weights carry gradients to `weight` and `bias`."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    for name, value in (("weight", weight), ("bias", bias)):
+        linear._parameters.pop(name)
+        setattr(linear, name, value)
+    return linear
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 24), (1, 5, 600)])
+def test_swiglu(dtype, shape):
+    inputs = {"x": drawn(*shape[:2], 2 * shape[2]), "w": drawn(8, shape[2], scale=0.1), "b": drawn(8)}
+
+    def function(ops):
+        return lambda x, w, b: ops(x, linear_of(w, b))
+
+    compare(function(swiglu_linear), function(gated_pytorch.swiglu_linear), inputs, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("steps", "channels", "taps"), [(1, 8, 3), (2, 130, 4), (17, 40, 3), (261, 8, 2)])
+def test_gated_convolution(dtype, biased, steps, channels, taps):
+    inputs = {"x": drawn(2, steps, 2 * channels), "taps": drawn(channels, taps), "w": drawn(6, channels, scale=0.2)}
+    if biased:
+        inputs |= {"tap_bias": drawn(channels), "b": drawn(6)}
+
+    def function(ops):
+        return lambda x, taps, w, tap_bias=None, b=None: ops(x, taps, tap_bias, linear_of(w, b), None, None)[0]
+
+    compare(function(gated_convolution_linear), function(gated_pytorch.gated_convolution_linear), inputs, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("taps", [2, 4])
+def test_silu_convolution_of_a_slice(dtype, taps):
+    inputs = {"x": drawn(2, 21, 48), "taps": drawn(24, taps), "tap_bias": drawn(24)}
+
+    def function(ops):
+        return lambda x, taps, tap_bias: ops(x[..., :24], taps, tap_bias, None, None)[0]
+
+    compare(function(silu_convolution), function(gated_pytorch.silu_convolution), inputs, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_the_state_is_that_of_plain_pytorch(steps):
+    x, taps = drawn(2, steps, 16).float().requires_grad_(), drawn(16, 4).float()
+    for u in (x, x.detach()):
+        _, state = silu_convolution(u, taps, None)
+        _, expected = gated_pytorch.silu_convolution(u, taps, None, None, None)
+        assert torch.equal(state, expected)
+
+
+@kernels
+def test_operators_obey_pytorch():
+    x, taps, bias = (t.float().requires_grad_() for t in (drawn(2, 5, 16), drawn(8, 3), drawn(8)))
+    w, b = drawn(4, 8).float().requires_grad_(), drawn(4).float().requires_grad_()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.jrt.swiglu_linear.default, (x, w, b), test_utils=checks)
+    torch.library.opcheck(torch.ops.jrt.gated_convolution_linear.default, (x, taps, bias, w, b), test_utils=checks)
+    torch.library.opcheck(torch.ops.jrt.silu_convolution.default, (x, drawn(16, 3).float(), None), test_utils=checks)
+
+
+@pytest.mark.gpu
+def test_results_repeat_and_no_memory_is_read_before_it_is_written():
+    x, taps, w = (t.bfloat16().requires_grad_() for t in (drawn(2, 300, 64), drawn(32, 3), drawn(16, 32)))
+
+    def step():
+        y, _ = gated_convolution_linear(x, taps, None, linear_of(w, None))
+        return torch.autograd.grad(y.square().sum(), (x, taps, w))
+
+    before = step()
+    was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty now returns NaN
+    try:
+        poisoned = step()
+    finally:
+        torch.use_deterministic_algorithms(was[0])
+        torch.utils.deterministic.fill_uninitialized_memory = was[1]
+    for old, new in zip(before, poisoned, strict=True):
+        assert torch.equal(old, new)
+
+
+@kernels
+def test_a_projection_that_is_more_than_a_linear_is_called():
+    """An adapter or a hook is not passed by."""
+    x = drawn(2, 3, 16).float().requires_grad_()
+    linear = nn.Linear(8, 4).to(DEVICE)
+    seen = []
+    linear.register_forward_hook(lambda *_: seen.append(True))
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    swiglu_linear(x, linear)
+    assert seen
+    doubled = Doubled(8, 4).to(DEVICE)
+    doubled.load_state_dict(linear.state_dict())
+    torch.testing.assert_close(swiglu_linear(x, doubled), 2 * swiglu_linear(x, linear))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
+def test_kernels_in_the_interpreter():
+    """Triton looks for its interpreter once: a process of its own."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout

@@ -1,0 +1,169 @@
+"""Kernels of the recall tasks against the same functions in PyTorch and fp64; in Triton's interpreter without a GPU."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from synthetics.convolution import gated_convolution
+from synthetics.optimizer import BETAS, EPS, LARGEST_NORM, WEIGHT_DECAY, StackedAdamW
+from synthetics.residual import add_and_norm
+from synthetics.taylor import taylor_attention, weighted_sums
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies no matrices in bf16
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the relative error
+
+kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_run_in_the_interpreter"
+)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
+def test_the_kernels_run_in_the_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        assert os.environ.get("CI") != "true", "triton is missing: install the extra 'dev'"
+        pytest.skip("triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
+    random = torch.Generator().manual_seed(len(shapes))
+    return [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(DEVICE, dtype)
+
+
+def check(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == expected.shape
+    assert not found.isnan().any()
+    difference = torch.linalg.vector_norm(found.double().cpu() - expected)
+    assert difference <= BOUND[dtype] * torch.linalg.vector_norm(expected)
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "half"])
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("prefixed", [False, True], ids=["causal", "prefix"])
+@pytest.mark.parametrize(("length", "keys", "values"), [(1, 4, 18), (23, 24, 32), (70, 4, 18), (130, 16, 8)])
+def test_attention(length, keys, values, prefixed, dtype):
+    from synthetics import taylor_kernels
+
+    heads = 2
+    columns = heads * (2 * keys + values) + (heads * (keys + values) if prefixed else 0)
+    x, do = draw((2, length, columns), (2, length, heads * values))
+    x[..., : heads * keys] *= keys**-0.5
+    x = x.to(dtype).double().requires_grad_()
+    expected = taylor_attention(x, heads, keys, values)
+    o, denominator = taylor_kernels.forward(cast(x, dtype), heads, keys, values)
+    check(o, expected.detach(), dtype)
+    dx = taylor_kernels.backward(cast(x, dtype), o, denominator, cast(do, dtype), heads, keys, values)
+    check(dx, torch.autograd.grad(expected, x, do)[0], dtype)
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize(("queries", "length", "width"), [(1, 1, 36), (2, 70, 36), (4, 33, 128), (16, 40, 64)])
+def test_sums_for_a_few_queries(queries, length, width, dtype):
+    from synthetics import asked_kernels
+
+    q, x, dsums, dtotals = draw((3, queries, width), (3, length, width), (3, queries, width), (3, queries))
+    q, x = ((each * size).to(dtype).double().requires_grad_() for each, size in ((q, width**-0.5), (x, 1)))
+    last = torch.arange(3 * queries).view(3, queries) * 7 % length
+    expected = weighted_sums(q, x, last)
+    found = asked_kernels.forward(cast(q, dtype), cast(x, dtype), last.to(DEVICE))
+    gradients = torch.autograd.grad(expected, (q, x), (dsums, dtotals))
+    ours = asked_kernels.backward(
+        cast(q, dtype), cast(x, dtype), last.to(DEVICE), cast(dsums, dtype), cast(dtotals, torch.float32)
+    )
+    for own, their in zip((*found, *ours), (*expected, *gradients), strict=True):
+        check(own, their.detach(), dtype)
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize(("rows", "length", "width", "taps"), [(2, 70, 36, 3), (1, 5, 128, 3), (3, 2, 64, 4)])
+def test_gated_convolution(rows, length, width, taps, dtype):
+    from synthetics import convolution_kernels
+
+    models = 2
+    shapes = ((models * rows, length, 2 * width), (models, 2 * width), (models, width, taps), (models, width))
+    u, bias, filters, filter_bias, dy = draw(*shapes, (models * rows, length, width))
+    u = u.to(dtype).double()
+    inputs = [each.requires_grad_() for each in (u, bias, filters, filter_bias)]
+    expected = gated_convolution(*inputs)
+    ours = cast(u, dtype), *(cast(each, torch.float32) for each in inputs[1:])
+    check(convolution_kernels.forward(*ours), expected.detach(), dtype)
+    gradients = torch.autograd.grad(expected, inputs, dy)
+    for own, their in zip(convolution_kernels.backward(cast(dy, dtype), *ours), gradients, strict=True):
+        check(own, their, dtype)
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("adds", ["", "y", "y and bias"])
+@pytest.mark.parametrize(("tokens", "width"), [(150, 36), (5, 128)])
+def test_residual_and_norm(tokens, width, adds, dtype):
+    from synthetics import residual_kernels
+
+    models = 2
+    x, y, dtotal, dnormed, bias, weight = draw(*[(models, tokens, width)] * 4, *[(models, width)] * 2)
+    y = y.to(dtype).double()
+    inputs = [x, y if "y" in adds else None, bias if "bias" in adds else None, weight]
+    given = [each.requires_grad_() for each in inputs if each is not None]
+    expected = add_and_norm(*inputs, 1e-5, torch.float64)
+    kinds = (torch.float32, dtype, torch.float32, torch.float32)
+    ours = [None if each is None else cast(each, kind) for each, kind in zip(inputs, kinds, strict=True)]
+    total, normed = residual_kernels.forward(*ours, 1e-5, dtype)
+    check(total, expected[0].detach(), torch.float32)
+    check(normed, expected[1].detach(), dtype)
+    found = residual_kernels.backward(
+        cast(dtotal, torch.float32), cast(dnormed, dtype), total, ours[3], 1e-5, adds=bool(adds)
+    )
+    gradients = iter(torch.autograd.grad(expected, given, (dtotal, dnormed)))
+    for own, input_ in zip(found, inputs, strict=True):
+        if input_ is not None:
+            check(own, next(gradients), dtype)
+
+
+@kernels
+def test_steps_of_adamw_are_those_without_kernels():
+    from synthetics import optimizer_kernels
+
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(3, 3000))
+    optimizer = StackedAdamW(module, [1e-2, 3e-2, 1e-1])
+    tables = [each.float() for each in draw(*[(3, 3000)] * 4)]
+    tables[2].abs_()  # second moments
+    tables[3] *= torch.tensor([1e-4, 1e-2, 1.0])[:, None]  # gradients, of which the last are clipped
+    own = (optimizer.weights, optimizer.first, optimizer.second)
+    for table, values in zip(own, tables, strict=False):
+        table.copy_(values)
+    module.weight.grad = tables[3].clone()
+    optimizer.factor.fill_(0.7)
+    optimizer.steps.fill_(3)
+    found = [each.to(DEVICE) for each in tables]
+    optimizer.step()
+    scalars = (each.to(DEVICE) for each in (optimizer.peak, optimizer.factor, optimizer.steps))
+    optimizer_kernels.step(*found, *scalars, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, largest_norm=LARGEST_NORM)
+    assert math.isclose(float(optimizer.steps), 4)
+    for ours, theirs in zip(found, own, strict=False):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,85 @@
+"""Training on a GPU: one graph a block with the ops inside, equal to eager code, and runs that go on bit for bit."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("hydra")
+
+from train_runs import ROOT, curve
+
+from jrt.config import presets
+from jrt.loss import ModelWithLoss, loss_of, room_for
+from jrt.model import LanguageModel
+from jrt.objective import Objective
+
+LARGER = {"width": 128, "heads": 2, "linear_heads": 2, "feature_dim": 16, "rotary_dim": 32, "window": 20}
+
+
+def loss_and_gradients(model: LanguageModel, ids: torch.Tensor, how: str) -> dict[str, torch.Tensor]:
+    """`how`: compiled (bf16), eager (bf16) or exact (fp32)."""
+    torch._dynamo.reset()
+    config = model.config
+    objective = Objective("jrt" if config.has("P") else "causal", config.vocab_rows - 1)
+    module = ModelWithLoss(model, config.has("P"))
+    originals = [block.forward for block in model.blocks]
+    if how == "compiled":
+        module.compile_parts(fullgraph=True)
+    lengths = torch.full((len(ids),), config.enc_length, device=ids.device) if config.has("P") else None
+    targets = objective(ids, lengths, torch.Generator(ids.device).manual_seed(0))
+    room = room_for(objective, len(ids), ids.shape[1] - 1, config.enc_length if config.has("P") else 0)
+    with torch.autocast("cuda", torch.bfloat16, enabled=how != "exact"):
+        sums = module(targets.input_ids, targets.labels, targets.masked, lengths, None, room)[:2]
+        loss = loss_of(sums, targets.totals(), objective)
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    for block, forward in zip(model.blocks, originals, strict=True):
+        block.forward = forward
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["CPC", "CSA", "CL", "MM"])
+@pytest.mark.parametrize("length", [256, 200])
+def test_compiled_training_has_no_graph_break_and_computes_what_eager_code_does(pattern, length):
+    """bf16 gradients, compiled, are at most twice as far from fp32 as eager ones."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(presets()["debug"], pattern=pattern, mlp_width=256, **LARGER)
+    model = LanguageModel(config).cuda()
+    model.init_weights()
+    ids = torch.randint(0, 4000, (4, length + 1), device="cuda")
+    exact, eager, compiled = (loss_and_gradients(model, ids, how) for how in ("exact", "eager", "compiled"))
+    for name, truth in exact.items():
+        assert error(compiled[name], truth) <= 2 * error(eager[name], truth) + 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["CPS", "CLA", "M"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pattern):
+    fields = [f"model.{name}={value}" for name, value in (LARGER | {"pattern": pattern}).items()]
+    command = [sys.executable, str(ROOT / "train" / "run.py"), "experiment=debug", "trainer=gpu", "steps=40", *fields]
+    command += ["trainer.checkpoint_every=2", "trainer.log_every=1", "export=false", f"data.folder={tmp_path / 'text'}"]
+
+    def finish(output: str) -> None:
+        done = subprocess.run([*command, f"output={tmp_path / output}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    finish("whole")
+    killed = subprocess.Popen([*command, f"output={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while killed.poll() is None and not list(checkpoints.glob("step-*[68]")):
+        time.sleep(0.005)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    finish("killed")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert len(curve(tmp_path / "whole")) == 40
