@@ -249,7 +249,14 @@ def _few(names: list[str]) -> str:
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, without its weights. Raises ValueError for an unknown model."""
+    """A model's tokenizer, without its weights. Raises ValueError for an unknown model, and for a tokenizer that cannot read."""
+    found = _tokenizer(name)
+    with as_value_error(f"the tokenizer of {name} cannot be used"):  # settings of a wrong kind show at the first text
+        found.decode(found("a b")["input_ids"])
+    return found
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name.startswith(STATE_SPACES) and find(name) is None:
         resolve(name)  # only its config.json says which Mamba it is
     if is_ours(name) or mamba2_folder(name) is not None:
