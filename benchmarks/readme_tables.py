@@ -125,8 +125,8 @@ def op_training() -> str:
     return rows_as_markdown(header, rows) + origin(report)
 
 
-def training() -> str:
-    report = load("train_throughput")
+def training(name: str = "train_throughput") -> str:
+    report = load(name)
     plain = {row["method"].rsplit(" ", 1)[1]: row for row in report["rows"] if row["method"].startswith("plain")}
     rows = []
     for row in report["rows"]:
@@ -226,6 +226,21 @@ def cpu() -> str:
     return rows_as_markdown(["what", "time", ""], rows) + origin(ops) + origin(decode)
 
 
+def cpu_decode_before() -> str:
+    report = load("cpu_decode_before")
+    rows = [
+        [
+            row["method"],
+            f"{row['tokens_per_processor_second']:.0f}",
+            f"{row['tokens_per_processor_second_before']:.0f}",
+            f"{row['times_before']:.2f} x",
+        ]
+        for row in report["rows"]
+    ]
+    header = ["tokens a processor second, batch 1", "now", f"commit {report['commit_before']}", ""]
+    return rows_as_markdown(header, rows) + origin(report)
+
+
 def evaluation() -> str:
     rows = []
     reports = [load("recall_eval_gpu"), load("recall_eval_cpu")]
@@ -285,10 +300,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill, in short": prefill_in_short,
     "op training": op_training,
     "training": training,
+    "training, large": lambda: training("train_throughput_1.3b"),
     "whole models": whole_models,
     "generation": generation,
     "generation, in short": generation_in_short,
     "cpu": cpu,
+    "cpu decoding, before and now": cpu_decode_before,
     "evaluation": evaluation,
     "evaluation, in short": evaluation_in_short,
     "set disjointness": set_disjointness,

@@ -113,6 +113,17 @@ def test_a_prompt_that_a_function_makes_is_repeated_by_a_function(made, tmp_path
         repeating(str(made / "made_code.yaml"), 2, "answers")({"context": "a", "question": "b", "answers": "c"})
 
 
+def test_tasks_of_a_relative_folder_are_found(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made.parent)
+    index = TaskManager(include_path=made.name, include_defaults=False).task_index
+    names = write_repeated(index, ["made_long", "made_code"], 2, tmp_path, None)
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        loaded = TaskManager(include_path=tmp_path, include_defaults=False).load(name)
+        task = loaded["tasks"][name] if "tasks" in loaded else loaded[name]
+        assert task.doc_to_text(next(iter(task.test_docs()))).count("The key is blue.") == 2
+
+
 def test_the_command_runs_repeated_tasks_end_to_end(made, tmp_path):
     """`jrt-recall --repeat 2`, through lm-eval's whole command line: two tasks, their prompts, results under their own names."""
     GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / "model")

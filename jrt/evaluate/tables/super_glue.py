@@ -101,10 +101,14 @@ def _shots(found: dict) -> int:
     return next(shots for task, shots in found["n-shot"].items() if task in SUPER_GLUE_SIZES)
 
 
+def _options(found: dict) -> dict[str, str]:
+    """What else than the model decides its scores."""
+    given = found["config"]["model_args"]
+    return {name: given[name] for name in ("short_prompt", "compat") if given.get(name)}
+
+
 def _row_name(found: dict) -> str:
-    """The model with what else decides its scores."""
-    options, limit = found["config"]["model_args"], found["config"]["limit"] or 0
-    settings = ", ".join(options[key] for key in ("short_prompt", "compat") if options.get(key))
+    settings, limit = ", ".join(_options(found).values()), found["config"]["limit"] or 0
     return found["model_name"] + (f" [{settings}]" if settings else "") + (f", first {limit:.0f}" if limit else "")
 
 
@@ -120,11 +124,12 @@ def _settings(found: dict, task: str) -> dict[str, str]:
 
 
 def _missing(table: Table, results: Sequence[dict]) -> Iterator[str]:
-    """For each model, the command of each run that the table still lacks."""
+    """For each model and its options, the command of each run that the table still lacks."""
     wanted = dict.fromkeys(column.task for column in table.columns)
     by_model: dict[str, dict[int, set[str]]] = {}
     for found in results:
-        by_model.setdefault(found["model_name"], {}).setdefault(_shots(found), set()).update(found["results"])
+        model = ",".join([found["model_name"], *(f"{name}={value}" for name, value in _options(found).items())])
+        by_model.setdefault(model, {}).setdefault(_shots(found), set()).update(found["results"])
     for model, runs in sorted(by_model.items()):
         for shots in sorted({int(shots) for _, shots in table.rows}):
             lacking = [task for task in wanted if task not in runs.get(shots, ())]

@@ -82,11 +82,12 @@ def write_repeated(
         if not isinstance(template, str):
             raise ValueError(f"{name} is a Python class, which has no doc_to_text: --repeat cannot see its prompt")
         new_name = f"{name}_{copies}x"
-        new: dict[str, Any] = {"include": str(original.yaml_path), "task": new_name, "tag": []}
-        if template.startswith(str(original.yaml_path.parent)):  # where lm-eval keeps the place of a function
+        task_file = str(original.yaml_path.resolve())
+        new: dict[str, Any] = {"include": task_file, "task": new_name, "tag": []}
+        if Path(template).is_absolute():  # lm-eval's index has a function as its file and name
             what = "whole prompt" if column is None else "context"
             module = f"repeated_{len(new_names)}"
-            arguments = f"{str(original.yaml_path)!r}, {copies}, {column!r}"
+            arguments = f"{task_file!r}, {copies}, {column!r}"
             code = f"from {__name__} import repeating\n\ndoc_to_text = repeating({arguments})\n"
             (folder / f"{module}.py").write_text(code, encoding="utf-8")
             prompt = f"doc_to_text: !function {module}.doc_to_text\n"
