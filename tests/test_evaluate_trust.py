@@ -294,6 +294,7 @@ def test_broken_files_of_a_model_are_one_line(file, content, kind, saved, tmp_pa
     folder = tmp_path / "model"
     shutil.copytree(save_random_model(tmp_path / "ours", "CL") if kind == "ours" else saved("llama"), folder)
     (folder / file).write_text(content)
+    capsys.readouterr()  # saving shows a progress bar
     for command in (["doctor", str(folder)], ["generate", "--model", str(folder), "--prompt", "a"]):
         assert main(command) == 2
         assert capsys.readouterr().err.count("\n") == 1
