@@ -94,8 +94,9 @@ def main() -> None:
         parser.error("needs ncu, Nsight Compute, on PATH")
     bytes_a_second, operations_a_second = rates()
     launch()  # compiles, so that ncu meets finished kernels
-    command = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{KERNEL.pattern}"]
-    command += ["--page", "raw", "--csv", sys.executable, __file__, "--launch"]
+    command = ["ncu", "--clock-control", "none", "--kernel-name", f"regex:{KERNEL.pattern}", "--page", "raw", "--csv"]
+    command += ["--metrics", ",".join(COUNTERS.values()), "--section", "SourceCounters"]
+    command += [sys.executable, __file__, "--launch"]
     with open(arguments.page, "w") as page:
         subprocess.run(command, stdout=page, check=True)
     rows = counted(arguments.page)

@@ -4,7 +4,7 @@
 
 An implementation is first held to fp64 on one text of the batch (outputs and gradients); what is wrong is not timed. The
 time is that of the GPU, of a captured graph, as in op_training.py. "here" is what jrt/ calls; the model is compiled in
-training, so "here, compiled" is what training runs. Packages that are not installed are rows with the reason.
+training. What is not installed or does not serve is a row with the reason.
 
 Shapes: B batch, T tokens, E width, H heads, D head size, F hidden units of the MLP, K taps, W earlier keys of a window.
 """
@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from op_training import captured, median_ms
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from jrt.config import presets
-from jrt.mixers.attention import rotary_angles, rotate, window_attention
+from jrt.mixers.attention import compiled_window_attention, rotary_angles, rotate, window_attention
 from jrt.model import RMSNorm
 from jrt.ops import short_convolution
 
@@ -51,63 +50,79 @@ def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
 
 
+def projection(units: int) -> Tensor:
+    """(E, units)"""
+    return normal(E, units) / units**0.5
+
+
+def compiled(call: Call) -> Call:
+    return torch.compile(call, dynamic=False)
+
+
 def installed(package: str, call: Call) -> Call | str:
     return call if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-# ---- gated short convolution
+# ---- gated short convolution and the projection after it
 
 
 def gated(convolve: Callable[..., Tensor]) -> Call:
-    """silu(convolution of the first half) times the second half of the projection (B, T, 2 E)."""
+    """The projection of silu(convolution of the first half) times the second half of x (B, T, 2 E)."""
 
-    def call(x: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor]:
+    def call(x: Tensor, taps: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor]:
         u, gate = x.chunk(2, -1)
-        return (F.silu(convolve(u, weight, *state)) * gate,)
+        return (F.linear(F.silu(convolve(u, taps, *state)) * gate, weight),)
 
     return call
 
 
-def convolution_here(u: Tensor, weight: Tensor, state: Tensor | None = None) -> Tensor:
-    return short_convolution(u, weight, None, state)[0]
+def convolution_shifted(u: Tensor, taps: Tensor, state: Tensor | None = None) -> Tensor:
+    return short_convolution(u, taps, None, state)[0]
 
 
-def convolution_cudnn(u: Tensor, weight: Tensor, state: Tensor | None = None) -> Tensor:
+def convolution_cudnn(u: Tensor, taps: Tensor, state: Tensor | None = None) -> Tensor:
     before = u.new_zeros(u.shape[0], K - 1, u.shape[2]) if state is None else state
     u = torch.cat([before, u], 1).mT
-    return F.conv1d(u, weight[:, None].to(u.dtype), groups=u.shape[1]).mT
+    return F.conv1d(u, taps[:, None].to(u.dtype), groups=u.shape[1]).mT
 
 
-def convolution_fla(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
+def convolution_triton(x: Tensor, taps: Tensor, weight: Tensor) -> tuple[Tensor]:
+    return (torch.ops.jrt.gated_convolution_linear(x, taps, None, weight, None),)
+
+
+def convolution_fla(x: Tensor, taps: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
     from fla.modules.causal_conv1d import causal_conv1d
 
     u, gate = x.chunk(2, -1)
     before = None if state is None else F.pad(state.mT, (1, 0))  # fla keeps K columns
-    return (causal_conv1d(u.contiguous(), weight, initial_state=before, activation="silu")[0] * gate,)
+    return (F.linear(causal_conv1d(u.contiguous(), taps, initial_state=before, activation="silu")[0] * gate, weight),)
 
 
-def convolution_dao(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
+def convolution_dao(x: Tensor, taps: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
     from causal_conv1d import causal_conv1d_fn
 
     u, gate = x.chunk(2, -1)
     before = None if state is None else state.mT
-    return (causal_conv1d_fn(u.mT, weight, initial_states=before, activation="silu").mT * gate,)
+    return (F.linear(causal_conv1d_fn(u.mT, taps, initial_states=before, activation="silu").mT * gate, weight),)
 
 
 def convolution(with_state: bool) -> Layer:
     channels = CONFIG.conv_channels
 
     def inputs(batch: int) -> list[Tensor]:
-        found = [normal(batch, T, 2 * channels), normal(channels, K, dtype=torch.float32)]
+        found = [normal(batch, T, 2 * channels), normal(channels, K, dtype=torch.float32), projection(channels)]
         return [*found, normal(batch, K - 1, channels)] if with_state else found
 
-    here = gated(convolution_here)
-    others = {
-        "conv1d (cuDNN), compiled": torch.compile(gated(convolution_cudnn), dynamic=False),
+    shifted = gated(convolution_shifted)
+    implementations = {
+        "PyTorch": shifted,
+        "PyTorch, compiled": compiled(shifted),
+        "PyTorch's conv1d (cuDNN), compiled": compiled(gated(convolution_cudnn)),
+        "here, Triton": "a text that goes on from a state is computed by PyTorch" if with_state else convolution_triton,
         "flash-linear-attention": installed("fla", convolution_fla),
         "causal-conv1d": installed("causal_conv1d", convolution_dao),
     }
-    return Layer(inputs, here, {"here": here, "here, compiled": torch.compile(here, dynamic=False), **others})
+    return Layer(inputs, shifted, implementations)
 
 
 # ---- residual and RMSNorm
@@ -139,66 +154,66 @@ def norm() -> Layer:
 
     implementations = {
         "here": norm_here,
-        "here, compiled": torch.compile(norm_here, dynamic=False),
+        "here, compiled": compiled(norm_here),
         "F.rms_norm": norm_torch,
-        "F.rms_norm, compiled": torch.compile(norm_torch, dynamic=False),
+        "F.rms_norm, compiled": compiled(norm_torch),
         "Liger": installed("liger_kernel", norm_liger),
     }
     return Layer(inputs, norm_torch, implementations)
 
 
-# ---- SwiGLU
+# ---- SwiGLU and the projection after it
 
 
-def swiglu_here(x: Tensor) -> tuple[Tensor]:
+def swiglu_pytorch(x: Tensor, weight: Tensor) -> tuple[Tensor]:
     value, gate = x.chunk(2, -1)
-    return (value * F.silu(gate),)
+    return (F.linear(value * F.silu(gate), weight),)
 
 
-def swiglu_liger(x: Tensor) -> tuple[Tensor]:
+def swiglu_triton(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+    return (torch.ops.jrt.swiglu_linear(x, weight, None),)
+
+
+def swiglu_liger(x: Tensor, weight: Tensor) -> tuple[Tensor]:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     value, gate = x.chunk(2, -1)
-    return (LigerSiLUMulFunction.apply(gate, value),)
+    return (F.linear(LigerSiLUMulFunction.apply(gate, value), weight),)
 
 
 def swiglu() -> Layer:
     implementations = {
-        "here": swiglu_here,
-        "here, compiled": torch.compile(swiglu_here, dynamic=False),
+        "PyTorch": swiglu_pytorch,
+        "PyTorch, compiled": compiled(swiglu_pytorch),
+        "here, Triton": swiglu_triton,
         "Liger": installed("liger_kernel", swiglu_liger),
     }
-    return Layer(lambda batch: [normal(batch, T, 2 * CONFIG.mlp_width)], swiglu_here, implementations)
+    units = CONFIG.mlp_width
+    return Layer(lambda batch: [normal(batch, T, 2 * units), projection(units)], swiglu_pytorch, implementations)
 
 
 # ---- rotary positions
 
 
-@functools.cache
-def angles() -> tuple[Tensor, Tensor]:
-    return rotary_angles(torch.arange(T, device="cuda")[None], CONFIG.rotary_dim)  # (1, T, 1, D / 2)
-
-
-def rotary_here(x: Tensor) -> tuple[Tensor]:
-    return (rotate(x, *angles()),)
-
-
-def rotary_liger(x: Tensor) -> tuple[Tensor]:
-    from liger_kernel.ops.rope import LigerRopeFunction
-
-    cos, sin = (torch.cat([a[:, :, 0], a[:, :, 0]], -1).to(x.dtype) for a in angles())
-    q, k = (part.transpose(1, 2) for part in x.clone().chunk(2, 2))  # it rotates in place
-    return (torch.cat(LigerRopeFunction.apply(q, k, cos, sin), 1).transpose(1, 2),)
-
-
 def rotary() -> Layer:
-    angles()
+    cos, sin = rotary_angles(torch.arange(T, device="cuda")[None], CONFIG.rotary_dim)  # (1, T, 1, D / 2)
+
+    def rotated(x: Tensor) -> tuple[Tensor]:
+        return (rotate(x, cos, sin),)
+
+    def liger(x: Tensor) -> tuple[Tensor]:
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+        angles = (torch.cat([a[:, :, 0], a[:, :, 0]], -1).to(x.dtype) for a in (cos, sin))
+        q, k = (part.transpose(1, 2) for part in x.clone().chunk(2, 2))  # it rotates in place
+        return (torch.cat(LigerRopeFunction.apply(q, k, *angles), 1).transpose(1, 2),)
+
     implementations = {
-        "here": rotary_here,
-        "here, compiled": torch.compile(rotary_here, dynamic=False),
-        "Liger": installed("liger_kernel", rotary_liger),
+        "here": rotated,
+        "here, compiled": compiled(rotated),
+        "Liger": installed("liger_kernel", liger),
     }
-    return Layer(lambda batch: [normal(batch, T, 2 * H, D)], rotary_here, implementations)
+    return Layer(lambda batch: [normal(batch, T, 2 * H, D)], rotated, implementations)
 
 
 # ---- sliding window
@@ -211,27 +226,16 @@ def window_here(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     return (window_attention(q, k, v, valid, W, D**-0.5),)
 
 
-def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return (query >= key) & (query - key <= W)
-
-
 def window_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     """One mask of T x T: the definition too."""
-    t = torch.arange(T, device=q.device)
-    mask = in_window(t, t, t[:, None], t[None, :])
+    age = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # (T, T)
+    mask = (age >= 0) & (age <= W)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2),)
 
 
-def window_flex() -> Call:
-    blocks = create_block_mask(in_window, None, None, T, T, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return (compiled(q, k, v, block_mask=blocks).transpose(1, 2),)
-
-    return call
+def window_flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    return (compiled_window_attention(q, k, v, W, D**-0.5),)
 
 
 def window_varlen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
@@ -250,10 +254,10 @@ def window() -> Layer:
     has_window = "window_size" in inspect.signature(varlen_attn).parameters
     flash: Call | str = window_varlen if has_window else "this PyTorch's varlen_attn knows no window"
     implementations = {
-        "here": window_here,
-        "here, compiled": torch.compile(window_here, dynamic=False),
+        "here, blocks with a mask": window_here,
+        "here, blocks with a mask, compiled": compiled(window_here),
+        "here in compiled training, FlexAttention": compiled(window_flex),
         "SDPA, dense mask": window_dense,
-        "FlexAttention": window_flex(),
         "PyTorch's FlashAttention-2 (varlen_attn)": flash,
         "flash-attn": installed("flash_attn", window_dao),
     }
@@ -283,21 +287,21 @@ def projections() -> Layer:
 
     implementations = {
         "one product each": projections_apart,
-        "one product each, compiled": torch.compile(projections_apart, dynamic=False),
+        "one product each, compiled": compiled(projections_apart),
         "one for the text, one for the prefix": projections_joined,
-        "one for the text, one for the prefix, compiled": torch.compile(projections_joined, dynamic=False),
+        "one for the text, one for the prefix, compiled": compiled(projections_joined),
     }
     return Layer(inputs, projections_apart, implementations)
 
 
 LAYERS: dict[str, Callable[[], Layer]] = {
-    "gated short convolution": functools.partial(convolution, False),
-    "gated short convolution, from a state": functools.partial(convolution, True),
-    "residual + RMSNorm": norm,
-    "SwiGLU": swiglu,
-    "rotary": rotary,
     "sliding window": window,
+    "gated short convolution": functools.partial(convolution, False),
+    "SwiGLU": swiglu,
+    "residual + RMSNorm": norm,
     "projections of P": projections,
+    "rotary": rotary,
+    "gated short convolution, from a state": functools.partial(convolution, True),
 }
 
 

@@ -226,6 +226,21 @@ def cpu() -> str:
     return rows_as_markdown(["what", "time", ""], rows) + origin(ops) + origin(decode)
 
 
+def cpu_decode_before() -> str:
+    report = load("cpu_decode_before")
+    rows = [
+        [
+            row["method"],
+            f"{row['tokens_per_processor_second']:.0f}",
+            f"{row['tokens_per_processor_second_before']:.0f}",
+            f"{row['times_before']:.2f} x",
+        ]
+        for row in report["rows"]
+    ]
+    header = ["tokens a processor second, batch 1", "now", f"commit {report['commit_before']}", ""]
+    return rows_as_markdown(header, rows) + origin(report)
+
+
 def evaluation() -> str:
     rows = []
     reports = [load("recall_eval_gpu"), load("recall_eval_cpu")]
@@ -290,6 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "generation, in short": generation_in_short,
     "cpu": cpu,
+    "cpu decoding, before and now": cpu_decode_before,
     "evaluation": evaluation,
     "evaluation, in short": evaluation_in_short,
     "set disjointness": set_disjointness,

@@ -119,7 +119,7 @@ def main() -> None:
     for name, default in (("batch", 16), ("steps", 4608), ("channels", 384), ("states", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--methods", nargs="+", default=["triton", "chunked"])
+    parser.add_argument("--methods", nargs="+", default=["triton", "chunked"], help="cuda, too, where it is built")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--bandwidth", type=float, default=3350.0, help="peak of the device in GB/s (H100 SXM: 3350)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")

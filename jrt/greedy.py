@@ -97,7 +97,9 @@ class ForcedTokens(LogitsProcessor):
 
 def _matters(name: str, value: object) -> bool:
     """Whether a saved setting says something else than transformers' default for greedy decoding."""
-    if name in TOKENS or name in SILENT or value is None:
+    if name in TOKENS:
+        return value is not None and not _is_token(value)  # such an end token ends nothing
+    if name in SILENT or value is None:
         return False
     return name not in _DEFAULTS or value != _DEFAULTS[name]
 

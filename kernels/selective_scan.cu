@@ -62,7 +62,7 @@ __device__ void load_steps(float (&values)[kSteps], const void* x, const ScanArg
     const T* from = static_cast<const T*>(x) + (static_cast<int64_t>(at.b) * p.steps + t0) * p.channels + at.e;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-        values[j] = at.inside && t0 + j < p.steps ? static_cast<float>(from[static_cast<int64_t>(j) * p.channels]) : 0.0f;
+        values[j] = at.inside && t0 + j < p.steps ? static_cast<float>(from[j * p.channels]) : 0.0f;
     }
 }
 
@@ -104,7 +104,7 @@ __device__ void load_rates(float (&rate)[kStates], const ScanArguments& p, const
 // ---- (1) what each segment adds, from zero: to the state after it, or backward to the gradient by the state before it.
 
 template <typename T, bool kBackward>
-__global__ void __launch_bounds__(kThreads) local_kernel(const ScanArguments p, const void* dy) {
+__global__ void __launch_bounds__(kThreads, 5) local_kernel(const ScanArguments p, const void* dy) {
     const Place at(p, blockIdx.y + (kBackward ? 1 : 0));
     __shared__ float coefficients[kSteps][kStates];
     float rate[kStates], h[kStates] = {}, span = 0.0f;
@@ -166,7 +166,7 @@ __device__ void leave(const float (&h)[kStates], const ScanArguments& p, const P
 // ---- (2) the outputs
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) output_kernel(const ScanArguments p, void* y) {
+__global__ void __launch_bounds__(kThreads, 5) output_kernel(const ScanArguments p, void* y) {
     const Place at(p, blockIdx.y);
     __shared__ float B[kSteps][kStates], C[kSteps][kStates];
     float rate[kStates], h[kStates];
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) output_kernel(const ScanArguments p,
                 out[n % 4] = fmaf(h[n], C[j][n], out[n % 4]);
             }
             if (at.inside && t0 + j < p.steps) {
-                to[static_cast<int64_t>(j) * p.channels] = static_cast<T>((out[0] + out[1]) + (out[2] + out[3]));
+                to[j * p.channels] = static_cast<T>((out[0] + out[1]) + (out[2] + out[3]));
             }
         }
     }
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const ScanArgumen
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
             if (!at.inside || t0 + j >= p.steps) continue;
-            const int64_t here = row + static_cast<int64_t>(j) * p.channels;
+            const int64_t here = row + j * p.channels;
             const float u = static_cast<float>(static_cast<const T*>(p.u)[here]);
             by_skip = fmaf(out[j], u, by_skip);
             static_cast<T*>(g.du)[here] = static_cast<T>(fmaf(by_input[j], step[j], skip * out[j]));

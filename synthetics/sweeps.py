@@ -28,7 +28,7 @@ figure2 = [
 
 # The same question in five minutes on two cores.
 figure2_small = [
-    Run(METHODS[method], TASKS["laptop"], width, features, rate=5e-3, seed=seed, epochs=20, batch=64)
+    Run(METHODS[method], TASKS["laptop"], width, features, rate=5e-3, seed=seed, epochs=10, batch=64)
     for (width, features), method, seed in product(((16, 2), (32, 4)), ("causal", "twice", "prefix"), SEEDS)
 ]
 

@@ -396,7 +396,7 @@ def test_what_is_missing_is_said(probed):
 @pytest.mark.parametrize(
     "source, expected",
     [
-        ("interface = 1", "has interface 1, expected 2: build it again"),
+        ("interface = 1", "has interface 1, expected 3: build it again"),
         (
             "raise ImportError('GLIBCXX_3.4.32 not found')",
             "cannot be loaded (GLIBCXX_3.4.32 not found): build it again",
@@ -438,6 +438,34 @@ def test_masks_that_32_bits_cannot_address_are_copied():
     assert cuda._contiguous_rows(wide).stride() == (3, 1)
     assert cuda._contiguous_rows(wide[:31]).stride() == (2**26, 1)
     assert cuda._contiguous_rows(torch.ones(2, 6, dtype=torch.bool)[:, ::2]).stride() == (3, 1)
+
+
+def test_padding_reaches_no_kernel_and_no_copy_is_kept_for_the_backward(monkeypatch):
+    """The operators themselves, with the launches replaced: what they pass on, and what autograd keeps."""
+    seen = []
+
+    def launched(q, k, v, *rest):
+        seen.append((k, v))
+        return v.new_zeros(*v.shape[:1], v.shape[2], 153, v.shape[3]), v.new_zeros(*v.shape[:1], v.shape[2], 153)
+
+    monkeypatch.setattr(cuda, "_launch_prefill", launched)
+    monkeypatch.setattr(cuda, "_launch_decode", lambda q, k, v, *rest: launched(q, k, v)[0])
+    q, k, v = draw(2, 5, 2, 64, device="cpu")
+    mask = torch.tensor([[False, False, True, True, True], [True] * 5])
+    k[~mask], v[~mask] = float("nan"), float("inf")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        torch.ops.jrt.linear_attention_prefill(*leaves, None, None, mask, True)
+        torch.ops.jrt.encode_prefix(*leaves[1:], mask)
+    with torch.no_grad():
+        torch.ops.jrt.linear_attention_decode(*(x[:, :1] for x in (q, k, v)), None, None, mask[:, :1], True)
+    assert len(seen) == 3
+    for passed_k, passed_v in seen:
+        assert passed_k.isfinite().all() and passed_v.isfinite().all()
+        assert (passed_k[:1, 0] == 0).all() and torch.equal(passed_k[1], k[1, : passed_k.shape[1]])
+    addresses = {x.data_ptr() for x in kept}
+    assert {x.data_ptr() for x in leaves} <= addresses and not {x.data_ptr() for x in seen[0]} & addresses
 
 
 def test_a_derivative_that_cannot_be_had_is_a_reason(monkeypatch):

@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import gc
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from unittest import mock
 
 import pytest
@@ -243,6 +245,24 @@ def test_a_copy_of_a_model_starts_without_sessions():
     model = make_model()
     model.sessions.kept.append(((), mock.sentinel.session))
     assert isinstance(copy.deepcopy(model).sessions, Sessions) and not copy.deepcopy(model).sessions.kept
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_step_that_is_dropped_is_gone_at_once(name, kernels):
+    """Its states may fill the GPU: they cannot wait for Python to look for cycles."""
+    if kernels:
+        pytest.importorskip("triton")
+    model = make_model(CONFIGS[name]).model
+    gc.collect()
+    gc.disable()
+    try:
+        step = fused(model, 2) if kernels else PlainStep(model, 2, 64, whole=True)
+        kept = weakref.ref(step), *(weakref.ref(buffers) for buffers in step.buffers)
+        del step
+        assert all(reference() is None for reference in kept)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from jrt.cli import main
 from jrt.evaluate import ModelSpec, open_model
+from jrt.evaluate.answering import encode
 from jrt.evaluate.folder import Cell
 from jrt.evaluate.models import position_bound
 from jrt.evaluate.report import page
@@ -220,6 +221,33 @@ def test_models_of_this_project_are_not_probed(tmp_path):
     assert info.probe is None and info.pads and info.batches and not info.shares_beginnings and info.notes == []
 
 
+def test_prompts_of_one_token_are_not_asked_of_a_model_that_reads_them_on_top_of_others(saved):
+    opened = open_model(ModelSpec(saved("recurrent_gemma")))
+    info = opened.info()
+    assert info.shortest_prompt == 2 and any("one token" in note for note in info.notes)
+    (token,) = shipped_tokenizer()("a")["input_ids"]
+    one, two = encode(opened.tokenizer, ["a", "a b c"], None, info.vocabulary, info.shortest_prompt)
+    assert one.ids == [token] and "one token" in one.problem and not two.problem
+    assert open_model(ModelSpec(saved("llama"))).info().shortest_prompt == 1
+
+
+def test_limits_in_quotes_are_numbers(saved):
+    folder = saved("llama", "quoted", config={"max_seq_len": "96", "n_positions": 100.0})
+    assert open_model(ModelSpec(folder)).info().max_length == 96
+
+
+def test_an_end_token_that_is_no_id_is_stated(saved):
+    folder = saved("llama", "end", generation_config={"eos_token_id": "2"})
+    assert open_model(ModelSpec(folder)).set_aside == {"eos_token_id": "2"}
+
+
+@pytest.mark.parametrize("settings", [{"model_max_length": []}, {"pad_token": 3}, {"padding_side": "top"}])
+def test_a_tokenizer_that_cannot_be_used_is_one_line(settings, saved):
+    name = f"tokenizer_{next(iter(settings))}"
+    with pytest.raises(ValueError, match=r"tokenizer|unknown model"):
+        open_model(ModelSpec(saved("llama", name, tokenizer_config=settings)))
+
+
 def with_weights(folder, change):
     """The folder's file of weights, changed."""
     file = Path(folder) / "model.safetensors"
@@ -266,7 +294,26 @@ def test_broken_files_of_a_model_are_one_line(file, content, kind, saved, tmp_pa
     folder = tmp_path / "model"
     shutil.copytree(save_random_model(tmp_path / "ours", "CL") if kind == "ours" else saved("llama"), folder)
     (folder / file).write_text(content)
-    capsys.readouterr()  # the progress of saving
+    capsys.readouterr()  # saving shows a progress bar
     for command in (["doctor", str(folder)], ["generate", "--model", str(folder), "--prompt", "a"]):
         assert main(command) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["batch_size=3", "device=cpu", "max_batch_size=2"])
+def test_what_lm_eval_has_an_option_for_is_no_argument_of_the_model(option, capsys):
+    given = ["--model", "jrt", "--model_args", f"pretrained=mini-jrt,{option}", "--tasks", "recall_fda"]
+    assert main(["lm-eval", *given]) == 2
+    assert f"give --{option.split('=')[0]}" in capsys.readouterr().err
+
+
+def test_a_length_in_quotes_is_a_number(tmp_path):
+    from jrt.evaluate.harness import JRTHarness
+
+    assert JRTHarness(save_random_model(tmp_path, "CL"), max_length="90").max_length == 90
+
+
+def test_a_device_without_numbers_is_one_line(tmp_path, folder_of_passages, capsys):
+    given = ["eval", "--model", save_random_model(tmp_path, "CL"), "--tasks", "qa_squad", "--device", "meta"]
+    assert main([*given, "--passages", str(folder_of_passages), "--output", str(tmp_path / "run")]) == 2
+    assert "device 'meta' cannot be used" in capsys.readouterr().err

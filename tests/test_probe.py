@@ -118,6 +118,26 @@ def test_rwkv_reads_padding():
     assert "equal lengths" in findings.mode.sentences()[0]
 
 
+class GoesOnFromTheCallBefore(Broken):
+    """As recurrent_gemma: its state lives in the module, and a prompt of one token does not clear it."""
+
+    left = None
+
+    def forward(self, input_ids=None, attention_mask=None, **given):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)
+        starts = given.get(CACHE) is None or given[CACHE].get_seq_length() == input_ids.shape[1]
+        if starts and input_ids.shape[1] == 1 and self.left is not None:
+            output.logits = output.logits + self.left
+        self.left = output.logits[:1, -1:].detach()
+        return output
+
+
+def test_a_model_that_reads_one_token_on_top_of_the_call_before_is_not_asked_such_prompts():
+    findings = probe(GoesOnFromTheCallBefore().eval())
+    assert failed(findings) == {"single tokens"} and findings.mode == RunMode(one_token=False)
+    assert "one token" in findings.mode.sentences()[0]
+
+
 def test_a_model_that_cannot_read_is_a_finding_with_its_error():
     class Broken2(Broken):
         def forward(self, *args, **given):

@@ -229,7 +229,7 @@ def test_results_do_not_depend_on_how_a_text_is_cut(monkeypatch, segments):
     from jrt.ops import selective_scan_cuda
 
     x = make_inputs(steps=1000, channels=300, states=16, dtype=torch.float32, device="cuda")
-    monkeypatch.setattr(selective_scan_cuda, "segments", lambda u: segments)
+    monkeypatch.setattr(selective_scan_cuda, "segments", lambda u, blocks: segments)
     truth, eager = values_and_gradients(x, "reference", torch.float64), values_and_gradients(x, "reference")
     for name, value in values_and_gradients(x, "cuda").items():
         bound = 2 * relative_error(eager[name], truth[name]) + 4 * torch.finfo(torch.float32).eps

@@ -16,7 +16,7 @@ from torch import nn
 
 from jrt.ops import encode_prefix, linear_attention
 from synthetics import __main__ as command
-from synthetics import folder, plot, readings, sweeps
+from synthetics import folder, measure, plot, readings, sweeps
 from synthetics.data import IGNORED, PREFIX, SEPARATE_ANSWER, SEPARATE_LISTS, draw_unseen, fingerprints, generator
 from synthetics.mqar import MQAR, draw_pairs
 from synthetics.optimizer import StackedAdamW
@@ -469,6 +469,24 @@ def test_the_best_rate_counts_in_every_panel_and_seeds_give_the_interval():
     assert [line.panels[panel].mean for panel in PANELS] == pytest.approx([0.6, 0.55, 0.05])
     assert line.panels["long list first"].half_width == pytest.approx(12.706 * 0.05)  # t for two, standard error 0.05
     assert Estimate.of([0.5]).half_width is None and str(Estimate.of([0.5])) == "50.0"
+
+
+def test_time_of_figure2_is_estimated_along_a_line_through_what_was_measured():
+    def row(group):  # one second an epoch and another for each thousand numbers of a token
+        first, numbers = group[0].shape, len(group) * (group[0].width + 4 * group[0].shape.feature_dim)
+        seconds = {"epoch_seconds": {"recorded": 1 + numbers / 1000}, "test_seconds": 0}
+        return {
+            "method": "prefix",
+            "models": len(group),
+            "width": first.width,
+            "feature_dim": first.feature_dim,
+        } | seconds
+
+    stacks = [group for group in groups(sweeps.figure2) if group[0].method.name == "prefix"]
+    found = measure.figure2_minutes([row(group) for group in measure.widest_and_narrowest("prefix")])
+    assert found == {
+        "prefix": pytest.approx(sum(12 * row(group)["epoch_seconds"]["recorded"] / 60 for group in stacks))
+    }
 
 
 # ---- The notebook

@@ -45,6 +45,27 @@ def sources(tmp_path) -> dict:
     }
 
 
+def test_a_stream_goes_on_where_it_stood(monkeypatch):
+    """Its state is JSON; no document before the place is encoded again."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"input_ids": [d.tolist() for d in DOCUMENTS]})
+
+    def stream():
+        return StreamedTokens(rows.to_iterable_dataset(num_shards=2), 16, windows=8)
+
+    whole, first, second = stream(), stream(), stream()
+    windows = [whole.read(i).copy() for i in range(8)]
+    for i in range(5):
+        first.read(i)
+    second.go_on(json.loads(json.dumps(first.state())))
+    monkeypatch.setattr(second, "_start_again", lambda: pytest.fail("the stream was read from its start"))
+    for i in (5, 7):
+        assert (second.read(i) == windows[i]).all()
+    monkeypatch.undo()
+    assert (second.read(2) == windows[2]).all()  # backwards it has to
+
+
 @pytest.mark.parametrize("kind", ["indexed", "dataset", "stream"])
 def test_every_source_gives_the_same_windows_and_documents(sources, kind):
     flat = np.concatenate(DOCUMENTS)

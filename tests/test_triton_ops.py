@@ -383,12 +383,14 @@ def compiled(name: str, architecture: int, d: int, D: int, dtype: torch.dtype):
         "sums": launch.piece_kernel,
         "queries": launch.queries_kernel,
         "keys": launch.keys_kernel,
+        "prefix keys": launch.keys_kernel,
     }[name]
     tiles = launch.choose_tiles(name, d, D, dtype)
     k, v = (torch.empty(1, 1, 1, size, dtype=dtype) for size in (d, D))
     constants = launch._constants(k, v, None, None, None, tiles)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-    constants |= dict(HAS_START=True, NORMALIZE=True, HAS_QUERIES=True, BY_PIECE=True, GRADIENT=False, ALL=False)
+    of_text = name != "prefix keys"
+    constants |= dict(HAS_START=True, NORMALIZE=True, HAS_QUERIES=of_text, BY_PIECE=of_text, GRADIENT=False, ALL=False)
     given = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32"}[str(dtype)]
     absent = {"mask", "log_decay", "piece_sequence", "piece_start", "piece_end", "cu_seqlens"}
     absent |= {"weight", "sum_weight"} if name == "sums" else set()
@@ -422,7 +424,7 @@ def test_every_setting_has_few_enough_tiles(dtype):
         launch.state_tiles(32, 64)
 
 
-COMPILED = [(name, architecture) for name in KERNELS[:4] for architecture in (80, 86, 89)]
+COMPILED = [(name, architecture) for name in KERNELS for architecture in (80, 86, 89)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -436,9 +438,11 @@ COMPILED = [(name, architecture) for name in KERNELS[:4] for architecture in (80
             for dtype in (torch.bfloat16, torch.float32)
         ),
         *(
-            pytest.param("queries", 89, 16, 112, dtype, marks=pytest.mark.slow)
+            pytest.param(name, 89, 16, 112, dtype, marks=pytest.mark.slow)
+            for name in ("queries", "keys", "prefix keys")
             for dtype in (torch.float16, torch.float32)
         ),
+        pytest.param("prefix keys", 86, 32, 64, torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_for_other_gpus_within_their_shared_memory(name, architecture, d, D, dtype):

@@ -5,6 +5,7 @@ Shapes: G rows of a step's whole batch, R rows that a device reads in one pass, 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -22,7 +23,7 @@ from jrt.loss import loss_of, room_for, split_rows
 from jrt.model import LanguageModel
 from jrt.objective import Objective, Targets
 from train.checkpoints import Checkpoint, Checkpoints, Training
-from train.data.batches import Batch, Data, loader, local_part
+from train.data.batches import Batch, Data, Resumable, loader, local_part
 from train.distributed import World, unsynchronised
 from train.optimizer import MovingAverage, Schedule
 from train.report import Logger, console
@@ -47,7 +48,7 @@ class Trainer:
     activation_checkpointing: bool = False
     log_every: int = 25
     validate_every: int = 500
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 1000  # 0: none, for measurements
     keep_last: int = 2
     keep_best: int = 0
     keep_every: int = 0
@@ -57,9 +58,11 @@ class Trainer:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
-        for name in ("max_steps", "devices", "nodes", "log_every", "validate_every", "checkpoint_every"):
+        for name in ("max_steps", "devices", "nodes", "log_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}: expected at least 1")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"trainer.checkpoint_every is {self.checkpoint_every}: expected at least 0 (none)")
 
     def passes(self, total: int) -> int:
         """Passes that each device makes over its share of `total` rows.
@@ -131,6 +134,7 @@ class Loop:
         self.progress = Progress()
         self.generator = torch.Generator(place.device)
         self._unseen: list[tuple[int, Tensor]] = []  # losses that nobody has looked at
+        self._place_in_data: Tensor | None = None  # `resume` of the last batch
         parameters = sum(p.numel() for p in model.parameters())
         self._flops = flops_per_token(self.config, parameters, data.length)
 
@@ -140,6 +144,9 @@ class Loop:
         self.checkpoints.remove_after(found.step)
         facts = found.facts
         self.progress = Progress(found.step, facts["tokens"], facts["seconds"], facts["metrics"])
+        if facts.get("data") is not None:
+            assert isinstance(self.data, Resumable), "the checkpoint is of other data"
+            self.data.go_on(facts["data"])
         log.info("going on from step %d (%s)", found.step, found.folder)
 
     def fit(self, loggers: list[Logger]) -> Progress:
@@ -158,6 +165,7 @@ class Loop:
         while progress.step < last:
             with interval.loading():
                 batch = next(batches)
+            self._place_in_data = batch.get("resume")
             values = self._step(batch, progress.step)
             progress.step += 1
             progress.tokens += (batch["ids"].shape[1] - 1) * len(batch["ids"]) * self.place.size
@@ -180,12 +188,18 @@ class Loop:
                     for logger in loggers:
                         logger.log(progress.step, found)
                     console(progress.step, last, found, (time.monotonic() - start) / max(progress.step - saved, 1))
-            if progress.step % trainer.checkpoint_every == 0 or progress.step == last:
+            if trainer.checkpoint_every and (progress.step % trainer.checkpoint_every == 0 or progress.step == last):
                 self._look()
-                self.checkpoints.save(self.training, progress.step, progress.facts() | {"identity": self.identity})
+                self.checkpoints.save(self.training, progress.step, self._facts())
         for logger in loggers if self.place.is_first else ():
             logger.close()
         return progress
+
+    def _facts(self) -> dict:
+        """What a checkpoint keeps beside the tensors."""
+        place = self._place_in_data
+        state = None if place is None else json.loads(place.numpy().tobytes())
+        return self.progress.facts() | {"identity": self.identity, "data": state}
 
     def _step(self, batch: Batch, step: int) -> Callable[[], dict[str, float]]:
         """One optimiser step; returns a function that reads its figures back from the device."""

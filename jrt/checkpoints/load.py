@@ -126,7 +126,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     """The device of a name. Raises ValueError for no such name, or one that torch cannot use here."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()  # no number comes back from the device "meta"
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device {device!r} cannot be used here: expected cpu, cuda or cuda:N; "

@@ -28,7 +28,7 @@ from jrt.ops.steps.products import Taps
 from jrt.ops.steps.stream import Norm, Stream, embed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-Launch = Callable[[], None]  # reads and writes buffers that were bound to it
+Launch = Callable[[], None]  # reads and writes buffers that were bound to it; never the step, which would hold itself
 
 
 def unsupported(model: LanguageModel) -> str | None:
@@ -93,13 +93,14 @@ class FusedStep(Step):
         return self.scratch.setdefault((name, width), like.new_zeros(self.rows, width, dtype=dtype))
 
     def _add_mlp(self, block: Block) -> None:
-        fc1, fc2, norm = block.mlp.fc1, block.mlp.fc2, _norm(block.norm2)
+        stream, fc1, fc2, norm = self.stream, block.mlp.fc1, block.mlp.fc2, _norm(block.norm2)
         hidden = self._row("hidden", fc2.in_features)
-        self.launches.append(lambda: products.swiglu(self.stream, norm, fc1.weight, fc1.bias, hidden))
+        self.launches.append(lambda: products.swiglu(stream, norm, fc1.weight, fc1.bias, hidden))
         self._add_residual(hidden, fc2)
 
     def _add_residual(self, h: Tensor, linear: nn.Linear) -> None:
-        self.launches.append(lambda: products.add_product(h, linear.weight, linear.bias, self.stream))
+        stream = self.stream
+        self.launches.append(lambda: products.add_product(h, linear.weight, linear.bias, stream))
 
     def _add_mixer(self, block: Block, buffers: LayerBuffers) -> None:
         mixer, norm = block.mixer, _norm(block.norm1)
@@ -119,8 +120,8 @@ class FusedStep(Step):
     def _add_convolution(self, mixer: ShortConvolution, norm: Norm, buffers: ConvolutionInputs) -> None:
         mixed = self._row("mixed", mixer.conv.out_channels)
         taps = Taps(mixer.conv.weight[:, 0], mixer.conv.bias, buffers.inputs)
-        in_proj = mixer.in_proj
-        self.launches.append(lambda: products.convolution(self.stream, norm, in_proj.weight, in_proj.bias, taps, mixed))
+        stream, in_proj = self.stream, mixer.in_proj
+        self.launches.append(lambda: products.convolution(stream, norm, in_proj.weight, in_proj.bias, taps, mixed))
         self._add_residual(mixed, mixer.out_proj)
 
     def _add_linear_attention(self, mixer: LinearAttention, norm: Norm, buffers: LinearSums) -> None:
@@ -136,8 +137,8 @@ class FusedStep(Step):
         d, gain = mixer.proj_q.out_features // mixer.heads, mixer.key_gain
         row, column, weight = feature_table(d, mixed.device)
         table = row, column, weight.float()
-        S, z = buffers.S, buffers.z
-        self.launches.append(lambda: products.project(self.stream, norm, weights, None, projected))
+        stream, S, z = self.stream, buffers.S, buffers.z
+        self.launches.append(lambda: products.project(stream, norm, weights, None, projected))
         self.launches.append(
             lambda: linear_attention.linear_attention_step(projected, S, z, table, d, gain, decay, mixed)
         )
@@ -150,23 +151,23 @@ class FusedStep(Step):
         rotary = None
         if self.rotary is not None:
             rotary = self.rotary.cos, self.rotary.sin, -(-self.model.config.rotary_dim // 2)
-        k, v, position = buffers.k, buffers.v, self.position
+        stream, k, v, position = self.stream, buffers.k, buffers.v, self.position
         heads, ring, head_dim = k.shape[1:]
         parts = attention.parts(self.rows, heads, ring)
         partial = self._row(f"partial {parts}", heads * parts * (head_dim + 2), torch.float32)
         partial = partial.view(self.rows, heads, parts, head_dim + 2)
-        self.launches.append(lambda: products.project(self.stream, norm, [qkv_proj.weight], qkv_proj.bias, qkv))
+        self.launches.append(lambda: products.project(stream, norm, [qkv_proj.weight], qkv_proj.bias, qkv))
         self.launches.append(
             lambda: attention.attention_step(qkv, k, v, position.column, position.pads, rotary, scale, partial, mixed)
         )
         self._add_residual(mixed, mixer.out_proj)
 
     def _add_mamba(self, mixer: Mamba, norm: Norm, buffers: MambaSums) -> None:
-        channels = mixer.conv1d.out_channels
+        stream, channels = self.stream, mixer.conv1d.out_channels
         u, gate, mixed = (self._row(name, channels) for name in ("u", "gate", "mixed"))
         selected = self._row("selected", mixer.x_proj.out_features)
         taps = Taps(mixer.conv1d.weight[:, 0], mixer.conv1d.bias, buffers.inputs)
-        self.launches.append(lambda: products.mamba_inputs(self.stream, norm, mixer.in_proj.weight, taps, u, gate))
+        self.launches.append(lambda: products.mamba_inputs(stream, norm, mixer.in_proj.weight, taps, u, gate))
         self.launches.append(lambda: products.product(u, mixer.x_proj.weight, selected))
         self.launches.append(
             lambda: mamba.selective_step(

@@ -60,14 +60,19 @@ class Generation(NamedTuple):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None, vocabulary: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    limit: int | None,
+    vocabulary: int | None = None,
+    shortest: int = 1,
 ) -> list[Encoded]:
     """Prompts as ids, cut on the left to `limit` tokens.
 
     What the tokenizer puts in front of a text (a begin token) stays in front; what it puts behind one (an end token, say)
     is left out, because the answer comes there. The text of a special token in a document is text.
 
-    vocabulary: ids that the model has rows for; None: all. A prompt that cannot be asked says so in its `problem`."""
+    vocabulary: ids that the model has rows for; None: all. shortest: tokens that a prompt has to have. A prompt that cannot
+    be asked says so in its `problem`."""
     front = _tokens_in_front(tokenizer)
     readable = [prompt if is_text(prompt) else "" for prompt in prompts]
     options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
@@ -82,6 +87,8 @@ def encode(
             problem = "it has no tokens"
         elif vocabulary is not None and beyond >= vocabulary:
             problem = f"token {beyond} of it is beyond the model's {vocabulary} rows"
+        elif len(front) + len(own) < shortest:
+            problem = "it has one token, and the model reads such a prompt on top of what it read before"
         else:
             problem = ""
         found.append(Encoded([*front, *own], len(row) - len(own), problem))

@@ -58,7 +58,7 @@ class JRTHarness(HFLM):
             pretrained=opened.model,
             tokenizer=opened.tokenizer,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=None if max_length is None else settings.whole_number("max_length", max_length, least=1),
             backend="causal",
         )
 
@@ -106,6 +106,8 @@ def _check_model(found: dict[str, Any]) -> None:
     known = list(inspect.signature(JRTHarness.__init__).parameters)[1:]
     if unknown := [str(name) for name in options if name not in known]:
         raise ValueError(f"--model_args: --model jrt has no {', '.join(unknown)}; expected {', '.join(known)}")
+    if twice := sorted({"batch_size", "max_batch_size", "device"} & options.keys()):
+        raise ValueError(f"--model_args: {twice[0]} is an option of its own: give --{twice[0]}")
     if "pretrained" not in options:
         raise ValueError("--model_args: name the model with pretrained=NAME")
     if options.get("max_length") is not None:

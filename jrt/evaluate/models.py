@@ -80,6 +80,7 @@ class ModelInfo:
         vocabulary: token ids that the model has rows for.
         pads: prompts of unequal length can be asked together.
         batches: several prompts can be asked together.
+        shortest_prompt: tokens of the shortest prompt that can be asked.
         notes: what is done otherwise than usual, in sentences.
         set_aside: saved settings that would have changed greedy answers, as text.
         probe: what was measured of a model that is not ours, as plain values; None: ours.
@@ -95,6 +96,7 @@ class ModelInfo:
     vocabulary: int
     pads: bool
     batches: bool
+    shortest_prompt: int
     notes: list[str]
     set_aside: dict[str, str]
     probe: dict | None
@@ -180,6 +182,7 @@ class OpenModel:
             vocabulary=self.vocabulary,
             pads=self.mode.padding,
             batches=self.mode.batches,
+            shortest_prompt=1 if self.mode.one_token else 2,
             notes=self._notes(),
             set_aside={name: str(value) for name, value in self.set_aside.items()},
             probe=None if self.findings is None else self.findings.to_dict(),
@@ -249,7 +252,14 @@ def _few(names: list[str]) -> str:
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, without its weights. Raises ValueError for an unknown model."""
+    """A model's tokenizer, without its weights. Raises ValueError for an unknown model, and for a tokenizer that cannot read."""
+    found = _tokenizer(name)
+    with as_value_error(f"the tokenizer of {name} cannot be used"):  # settings of a wrong kind show at the first text
+        found.decode(found("a b")["input_ids"])
+    return found
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name.startswith(STATE_SPACES) and find(name) is None:
         resolve(name)  # only its config.json says which Mamba it is
     if is_ours(name) or mamba2_folder(name) is not None:
@@ -285,8 +295,17 @@ def weights_sha256(model: torch.nn.Module) -> str:
 def position_bound(model: PreTrainedModel) -> int | None:
     """The most tokens that the model's configuration provides for, where it says so; the least where it says so twice."""
     config = model.config.get_text_config()
-    bounds = (getattr(config, name, None) for name in LIMITS)
-    return min((bound for bound in bounds if isinstance(bound, int) and 0 < bound < UNBOUNDED), default=None)
+    bounds = (_number(getattr(config, name, None)) for name in LIMITS)
+    return min((bound for bound in bounds if bound is not None and 0 < bound < UNBOUNDED), default=None)
+
+
+def _number(value: object) -> int | None:
+    """A whole number, also one in quotes or with ".0"; None for anything else."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) else None
 
 
 def _location(name: str) -> tuple[str, dict[str, Any]]:

@@ -202,7 +202,11 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
                     failed[cell] = str(error)
                     continue
                 encoded = prompts[cell] = encode(
-                    tokenizer, [item.prompt for item in found.items], limit, info["vocabulary"]
+                    tokenizer,
+                    [item.prompt for item in found.items],
+                    limit,
+                    info["vocabulary"],
+                    info["shortest_prompt"],
                 )
                 lengths = [len(one.ids) for one in encoded if not one.problem]
                 if not lengths:

@@ -151,7 +151,9 @@ def compiled_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scal
 
     length = q.shape[1]
     mask = create_block_mask(is_shown, None, None, length, length, device=q.device)
-    o = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, scale=scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    o = flex_attention(q, k, v, block_mask=mask, scale=scale)
+    assert isinstance(o, Tensor)
     return o.transpose(1, 2)
 
 

@@ -65,7 +65,6 @@ def unsupported(call: Call) -> str | None:
 def linear_attention(call: Call) -> tuple[Tensor, State]:
     """`jrt.ops.linear_attention` for calls that `unsupported` lets pass."""
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in call.tensors())
-    call = call.without_padding()
     S, z = (None, None) if call.initial_state is None else call.initial_state
     one_token = call.k.shape[1] == 1 and not wants_gradient
     operator = torch.ops.jrt.linear_attention_decode if one_token else torch.ops.jrt.linear_attention_prefill
@@ -75,7 +74,6 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
 
 def encode_prefix(call: Call) -> State:
     """`jrt.ops.encode_prefix` for calls that `unsupported` lets pass."""
-    call = call.without_padding()
     return State(*torch.ops.jrt.encode_prefix(call.k, call.v, call.mask))
 
 
@@ -115,6 +113,7 @@ def _prefill(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     o = v.new_empty(v.shape)  # (B, T, H, D) contiguous
+    k, v = _without_padding(k, mask), _without_padding(v, mask)
     return o, *_launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize)
 
 
@@ -123,7 +122,7 @@ def _prefill_fake(q, k, v, initial_S, initial_z, mask, normalize):
 
 
 def _encode(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _launch_prefill(None, k, v, None, None, None, mask, True)
+    return _launch_prefill(None, _without_padding(k, mask), _without_padding(v, mask), None, None, None, mask, True)
 
 
 def _encode_fake(k, v, mask):
@@ -140,6 +139,7 @@ def _decode(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     S, z = _empty_state(v)
+    k, v = _without_padding(k, mask), _without_padding(v, mask)
     return _launch_decode(q, k, v, _aligned(initial_S), initial_z, S, z, mask, normalize), S, z
 
 
@@ -187,6 +187,15 @@ register(
 )
 torch.library.register_autograd("jrt::linear_attention_prefill", _prefill_gradients, setup_context=_save_prefill)
 torch.library.register_autograd("jrt::encode_prefix", _encode_gradients, setup_context=_save_encode)
+
+
+def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """With zeros where the mask is False: the tensor cores would carry a NaN on, 0 times NaN being NaN.
+
+    Made here, inside the operators, so that training keeps the inputs and not their copies: the backward kernels read
+    no padding.
+    """
+    return x if mask is None else x.masked_fill(~mask[:, :, None, None], 0)
 
 
 def _launch_decode(q, k, v, old_S, old_z, S, z, mask, normalize) -> Tensor:

@@ -81,6 +81,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in the dtype of x, which under autocast is the narrow one."""
+    assert isinstance(linear, nn.Linear)
     bias = linear.bias
     return linear.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 

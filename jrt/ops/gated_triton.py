@@ -6,6 +6,9 @@ for bit.
 Shapes: B batch, T tokens, E channels, K taps, M hidden units, N = B x T rows, S segments of a text.
 """
 
+# ruff: noqa: RUF005 - Triton's compiler knows no unpacking inside a tuple
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import torch
@@ -42,8 +45,8 @@ def swiglu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, is_gated: bool) -> Tensor:
     """silu(conv(u)) (B, T, E) for x = u (B, T, E), or that times gate for x = [u, gate] (B, T, 2 E)."""
-    x, taps = _rows(x), taps.contiguous()
-    batch, steps, (channels, count) = x.shape[0], x.shape[1], taps.shape
+    x, (channels, count) = _rows(x), taps.shape
+    batch, steps, taps = x.shape[0], x.shape[1], taps.mT.contiguous()
     y = x.new_empty(batch, steps, channels)
     sizes = {"T": steps, "E": channels, "K": count, "S": x.stride(1)}
     grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(steps, STEPS), batch)
@@ -59,8 +62,8 @@ def convolution_backward(
     x: Tensor, taps: Tensor, bias: Tensor | None, dy: Tensor, is_gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of x, and in fp32 of taps and bias; with a gate also what `convolution` gave, else None."""
-    x, taps, dy = _rows(x), taps.contiguous(), dy.contiguous()
-    batch, steps, (channels, count) = x.shape[0], x.shape[1], taps.shape
+    x, dy, (channels, count) = _rows(x), dy.contiguous(), taps.shape
+    batch, steps, taps = x.shape[0], x.shape[1], taps.mT.contiguous()
     segments = triton.cdiv(steps, SEGMENT)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty_like(dy) if is_gated else None
@@ -122,22 +125,22 @@ def _swiglu_backward_kernel(x, dy, dx, y, rows, units, R: tl.constexpr, W: tl.co
 
 
 @triton.jit
-def _convolved(x, steps, e, first, taps, bias, T, E, S, K: tl.constexpr, BIASED: tl.constexpr):
-    """conv(u) at `steps` (L,) of the row that begins at step `first`, for channels e (W,): (L, W) in fp32."""
-    c = tl.zeros((steps.shape[0], e.shape[0]), tl.float32)
-    if BIASED:
-        c += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(K):
-        tap = tl.load(taps + e * K + k, mask=e < E, other=0.0).to(tl.float32)
-        c += _inputs(x, steps - (K - 1) + k, e, first, T, E, S) * tap[None, :]
-    return c
-
-
-@triton.jit
 def _inputs(x, steps, e, first, T, E, S):
     """x (L, W) in fp32 at these steps, zero outside of the text."""
     inside = ((steps >= 0) & (steps < T))[:, None] & (e < E)[None, :]
     return tl.load(x + (first + steps)[:, None] * S + e[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_filter(taps, bias, e, E, K: tl.constexpr, BIASED: tl.constexpr):
+    """The taps as K vectors (1, W), and the bias (1, W)."""
+    found = ()
+    for k in tl.static_range(K):
+        found = found + (tl.load(taps + k * E + e, mask=e < E, other=0.0).to(tl.float32)[None, :],)
+    offset = tl.zeros((1, e.shape[0]), tl.float32)
+    if BIASED:
+        offset += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    return found, offset
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -148,7 +151,9 @@ def _convolution_kernel(
     e = tl.program_id(0) * W + tl.arange(0, W)
     steps = tl.program_id(1) * L + tl.arange(0, L)
     first = tl.program_id(2).to(tl.int64) * T
-    c = _convolved(x, steps, e, first, taps, bias, T, E, S, K, BIASED)
+    tap, c = _load_filter(taps, bias, e, E, K, BIASED)
+    for k in tl.static_range(K):
+        c = c + tap[k] * _inputs(x, steps - (K - 1) + k, e, first, T, E, S)
     out = c * tl.sigmoid(c)
     if GATED:
         out *= _inputs(x + E, steps, e, first, T, E, S)
@@ -161,23 +166,28 @@ def _convolution_backward_kernel(
     x, taps, bias, dy, dx, y, partial, T, E, S, SEGMENT, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: the gradients dc of the K steps from t on are computed for each t, and
-    their inputs come from the cache."""
+    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: each tile computes the gradients dc of the K - 1 steps after it as well."""
     e = tl.program_id(0) * W + tl.arange(0, W)
     segment = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(2).to(tl.int64) * T
     width = E * (2 if GATED else 1)  # of a row of dx
+    tap, offset = _load_filter(taps, bias, e, E, K, BIASED)
     by_bias = tl.zeros((L, W), tl.float32)
     by_taps = ()
     for _ in tl.static_range(K):
-        by_taps = by_taps + (tl.zeros((L, W), tl.float32),)  # noqa: RUF005 - Triton knows no unpacking inside a tuple
+        by_taps = by_taps + (tl.zeros((L, W), tl.float32),)
     for start in range(tl.program_id(1) * SEGMENT, tl.minimum(T, (tl.program_id(1) + 1) * SEGMENT), L):
         steps = start + tl.arange(0, L)
         inside = (steps < T)[:, None] & (e < E)[None, :]
         row = (first + steps)[:, None]
+        u = ()  # the inputs of steps - (K - 1) to steps + K - 1
+        for i in tl.static_range(2 * K - 1):
+            u = u + (_inputs(x, steps - (K - 1) + i, e, first, T, E, S),)
         du = tl.zeros((L, W), tl.float32)
         for j in tl.static_range(K):
-            c = _convolved(x, steps + j, e, first, taps, bias, T, E, S, K, BIASED)
+            c = offset
+            for k in tl.static_range(K):
+                c = c + tap[k] * u[j + k]
             out = _inputs(dy, steps + j, e, first, T, E, E)
             share = tl.sigmoid(c)
             if GATED:
@@ -192,11 +202,9 @@ def _convolution_backward_kernel(
                 by_bias += dc
                 sums = ()
                 for k in tl.static_range(K):
-                    u = _inputs(x, steps - (K - 1) + k, e, first, T, E, S)
-                    sums = sums + (by_taps[k] + dc * u,)  # noqa: RUF005
+                    sums = sums + (by_taps[k] + dc * u[k],)
                 by_taps = sums
-            tap = tl.load(taps + e * K + (K - 1 - j), mask=e < E, other=0.0).to(tl.float32)
-            du += dc * tap[None, :]
+            du += dc * tap[K - 1 - j]
         tl.store(dx + row * width + e[None, :], du.to(dx.dtype.element_ty), mask=inside)
     partial += segment * (K + 1) * E + e
     for k in tl.static_range(K):

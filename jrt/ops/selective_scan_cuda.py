@@ -18,7 +18,8 @@ from jrt.ops import cuda
 from jrt.ops.registration import register
 
 STATES, STEPS, WIDTH = 16, 16, 128  # N; steps of a chunk; channels of a block
-BLOCKS = 3  # that a multiprocessor holds at a time
+FORWARD_BLOCKS = 5  # that a multiprocessor holds at a time
+BACKWARD_BLOCKS = 6  # it holds 3 of the gradients' blocks: two rounds, so that the pass before them is spread wider
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,9 +63,9 @@ def selective_scan(
     return y, state
 
 
-def segments(u: Tensor) -> int:
-    """Parts into which each text is cut, so that the blocks of all fill the card once."""
-    count = torch.cuda.get_device_properties(u.device).multi_processor_count * BLOCKS
+def segments(u: Tensor, blocks: int) -> int:
+    """Parts into which each text is cut, so that all together make `blocks` blocks for each multiprocessor."""
+    count = torch.cuda.get_device_properties(u.device).multi_processor_count * blocks
     return max(1, min(count // (u.shape[0] * slices(u)), -(-u.shape[1] // STEPS)))
 
 
@@ -81,7 +82,7 @@ def _forward(u, delta, A, B, C, D, delta_bias, initial_state, keep: bool) -> tup
     between = _between(u, keep)
     y, end = torch.empty_like(u), torch.empty(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
     start = None if initial_state is None else initial_state.float().contiguous()
-    with _Launch(u, delta, A, B, C, D, delta_bias) as launch:
+    with _Launch(u, delta, A, B, C, D, delta_bias, FORWARD_BLOCKS) as launch:
         states = launch.states(start, end, between if keep else None)
         launch.kernels.scan_forward(
             launch.inputs, launch.strides, states, launch.sizes, launch.dtype, y.data_ptr(), launch.stream
@@ -99,7 +100,7 @@ def _backward(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tuple[Te
     u, delta, dy, B, C = u.contiguous(), delta.contiguous(), dy.contiguous(), _rows(B), _rows(C)
     batch, steps, channels = u.shape
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    with _Launch(u, delta, A, B, C, D, delta_bias) as launch:
+    with _Launch(u, delta, A, B, C, D, delta_bias, BACKWARD_BLOCKS) as launch:
         parts = launch.segments
 
         def empty(*shape: int) -> Tensor:
@@ -134,11 +135,11 @@ def _backward_fake(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tup
 class _Launch:
     """The arguments that both directions share, and their tensors, which must live until the work is queued."""
 
-    def __init__(self, u, delta, A, B, C, D, delta_bias) -> None:
+    def __init__(self, u, delta, A, B, C, D, delta_bias, blocks: int) -> None:
         rates = (A.float() * math.log2(math.e)).mT.contiguous()  # (N, E): exp(delta A) = exp2(delta rate)
         skip = rates.new_zeros(u.shape[2]) if D is None else D.float().contiguous()
         bias = None if delta_bias is None else delta_bias.float().contiguous()
-        self.kernels, self.segments = cuda._module(), segments(u)
+        self.kernels, self.segments = cuda._module(), segments(u, blocks)
         self.tensors = [u, delta, bias, rates, B, C, skip]
         self.inputs = [cuda._address(x) for x in self.tensors]
         self.strides = [B.stride(0), B.stride(1), C.stride(0), C.stride(1)]

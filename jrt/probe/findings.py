@@ -41,12 +41,13 @@ class RunMode:
     """How a model may be run: by default in every way.
 
     cache: decode with a cache; batches: several rows at once; padding: rows of unequal length among them; sharing: a common
-    beginning read once, its state copied to the rows that go on from it."""
+    beginning read once, its state copied to the rows that go on from it; one_token: prompts of a single token."""
 
     cache: bool = True
     batches: bool = True
     padding: bool = True
     sharing: bool = True
+    one_token: bool = True
 
     def sentences(self) -> list[str]:
         """What is done otherwise than usual, for people. Empty: nothing is."""
@@ -59,6 +60,8 @@ class RunMode:
             said.append("asked in batches of equal lengths: padding changes its answers")
         if not self.sharing:
             said.append("every prompt read from its start: going on from a copied state changes its answers")
+        if not self.one_token:
+            said.append("prompts of one token are not asked: it reads them on top of what it read before")
         return said
 
 
@@ -80,7 +83,8 @@ class Findings:
         batches = self.holds("neighbours")
         padding = batches and self.holds("padding")
         sharing = padding and all(map(self.holds, ("decode", "two calls", "state copy", "shared state")))
-        return RunMode(self.holds("decode"), batches, padding, sharing)
+        one_token = not any(check.name == "single tokens" and check.holds is False for check in self.checks)
+        return RunMode(self.holds("decode"), batches, padding, sharing, one_token)
 
     def to_dict(self) -> dict:
         """Plain values for JSON; an infinite deviation is None with its reason beside it."""

@@ -9,7 +9,7 @@ import glob
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from train.data.sources import DatasetTokens, Joined, StreamedTokens, TokenFile,
 
 Batch = dict[str, Tensor]
 """ids (R, T + 1) int64, and where the data says so: prefix_length (R,), weights (R, T) of next-token labels,
-answers (R, T) that number each row's answers from 1."""
+answers (R, T) that number each row's answers from 1, resume: JSON in uint8 that says where the data stands afterwards."""
 ORDERS = ("shuffle", "neox", "straight")
 
 
@@ -56,6 +56,15 @@ class Data(Protocol):
 
     def identity(self) -> dict:
         """What must not change under a run that goes on."""
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Data whose place does not follow from the step alone."""
+
+    def go_on(self, state: dict) -> None:
+        """Stands where the batch stood whose `resume` this is."""
         ...
 
 
@@ -170,7 +179,7 @@ class TextData:
 class HubData:
     """A dataset of the Hugging Face hub (or of a folder that `datasets` can load), tokenised as it is read.
 
-    `streaming` reads it without a download, in its own order; a run that goes on then reads up to where it was.
+    `streaming` reads it without a download, in its own order; a checkpoint holds the place in the stream.
 
     Raises:
         ValueError: no such dataset, column or split, or too little text.
@@ -211,6 +220,7 @@ class HubData:
         training = source(train_split, streaming, stream_windows)
         self.windows: int | None = None if streaming else len(training)
         self.stream: Stream = Straight(training) if streaming else Shuffled(training, seed)
+        self._training = training
         held_out = source(validation_split, streaming, validation_windows)
         count = min(validation_windows, len(held_out))
         # A stream can only go forward, so its few windows are kept.
@@ -222,7 +232,16 @@ class HubData:
         return None
 
     def part(self, step: int, total: int, first: int, count: int) -> Batch:
-        return {"ids": torch.from_numpy(self.stream.rows(step * total + first + np.arange(count)))}
+        batch = {"ids": torch.from_numpy(self.stream.rows(step * total + first + np.arange(count)))}
+        if isinstance(self._training, StreamedTokens):
+            state = json.dumps(self._training.state()).encode()
+            batch["resume"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        return batch
+
+    def go_on(self, state: dict) -> None:
+        """The first process's place will do for all: the others' rows of the next step come after it."""
+        assert isinstance(self._training, StreamedTokens), "only a stream hands out its place"
+        self._training.go_on(state)
 
     def validation(self, number: int) -> Batch:
         windows = range(number * self._rows, min((number + 1) * self._rows, self._count))

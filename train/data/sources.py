@@ -161,8 +161,8 @@ class DatasetTokens:
 class StreamedTokens:
     """A Hugging Face dataset that is streamed: its windows are made in the order of its documents.
 
-    Only the next window is at hand. A later one is reached by reading up to it, an earlier one by starting again: for
-    long runs write token files with train/prepare.py instead.
+    Only the next window is at hand. A later one is reached by reading up to it, an earlier one by starting again. A run
+    that goes on from a checkpoint begins where `state` says, without reading what came before.
 
     Args:
         dataset: an `IterableDataset` of rows with text or with `input_ids`.
@@ -180,6 +180,8 @@ class StreamedTokens:
     ) -> None:
         self.dataset, self.length, self.windows = dataset, length, windows
         self.tokenizer, self.column = tokenizer, column
+        self._last: tuple[np.ndarray, np.ndarray] | None = None
+        self._first = dataset.state_dict()
         self._start_again()
 
     def __len__(self) -> int:
@@ -191,11 +193,20 @@ class StreamedTokens:
     def document_starts(self, i: int) -> np.ndarray:
         return self._window(i)[1]
 
-    def _start_again(self) -> None:
+    def state(self) -> dict:
+        """Where the stream stands, as JSON: the next window, the dataset's own place, and the tokens read ahead."""
+        ahead = {"ids": self._ids.tolist(), "starts": self._starts.tolist()}
+        return {"next": self._next, "dataset": self.dataset.state_dict()} | ahead
+
+    def go_on(self, state: dict) -> None:
+        """Stands where `state` was taken."""
+        self.dataset.load_state_dict(state["dataset"])
         self._documents = self._encoded()
-        self._ids, self._starts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._next = 0
-        self._last: tuple[np.ndarray, np.ndarray] | None = None
+        self._ids, self._starts = (np.asarray(state[name], np.int64) for name in ("ids", "starts"))
+        self._next, self._last = state["next"], None
+
+    def _start_again(self) -> None:
+        self.go_on({"next": 0, "dataset": self._first, "ids": [], "starts": []})
 
     def _encoded(self) -> Iterator[list[int]]:
         for row in self.dataset:
@@ -210,7 +221,7 @@ class StreamedTokens:
 
     def _window(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         _checked(i, self.windows)
-        if i < self._next - 1:
+        if i < self._next - (self._last is not None):
             self._start_again()
         while self._next <= i:
             while len(self._ids) < self.length + 1:

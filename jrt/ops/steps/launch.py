@@ -12,8 +12,6 @@ import triton.language as tl
 ELEMENTS = 16_384  # weights that one program fetches at once when there is one row
 PROGRAMS = 132  # programs that a product should have at least, about one a multiprocessor
 LONGEST = 16_384  # inputs of a product that one program can hold
-
-
 LARGE = 8192  # outputs from which weights have to be read once, for all rows together
 MOST_SPLITS = 8  # parts that the sum over a product's inputs is cut into
 

@@ -54,9 +54,10 @@ class Pieces(NamedTuple):
 
 
 def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
-    """Sizes for "forward", "sums", "queries", "keys" or "prefix keys", measured on an H100; at most 99 KB of shared memory.
+    """Sizes for "forward", "sums", "queries", "keys" or "prefix keys", measured on an H100.
 
-    The chunk is the same for all kernels of a text, so that pieces are whole chunks to each.
+    On GPUs that have no more (sm_86, sm_89) the kernels take at most 99 KB of shared memory. The chunk is the same for
+    all kernels of a text, so that pieces are whole chunks to each.
     """
     columns = max(16, triton.next_power_of_2(D))
     narrow = kernel in ("queries", "keys", "prefix keys")  # the gradients need more registers beside the state
