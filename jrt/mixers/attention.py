@@ -137,7 +137,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int
 
 def compiled_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """`window_attention` of a whole text without padding, for training under torch.compile: FlexAttention, which torch
-    compiles to a kernel that skips the blocks outside of the window (`benchmarks/results/layers.json` has the times).
+    compiles to a kernel that skips the blocks outside of the window (`python benchmarks/layers.py` times it).
 
     Args:
         q, k, v: (B, T, H, D).
