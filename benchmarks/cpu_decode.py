@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import jrt
-from jrt.provenance import commit
+from jrt.system.provenance import commit
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("mini-jrt", "mini-based", "mini-mamba", "mini-attention")

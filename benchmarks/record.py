@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from jrt.files import write_json
-from jrt.provenance import commit, device_name, versions
+from jrt.system.files import write_json
+from jrt.system.provenance import commit, device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
 

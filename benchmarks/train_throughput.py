@@ -5,7 +5,7 @@
 
 Tokens are synthetic. A step is what train/loop.py does with one pass: targets, forward and backward in bf16 autocast,
 gradient clipping, fused AdamW. `mfu` is 6 N tokens/s over the device's dense bf16 peak; `mfu_with_mixers` adds what the
-mixers compute (jrt.flops.flops_per_token). `first_step_s` starts before the model is built, so compiling is in it.
+mixers compute (jrt.training.flops.flops_per_token). `first_step_s` starts before the model is built, so compiling is in it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from record import write
 from torch import Tensor, nn
 
 from jrt.config import Config, presets
-from jrt.flops import flops_per_token, peak_flops
-from jrt.loss import ModelWithLoss, has_liger, loss_of, room_for
 from jrt.model import LanguageModel
-from jrt.objective import Objective, prefix_of
 from jrt.ops.backends import choose
 from jrt.ops.call import Call
+from jrt.training.flops import flops_per_token, peak_flops
+from jrt.training.loss import ModelWithLoss, has_liger, loss_of, room_for
+from jrt.training.objective import Objective, prefix_of
 
 
 @dataclass(frozen=True)

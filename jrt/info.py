@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from jrt.breaks import first_line
 from jrt.checkpoints.load import configuration, has_tokenizer
 from jrt.checkpoints.names import MINIS, Kind, find, kind_of_model, resolve
 from jrt.config import LETTERS, Config, presets, releases
 from jrt.model import LanguageModel
 from jrt.released.quirks import Quirks
+from jrt.system.breaks import first_line
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))

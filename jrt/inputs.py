@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jrt.objective import IGNORED
+from jrt.training.objective import IGNORED
 
 # Arguments that `forward` may ignore: they say what is true of these models anyway, or `generate` hands them on.
 HARMLESS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "tokenizer", "assistant_tokenizer")

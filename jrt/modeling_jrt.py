@@ -33,11 +33,11 @@ from jrt.decoding.session import Sessions
 from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, check_unknown, own_mask
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel
-from jrt.objective import IGNORED, mean_loss
 from jrt.packed_rows import documents_of
 from jrt.recurrent_cache import CACHE, RecurrentCache, one_cache, state_of
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import PADDED_MIXERS, Prompt, check_short_prompt, fill_short_prompts, padded
+from jrt.training.objective import IGNORED, mean_loss
 
 log = logging.getLogger(__name__)
 

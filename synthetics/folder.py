@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jrt.files import write_json
-from jrt.provenance import commit, device_name, versions
+from jrt.system.files import write_json
+from jrt.system.provenance import commit, device_name, versions
 from synthetics.runs import Run
 
 VERSIONS = ("python", "torch", "triton")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jrt.files import write_bytes
+from jrt.system.files import write_bytes
 from synthetics.data import Examples, generator
 from synthetics.graphs import RecordedSteps
 from synthetics.optimizer import StackedAdamW

@@ -11,28 +11,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it.
 ORDER = (
-    "files",
-    "breaks",
-    "provenance",
+    "system",
     "config",
-    "flops",
-    "cores",
     "released.quirks",
     "ops",
     "mixers",
     "cache",
     "recurrent_cache",
     "model",
-    "objective",
-    "loss",
+    "training",
     "short_prompts",
     "inputs",
     "packed_rows",
     "decoding",
     "configuration_jrt",
     "modeling_jrt",
-    "caches",
-    "greedy",
+    "foreign",
     "probe",
     "released",
     "checkpoints",
@@ -92,6 +86,18 @@ def test_imports_inside_the_package_point_one_way():
                 if target is not None and target > place:
                     wrong.append(f"{file.relative_to(ROOT)} imports {name}")
     assert not wrong
+
+
+def test_rooms_can_be_surveyed():
+    """At most twelve modules a package, at most 400 lines a module; ops has a module a kernel."""
+    packages = [ROOT / "jrt", *(ROOT / "jrt").rglob("*/"), ROOT / "lm-eval-harness" / "jrt_recall"]
+    for package in packages:
+        if package.is_relative_to(ROOT / "jrt" / "ops"):
+            continue
+        modules = [file for file in package.glob("*.py") if not file.name.startswith("__")]
+        assert len(modules) <= 12, f"{package.relative_to(ROOT)} has {len(modules)} modules"
+        for file in modules:
+            assert len(file.read_text().splitlines()) <= 400, file.relative_to(ROOT)
 
 
 def test_only_evaluation_and_the_command_line_know_the_plugin():

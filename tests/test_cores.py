@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from jrt.cores import PERIOD, FreeCores, threads
+from jrt.system.cores import PERIOD, FreeCores, threads
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from jrt_recall import PROTOCOLS, data, fixtures, protocol_named
 
 from jrt.evaluate.report import Collected, collect, paper_table
 from jrt.evaluate.tables import SUPER_GLUE_SIZES, aligned, layouts, mixtures, published_tables
-from jrt.files import json_lines, write_json, write_text
+from jrt.system.files import json_lines, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE1 = published_tables()["table1"]

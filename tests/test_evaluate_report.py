@@ -21,7 +21,7 @@ from jrt.evaluate.tables import (
     size,
     super_glue_rows,
 )
-from jrt.files import json_lines, write_json, write_text
+from jrt.system.files import json_lines, write_json, write_text
 
 TABLES = published_tables()
 NASTY = "<script>alert('x')</script> & <b>"

@@ -10,9 +10,9 @@ from conftest import ROOT
 from random_models import save_random_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from jrt.caches import keeps_no_tokens, select_rows
 from jrt.cli import main
-from jrt.greedy import set_aside
+from jrt.foreign.caches import keeps_no_tokens, select_rows
+from jrt.foreign.greedy import set_aside
 from jrt.modeling_jrt import CACHE
 from jrt.probe import CHECKS, LENGTH, PASSES, RunMode, probe
 

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from jrt.files import json_lines, write_bytes, write_json, write_text
-from jrt.provenance import code_sha256, commit, device_name, versions
+from jrt.system.files import json_lines, write_bytes, write_json, write_text
+from jrt.system.provenance import code_sha256, commit, device_name, versions
 
 
 def test_versions_and_device_are_those_of_this_process():

@@ -167,7 +167,7 @@ def test_the_released_order(neox):
 def test_the_released_items(neox):
     import torch
 
-    from jrt.objective import IGNORED, Objective
+    from jrt.training.objective import IGNORED, Objective
 
     _, golden, told = neox
     windows = torch.from_numpy(golden["plain.text"])

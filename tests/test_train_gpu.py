@@ -14,9 +14,9 @@ pytest.importorskip("hydra")
 from train_runs import ROOT, curve
 
 from jrt.config import presets
-from jrt.loss import ModelWithLoss, loss_of, room_for
 from jrt.model import LanguageModel
-from jrt.objective import Objective
+from jrt.training.loss import ModelWithLoss, loss_of, room_for
+from jrt.training.objective import Objective
 
 LARGER = {"width": 128, "heads": 2, "linear_heads": 2, "feature_dim": 16, "rotary_dim": 32, "window": 20}
 

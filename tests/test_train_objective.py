@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import jrt
 import jrt.model
-from jrt.loss import ModelWithLoss, loss_of, room_for, summed_cross_entropy
-from jrt.objective import IGNORED, Objective, Targets, greedy_answers, prefix_of
+from jrt.training.loss import ModelWithLoss, loss_of, room_for, summed_cross_entropy
+from jrt.training.objective import IGNORED, Objective, Targets, greedy_answers, prefix_of
 from train.optimizer import Schedule, parameter_groups
 
 MASK = 99
@@ -177,7 +177,7 @@ def test_the_token_that_the_release_never_scores():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_loss_in_pieces_is_the_loss(weighted, monkeypatch):
-    monkeypatch.setattr("jrt.loss.CHUNK", 7)
+    monkeypatch.setattr("jrt.training.loss.CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((50, 8), (30, 8)))
     labels = torch.randint(0, 30, (50,), generator=generator)

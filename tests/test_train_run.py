@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from train_runs import CONFIGS, ROOT, composed, curve, trained
 
 import jrt
-from jrt.loss import ModelWithLoss, loss_of, room_for
 from jrt.model import LanguageModel
+from jrt.training.loss import ModelWithLoss, loss_of, room_for
 from train.data.batches import RecallData
 from train.data.library import make_library_text
 from train.loop import Trainer

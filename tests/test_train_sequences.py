@@ -8,7 +8,7 @@ import torch
 from jrt_recall import reference_pages
 from jrt_recall.tokenizers import shipped_tokenizer
 
-from jrt.objective import IGNORED, Objective
+from jrt.training.objective import IGNORED, Objective
 from train.data.pages import Alphabet, Pages
 from train.data.sequences import Kind, Recipe, Sequences
 from train.tokenizer import encode

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from jrt.config import Config
-from jrt.loss import ModelWithLoss
 from jrt.model import LanguageModel
+from jrt.training.loss import ModelWithLoss
 
 STRATEGIES = ("ddp", "fsdp")
 

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from jrt.configuration_jrt import JRTConfig
-from jrt.files import write_json, write_text
 from jrt.modeling_jrt import JRTForCausalLM
-from jrt.provenance import commit, device_name, versions
+from jrt.system.files import write_json, write_text
+from jrt.system.provenance import commit, device_name, versions
 from train import recall
 from train.distributed import whole_state
 from train.loop import Loop

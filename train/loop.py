@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from jrt.config import Config
-from jrt.flops import flops_per_token, peak_flops
-from jrt.loss import loss_of, room_for, split_rows
 from jrt.model import LanguageModel
-from jrt.objective import Objective, Targets
+from jrt.training.flops import flops_per_token, peak_flops
+from jrt.training.loss import loss_of, room_for, split_rows
+from jrt.training.objective import Objective, Targets
 from train.checkpoints import Checkpoint, Checkpoints, Training
 from train.data.batches import Batch, Data, Resumable, loader, local_part
 from train.distributed import World, unsynchronised
@@ -100,7 +100,7 @@ class Loop:
     """One run on this process.
 
     Args:
-        module: `jrt.loss.ModelWithLoss`, spread over the devices.
+        module: `jrt.training.loss.ModelWithLoss`, spread over the devices.
         prefix: tokens of each row that are its prefix; None: the batch says.
         identity: what a checkpoint says of the run.
         probe: recall on reference pages, in percent.

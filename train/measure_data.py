@@ -22,8 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # finds its package wher
 
 import numpy as np  # noqa: E402
 
-from jrt.files import write_json  # noqa: E402
-from jrt.provenance import commit, versions  # noqa: E402
+from jrt.system.files import write_json  # noqa: E402
+from jrt.system.provenance import commit, versions  # noqa: E402
 from train.data.batches import TextData, loader  # noqa: E402
 from train.data.order import Shuffled  # noqa: E402
 

@@ -31,8 +31,8 @@ from jrt_recall.tokenizers import shipped_tokenizer  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
-from jrt.files import write_json  # noqa: E402
-from jrt.provenance import versions  # noqa: E402
+from jrt.system.files import write_json  # noqa: E402
+from jrt.system.provenance import versions  # noqa: E402
 from train.data.documents import TEXT, Documents, find_documents  # noqa: E402
 from train.data.indexed import write_index  # noqa: E402
 from train.data.sources import encode_documents  # noqa: E402

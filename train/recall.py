@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from jrt.model import LanguageModel
-from jrt.objective import greedy_answers
+from jrt.training.objective import greedy_answers
 
 log = logging.getLogger(__name__)
 TOKENS_A_PASS = 65_536

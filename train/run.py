@@ -31,8 +31,8 @@ import jrt  # noqa: E402
 import train as train_package  # noqa: E402
 from jrt.config import Config, presets  # noqa: E402
 from jrt.model import LanguageModel  # noqa: E402
-from jrt.objective import Objective, prefix_of  # noqa: E402
-from jrt.provenance import code_sha256  # noqa: E402
+from jrt.system.provenance import code_sha256  # noqa: E402
+from jrt.training.objective import Objective, prefix_of  # noqa: E402
 from train import recall  # noqa: E402
 from train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 from train.data.batches import Data  # noqa: E402

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jrt.breaks import first_line
+from jrt.system.breaks import first_line
 
 # The first that is there, whole or sharded, is read, as in transformers.
 CHOICE = ("model.safetensors", "pytorch_model.bin")

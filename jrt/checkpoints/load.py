@@ -13,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from jrt.breaks import as_value_error, first_line
 from jrt.checkpoints import keys
 from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
@@ -24,6 +23,7 @@ from jrt.modeling_jrt import JRTForCausalLM
 from jrt.released import configurations
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
+from jrt.system.breaks import as_value_error, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 NEOX_SIZES = (50277, 50280, 50288)  # GPT-NeoX's tokenizer, and padded as state-spaces/mamba-* and mamba2-* are

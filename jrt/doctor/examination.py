@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from jrt.breaks import BREAKS, one_line
 from jrt.probe import CHECKS, Check, Findings, probe, read_row
+from jrt.system.breaks import BREAKS, one_line
 
 LOADED = {
     "save and load": "a model saved and loaded again gives the same logits",

@@ -27,13 +27,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from jrt.breaks import BREAKS, one_line
-from jrt.caches import cache_argument, keeps_no_tokens, select_rows
-from jrt.cores import FreeCores
 from jrt.evaluate.batches import groups
 from jrt.evaluate.models import OpenModel
-from jrt.greedy import ForcedTokens
+from jrt.foreign.caches import cache_argument, keeps_no_tokens, select_rows
+from jrt.foreign.greedy import ForcedTokens
 from jrt.recurrent_cache import CACHE
+from jrt.system.breaks import BREAKS, one_line
+from jrt.system.cores import FreeCores
 
 logger = logging.getLogger(__name__)
 

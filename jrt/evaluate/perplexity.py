@@ -29,8 +29,8 @@ import jrt
 from jrt.evaluate.folder import MANIFEST, former_manifest
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 from jrt.evaluate.tables.results import aligned
-from jrt.files import write_json
-from jrt.provenance import code_sha256, commit, device_name, versions
+from jrt.system.files import write_json
+from jrt.system.provenance import code_sha256, commit, device_name, versions
 
 LENGTH = 2048
 DISTANCES = (64, 256, 512, 1024)

@@ -26,7 +26,7 @@ from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.folder import Cell, RunFolder, cell_of
 from jrt.evaluate.models import ModelSpec, open_tokenizer
 from jrt.evaluate.workers import Failure, Job, Pool
-from jrt.provenance import code_sha256, versions
+from jrt.system.provenance import code_sha256, versions
 
 CPU_TOKENS = 8192  # of a batch: more of them no longer fit a processor's caches, and small models read slower
 ON_CPU = Limits(size=16, tokens=CPU_TOKENS)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from jrt.greedy import set_aside
+from jrt.foreign.greedy import set_aside
 from jrt.probe.findings import CHECKS, Check, Findings, RunMode
 from jrt.probe.trials import LENGTH, STATES, Trials, read_row
 

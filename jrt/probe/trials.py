@@ -18,11 +18,11 @@ from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from jrt.breaks import BREAKS, one_line
-from jrt.caches import cache_argument, keeps_no_tokens, select_rows
-from jrt.greedy import ForcedTokens
+from jrt.foreign.caches import cache_argument, keeps_no_tokens, select_rows
+from jrt.foreign.greedy import ForcedTokens
 from jrt.modeling_jrt import CACHE, JRTForCausalLM
 from jrt.probe.findings import Check
+from jrt.system.breaks import BREAKS, one_line
 
 LENGTH = 64
 """Tokens of the longest row."""

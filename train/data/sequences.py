@@ -73,7 +73,7 @@ class Row:
 
 
 class Sequences:
-    """Builds batches out of a corpus. What is hidden in a prefix, and which labels count there, `jrt.objective` decides."""
+    """Builds batches out of a corpus. What is hidden in a prefix, and which labels count there, `jrt.training.objective` decides."""
 
     def __init__(self, pages: Pages, recipe: Recipe, seed: int) -> None:
         self.pages, self.recipe, self.seed = pages, recipe, seed

@@ -13,7 +13,7 @@ from jrt.evaluate.tables import layouts, mixtures
 from jrt.evaluate.tables.published import TITLES, published_tables
 from jrt.evaluate.tables.results import Rows, aligned, latex, percent, protocols_of, results_text
 from jrt.evaluate.tables.side_by_side import protocols_side_by_side
-from jrt.files import write_bytes, write_text
+from jrt.system.files import write_bytes, write_text
 
 FILES = (
     "results.csv",

@@ -27,7 +27,7 @@ from jrt.evaluate.tables.results import (
     protocols_of,
     result_row,
 )
-from jrt.files import write_text
+from jrt.system.files import write_text
 
 SHOWN_ITEMS = 100
 MEASURED_PUBLISHED = "measured (published), percent"

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from jrt.evaluate.tables.results import size
-from jrt.files import write_bytes, write_text
+from jrt.system.files import write_bytes, write_text
 
 POSITION_BINS = 5
 _MARKERS = "osD^vPX"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jrt.model import LanguageModel
-from jrt.objective import IGNORED, Objective, Targets, greedy_answers
+from jrt.training.objective import IGNORED, Objective, Targets, greedy_answers
 
 CHUNK = 2048  # places whose logits are held at a time
 ChunkSum = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -59,7 +59,7 @@ class ModelWithLoss(nn.Module):
         room: tuple[int, int],
         answers: Tensor | None = None,
     ) -> Tensor:
-        """Arguments as in `jrt.objective.Targets`; `room` as `room_for` gives it; `answers` as in `greedy_answers`."""
+        """Arguments as in `jrt.training.objective.Targets`; `room` as `room_for` gives it; `answers` as in `greedy_answers`."""
         hidden, _ = self.model.read(input_ids, prefix_length=prefix_length)
         hidden, labels, masked = hidden.flatten(0, 1), labels.flatten(), masked.flatten()  # (N, E), (N,), (N,)
         weights = None if weights is None else weights.flatten()

@@ -1,0 +1,1 @@
+"""What is done to any causal model of transformers: its caches are copied, its saved generation settings set aside."""
