@@ -1,4 +1,4 @@
-"""`jrt demo`: the paper's main comparison on one screen, in a few minutes on a CPU.
+"""`jrt demo`: the main comparison of this project on one screen: prompts that hold a page once or twice.
 
 The mini models are asked for an argument list on a page of reference documentation, with the page in the prompt once and
 twice. SmolLM2-135M, an off-the-shelf Transformer, can be compared through the same code.
