@@ -44,8 +44,8 @@ class Request:
     Args:
         protocol: names of protocols or of families of them (docs/protocols.md); None: each task's default.
         limit: the most items of a cell; None: all.
-        seed: for the choice of examples and for confidence intervals.
-        data: mirror folder of the published datasets; None: the environment variable JRT_DATA.
+        seed: for the choice of reference pages and of examples, and for bootstrap intervals.
+        data: mirror folder of the published datasets; None: the environment variable JRT_DATA, then the hub.
         passages: folder of the `qa_*` tasks; None: the environment variable JRT_PASSAGES.
         cut_with: the tokenizer that cuts documents to the protocol's length, in place of the protocol's own. The protocol
             then gets another name, because its scores cannot be compared.

@@ -26,9 +26,9 @@ from jrt.evaluate.tables.super_glue import padding, super_glue
 from jrt.short_prompts import SHORT_PROMPTS
 
 PROFILE = "lin_attn_profile.json"
-_WIDE = 9  # a table of more columns is printed with models as columns
+_WIDE = 9  # a table with more columns is printed transposed: a column for each model
 
-# Table 7: examples, mean tokens of a document. The paper's NQ is whole articles; nq_512 ... are cut beforehand.
+# The paper's Table 7: examples, mean tokens of a document. It has whole articles for NQ; nq_512 ... are cut, so no mean here.
 _DOCUMENTS = {
     "fda": (1102, 1999.9),
     "swde": (1111, 1036.1),
