@@ -67,7 +67,8 @@ def convert(
         raise ValueError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
     try:
         _check_space(out.parent, model)
-        model.generation_config = GenerationConfig.from_model_config(model.config)  # replaced below if the source has one
+        # The source's own generation_config.json, if it has one, replaces this one below.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(partial, max_shard_size=SHARD)
         tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
         copied = tokenizer + [name for name in ("generation_config.json",) if (folder / name).is_file()]
@@ -108,7 +109,7 @@ def sha256(file: Path) -> str:
     size, name = file.stat().st_size, f"sha256 {file.name}"
     hidden = True if size < LONG_HASH else None  # None: shown on a terminal
     with open(file, "rb") as opened, tqdm.wrapattr(opened, "read", size, desc=name, disable=hidden) as stream:
-        return sha_fileobj(cast(BinaryIO, stream)).hex()  # a wrapped stream is no BinaryIO by type, but `read` is enough
+        return sha_fileobj(cast(BinaryIO, stream)).hex()  # the wrapper has `read`, and no more is needed
 
 
 def _card(

@@ -26,7 +26,8 @@ from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 from jrt.system.breaks import as_value_error, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-NEOX_SIZES = (50277, 50280, 50288)  # vocabulary sizes of GPT-NeoX's tokenizer: its own, and padded as in state-spaces/mamba*
+# Vocabulary sizes of GPT-NeoX's tokenizer: its own, and padded as in state-spaces/mamba-* and mamba2-*.
+NEOX_SIZES = (50277, 50280, 50288)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Source = tuple[Entry, ...]  # the entries of one tensor; several are concatenated along the first dimension
@@ -230,7 +231,7 @@ def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
             gate = name.replace(".fc3.", ".fc1.")
             if gate not in found:
                 raise CheckpointError(f"{name} has no {gate} beside it")
-            found[gate] = found.pop(name) + found[gate]  # one tensor: first the rows of the values, then those of the gates
+            found[gate] = found.pop(name) + found[gate]  # one tensor: rows of the values, then rows of the gates
     return found
 
 

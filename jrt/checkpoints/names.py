@@ -129,7 +129,8 @@ def unless_shadowed(name: str, folder: Path) -> Path:
 def _folder(name_or_path: str | Path) -> Path | None:
     name = os.path.expanduser(name_or_path)
     bare = os.sep not in name and (os.altsep is None or os.altsep not in name)
-    is_shipped = bare and os.path.isfile(MINIS / name / "config.json")  # os.path: False, not an error, for an invalid path
+    # os.path.isfile returns False for an invalid path, where Path.is_file could raise.
+    is_shipped = bare and os.path.isfile(MINIS / name / "config.json")
     if is_shipped and isinstance(name_or_path, str):
         return unless_shadowed(name, MINIS / name)
     if os.path.isdir(name):

@@ -86,7 +86,8 @@ class ForcedTokens(LogitsProcessor):
     """Makes each row of `generate` take given tokens first, before it chooses its own. An object serves one call."""
 
     def __init__(self, forced: Sequence[Sequence[int]]) -> None:
-        self.forced, self.steps = forced, 0  # steps are counted, because filled-up prompts change the width of input_ids
+        # Steps are counted here, because filled-up prompts change the width of input_ids.
+        self.forced, self.steps = forced, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step, self.steps = self.steps, self.steps + 1
@@ -102,7 +103,7 @@ class ForcedTokens(LogitsProcessor):
 def _matters(name: str, value: object) -> bool:
     """Whether a saved setting could change greedy answers or how they are computed."""
     if name in TOKENS:
-        return value is not None and not _is_token(value)  # for instance an end token that is no id, and never ends a row
+        return value is not None and not _is_token(value)  # such as an end token that is no id: it never ends a row
     if name in SILENT or value is None:
         return False
     return name not in _DEFAULTS or value != _DEFAULTS[name]

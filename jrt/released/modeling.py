@@ -134,7 +134,7 @@ class ReleasedForCausalLM(JRTForCausalLM):
         batch = self.model.token_batch(ids, None, None, None)
         if batch.prefix is None:
             return batch, None
-        start = 0 if keep is None else keep.long().argmax(1, keepdim=True)  # (B, 1) column of the first token after padding
+        start = 0 if keep is None else keep.long().argmax(1, keepdim=True)  # (B, 1) first column that is no padding
         own = batch.positions - start
         if lengths is not None:
             columns = batch.prefix.length
@@ -143,7 +143,7 @@ class ReleasedForCausalLM(JRTForCausalLM):
             return batch, None
         if prompt.blank_length is not None:
             return batch, (own >= 0) & (own < prompt.blank_length[:, None])
-        if keep is None or ids.shape[1] > self.core.enc_length:  # the release drops a mask that is longer than the encoder
+        if keep is None or ids.shape[1] > self.core.enc_length:  # the release ignores a mask longer than the encoder
             return batch, None
         return batch, ~keep
 
