@@ -211,9 +211,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache:
             cache = RecurrentCache() if cache is None else cache
             if state is None:
-                after.seen = input_ids.shape[
-                    1
-                ]  # without the columns of a filled-up prompt, of which `generate` does not know
+                # Columns by which a short prompt was filled up are not counted: `generate` does not know of them.
+                after.seen = input_ids.shape[1]
             cache.state = after
             output[CACHE] = cache
         return output.to_tuple() if return_dict is False else output

@@ -1,9 +1,9 @@
-"""Hopper kernels for linear attention as torch operators: prefill, prefix encoder, decode step.
+"""Backend "cuda": Hopper kernels for linear attention as torch operators (prefill, prefix encoder, decode step).
 
-The backward of the first two is that of `jrt.ops.triton`, which needs nothing of the forward but its output.
+Gradients of prefill and encoder come from `jrt.ops.triton`, which needs only the inputs and the output of the forward pass.
 
 The kernels live in the extension module `jrt_kernels` (kernels/, built by JRT_BUILD_KERNELS=1); this file checks what
-they can serve, allocates, and passes addresses. Where they cannot, `unsupported` says why.
+they can serve (`unsupported`), allocates tensors, and passes addresses.
 
 Shapes: B batch, T tokens, H heads, d = 16 query/key size, D value size, F = 153 features.
 """

@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDTH = (
-    64  # channels of a program, which is one warp with two channels a thread, so that sums over channels stay inside it
-)
+# Channels of a program, which is one warp with two channels a thread: sums over channels stay inside the warp.
+WIDTH = 64
 CARRY_WIDTH = 128  # pairs of channel and state of a program of kernel (2)
 CARRY_AHEAD = 8  # chunks that such a program loads at once, ahead of their use
 

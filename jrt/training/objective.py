@@ -55,9 +55,7 @@ class Objective:
     masked_share: float = 0.15  # of a prefix's tokens; 0 leaves the masked loss out (the paper's Table 11)
     masked_rows: float = 1.0  # share of rows with masked tokens
     predicts_first: bool = False  # whether the prefix's last place predicts the first token after the prefix
-    ignored_token: int | None = (
-        None  # id that is replaced but never a label; in the release's code this happens to id 0
-    )
+    ignored_token: int | None = None  # id that is masked but never a label; the release's code does this to id 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
