@@ -60,7 +60,7 @@ def check_lengths(
 
 
 def check_labels(labels: Tensor, expected: torch.Size, rows: int) -> None:
-    """labels (B, T): ids below `rows`, or IGNORED."""
+    """Checks labels: of the expected shape (B, T), each an id below `rows` or IGNORED."""
     check_tensor("labels", labels, "a tensor (B, T)")
     if labels.shape != expected:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(expected)}")

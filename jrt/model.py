@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
         | embedding, linear weights             | N(0, 0.02)                                              |
         | out_proj, fc2                         | N(0, 0.02 / sqrt(2 x layers))                           |
         | biases; norms                         | 0; 1                                                    |
-        | filters of C                          | uniform, as nn.Conv1d                                   |
+        | filters of C and of Mamba             | uniform, as nn.Conv1d                                   |
         | Mamba: A_log; D                       | log(1..N) in each channel; 1                            |
         | Mamba: dt_proj weight; bias           | uniform(+- R^-1/2); softplus^-1 of log-uniform 1e-3..0.1 |
         | Mamba: other linear weights; out_proj | uniform, as nn.Linear; that / sqrt(layers)              |

@@ -20,7 +20,7 @@ from jrt.training.objective import greedy_answers
 
 
 class Scored(NamedTuple):
-    """Sum of the continuation's log-probabilities, and whether greedy decoding would have given it."""
+    """The score of a continuation: the sum of its tokens' log-probabilities (in nats), and whether greedy decoding gives it."""
 
     log_likelihood: float
     is_greedy: bool

@@ -107,7 +107,7 @@ class Outcome:
 
 
 def plan(request: Request) -> Plan:
-    """Loads the questions of a request.
+    """Checks a request and loads its questions.
 
     Raises ValueError for unknown or repeated names (models too), a negative seed, a protocol that does not fit a task, and
     missing datasets."""

@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return self.out_proj(o.flatten(2)), KeyValues(k, v)
 
     def rotated(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys with their positions, and values: (B, T, H, D) each."""
+        """Queries and keys, rotated by their positions, and values: (B, T, H, D) each."""
         qkv = self.Wqkv(x).unflatten(-1, (3 * self.heads, -1))  # (B, T, 3 H, D)
         qk, v = qkv.split([2 * self.heads, self.heads], dim=2)
         if batch.rotary is not None:

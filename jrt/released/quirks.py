@@ -35,7 +35,7 @@ class Quirks:
     """`generate` reads the padding of shorter rows in a batch as tokens."""
 
     ignore_end_token: bool = False
-    """`generate` never stops before `max_new_tokens`."""
+    """`generate` ignores the end token and always writes `max_new_tokens` tokens."""
 
     leak_continuation: bool = False
     """For log-likelihoods, the prefix encoder reads the continuation that is scored, all but its last token."""

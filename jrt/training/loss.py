@@ -63,7 +63,8 @@ class ModelWithLoss(nn.Module):
         room: tuple[int, int],
         answers: Tensor | None = None,
     ) -> Tensor:
-        """Arguments as in `jrt.training.objective.Targets`; `room` as `room_for` gives it; `answers` as in `greedy_answers`."""
+        """The four sums; arguments as in `jrt.training.objective.Targets`, room: the result of `room_for`, answers: (B, T) as in
+        `greedy_answers`, None for a training step, whose counts of answers are then 0."""
         hidden, _ = self.model.read(input_ids, prefix_length=prefix_length)
         hidden, labels, masked = hidden.flatten(0, 1), labels.flatten(), masked.flatten()  # (N, E), (N,), (N,)
         weights = None if weights is None else weights.flatten()

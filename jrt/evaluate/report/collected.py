@@ -34,7 +34,7 @@ class Collected:
         protocols: dict[tuple[str, int], dict] = {}
         manifests: dict[str, dict] = {}
         self.settings: dict[Cell, mixtures.Settings] = {}
-        """How each cell was computed."""
+        """For each cell, the dtype and package versions with which it was computed."""
         for folder in folders:
             records, predictions, manifest = read_run(folder)
             labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}

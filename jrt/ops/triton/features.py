@@ -38,7 +38,7 @@ def row_pairs(
     t: tl.constexpr, zero, d: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
     REST_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """i and j (R,) of tile t, -1 where a row has none. `zero` is that of `zero_of`."""
+    """The indices i and j (R,) of the pairs in tile t, -1 for rows without a pair; zero: the result of `zero_of`."""
     if t < PAIR_TILES:
         r = t * PAIR_ROWS + tl.arange(0, PAIR_ROWS) + zero
         real = r < d * (d - 1) // 2
