@@ -1,7 +1,8 @@
-"""Recurrent language models that read their prompt twice to recall more of it: JRT-Prompt and JRT-RNN (arXiv 2407.05483).
+"""Recurrent language models that read their prompt twice and recall more: JRT-Prompt, JRT-RNN (arXiv 2407.05483).
 
-`load` opens a model, `ops` has the functions that models are made of, `presets` the published sizes. Importing this package
-registers its models with transformers. Their code is imported only when the first model or configuration is made.
+`load` opens a model, `ops` has the functions that models are made of, `presets` the published sizes. Importing this
+package registers its models with transformers. Their code is imported only when the first model or configuration is
+made.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The state of a model after the text that it has read: one state for each layer, and the number of tokens of each row.
 
-A layer's state is a tensor, or a tuple of tensors, whose first dimension is the batch. The code here is the same for all kinds
-of layers.
+A layer's state is a tensor, or a tuple of tensors, whose first dimension is the batch. The code here is the same for
+all kinds of layers.
 
 Shapes: B batch.
 """
@@ -42,7 +42,8 @@ class ModelState:
         return self.map_rows(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def check(self, config: Config, rows: int) -> None:
-        """Raises ValueError unless a model with this configuration and this number of rows can continue from the state."""
+        """Raises ValueError unless a model with this configuration and this number of rows can continue from the
+        state."""
         if self.config != config:
             own, other = config.pattern, self.config.pattern
             raise ValueError(

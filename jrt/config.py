@@ -139,7 +139,8 @@ class Config:
         return 1 + self.feature_dim + self.feature_dim * (self.feature_dim + 1) // 2
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of all layers' states after one sequence of `length` tokens, in fp32; keys and values of A and S included."""
+        """Bytes of all layers' states after one sequence of `length` tokens, in fp32; keys and values of A and S
+        included."""
         return 4 * sum(self._state_floats(layer, length) for layer in range(len(self.pattern)))
 
     def _state_floats(self, layer: int, length: int) -> int:

@@ -1,7 +1,7 @@
 """The configuration class for transformers.
 
-It is not in the file of the models, because transformers' modelling code takes seconds to import and `import jrt` should be
-quick. The first configuration that is made imports the models.
+It is not in the file of the models, because transformers' modelling code takes seconds to import and `import jrt`
+should be quick. The first configuration that is made imports the models.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class JRTConfig(PreTrainedConfig):
 
     @property
     def core(self) -> Config:
-        """The architecture. Vocabulary size and tying of the head have their present values: transformers may change them."""
+        """The architecture. Vocabulary size and tying of the head have their present values: transformers may change
+        them."""
         return Config.from_dict(self.architecture | {"vocab_rows": self.vocab_size, "tied": self.tie_word_embeddings})
 
     def to_dict(self) -> dict:

@@ -26,8 +26,8 @@ def parameters(config: Config) -> int:
 def decode_flops(config: Config, length: int) -> int:
     """Floating-point operations (a multiply and an add are two) to decode one token after `length` tokens.
 
-    Counted are the products with weights, the head included, and the work of each mixer on its state. Norms and activations
-    are not counted, nor is the prefix encoder, which reads no generated tokens."""
+    Counted are the products with weights, the head included, and the work of each mixer on its state. Norms and
+    activations are not counted, nor is the prefix encoder, which reads no generated tokens."""
     with torch.device("meta"):
         model = LanguageModel(config)
     weights = sum(
@@ -41,7 +41,8 @@ def decode_flops(config: Config, length: int) -> int:
 
 
 def attention_twin_bytes(config: Config, length: int) -> int:
-    """Bytes of the fp32 keys and values of a Transformer with the same width and as many attention layers as the pattern."""
+    """Bytes of the fp32 keys and values of a Transformer with the same width and as many attention layers as the
+    pattern."""
     return 4 * 2 * config.width * length * len(config.pattern)
 
 
@@ -92,7 +93,8 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
 
 
 def _measured(core: Config) -> list[tuple[str, str]]:
-    """How the published numbers of a released model were measured: only quirks that concern its kinds of layers are named."""
+    """How the published numbers of a released model were measured: only quirks that concern its kinds of layers are
+    named."""
     concerned = {"double_add": "L", "decay_in_steps": "L", "half_states": "LP", "leak_continuation": "P"}
     quirks = [name for name in Quirks.released().active() if core.has(concerned.get(name, core.pattern))]
     rule = ", short_prompt='pad'" if core.has("P") else ""

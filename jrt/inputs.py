@@ -1,7 +1,7 @@
 """Checks of the arguments of `JRTForCausalLM`. Each function raises ValueError with what was expected.
 
-Some checks read values back from the GPU, which makes the host wait. They are made in the first call on a text, not in steps of
-decoding.
+Some checks read values back from the GPU, which makes the host wait. They are made in the first call on a text, not in
+steps of decoding.
 
 Shapes: B batch, T tokens of a call.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from jrt.training.objective import IGNORED
 
-# Arguments that `forward` may ignore: they state what holds for these models anyway, or `generate` passes them on unused.
+# Arguments that `forward` may ignore: they state what holds for these models anyway, or `generate` passes them on
+# unused.
 HARMLESS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "tokenizer", "assistant_tokenizer")
 INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
 
@@ -24,7 +25,8 @@ def check_tensor(name: str, value: object, expected: str) -> None:
 
 
 def check_ids(input_ids: Tensor | None, rows: int, is_step: bool) -> Tensor:
-    """Returns input_ids if it is (B, T) with ids below `rows`. In steps on a GPU the range is not checked: it would wait."""
+    """Returns input_ids if it is (B, T) with ids below `rows`. In steps on a GPU the range is not checked: it would
+    wait."""
     check_tensor("input_ids", input_ids, "a tensor of integers of shape (B, T)")
     assert input_ids is not None
     if input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
@@ -74,8 +76,8 @@ def check_labels(labels: Tensor, expected: torch.Size, rows: int) -> None:
 def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Tensor | None:
     """The mask of this call's tokens, (B, T) bool, False for padding; None if there is no padding.
 
-    attention_mask: (B, T), or (B, seen + T) with the `seen` columns of earlier calls. Padding may stand on the left only, and
-    only in the first call."""
+    attention_mask: (B, T), or (B, seen + T) with the `seen` columns of earlier calls. Padding may stand on the left
+    only, and only in the first call."""
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask, "a tensor (B, T)")
@@ -101,7 +103,8 @@ def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Ten
 
 
 def check_unknown(given: dict[str, object]) -> None:
-    """Checks keyword arguments that `forward` does not use: raises ValueError if one could be meant to change the result."""
+    """Checks keyword arguments that `forward` does not use: raises ValueError if one could be meant to change the
+    result."""
     if given.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: pass input_ids")
     if given.get("output_attentions"):

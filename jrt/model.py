@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks with a mixer and an MLP each, head. The pattern string names the mixer of each block.
+"""The language model: embedding, blocks with a mixer and an MLP each, head. The pattern string names the mixers.
 
 Shapes: B batch, T tokens, E width, V vocabulary rows, M columns that the prefix encoder is given, H heads.
 """
@@ -69,8 +69,8 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Turns tokens into logits, and into the state from which reading continues.
 
-    `jrt.modeling_jrt.JRTForCausalLM` wraps it for transformers. The code never waits for the GPU: no branch depends on the
-    contents of a tensor.
+    `jrt.modeling_jrt.JRTForCausalLM` wraps it for transformers. The code never waits for the GPU: no branch depends on
+    the contents of a tensor.
 
     Args:
         config: the architecture.
@@ -113,8 +113,8 @@ class LanguageModel(nn.Module):
             input_ids: (B, T).
             state: the state after earlier tokens; None at the start of a text. Only then a prefix is encoded.
             attention_mask: (B, T) bool, False for padding, which must stand on the left; None: no padding.
-            prefix_length: (B,) how many of a row's first own tokens (those that are not padding) the encoder reads, at most
-                enc_length; None: as many as there are, up to enc_length.
+            prefix_length: (B,) how many of a row's first own tokens (those that are not padding) the encoder reads, at
+                most enc_length; None: as many as there are, up to enc_length.
 
         Raises:
             ValueError: `state` is from another model, or has another number of rows.
@@ -196,7 +196,8 @@ class LanguageModel(nn.Module):
 
 
 def fixed_decay(decay_const: float, heads: int) -> Tensor:
-    """log gamma_h = log(1 - 2^(decay_const - h)), fp32 (H,): in Based, head h's numerator is multiplied by gamma_h each token."""
+    """log gamma_h = log(1 - 2^(decay_const - h)), fp32 (H,): in Based, head h's numerator is multiplied by gamma_h each
+    token."""
     return torch.log(1 - torch.exp2(decay_const - torch.arange(heads, dtype=torch.float32)))
 
 

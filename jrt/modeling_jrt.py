@@ -57,9 +57,9 @@ class VocabularyRows(LogitsProcessor):
 class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     """Any `jrt.Config` as a transformers causal language model.
 
-    A row's output never depends on its padding (which must stand on the left) or on the other rows. Reading a prompt and
-    decoding equals one forward call on the whole text with the same `prefix_length`. If the configuration has `quirks`, the
-    object is of a subclass, `jrt.released.modeling.ReleasedForCausalLM`, for which this need not hold.
+    A row's output never depends on its padding (which must stand on the left) or on the other rows. Reading a prompt
+    and decoding equals one forward call on the whole text with the same `prefix_length`. If the configuration has
+    `quirks`, the object is of a subclass, `jrt.released.modeling.ReleasedForCausalLM`, for which this need not hold.
     """
 
     config_class = JRTConfig
@@ -144,22 +144,22 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, T) or (B, columns seen + T); 0 is padding, which stands on the left of a row's tokens.
             past_key_values: the cache that an earlier call returned; it is updated in place.
             use_cache: return a cache; None: only outside training.
-            labels: (B, T) ids as in `input_ids`, -100 where none counts; they are shifted here. Padding and each row's first
-                token do not count, nor do tokens inside a prefix, because the encoder has read them.
-            prefix_length: (B,) how many of each row's first own tokens the prefix encoder reads in the first call, at most
-                enc_length; None: as many as there are, up to enc_length.
+            labels: (B, T) ids as in `input_ids`, -100 where none counts; they are shifted here. Padding and each row's
+                first token do not count, nor do tokens inside a prefix, because the encoder has read them.
+            prefix_length: (B,) how many of each row's first own tokens the prefix encoder reads in the first call, at
+                most enc_length; None: as many as there are, up to enc_length.
             blank_length: (B,) how many of each row's first own tokens are pads of the rule "pad" (`jrt.short_prompts`).
-            short_prompt, prompt_columns: set by `generate`. The first `prompt_columns` columns are the prompt; it is filled
-                up by this rule before it is read, and the logits are those of the filled text.
+            short_prompt, prompt_columns: set by `generate`. The first `prompt_columns` columns are the prompt; it is
+                filled up by this rule before it is read, and the logits are those of the filled text.
             logits_to_keep: compute the logits of the last so many tokens only; 0: of all.
             cache: `past_key_values` under its name from transformers 5.24 on.
             output_hidden_states: also return the residual stream before each block and, last, the head's input.
-            num_items_in_batch: number of labels in the whole batch of which these rows are a part. The loss is then the sum
-                over these rows divided by it, so that the losses of all parts add up to that of the whole batch.
+            num_items_in_batch: number of labels in the whole batch of which these rows are a part. The loss is then the
+                sum over these rows divided by it, so that the losses of all parts add up to that of the whole batch.
             return_dict: False returns a tuple.
-            **kwargs: `position_ids` (B, T), `cu_seq_lens_q` (N + 1,) or `seq_idx` (B, T) say where documents begin if rows
-                hold several (`jrt.packed_rows`); each is then read by itself. Other arguments raise an error unless they
-                are None, False, or without effect on these models (`jrt.inputs.HARMLESS`).
+            **kwargs: `position_ids` (B, T), `cu_seq_lens_q` (N + 1,) or `seq_idx` (B, T) say where documents begin if
+                rows hold several (`jrt.packed_rows`); each is then read by itself. Other arguments raise an error
+                unless they are None, False, or without effect on these models (`jrt.inputs.HARMLESS`).
 
         Returns:
             logits (B, T, V), loss and cache. V includes the padding rows of the vocabulary.
@@ -218,7 +218,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def token_batch(self, prompt: Prompt, state: ModelState | None) -> TokenBatch:
-        """The `TokenBatch` that the layers get with this call's tokens; raises ValueError for inputs that do not fit."""
+        """The `TokenBatch` that the layers get with this call's tokens; raises ValueError for inputs that do not
+        fit."""
         mask = own_mask(prompt.attention_mask, prompt.input_ids, 0 if state is None else state.seen)
         if state is None:
             self.check_lengths(prompt, mask)
@@ -228,13 +229,15 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return padded(batch, prompt.blank_length)
 
     def check_lengths(self, prompt: Prompt, mask: Tensor | None) -> None:
-        """Raises ValueError for a length that exceeds the number of its row's own tokens; mask: (B, T) bool, or None."""
+        """Raises ValueError for a length that exceeds the number of its row's own tokens; mask: (B, T) bool, or
+        None."""
         most = self.core.enc_length if self.core.has("P") else None
         check_lengths("prefix_length", prompt.prefix_length, prompt.input_ids, mask, most)
         check_lengths("blank_length", prompt.blank_length, prompt.input_ids, None)
 
     def _filled(self, prompt: Prompt, rule: str, columns: int | None) -> Prompt:
-        """The text, with the prompt in its first `columns` columns filled up by the rule; None: all columns are prompt."""
+        """The text, with the prompt in its first `columns` columns filled up by the rule; None: all columns are
+        prompt."""
         ids, own = prompt.input_ids, own_mask(prompt.attention_mask, prompt.input_ids, seen=0)
         own = torch.ones_like(ids, dtype=torch.bool) if own is None else own  # (B, T)
         end = ids.shape[1] if columns is None else columns

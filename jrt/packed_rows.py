@@ -1,7 +1,7 @@
 """Packed rows: rows that hold several documents one after the other, as data collators without padding make them.
 
-No recurrent state, window or prefix may reach from one document into the next. So each document becomes a row of a padded
-batch, and the outputs are put back into packed rows.
+No recurrent state, window or prefix may reach from one document into the next. So each document becomes a row of a
+padded batch, and the outputs are put back into packed rows.
 
 Shapes: B rows, T tokens of a row, N documents of all rows, L tokens of the longest document.
 """

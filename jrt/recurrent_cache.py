@@ -10,7 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
 
-# The name of the cache in arguments and outputs; transformers 5.24 changed it. `forward` and `generate` here take both names.
+# The name of the cache in arguments and outputs; transformers 5.24 changed it. `forward` and `generate` here take both
+# names.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 

@@ -1,7 +1,8 @@
 """The rules by which a prompt that is shorter than the prefix encoder is filled up before a model reads it.
 
-The released JRT models were trained only with prefixes of the encoder's full length, so the rule decides their scores on short
-prompts (paper Table 4: 61.9, 82.0 or 76.3 on FDA-512). A model's configuration names its rule, and `generate` can name another.
+The released JRT models were trained only with prefixes of the encoder's full length, so the rule decides their scores
+on short prompts (paper Table 4: 61.9, 82.0 or 76.3 on FDA-512). A model's configuration names its rule, and `generate`
+can name another.
 
 Shapes: B batch, T prompt columns, T' columns after filling.
 """
@@ -93,7 +94,8 @@ class PaddedBatch(TokenBatch):
 class PaddedPrefixLinearAttention(PrefixLinearAttention):
     """Prefix linear attention in which the keys of blank tokens are zero, in the encoder and in the decoder.
 
-    A blank token is not ignored: phi(0) = [1, 0, ...], so it adds its value to the state with weight 1, as in the release.
+    A blank token is not ignored: phi(0) = [1, 0, ...], so it adds its value to the state with weight 1, as in the
+    release.
     """
 
     def project(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """`jrt convert`: a checkpoint in any layout that `jrt.load` reads, written as a Hugging Face folder.
 
-The folder has safetensors in shards of at most 4 GB, the tokenizer if the source has one, and a README that says where the
-weights came from. It appears under its name only when it is complete.
+The folder has safetensors in shards of at most 4 GB, the tokenizer if the source has one, and a README that says where
+the weights came from. It appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def convert(
         source: anything that `jrt.load` takes: a folder, a hub id, a mini model's name.
         out: a folder that is new or empty.
         dtype: of the weights in the result; None: as `jrt.load` gives them (the source's own, float32 for the minis).
-        self_contained: add the model's source files, so that transformers loads the folder with `trust_remote_code=True`
-            where jrt is not installed.
+        self_contained: add the model's source files, so that transformers loads the folder with
+            `trust_remote_code=True` where jrt is not installed.
 
     Returns:
         The folder.

@@ -1,7 +1,7 @@
 """Reads weight files that may be hostile: first names, shapes and dtypes, then one tensor at a time.
 
-No code in a file is executed (`weights_only`). The caller compares the shapes with the configuration before tensors take
-memory. Tensors that stay on the CPU in their own dtype are memory-mapped, not copied.
+No code in a file is executed (`weights_only`). The caller compares the shapes with the configuration before tensors
+take memory. Tensors that stay on the CPU in their own dtype are memory-mapped, not copied.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def entries(folder: Path) -> dict[str, Entry]:
 class Reader:
     """Reads tensors that `entries` described, one after another.
 
-    Tensors that stay on the CPU in their own dtype are views of the mapped file. Others are copies, and reading them loads
-    parts of the file into memory. So the file is reopened after every REOPEN_BYTES, which releases that memory.
+    Tensors that stay on the CPU in their own dtype are views of the mapped file. Others are copies, and reading them
+    loads parts of the file into memory. So the file is reopened after every REOPEN_BYTES, which releases that memory.
     """
 
     REOPEN_BYTES = 128 << 20
@@ -244,7 +244,8 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
 
 
 def _check_pickles(stream: IO[bytes], count: int, file: Path) -> None:
-    """Raises CheckpointError for a pickled bytearray: `weights_only` permits it, and it can ask for any amount of memory."""
+    """Raises CheckpointError for a pickled bytearray: `weights_only` permits it, and it can ask for any amount of
+    memory."""
     for _ in range(count):
         for operation, argument, _ in pickletools.genops(stream):
             if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):

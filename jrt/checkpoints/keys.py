@@ -1,6 +1,7 @@
 """Tables from the tensor names of other releases to those of this package, and the functions that apply them.
 
-A row holds a regular expression for the whole name in the file, and the name in this package. The first matching row counts.
+A row holds a regular expression for the whole name in the file, and the name in this package. The first matching row
+counts.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
 
 
 def modern_norms(names: list[str]) -> dict[str, str]:
-    """{name in the file: name in the released layout}, also for an older layout in which norms belong to the layer before.
+    """{name in the file: name in the released layout}, also for an older layout in which norms belong to the layer
+    before.
 
     There `ln_0` stands before the first layer, and a layer's two norms stand after its mixer and after its MLP. In the
     released layout each norm stands before the mixer or MLP that reads it, and the last one is `ln_f`.

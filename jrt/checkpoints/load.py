@@ -49,17 +49,19 @@ def load(
     """Loads a model in evaluation mode.
 
     Args:
-        name_or_path: a mini model ("mini-jrt"), a folder (ours, of the release, or of Mamba, sharded or not), or a hub id.
+        name_or_path: a mini model ("mini-jrt"), a folder (ours, of the release, or of Mamba, sharded or not), or a hub
+            id.
         device: where the weights go. Memory never holds all weights twice.
         dtype: of the weights (`torch.bfloat16` or "bfloat16"); None keeps the file's, except that the minis (stored in
             bf16) become fp32.
-        compat: None computes as the paper says, or with the quirks that the folder's configuration has; "released" computes
-            as the published numbers were measured; a `jrt.Quirks` selects single quirks.
+        compat: None computes as the paper says, or with the quirks that the folder's configuration has; "released"
+            computes as the published numbers were measured; a `jrt.Quirks` selects single quirks.
         short_prompt: rule for prompts shorter than the encoder (`jrt.short_prompts.SHORT_PROMPTS`); None: the
             checkpoint's own, "pad" for released JRT models.
 
     Returns:
-        The model; `model.config.source` says where it came from. Its `generation_config` is the folder's, if it has one.
+        The model; `model.config.source` says where it came from. Its `generation_config` is the folder's, if there is
+        one.
 
     Raises:
         ValueError: an unknown name or option, a checkpoint that cannot be read or does not fit its configuration, or a
@@ -195,7 +197,8 @@ def _own_config(raw: dict) -> JRTConfig:
 
 
 def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
-    """Read as transformers does: from generation_config.json, or from the model's configuration if there is no such file."""
+    """Read as transformers does: from generation_config.json, or from the model's configuration if there is no such
+    file."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return GenerationConfig.from_model_config(config)

@@ -1,4 +1,4 @@
-"""Finds the model folder behind a name that a user types, and tells from its config.json what kind of model it holds."""
+"""Finds the model folder behind a name, and tells from its config.json what kind of model it holds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def kind_of(raw: dict) -> Kind:
 
 
 def kind_of_model(name: str | Path) -> Kind:
-    """The kind of a named model, from its config.json if it is on this machine, else from its name. Nothing is downloaded.
+    """The kind of a named model, from its config.json if it is on this machine, else from its name. Nothing is
+    downloaded.
 
     Raises:
         ValueError: the name is ambiguous (see `find`), or the folder's config.json cannot be read.
@@ -64,10 +65,11 @@ def read_config(folder: Path) -> dict:
 
 
 def find(name_or_path: str | Path) -> Path | None:
-    """The folder behind a name, None if it is not on this machine: a folder, a mini model, or OWNER/NAME in the hub's cache.
+    """The folder behind a name, None if it is not on this machine: a folder, a mini model, or OWNER/NAME in the hub's
+    cache.
 
-    A `Path`, or a name with a separator, is taken as a folder first. A name without separator is a mini model or a folder in
-    the working directory.
+    A `Path`, or a name with a separator, is taken as a folder first. A name without separator is a mini model or a
+    folder in the working directory.
 
     Raises:
         ValueError: a name without separator is both.
@@ -109,7 +111,8 @@ def shipped() -> list[str]:
 
 
 def origin(name_or_path: str | Path) -> str:
-    """A model's name for records, without the paths of this machine: of a folder its last part, other names unchanged."""
+    """A model's name for records, without the paths of this machine: of a folder its last part, other names
+    unchanged."""
     folder = _folder(name_or_path)
     return str(name_or_path) if folder is None else folder.resolve().name
 

@@ -23,7 +23,8 @@ COMMANDS = (
     evaluation.add_data,
     models.add_doctor,
 )
-"""Functions that add one command with its options. They name the function that runs it by `set_defaults(command=...)`."""
+"""Functions that add one command with its options. They name the function that runs it by
+`set_defaults(command=...)`."""
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""How the next token of each row is chosen: as in transformers' greedy and sampled decoding, without waiting for the device.
+"""How the next token of each row is chosen: as in transformers' greedy and sampled decoding, without waiting for the
+device.
 
 Shapes: B rows, T columns so far, V vocabulary rows.
 """
@@ -23,8 +24,8 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-# Processors that a CUDA graph may contain: they use the scores only, never read a value back to the host, and their attributes
-# are numbers, which identify a captured graph.
+# Processors that a CUDA graph may contain: they use the scores only, never read a value back to the host, and their
+# attributes are numbers, which identify a captured graph.
 CAPTURED = (
     EpsilonLogitsWarper,
     LogitNormalization,
@@ -79,7 +80,8 @@ class Choice:
         return torch.where(unfinished, tokens, self.pad_token)
 
     def key(self) -> tuple | None:
-        """Identifies the CUDA graphs that serve this choice. None: a processor may use the host, so no graph can contain it."""
+        """Identifies the CUDA graphs that serve this choice. None: a processor may use the host, so no graph can
+        contain it."""
         ends = 0 if self.end_tokens is None else self.end_tokens.shape[0]
         parts: list[object] = [self.do_sample, self.pads, ends]
         for processor in self.processors:

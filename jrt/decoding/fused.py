@@ -28,7 +28,8 @@ from jrt.ops.steps.products import Taps
 from jrt.ops.steps.stream import Norm, Stream, embed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Launches a kernel on buffers that it holds. It must not hold the step: that would be a reference cycle, and keep GPU memory.
+# Launches a kernel on buffers that it holds. It must not hold the step: that would be a reference cycle, and keep GPU
+# memory.
 Launch = Callable[[], None]
 
 
@@ -53,7 +54,8 @@ def unsupported(model: LanguageModel) -> str | None:
 
 
 class FusedStep(Step):
-    """A `Step` of Triton kernels. All of its tensors but the token ids are buffers that it owns; `advance` only launches."""
+    """A `Step` of Triton kernels. All of its tensors but the token ids are buffers that it owns; `advance` only
+    launches."""
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int) -> None:
         super().__init__(model, rows, capacity)

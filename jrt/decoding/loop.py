@@ -1,7 +1,8 @@
 """transformers' loop of greedy and sampled decoding, with the steps of `jrt.decoding` in place of `forward` calls.
 
-It returns what `GenerationMixin._sample` returns: the same tokens, scores and cache. If the choice of tokens is captured in the
-CUDA graph, the host reads end tokens only every `session.RUN` steps. Tokens decoded after the end are dropped.
+It returns what `GenerationMixin._sample` returns: the same tokens, scores and cache. If the choice of tokens is
+captured in the CUDA graph, the host reads end tokens only every `session.RUN` steps. Tokens decoded after the end are
+dropped.
 
 Shapes: B rows, T prompt columns, L the most columns of the text, V vocabulary rows.
 """

@@ -1,10 +1,12 @@
 """A step (one token for each row) in plain PyTorch: for CPUs, and on a GPU for models that the Triton kernels of
 `jrt.decoding.fused` cannot run (weights in int8, unsupported sizes).
 
-It computes what `LanguageModel.read` computes for one token, with fewer calls of PyTorch functions. On a CPU, most of a small
-model's time goes into these calls. So masks are left out if they hide nothing, and angles and feature indices come from tables.
+It computes what `LanguageModel.read` computes for one token, with fewer calls of PyTorch functions. On a CPU, most of a
+small model's time goes into these calls. So masks are left out if they hide nothing, and angles and feature indices
+come from tables.
 
-Shapes: B rows, E width or channels, K taps, H heads, d query/key size, D value or head size, F features, R ring columns.
+Shapes: B rows, E width or channels, K taps, H heads, d query/key size, D value or head size, F features, R ring
+columns.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class Moment:
             self.partner = step.rotary.partner
 
     def ring(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """The place (1,) of this token's key in a ring buffer of R = size columns, and (B, 1, 1, R) bool, True for the keys
-        that it sees; None: it sees all."""
+        """The place (1,) of this token's key in a ring buffer of R = size columns, and (B, 1, 1, R) bool, True for the
+        keys that it sees; None: it sees all."""
         if size not in self.rings:
             column, seen = self.position.column, None
             place = column % size
@@ -60,7 +62,8 @@ class PlainStep(Step):
     """A `Step` of PyTorch functions."""
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int, whole: bool) -> None:
-        """Arguments as in `Step`; whole: read all columns of the buffers, as a captured step must, not only those in use."""
+        """Arguments as in `Step`; whole: read all columns of the buffers, as a captured step must, not only those in
+        use."""
         super().__init__(model, rows, capacity)
         self.whole = self.padded = whole
         weight = model.embedding.weight

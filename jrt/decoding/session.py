@@ -1,4 +1,4 @@
-"""Sessions: a session is a step with buffers for a fixed number of rows, on a GPU captured as a CUDA graph. A model keeps a few.
+"""Sessions: a session is a step with buffers for a fixed number of rows, on a GPU captured as a CUDA graph.
 
 Shapes: B rows, V vocabulary rows.
 """
@@ -40,7 +40,8 @@ class Session:
         self.step.load(state)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Reads one token for each row, (B,), and returns the logits (B, V) of the next; the next call overwrites them."""
+        """Reads one token for each row, (B,), and returns the logits (B, V) of the next; the next call overwrites
+        them."""
         logits = self.step.advance(tokens)
         self.step.position.seen += 1
         return logits
@@ -69,7 +70,8 @@ class CapturedSession(Session):
         self.choosing: dict[tuple, Graph] = {}
 
     def prepare(self, choice: Choice | None) -> None:
-        """Captures the graph that `run` needs for this choice, or that `read` needs if None, unless there is one already.
+        """Captures the graph that `run` needs for this choice, or that `read` needs if None, unless there is one
+        already.
 
         Call it before `start`, because a capture overwrites the states.
         """
@@ -103,7 +105,8 @@ class CapturedSession(Session):
         """Reads the tokens (B,) and decodes `steps` more, at most RUN, without waiting for the GPU.
 
         Returns:
-            The new tokens (B, steps), and which rows are unfinished after them, (B,) bool. The next call overwrites both.
+            The new tokens (B, steps), and which rows are unfinished after them, (B,) bool. The next call overwrites
+            both.
         """
         key = choice.key()
         assert key is not None
@@ -206,6 +209,7 @@ def _captured_step(model: LanguageModel, rows: int, capacity: int) -> Step:
 
 
 def _addresses(model: LanguageModel) -> tuple:
-    """Identifies the memory of all parameters and buffers: it changes if one is replaced or moved, not if its values change."""
+    """Identifies the memory of all parameters and buffers: it changes if one is replaced or moved, not if its values
+    change."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((id(t), t.dtype, t.data_ptr() if type(t) in (torch.nn.Parameter, Tensor) else 0) for t in tensors)

@@ -1,7 +1,7 @@
 """The states of a text during decoding, in buffers with fixed addresses, which a captured step updates in place.
 
-`load` copies a state of `jrt.cache`, as prefill returns it, into the buffers. `export` copies it back, so that any later call
-can continue from it.
+`load` copies a state of `jrt.cache`, as prefill returns it, into the buffers. `export` copies it back, so that any
+later call can continue from it.
 
 Shapes: B batch, K taps, E channels, H heads, D head size, R columns of a ring, F features, N states a channel.
 """
@@ -56,8 +56,8 @@ class ConvolutionInputs:
 
 
 class LinearSums:
-    """S and z of linear attention (`jrt.ops.State`). There are `copies` equal copies of z: each program of the Triton kernel
-    updates its own (`jrt.ops.steps.linear_attention`)."""
+    """S and z of linear attention (`jrt.ops.State`). There are `copies` equal copies of z: each program of the Triton
+    kernel updates its own (`jrt.ops.steps.linear_attention`)."""
 
     def __init__(self, rows: int, heads: int, d: int, value_dim: int, copies: int, like: Tensor) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)

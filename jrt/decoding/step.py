@@ -20,7 +20,8 @@ from jrt.model import Block, LanguageModel
 class Step(ABC):
     """Computes the logits of the next token, for a fixed number of rows.
 
-    Weights are not copied. So a step stays valid if their values change, but not if a parameter is replaced by another tensor.
+    Weights are not copied. So a step stays valid if their values change, but not if a parameter is replaced by another
+    tensor.
     """
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int) -> None:
@@ -47,8 +48,8 @@ class Step(ABC):
     def advance(self, ids: Tensor) -> Tensor:
         """Reads one token for each row, (B,), and returns the logits (B, V) of the next, in the dtype of the weights.
 
-        It advances `position.column` on the device. The caller advances `position.seen`, because a captured step runs no
-        Python code.
+        It advances `position.column` on the device. The caller advances `position.seen`, because a captured step runs
+        no Python code.
         """
 
     def likeliest(self, logits: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ class Step(ABC):
         return torch.argmax(logits, dim=-1)
 
     def load(self, state: ModelState) -> None:
-        """Copies `state` into the buffers, to continue from it. Raises ValueError if it is from another model or batch size."""
+        """Copies `state` into the buffers, to continue from it. Raises ValueError if it is from another model or batch
+        size."""
         state.check(self.model.config, self.rows)
         self.position.load(state.seen, state.lengths, filled_columns(state))
         for buffers, layer in zip(self.buffers, state.layers, strict=True):

@@ -33,7 +33,8 @@ def rotary_table(length: int, dim: int, head_dim: int, device: torch.device) -> 
 
 
 class Features(NamedTuple):
-    """phi(x)[f] = weight[f] x[row[f]] x[column[f]], where x[d] stands for 1; in the order of `jrt.ops.taylor_features`."""
+    """phi(x)[f] = weight[f] x[row[f]] x[column[f]], where x[d] stands for 1; in the order of
+    `jrt.ops.taylor_features`."""
 
     row: Tensor  # (F,) int64
     column: Tensor  # (F,) int64

@@ -1,7 +1,7 @@
 """Runs every backend of every op on small random inputs and compares it with the definition in float64.
 
-"The definition" is the backend "reference". Each backend sums in another order, so it may be up to twice as far from the
-float64 result as the definition is when it computes in the same dtype.
+"The definition" is the backend "reference". Each backend sums in another order, so it may be up to twice as far from
+the float64 result as the definition is when it computes in the same dtype.
 
 Shapes: as in `jrt.ops`; B = 2, T = 130 (no multiple of a chunk), H = 2, d = 16, D = 64.
 """
@@ -18,8 +18,8 @@ from jrt.ops.selective_scan import BACKENDS as SCAN_BACKENDS
 TIMES = 2.0
 """The largest error of a backend, as a multiple of the definition's error in the same dtype."""
 STATE_FLOOR = 1e-6
-"""Added to the bound of outputs in float32, in case the definition happens to round well. For outputs in half precision it is
-a quarter of the dtype's resolution (eps)."""
+"""Added to the bound of outputs in float32, in case the definition happens to round well. For outputs in half precision
+it is a quarter of the dtype's resolution (eps)."""
 STEPS, HEADS, KEY, VALUE, STATES = 130, 2, 16, 64, 8
 
 

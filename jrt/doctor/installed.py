@@ -1,4 +1,5 @@
-"""`jrt doctor` without a model: what is installed, how to get what is missing, and whether the ops' backends are correct."""
+"""`jrt doctor` without a model: what is installed, how to get what is missing, and whether the ops' backends are
+correct."""
 
 import importlib.util
 import os

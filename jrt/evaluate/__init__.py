@@ -1,8 +1,8 @@
 """Recall evaluation: the share of questions that a model answers, when the answer stands in the prompt.
 
-`plan` checks a request and loads its questions. `run` answers them and writes the results to a folder. `tables` and `report`
-turn such a folder into text, figures and an HTML page. Importing `jrt.evaluate.harness` registers our models with lm-eval as
-`--model jrt`.
+`plan` checks a request and loads its questions. `run` answers them and writes the results to a folder. `tables` and
+`report` turn such a folder into text, figures and an HTML page. Importing `jrt.evaluate.harness` registers our models
+with lm-eval as `--model jrt`.
 """
 
 from jrt.evaluate.folder import Cell, read_run

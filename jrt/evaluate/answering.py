@@ -1,14 +1,14 @@
 """Greedy answers to prompts, in batches whose rows do not influence each other.
 
-A row's answer does not depend on its batch, so prompts may be grouped into batches in any way. Three optimisations save time,
-and none of them changes an answer (docs/batching.md has their measured gains):
+A row's answer does not depend on its batch, so prompts may be grouped into batches in any way. Three optimisations save
+time, and none of them changes an answer (docs/batching.md has their measured gains):
 
 - `jrt.evaluate.batches`: prompts with a common beginning, or of similar length, share a batch;
-- `read_beginnings`: a beginning that several prompts share is read once, and the state after it is copied to each of them;
+- `read_beginnings`: a common beginning of several prompts is read once, and the state after it is copied to each;
 - `decode`: on a CPU, decoding stops when half of the rows have ended, and continues with the other rows only.
 
-Shapes: B rows of a batch, T tokens of its longest prompt, G groups of rows that begin alike, P tokens of the longest common
-beginning, R tokens that all rows read after it at once, N tokens that end an answer.
+Shapes: B rows of a batch, T tokens of its longest prompt, G groups of rows that begin alike, P tokens of the longest
+common beginning, R tokens that all rows read after it at once, N tokens that end an answer.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from jrt.system.cores import FreeCores
 logger = logging.getLogger(__name__)
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-# Common beginnings are read once only if that saves at least this share of a batch's tokens: it costs a second model call.
+# Common beginnings are read once only if that saves at least this share of a batch's tokens: it costs a second model
+# call.
 SAVED = 0.25
-# Multiply-adds that a device could do in the time of one decoding step. On a GPU a step's time is that of kernel launches,
-# whatever the model's size. A CPU has no such fixed cost.
+# Multiply-adds that a device could do in the time of one decoding step. On a GPU a step's time is that of kernel
+# launches, whatever the model's size. A CPU has no such fixed cost.
 STEP = {"cuda": 2e12}
 
 
@@ -71,9 +72,9 @@ def encode(
 ) -> list[Encoded]:
     """Encodes prompts, and cuts them on the left to at most `limit` tokens.
 
-    Special tokens that the tokenizer puts before a text (a begin token) are kept. Those that it puts after a text (an end
-    token) are left out, because the answer comes there. A document that spells out a special token, such as "</s>", is read
-    as ordinary text.
+    Special tokens that the tokenizer puts before a text (a begin token) are kept. Those that it puts after a text (an
+    end token) are left out, because the answer comes there. A document that spells out a special token, such as "</s>",
+    is read as ordinary text.
 
     Args:
         limit: None keeps all tokens.
@@ -160,8 +161,8 @@ def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.
 def answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol) -> list[Generation]:
     """Greedy continuations of prompts (token ids), one for each row, in their order.
 
-    A batch that does not fit on the GPU is halved and tried again. Raises ValueError if the code of a model that is not ours
-    failed, and torch.cuda.OutOfMemoryError if a single prompt does not fit."""
+    A batch that does not fit on the GPU is halved and tried again. Raises ValueError if the code of a model that is not
+    ours failed, and torch.cuda.OutOfMemoryError if a single prompt does not fit."""
     try:
         with model.cores:
             return _answer(model, rows, protocol)
@@ -185,7 +186,8 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
     special = {index for index, token in model.tokenizer.added_tokens_decoder.items() if token.special}
     found = []
     for tokens, finite in decode(model, start, every, protocol.max_new_tokens):
-        # skip_special_tokens=True would also drop the pad token, which for the released models is the ordinary space token.
+        # skip_special_tokens=True would also drop the pad token, which for the released models is the ordinary space
+        # token.
         text = str(model.tokenizer.decode([token for token in tokens if token not in special])) if finite else ""
         for stop in protocol.stop:
             text = text.split(stop, maxsplit=1)[0]
@@ -198,8 +200,8 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
     """Token ids whose text contains a stop string, (N,) int64.
 
-    Decoding ends at them only to save time. The answer is cut at the stop string in the text, because a stop string can also
-    span several tokens."""
+    Decoding ends at them only to save time. The answer is cut at the stop string in the text, because a stop string can
+    also span several tokens."""
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
     return torch.tensor([index for index, text in enumerate(texts) if any(s in text for s in stop)], dtype=torch.long)
 
@@ -214,10 +216,11 @@ class Start(NamedTuple):
     """The arguments with which `generate` starts or continues a batch.
 
     Args:
-        cache: the model's state after the tokens that it has already read; None if it has read none. A cache with keys and
-            values covers the first columns of `ids`. A recurrent cache has no token dimension, and `ids` come after it.
-        forced: for each row, the end of its prompt. These tokens are fed in the first steps of decoding, in place of the
-            tokens that the model would choose.
+        cache: the model's state after the tokens that it has already read; None if it has read none. A cache with keys
+            and values covers the first columns of `ids`. A recurrent cache has no token dimension, and `ids` come after
+            it.
+        forced: for each row, the end of its prompt. These tokens are fed in the first steps of decoding, in place of
+            the tokens that the model would choose.
     """
 
     ids: Tensor  # (B, T), padded on the left
@@ -227,12 +230,13 @@ class Start(NamedTuple):
 
 
 def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[int]) -> Start | None:
-    """Reads the common beginning of each group of rows once: several questions on one page share the reading of the page.
+    """Reads the common beginning of each group of rows once: several questions on one page share the reading of the
+    page.
 
-    The state after a group's common tokens is copied to each of its rows. After it, the rows have different numbers of their
-    own tokens. All rows read as many of them as the shortest has in one call; the remaining ones are forced in the first
-    steps of decoding (`Start.forced`). This way no padding stands in the middle of a row, where recurrent layers could not
-    skip it.
+    The state after a group's common tokens is copied to each of its rows. After it, the rows have different numbers of
+    their own tokens. All rows read as many of them as the shortest has in one call; the remaining ones are forced in
+    the first steps of decoding (`Start.forced`). This way no padding stands in the middle of a row, where recurrent
+    layers could not skip it.
 
     Args:
         ends: tokens at which `generate` ends a row; a prompt with such a token cannot be forced.
@@ -260,7 +264,8 @@ def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[i
         return None
     beginnings = [rows[group.rows[0]][: group.common] for group in found]
     ids, mask = left_padded(beginnings, model.pad_token_id, model.device)  # (G, P)
-    # One step of `generate` in place of a forward call, because it computes each model's position ids under left padding.
+    # One step of `generate` in place of a forward call, because it computes each model's position ids under left
+    # padding.
     cache = _generate(model, ids, mask, max_new_tokens=1)[CACHE]
     row_of = torch.tensor(owner, device=model.device)
     select_rows(cache, row_of)
@@ -291,8 +296,8 @@ class Pause(StoppingCriteria):
 
     After each step it also adapts the number of threads to the free cores (`FreeCores.look`).
 
-    tokens: (N,) ids that end a row; forced: (B,) how many tokens of each row are forced (they cannot end it); limits: (B,)
-    new tokens after which a row ends; early: end the call as soon as half of the rows have ended."""
+    tokens: (N,) ids that end a row; forced: (B,) how many tokens of each row are forced (they cannot end it); limits:
+    (B,) new tokens after which a row ends; early: end the call as soon as half of the rows have ended."""
 
     def __init__(self, tokens: Tensor, forced: Tensor, limits: Tensor, early: bool, cores: FreeCores) -> None:
         self.tokens, self.forced, self.limits, self.early = tokens, forced, limits, early  # (N,), (B,), (B,)
@@ -313,9 +318,9 @@ class Pause(StoppingCriteria):
 def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) -> Iterator[tuple[list[int], bool]]:
     """Returns for each row its greedy continuation, at most `max_new_tokens`, and whether its logits never held a NaN.
 
-    In many batches half of the rows end after a few tokens, while one row continues to the limit. So on a CPU `generate`
-    stops when half of the rows have ended, and is called again with the states of the other rows. A GPU takes as long for
-    fewer rows, so there it runs to the end.
+    In many batches half of the rows end after a few tokens, while one row continues to the limit. So on a CPU
+    `generate` stops when half of the rows have ended, and is called again with the states of the other rows. A GPU
+    takes as long for fewer rows, so there it runs to the end.
 
     ends: (N,) token ids that end a row; the continuation includes them."""
     tokens: list[list[int]] = [[] for _ in range(len(start.ids))]
@@ -353,8 +358,8 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
 def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> Start:
     """The `Start` for the rows that have not ended, given as indices. Their cache covers all columns but the last.
 
-    If `generate` filled up short prompts (`jrt.short_prompts`), the cache covers more columns than `start.ids` has. They are
-    added on the left; their ids are never read again, so any id will do."""
+    If `generate` filled up short prompts (`jrt.short_prompts`), the cache covers more columns than `start.ids` has.
+    They are added on the left; their ids are never read again, so any id will do."""
     kept = torch.tensor(rows, device=start.ids.device)
     cache = output[CACHE]
     select_rows(cache, kept)

@@ -17,8 +17,8 @@ class Limits(NamedTuple):
 
     Args:
         size: the most prompts.
-        tokens: the most tokens to read in a batch of several prompts, padding included and common beginnings counted once;
-            None: no limit.
+        tokens: the most tokens to read in a batch of several prompts, padding included and common beginnings counted
+            once; None: no limit.
         alone: a prompt of more tokens than this shares a batch only with prompts of its group; None: no such rule.
         shares: whether the model can read a common beginning once for several prompts.
         pads: whether a batch may hold prompts of unequal length.
@@ -41,8 +41,8 @@ class Group(NamedTuple):
 def batches(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
     """Batches as lists of indices into `rows` (token ids). Rows of one group are neighbours.
 
-    The longest rows come first, so that a batch that does not fit on the GPU is met at the start of a run. A batch ends where
-    one more row would exceed a limit."""
+    The longest rows come first, so that a batch that does not fit on the GPU is met at the start of a run. A batch ends
+    where one more row would exceed a limit."""
     found: list[list[int]] = []
     batch: list[Group] = []  # the batch being filled: for each group, those of its rows that are in the batch
     for group in groups(rows) if limits.shares else _groups_of_one(rows):

@@ -1,7 +1,7 @@
 """`jrt demo`: the main comparison of this project on one screen: prompts that hold a page once or twice.
 
-The mini models are asked for an argument list on a page of reference documentation, with the page in the prompt once and
-twice. SmolLM2-135M, an off-the-shelf Transformer, can be compared through the same code.
+The mini models are asked for an argument list on a page of reference documentation, with the page in the prompt once
+and twice. SmolLM2-135M, an off-the-shelf Transformer, can be compared through the same code.
 """
 
 from pathlib import Path

@@ -45,8 +45,8 @@ class RunFolder:
         resume: continue the run that the folder holds.
 
     Raises:
-        ValueError: the folder holds something else, another process writes to it, or it holds the same run and `resume` is
-            False.
+        ValueError: the folder holds something else, another process writes to it, or it holds the same run and `resume`
+            is False.
     """
 
     def __init__(self, path: Path, manifest: dict, resume: bool) -> None:
@@ -161,8 +161,8 @@ def former_manifest(path: Path, identity: dict, resume: bool) -> dict | None:
 
 
 def _renamed(rows: list[dict]) -> list[dict]:
-    """Rows with today's task names. Version 0.1 wrote `fda` for recall_fda, and `reference_pages` with the protocol pages-512
-    for recall_reference_pages_512."""
+    """Rows with today's task names. Version 0.1 wrote `fda` for recall_fda, and `reference_pages` with the protocol
+    pages-512 for recall_reference_pages_512."""
     found = []
     for row in rows:
         task = task_named(row["task"])

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations, such that a prefix encoder never reads the tokens that are scored.
 
-lm-eval's own code pads on the right and passes neither lengths nor a mask, so a prefix encoder would read padding and the
-continuation itself. Here the encoder reads the context only. The quirk `leak_continuation` computes as the published numbers
-were measured: the encoder also reads the continuation, all but its last token (docs/released.md).
+lm-eval's own code pads on the right and passes neither lengths nor a mask, so a prefix encoder would read padding and
+the continuation itself. Here the encoder reads the context only. The quirk `leak_continuation` computes as the
+published numbers were measured: the encoder also reads the continuation, all but its last token (docs/released.md).
 
 Shapes: B pairs, T their longest row, K the longest continuation, V vocabulary rows.
 """
@@ -20,7 +20,8 @@ from jrt.training.objective import greedy_answers
 
 
 class Scored(NamedTuple):
-    """The score of a continuation: the sum of its tokens' log-probabilities (in nats), and whether greedy decoding gives it."""
+    """The score of a continuation: the sum of its tokens' log-probabilities (in nats), and whether greedy decoding
+    gives it."""
 
     log_likelihood: float
     is_greedy: bool
@@ -30,7 +31,8 @@ class Row(NamedTuple):
     """A context and its continuation, as the model reads them.
 
     Args:
-        ids: the context, filled up if it is short, then the continuation without its last token, which is only predicted.
+        ids: the context, filled up if it is short, then the continuation without its last token, which is only
+            predicted.
         prefix: how many of the ids the encoder reads.
         blank: how many of the ids, from the start, are pads of the rule "pad" (`jrt.short_prompts`).
     """
@@ -74,7 +76,8 @@ def log_likelihoods(
 
 
 def filled_row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> Row:
-    """A context and its continuation as a `Row`: filled up by the model's rule for short prompts, if it has an encoder."""
+    """A context and its continuation as a `Row`: filled up by the model's rule for short prompts, if it has an
+    encoder."""
     if not model.core.has("P"):
         return Row(context + continuation[:-1], continuation, 0, 0)
     leak = model.quirks.leak_continuation

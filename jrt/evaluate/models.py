@@ -1,8 +1,8 @@
 """The models under test: ours are opened by `jrt.load`, all other causal language models by transformers.
 
-A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the opened model. Code in a checkpoint is never
-executed: transformers refuses a model that needs it. A model that is not ours is probed before its first answer
-(`jrt.probe`): padding, batches and caches are used only if they do not change its answers.
+A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the opened model. Code in a checkpoint
+is never executed: transformers refuses a model that needs it. A model that is not ours is probed before its first
+answer (`jrt.probe`): padding, batches and caches are used only if they do not change its answers.
 """
 
 from __future__ import annotations
@@ -297,7 +297,8 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def position_bound(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model reads, by its configuration: the smallest of the fields LIMITS; None if it has none."""
+    """The most tokens that a model reads, by its configuration: the smallest of the fields LIMITS; None if it has
+    none."""
     config = model.config.get_text_config()
     bounds = (_number(getattr(config, name, None)) for name in LIMITS)
     return min((bound for bound in bounds if bound is not None and 0 < bound < UNBOUNDED), default=None)
@@ -347,7 +348,8 @@ def _check_options(spec: ModelSpec) -> None:
 
 
 def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors that can be reached from an object, for instance a cache of any class. seen: ids of visited objects."""
+    """All tensors that can be reached from an object, for instance a cache of any class. seen: ids of visited
+    objects."""
     if id(value) in seen:
         return
     seen.add(id(value))

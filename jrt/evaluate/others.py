@@ -1,4 +1,5 @@
-"""Models that transformers cannot open without help: those of flash-linear-attention, and Mamba-2 in its authors' layout."""
+"""Models that transformers cannot open without help: those of flash-linear-attention, and Mamba-2 in its authors'
+layout."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from jrt.checkpoints.files import CheckpointError, Reader, entries
 from jrt.checkpoints.names import find, read_config
 
-# Fields of a Mamba-2 config.json (arXiv 2405.21060). _SIZES: the defaults of `mamba_ssm` for sizes that ssm_cfg leaves out.
-# _FIXED (in ssm_cfg) and _MODEL_FIXED (beside it): the only values that transformers' class computes correctly.
+# Fields of a Mamba-2 config.json (arXiv 2405.21060). _SIZES: the defaults of `mamba_ssm` for sizes that ssm_cfg leaves
+# out. _FIXED (in ssm_cfg) and _MODEL_FIXED (beside it): the only values that transformers' class computes correctly.
 # _WITHOUT_EFFECT: fields that do not change what a trained model computes.
 _SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64}
 _FIXED = {"layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False}
@@ -46,7 +47,8 @@ def register_architecture(name: str) -> None:
 
 
 def mamba2_folder(name: str) -> Path | None:
-    """The folder of a model that is Mamba-2 in its authors' layout; None for other models and ones not on this machine."""
+    """The folder of a model that is Mamba-2 in its authors' layout; None for other models and ones not on this
+    machine."""
     folder = find(name)
     if folder is None or not (folder / "config.json").is_file():
         return None
@@ -57,8 +59,8 @@ def mamba2_folder(name: str) -> Path | None:
 def open_mamba2(folder: Path, dtype: torch.dtype) -> Mamba2ForCausalLM:
     """Reads Mamba-2 as `mamba_ssm` saves it (`state-spaces/mamba2-*`) into transformers' class.
 
-    dtype: of the weights. Raises CheckpointError for settings that transformers' class does not compute, and for tensors that
-    do not fit."""
+    dtype: of the weights. Raises CheckpointError for settings that transformers' class does not compute, and for
+    tensors that do not fit."""
     raw = read_config(folder)
     settings = raw["ssm_cfg"]
     for fixed, given, place in ((_MODEL_FIXED, raw, ""), (_FIXED, settings, "ssm_cfg.")):

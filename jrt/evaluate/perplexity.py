@@ -1,9 +1,9 @@
 """Perplexity on recall hits and on all other tokens, by distance and by frequency (the paper's Figure 3).
 
-A recall hit is a token that completes a pair of tokens that stood in the sequence before. Its distance is the number of tokens
-since then. Its frequency is how often the pair stands in all other sequences of the text. The paper counts pairs in ten
-million training documents, so its frequency bins cannot be compared with these. The second half of each sequence is scored; a
-prefix encoder reads the first half.
+A recall hit is a token that completes a pair of tokens that stood in the sequence before. Its distance is the number of
+tokens since then. Its frequency is how often the pair stands in all other sequences of the text. The paper counts pairs
+in ten million training documents, so its frequency bins cannot be compared with these. The second half of each sequence
+is scored; a prefix encoder reads the first half.
 
 Shapes: B sequences, T their tokens, V vocabulary rows.
 """
@@ -71,8 +71,8 @@ def run(
         resume: keep the models that the folder already holds, and measure the others.
 
     Returns:
-        The records, and for each model that could not be measured the reason: it cannot be opened, or the text is shorter
-        than one of its sequences. The manifest records the reasons too.
+        The records, and for each model that could not be measured the reason: it cannot be opened, or the text is
+        shorter than one of its sequences. The manifest records the reasons too.
 
     Raises:
         ValueError: no model could be measured, or the folder holds something else.
@@ -139,7 +139,8 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> list[list[int]]:
-    """The documents joined to one stream of token ids and cut into sequences of `length`; a shorter rest is left out."""
+    """The documents joined to one stream of token ids and cut into sequences of `length`; a shorter rest is left
+    out."""
     stream: list[int] = []
     for document in documents:
         stream += tokenizer(document + "\n", add_special_tokens=False)["input_ids"]

@@ -1,9 +1,11 @@
-"""A run of `jrt eval`: `plan(request)` loads the questions, `run(plan, pool, output)` answers them and writes the results.
+"""A run of `jrt eval`: `plan(request)` loads the questions, `run(plan, pool, output)` answers them into a folder.
 
-`plan` checks a request before a model is opened or a file written. `run` writes predictions batch by batch, and computes all
-results from what was written. So the results are the same for a run that was interrupted and resumed, or spread over workers.
+`plan` checks a request before a model is opened or a file written. `run` writes predictions batch by batch, and
+computes all results from what was written. So the results are the same for a run that was interrupted and resumed, or
+spread over workers.
 
-A cell is one score: a model, a task, a reading strategy (the context once or twice) and a protocol (prompt format and limits).
+A cell is one score: a model, a task, a reading strategy (the context once or twice) and a protocol (prompt format and
+limits).
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from jrt.system.provenance import code_sha256, versions
 
 CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
 ON_CPU = Limits(size=16, tokens=CPU_TOKENS)
-# For models with full attention on a CPU (`Limits.alone`): on longer prompts, attention over padding costs more time than
-# decoding them in one batch saves.
+# For models with full attention on a CPU (`Limits.alone`): on longer prompts, attention over padding costs more time
+# than decoding them in one batch saves.
 CPU_ALONE = 1024
 ON_GPU = Limits(size=128)  # a batch that does not fit into memory is halved
 
@@ -47,8 +49,8 @@ class Request:
         seed: for the choice of reference pages and of examples, and for bootstrap intervals.
         data: mirror folder of the published datasets; None: the environment variable JRT_DATA, then the hub.
         passages: folder of the `qa_*` tasks; None: the environment variable JRT_PASSAGES.
-        cut_with: the tokenizer that cuts documents to the protocol's length, in place of the protocol's own. The protocol
-            then gets another name, because its scores cannot be compared.
+        cut_with: the tokenizer that cuts documents to the protocol's length, in place of the protocol's own. The
+            protocol then gets another name, because its scores cannot be compared.
     """
 
     models: tuple[ModelSpec, ...]
@@ -109,8 +111,8 @@ class Outcome:
 def plan(request: Request) -> Plan:
     """Checks a request and loads its questions.
 
-    Raises ValueError for unknown or repeated names (models too), a negative seed, a protocol that does not fit a task, and
-    missing datasets."""
+    Raises ValueError for unknown or repeated names (models too), a negative seed, a protocol that does not fit a task,
+    and missing datasets."""
     tasks = [task_named(name) for name in request.tasks]
     strategies = [strategy_named(name) for name in request.strategies]
     named = {
@@ -311,11 +313,12 @@ def _ordered(plan: Plan, cells: list[Cell], rows: list[dict]) -> dict[Cell, list
 def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict) -> dict:
     """The record of one cell, as it stands in results.json.
 
-    Some of its fields: score, low and high (mean and 95% interval) lie between 0 and 1; seconds is compute time summed over
-    batches; truncated counts items whose prompt was cut to a limit; nan counts items with a NaN logit (they score 0);
-    unreachable counts items of which the model can write no correct answer.
+    Some of its fields: score, low and high (mean and 95% interval) lie between 0 and 1; seconds is compute time summed
+    over batches; truncated counts items whose prompt was cut to a limit; nan counts items with a NaN logit (they score
+    0); unreachable counts items of which the model can write no correct answer.
 
-    measured: state_bytes and unreachable; beyond_the_model: for each prompt that this model cannot be asked, the reason."""
+    measured: state_bytes and unreachable; beyond_the_model: for each prompt that this model cannot be asked, the
+    reason."""
     found = plan.items(cell)
     interval = bootstrap([row["score"] for row in rows], seed=plan.request.seed)
     longest = max(row["prompt_tokens"] for row in rows)
@@ -348,7 +351,8 @@ def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict)
 
 
 def comparisons(rows: list[dict], seed: int = 0) -> list[dict]:
-    """Paired differences over the items that two cells share: two strategies of one model, or two models with one strategy.
+    """Paired differences over the items that two cells share: two strategies of one model, or two models with one
+    strategy.
 
     difference = second - first, in units of the score (0 to 1), with its 95% bootstrap interval."""
     cells: dict[Cell, dict[str, float]] = {}

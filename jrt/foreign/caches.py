@@ -1,6 +1,7 @@
 """Chooses and repeats rows of the caches of transformers' models.
 
-For each layer a cache holds keys and values (all, or those in a window), states of a recurrence or convolution, or both.
+For each layer a cache holds keys and values (all, or those in a window), states of a recurrence or convolution, or
+both.
 """
 
 import inspect
@@ -15,7 +16,8 @@ from jrt.modeling_jrt import CACHE
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The argument by which `forward` and `generate` of a model take a cache. Before transformers 5.24 Mamba had its own."""
+    """The argument by which `forward` and `generate` of a model take a cache. Before transformers 5.24 Mamba had its
+    own."""
     names = inspect.signature(model.forward).parameters
     return "cache_params" if "cache_params" in names and CACHE not in names else CACHE
 
@@ -33,9 +35,9 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
         raise ValueError(
             f"the rows of a {type(cache).__name__} cannot be chosen: expected one of transformers' Cache classes"
         )
-    # Recurrent layers do not implement `batch_select_indices`, and layers with attention and a recurrence apply it to keys
-    # and values only. All implement `reorder_cache`, which accepts any choice of rows. A cache class that overrides
-    # `batch_select_indices` keeps states outside its layers, so its own method is used.
+    # Recurrent layers do not implement `batch_select_indices`, and layers with attention and a recurrence apply it to
+    # keys and values only. All implement `reorder_cache`, which accepts any choice of rows. A cache class that
+    # overrides `batch_select_indices` keeps states outside its layers, so its own method is used.
     if type(cache).batch_select_indices is not Cache.batch_select_indices:
         cache.batch_select_indices(rows)
     else:
@@ -45,6 +47,6 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
 def keeps_no_tokens(cache: Cache) -> bool:
     """Whether all layers are recurrent, so that the cache does not know how many tokens it has read.
 
-    With such a cache, `generate` reads all ids that it gets, so they must be the unread tokens only. With any other cache,
-    `generate` must get the rows from their start, and skips the tokens that the cache holds."""
+    With such a cache, `generate` reads all ids that it gets, so they must be the unread tokens only. With any other
+    cache, `generate` must get the rows from their start, and skips the tokens that the cache holds."""
     return len(cache.is_linear) > 0 and all(cache.is_linear)

@@ -1,7 +1,8 @@
 """Plain greedy decoding: the most likely token at each step, whatever a checkpoint's generation_config.json says.
 
-Saved settings can change greedy answers (penalties, suppressed or forced tokens, minimum lengths, guidance ...) or how they
-are computed (another cache, several returned sequences, an assistant). An evaluation replaces all of them and reports which.
+Saved settings can change greedy answers (penalties, suppressed or forced tokens, minimum lengths, guidance ...) or how
+they are computed (another cache, several returned sequences, an assistant). An evaluation replaces all of them and
+reports which.
 """
 
 import dataclasses

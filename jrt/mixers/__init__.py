@@ -1,8 +1,8 @@
 """The mixers: layers that combine the vectors of different tokens. There is one class for each letter of a pattern.
 
-A mixer is made as `Mixer(config, layer)`, where layer is its index in the pattern. It is called as
-`mixer(x, batch, state) -> (y, state)`: x and y are (B, T, E), batch is a `TokenBatch`, and the state is None at the start of a
-text, else a tensor or a tuple of tensors whose first dimension is B.
+A mixer is made as `Mixer(config, layer)`, where layer is its index in the pattern. It is called as `mixer(x, batch,
+state) -> (y, state)`: x and y are (B, T, E), batch is a `TokenBatch`, and the state is None at the start of a text,
+else a tensor or a tuple of tensors whose first dimension is B.
 """
 
 from torch import nn

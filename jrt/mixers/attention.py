@@ -20,7 +20,8 @@ MIN_BLOCK = 64  # least queries of a block: matrix products with fewer use a GPU
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of earlier tokens, the newest last. A window always keeps W columns; those before the text are zero."""
+    """Keys and values of earlier tokens, the newest last. A window always keeps W columns; those before the text are
+    zero."""
 
     k: Tensor  # (B, K, H, D), rotated
     v: Tensor  # (B, K, H, D)
@@ -77,7 +78,8 @@ class WindowAttention(Attention):
 
 
 def own_keys(batch: TokenBatch, keys: int) -> Tensor:
-    """(B, K) bool, True where one of the last K keys belongs to the row's own tokens. These are always the newest keys."""
+    """(B, K) bool, True where one of the last K keys belongs to the row's own tokens. These are always the newest
+    keys."""
     own = batch.positions[:, -1:] + 1  # (B, 1) own tokens up to now
     return torch.arange(keys, device=own.device) >= keys - own
 
@@ -172,7 +174,8 @@ def rotary_angles(positions: Tensor, dim: int, base: float = 10_000.0) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, T, H, D): dimension i with dimension i + half, for i below half; the other dimensions stay as they are."""
+    """Rotates x (B, T, H, D): dimension i with dimension i + half, for i below half; the other dimensions stay as they
+    are."""
     half = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

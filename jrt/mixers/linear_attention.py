@@ -13,7 +13,7 @@ from jrt.ops import State, encode_prefix, linear_attention
 
 
 class LinearAttention(nn.Module):
-    """Based's mixer (arXiv 2402.18668): linear attention with the Taylor feature map in place of softmax, without positions."""
+    """Based's mixer (arXiv 2402.18668): linear attention with the Taylor feature map, without rotary positions."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Backend "chunked": linear attention in chunks of tokens, in plain PyTorch. Time and memory are linear in T.
 
-Inside a chunk the scores 1 + s + s^2 / 2 are computed from s = q.k / sqrt(d) (a C x C matrix); features are computed only for
-the state between chunks. Matrix products run in the inputs' dtype on a GPU, and at least in fp32 on a CPU. States are always
-summed in fp32 or wider.
+Inside a chunk the scores 1 + s + s^2 / 2 are computed from s = q.k / sqrt(d) (a C x C matrix); features are computed
+only for the state between chunks. Matrix products run in the inputs' dtype on a GPU, and at least in fp32 on a CPU.
+States are always summed in fp32 or wider.
 
 Shapes: B batch, T tokens, H heads, d query/key size, D value size, F features, N chunks of C tokens.
 """
@@ -17,8 +17,8 @@ from jrt.ops.feature_map import State, taylor_features
 from jrt.ops.packing import attend_apart, encode_apart
 
 CHUNK = 128
-# A segment is several chunks that are computed in parallel; segments follow one after another. This bounds a segment's length:
-# the bytes that the states between its chunks may take.
+# A segment is several chunks that are computed in parallel; segments follow one after another. This bounds a segment's
+# length: the bytes that the states between its chunks may take.
 SEGMENT_STATE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 
 
@@ -75,7 +75,8 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
 
 
 def _step(q, k, v, state, mask, log_decay, normalize, dtype):
-    """One token: updates the state, then the query reads it. Few calls, because in decoding their number decides the time."""
+    """One token: updates the state, then the query reads it. Few calls, because in decoding their number decides the
+    time."""
     wide = _state_dtype(k)
     phi_q, phi_k = taylor_features(torch.stack([q[:, 0], k[:, 0]]).to(wide))  # (B, H, F) each
     if mask is not None:
@@ -147,7 +148,8 @@ def _segment(q, k, v, state, mask, log_decay, normalize):
 
 
 def _shifted(S: Tensor, z: Tensor, state: State | None) -> State | None:
-    """The states before each chunk, from the states after each chunk; None if there is one chunk and no state before it."""
+    """The states before each chunk, from the states after each chunk; None if there is one chunk and no state before
+    it."""
     if state is None and S.shape[1] == 1:
         return None
     first = State(torch.zeros_like(S[:, 0]), torch.zeros_like(z[:, 0])) if state is None else state

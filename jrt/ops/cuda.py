@@ -1,6 +1,7 @@
 """Backend "cuda": Hopper kernels for linear attention as torch operators (prefill, prefix encoder, decode step).
 
-Gradients of prefill and encoder come from `jrt.ops.triton`, which needs only the inputs and the output of the forward pass.
+Gradients of prefill and encoder come from `jrt.ops.triton`, which needs only the inputs and the output of the forward
+pass.
 
 The kernels live in the extension module `jrt_kernels` (kernels/, built by JRT_BUILD_KERNELS=1); this file checks what
 they can serve (`unsupported`), allocates tensors, and passes addresses.
@@ -33,7 +34,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def unsupported(call: Call) -> str | None:
-    """The reason why the kernels cannot serve this call; None if they can. Works without CUDA and without the extension."""
+    """The reason why the kernels cannot serve this call; None if they can. Works without CUDA and without the
+    extension."""
     q, k, v, mask = call.k if call.q is None else call.q, call.k, call.v, call.mask
     if q.device.type != "cuda":
         return f"tensors are on {q.device}; expected a CUDA device"
@@ -193,8 +195,8 @@ torch.library.register_autograd("jrt::encode_prefix", _encode_gradients, setup_c
 def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """x with zeros at padding, where it may hold NaN: in a matrix product, 0 times NaN would be NaN.
 
-    This happens inside the operators, so that autograd saves the inputs and not these copies. The backward kernels do not
-    read padding.
+    This happens inside the operators, so that autograd saves the inputs and not these copies. The backward kernels do
+    not read padding.
     """
     return x if mask is None else x.masked_fill(~mask[:, :, None, None], 0)
 
@@ -297,7 +299,8 @@ def _missing(device: int) -> str | None:
     return _probe(device)
 
 
-# Does what torch.compiler.assume_constant_result does, without importing the compiler: torch.compile cannot trace `_probe`.
+# Does what torch.compiler.assume_constant_result does, without importing the compiler: torch.compile cannot trace
+# `_probe`.
 vars(_missing)["_dynamo_marked_constant"] = True
 
 

@@ -23,7 +23,8 @@ class State(NamedTuple):
 
 
 def feature_count(d: int) -> int:
-    """F, the number of features for vectors of size d. The released code has 1 + d + d^2, with the same inner products."""
+    """F, the number of features for vectors of size d. The released code has 1 + d + d^2, with the same inner
+    products."""
     return 1 + d + d * (d + 1) // 2
 
 
@@ -51,7 +52,8 @@ def taylor_features(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _pairs(d: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Row i and column j of each pair i <= j, and its weight; the factor d^-1/2 is already in the products of `first`."""
+    """Row i and column j of each pair i <= j, and its weight; the factor d^-1/2 is already in the products of
+    `first`."""
     with torch.inference_mode(False):  # the cached tensors may later be used with autograd
         rows, columns = torch.triu_indices(d, d, device=device).unbind()
         weights = rows.new_ones(rows.shape, dtype=dtype).masked_fill(rows == columns, math.sqrt(0.5))

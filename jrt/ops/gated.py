@@ -1,9 +1,9 @@
 """Element-wise operations fused with the projection after them: SwiGLU, and the gated short convolution.
 
-As separate PyTorch operations, each of which reads and writes memory, they take a third of a training step. So in training on a
-GPU they are Triton kernels that read each input once, forward and backward. Only the input is saved for the backward pass,
-which computes the product with the gate again for the gradient of the projection's weight. All other calls are plain PyTorch
-(`gated_pytorch`).
+As separate PyTorch operations, each of which reads and writes memory, they take a third of a training step. So in
+training on a GPU they are Triton kernels that read each input once, forward and backward. Only the input is saved for
+the backward pass, which computes the product with the gate again for the gradient of the projection's weight. All other
+calls are plain PyTorch (`gated_pytorch`).
 
 Shapes: B batch, T tokens, E channels, M hidden units, K taps, N = B x T tokens, O outputs of the next projection.
 """

@@ -1,7 +1,7 @@
 """Triton kernels of `jrt.ops.gated`. Each reads its inputs once and computes in fp32.
 
-The gradients of the taps are sums over tokens. Programs write partial sums to memory, which are then added in a fixed order;
-there are no atomic additions, so that results are bit for bit reproducible.
+The gradients of the taps are sums over tokens. Programs write partial sums to memory, which are then added in a fixed
+order; there are no atomic additions, so that results are bit for bit reproducible.
 
 Shapes: B batch, T tokens, E channels, K taps, M hidden units, N = B x T rows, S segments of a text.
 """
@@ -61,7 +61,8 @@ def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, is_gated: bool) ->
 def convolution_backward(
     x: Tensor, taps: Tensor, bias: Tensor | None, dy: Tensor, is_gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, taps and bias (the latter two in fp32); and with a gate the result of `convolution` again, else None."""
+    """Gradients of x, taps and bias (the latter two in fp32); and with a gate the result of `convolution` again, else
+    None."""
     x, dy, (channels, count) = _rows(x), dy.contiguous(), taps.shape
     batch, steps, taps = x.shape[0], x.shape[1], taps.mT.contiguous()
     segments = triton.cdiv(steps, SEGMENT)
@@ -166,7 +167,8 @@ def _convolution_backward_kernel(
     x, taps, bias, dy, dx, y, partial, T, E, S, SEGMENT, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: each tile computes the gradients dc of the K - 1 steps after it as well."""
+    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: each tile computes the gradients dc of the K - 1 steps after it as
+    well."""
     e = tl.program_id(0) * W + tl.arange(0, W)
     segment = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(2).to(tl.int64) * T

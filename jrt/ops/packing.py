@@ -1,4 +1,5 @@
-"""Packed sequences for backends that read one text in each row: the sequences are split, and computed one after another."""
+"""Packed sequences for backends that read one text in each row: the sequences are split, and computed one after
+another."""
 
 from __future__ import annotations
 

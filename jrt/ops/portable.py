@@ -1,8 +1,8 @@
 """The functions of `jrt.ops` in plain PyTorch, without a choice of backend and without registered operators.
 
-This file takes the place of `jrt.ops` in a self-contained folder (`jrt.checkpoints.self_contained`), which must load on any
-machine, and more than once in a process. It computes what `jrt.ops` computes on a CPU; arguments are documented there, and not
-checked here.
+This file takes the place of `jrt.ops` in a self-contained folder (`jrt.checkpoints.self_contained`), which must load on
+any machine, and more than once in a process. It computes what `jrt.ops` computes on a CPU; arguments are documented
+there, and not checked here.
 """
 
 from __future__ import annotations

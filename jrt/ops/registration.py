@@ -1,7 +1,7 @@
 """Registers an operator with PyTorch, so that torch.compile treats it as a single node.
 
-`torch.library.custom_op` would be shorter, but its first call imports torch._dynamo. That takes seconds, also in a process that
-compiles nothing.
+`torch.library.custom_op` would be shorter, but its first call imports torch._dynamo. That takes seconds, also in a
+process that compiles nothing.
 """
 
 from __future__ import annotations

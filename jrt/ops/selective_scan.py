@@ -2,10 +2,10 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = C_t . h_t + D u_t
 
-Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk.
-Four backends compute it: "reference" is the loop over t and the definition; "chunked" is PyTorch with scratch memory that does
-not grow with T; "triton" and "cuda" are the GPU kernels of `selective_scan_triton` and `selective_scan_cuda`. The last three
-are custom operators, so that torch.compile sees a single node. They save only the states between chunks, and compute the others
+Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk. Four backends compute it:
+"reference" is the loop over t and the definition; "chunked" is PyTorch with scratch memory that does not grow with T;
+"triton" and "cuda" are the GPU kernels of `selective_scan_triton` and `selective_scan_cuda`. The last three are custom
+operators, so that torch.compile sees a single node. They save only the states between chunks, and compute the others
 again in the backward pass.
 """
 

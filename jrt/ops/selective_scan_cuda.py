@@ -1,8 +1,8 @@
 """The CUDA kernels of the selective scan (kernels/selective_scan.cu) as torch operators, forward and backward.
 
-The kernels compute the softplus of the step sizes themselves, so that they can read these in the inputs' dtype. The states
-between chunks of 16 steps are saved for the backward pass, which computes the others again. Results are bit for bit
-reproducible.
+The kernels compute the softplus of the step sizes themselves, so that they can read these in the inputs' dtype. The
+states between chunks of 16 steps are saved for the backward pass, which computes the others again. Results are bit for
+bit reproducible.
 
 Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels.
 """
@@ -69,7 +69,8 @@ def selective_scan(
 
 
 def segments(u: Tensor, blocks: int) -> int:
-    """Number of segments into which each text is cut, so that there are about `blocks` blocks for each multiprocessor."""
+    """Number of segments into which each text is cut, so that there are about `blocks` blocks for each
+    multiprocessor."""
     count = torch.cuda.get_device_properties(u.device).multi_processor_count * blocks
     return max(1, min(count // (u.shape[0] * slices(u)), -(-u.shape[1] // STEPS)))
 
@@ -140,8 +141,8 @@ def _backward_fake(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tup
 class _Launch:
     """The arguments that forward and backward kernels share.
 
-    It holds the tensors whose addresses are passed, so that they are not freed before the kernels are launched. As a context
-    manager it selects their device."""
+    It holds the tensors whose addresses are passed, so that they are not freed before the kernels are launched. As a
+    context manager it selects their device."""
 
     def __init__(self, u, delta, A, B, C, D, delta_bias, blocks: int) -> None:
         rates = (A.float() * math.log2(math.e)).mT.contiguous()  # (N, E): exp(delta A) = exp2(delta rate)

@@ -1,4 +1,5 @@
-"""The selective scan in plain PyTorch: step by step (the definition), and in chunks with scratch memory independent of T.
+"""The selective scan in plain PyTorch: step by step (the definition), and in chunks with scratch memory independent of
+T.
 
 Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk.
 """
@@ -37,9 +38,9 @@ def stepwise(u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
     return y.to(dtype), h
 
 
-# ---- "chunked": several chunks, called lanes, run in parallel, each from a zero state. Then the true state at each lane's
-# start, multiplied by the decays since then, is added. Products are of decays only, which lie in [0, 1]. Nothing is divided by
-# such a product, which could underflow to zero.
+# ---- "chunked": several chunks, called lanes, run in parallel, each from a zero state. Then the true state at each
+# lane's start, multiplied by the decays since then, is added. Products are of decays only, which lie in [0, 1]. Nothing
+# is divided by such a product, which could underflow to zero.
 
 LANE_ELEMENTS = 1 << 21  # states (B x L x E x N) that the lanes of one segment may hold
 
@@ -137,6 +138,7 @@ def chunked_backward(u, delta, A, B, C, D, between, dy, dstate) -> tuple[Tensor,
 
 
 def between_shape(u: Tensor, A: Tensor, chunk: int, keep: bool) -> tuple[int, ...]:
-    """Shape (B, K, N, E) of the states before each chunk; channels are last, so that the GPU reads contiguous memory."""
+    """Shape (B, K, N, E) of the states before each chunk; channels are last, so that the GPU reads contiguous
+    memory."""
     chunks = -(-u.shape[1] // chunk) if keep else 0
     return u.shape[0], chunks, A.shape[1], A.shape[0]

@@ -1,14 +1,14 @@
 """Triton kernels of the selective scan: T is cut into short chunks that run in parallel, forward and backward.
 
-Forward has three kernels: (1) the state that each chunk would reach from zero; (2) from these, chunk after chunk, the state
-from which each chunk really starts; (3) the outputs. Backward has the same three for g, the gradient of the loss with respect
-to the states, from the last chunk to the first. Only the states between chunks are saved for the backward pass, which computes
-the others again.
+Forward has three kernels: (1) the state that each chunk would reach from zero; (2) from these, chunk after chunk, the
+state from which each chunk really starts; (3) the outputs. Backward has the same three for g, the gradient of the loss
+with respect to the states, from the last chunk to the first. Only the states between chunks are saved for the backward
+pass, which computes the others again.
 
-A thread has two channels. It takes the N states one after the other, and computes the recurrence of its chunk in registers.
-Threads exchange numbers only for the sums over channels in dB and dC. (An associative scan over a tile of steps and channels
-compiled to four times the instructions.) dA, dB, dC and dD are summed from partial sums in memory without atomic additions, so
-that results are bit for bit reproducible. All arithmetic is fp32.
+A thread has two channels. It takes the N states one after the other, and computes the recurrence of its chunk in
+registers. Threads exchange numbers only for the sums over channels in dB and dC. (An associative scan over a tile of
+steps and channels compiled to four times the instructions.) dA, dB, dC and dD are summed from partial sums in memory
+without atomic additions, so that results are bit for bit reproducible. All arithmetic is fp32.
 
 Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk, W channels of a program.
 """
@@ -189,7 +189,8 @@ def _carry_kernel(
     between, span, rates, start, end, E, K, N: tl.constexpr,
     REVERSE: tl.constexpr, AHEAD: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Replaces, in place, each chunk's own contribution by the state before it (with REVERSE: the gradient after it)."""
+    """Replaces, in place, each chunk's own contribution by the state before it (with REVERSE: the gradient after
+    it)."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * W + tl.arange(0, W)  # n * E + e
     n = i // E
@@ -244,7 +245,8 @@ def _gradient_kernel(
 ):  # fmt: skip
     """Computes the chunk's states again, then backwards g_t = C_t dy_t + a_{t+1} g_{t+1} with a_t = exp(delta_t A).
 
-    The gradient with respect to delta_t A is g_t a_t h_{t-1}, and with respect to delta_t u_t the sum of g_t B_t over n.
+    The gradient with respect to delta_t A is g_t a_t h_{t-1}, and with respect to delta_t u_t the sum of g_t B_t over
+    n.
     """
     e, first, b, chunk = _place(E, K, L, W)
     step = _load_steps(delta + b * T * E, first, e, T, E, L)

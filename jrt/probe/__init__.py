@@ -1,8 +1,8 @@
 """Measures on a model's own weights whether its output for a row of tokens depends on anything but that row.
 
-An evaluation pads prompts, puts several into a batch, reads a page that they share once, and copies states between rows. All
-of this is correct for a model that masks padding and keeps its rows apart. For another model it gives wrong answers without
-an error.
+An evaluation pads prompts, puts several into a batch, reads a page that they share once, and copies states between
+rows. All of this is correct for a model that masks padding and keeps its rows apart. For another model it gives wrong
+answers without an error.
 """
 
 from collections.abc import Iterator

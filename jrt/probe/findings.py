@@ -24,8 +24,8 @@ class Check:
 
     Args:
         name: a key of CHECKS.
-        deviation: largest difference to the logits of the row read alone, divided by the largest logit; infinite if a logit
-            is NaN or the model raised an error; None if the check was not tried.
+        deviation: largest difference to the logits of the row read alone, divided by the largest logit; infinite if a
+            logit is NaN or the model raised an error; None if the check was not tried.
         bound: the largest deviation that rounding explains.
         where: the token with the largest deviation.
         reason: the model's error, or why the check was not tried.

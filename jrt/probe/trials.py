@@ -1,5 +1,5 @@
-"""The trials of a probe: a row of random tokens is read in different ways, and each time its logits are compared with those of
-the row read alone, without padding and without a cache.
+"""The trials of a probe: a row of random tokens is read in different ways, and each time its logits are compared with
+those of the row read alone, without padding and without a cache.
 
 Shapes: B rows, T tokens of a row, N new tokens, K positions compared, V vocabulary rows.
 """
@@ -29,7 +29,8 @@ LENGTH = 64
 SHARE = 1e-4
 """The largest deviation in float32 that counts as rounding, as a share of the largest logit."""
 SPREADS = 4.0
-"""The same in half precision, as a multiple of the spread of one row's logits over a batch of copies (`Trials._bound`)."""
+"""The same in half precision, as a multiple of the spread of one row's logits over a batch of copies
+(`Trials._bound`)."""
 
 TEXT = 24  # prompt tokens of the measured row; the longer row beside it has LENGTH
 HALF = 16  # tokens of this prompt that are read in a first call, where a check makes two
@@ -175,7 +176,8 @@ class Trials:
     def _go_on(
         self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None, new: int = 1, read: int = TEXT
     ) -> tuple[Tensor, Cache]:
-        """Reads ids (B, T) by `generate`, as an evaluation does, then feeds `new` tokens of the measured row one by one.
+        """Reads ids (B, T) by `generate`, as an evaluation does, then feeds `new` tokens of the measured row one by
+        one.
 
         read: how many tokens of the measured row come before these. Returns logits (B, new, V) and the cache."""
         options: dict[str, Any] = {} if cache is None else {cache_argument(self.model): cache}
@@ -213,9 +215,9 @@ class Trials:
     def _bound(self) -> float:
         """The largest deviation that counts as rounding, as a share of the largest logit.
 
-        In half precision it is measured: SPREADS times the largest difference between the logits of the row alone and of its
-        copies in a batch. On a CPU all copies would round alike, though other shapes round differently. So the embeddings of
-        half of the copies are changed by about one rounding error here and there (`_rounded_otherwise`).
+        In half precision it is measured: SPREADS times the largest difference between the logits of the row alone and
+        of its copies in a batch. On a CPU all copies would round alike, though other shapes round differently. So the
+        embeddings of half of the copies are changed by about one rounding error here and there (`_rounded_otherwise`).
         """
         if self.model.dtype in (torch.float32, torch.float64):
             return SHARE
@@ -226,7 +228,8 @@ class Trials:
 
 @contextmanager
 def _rounded_otherwise(embedding: torch.nn.Module) -> Iterator[None]:
-    """Inside the context, about one in MOVED embedding values of a batch's second half becomes the next number of its dtype."""
+    """Inside the context, about one in MOVED embedding values of a batch's second half becomes the next number of its
+    dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def move(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Turns the configurations of other packages into a `JRTConfig`: the eight released checkpoints and their older layouts,
-and state-spaces/mamba as its authors and as transformers write it (docs/released.md).
+"""Turns the configurations of other packages into a `JRTConfig`: the eight released checkpoints and their older
+layouts, and state-spaces/mamba as its authors and as transformers write it (docs/released.md).
 
-MLP width, optional biases and vocabulary rows are read off the shapes of the tensors. They must lie within bounds that the
-configuration sets, so that the tensors cannot ask for more memory than the configuration does.
+MLP width, optional biases and vocabulary rows are read off the shapes of the tensors. They must lie within bounds that
+the configuration sets, so that the tensors cannot ask for more memory than the configuration does.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ALIASES = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-# Fields with their allowed values. With any other value the same weights would compute something that is not implemented here.
-# In all tables, a field that is null counts as not given, and an empty tuple allows no value at all.
+# Fields with their allowed values. With any other value the same weights would compute something that is not
+# implemented here. In all tables, a field that is null counts as not given, and an empty tuple allows no value at all.
 GPT_FIXED: Fixed = {
     "activation_function": ("swiglu",),
     "mlp_type": ("base", "alt"),
@@ -51,7 +51,8 @@ GPT_FIXED: Fixed = {
     "word_embed_proj_dim": (),
     "quantization_config": (),
 }
-# Fields of flash-attn's GPT, the class of the attention models. The class of the release's other models does not have them.
+# Fields of flash-attn's GPT, the class of the attention models. The class of the release's other models does not have
+# them.
 ATTENTION_FIXED: Fixed = {
     "use_alibi": (False,),
     "window_size": ([-1, -1],),
@@ -324,7 +325,8 @@ def _expand(conv: dict, width: int, shapes: Shapes) -> int:
 
 
 def _linear_sizes(linear: dict, width: int, shapes: Shapes) -> tuple[int, int]:
-    """Heads and feature dimension of linear attention; if one is not given, it follows from the query projection's rows."""
+    """Heads and feature dimension of linear attention; if one is not given, it follows from the query projection's
+    rows."""
     heads, feature_dim = _count_or(linear, "num_heads"), _count_or(linear, "feature_dim")
     rows = _first_rows(shapes, "mixer.proj_q.weight")
     if rows is not None:
@@ -352,7 +354,8 @@ def _rows(shapes: Shapes, tokens: int) -> int:
 
 
 def _mlp_width(raw: dict, width: int, shapes: Shapes) -> int:
-    """Hidden units of the MLP: the file's, which must be the configured number rounded up as a version of flash-attn did."""
+    """Hidden units of the MLP: the file's, which must be the configured number rounded up as a version of flash-attn
+    did."""
     least = _count_or(raw, "n_inner") or int(8 * width / 3)
     if raw.get("mlp_type") == "alt":
         least = int(2 * width * (_count_or(raw, "ff_mult") or 4) / 3)

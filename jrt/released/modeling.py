@@ -1,7 +1,7 @@
 """Models that compute as the release did. Each quirk can be switched on alone (docs/released.md explains them).
 
-`JRTForCausalLM(config)` returns a `ReleasedForCausalLM` if the configuration has quirks. `jrt.configuration_jrt` imports this
-module with the first configuration.
+`JRTForCausalLM(config)` returns a `ReleasedForCausalLM` if the configuration has quirks. `jrt.configuration_jrt`
+imports this module with the first configuration.
 
 Shapes: B batch, T tokens of a call, H heads, d query/key size, D value size, F features.
 """
@@ -63,7 +63,8 @@ class ReleasedLinearAttention(LinearAttention):
 
 
 class ReleasedPrefixLinearAttention(PaddedPrefixLinearAttention):
-    """Prefix linear attention with `half_states` and `blank_padding`. Its parent class zeroes the keys of blank tokens."""
+    """Prefix linear attention with `half_states` and `blank_padding`. Its parent class zeroes the keys of blank
+    tokens."""
 
     def forward(self, x: Tensor, batch: TokenBatch, state: State | None) -> tuple[Tensor, State]:
         y, after = super().forward(x, batch, state)
@@ -79,7 +80,8 @@ def added_once_more(k: Tensor, v: Tensor, state: State) -> State:
 
 
 def stored(state: State, x: Tensor, quirks: Quirks) -> State:
-    """The state as it is kept for the next call. Under `half_states` it is rounded to the dtype of x if that has 16 bits."""
+    """The state as it is kept for the next call. Under `half_states` it is rounded to the dtype of x if that has 16
+    bits."""
     if not quirks.half_states or x.dtype not in HALF:
         return state
     return State(state.S.to(x.dtype).to(state.S.dtype), state.z.to(x.dtype).to(state.z.dtype))
@@ -88,8 +90,8 @@ def stored(state: State, x: Tensor, quirks: Quirks) -> State:
 class ReleasedForCausalLM(JRTForCausalLM):
     """A JRTForCausalLM with the quirks of its configuration.
 
-    Under `blank_padding`, `forward` takes the masks that the release's code takes: (B, T) with 0 anywhere, where keys are
-    zeroed; or (B, 1, T, T) additive, 0 where a key is visible.
+    Under `blank_padding`, `forward` takes the masks that the release's code takes: (B, T) with 0 anywhere, where keys
+    are zeroed; or (B, 1, T, T) additive, 0 where a key is visible.
     """
 
     computes_quirks: ClassVar[bool] = True
@@ -110,7 +112,8 @@ class ReleasedForCausalLM(JRTForCausalLM):
         prefix_length: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in JRTForCausalLM; under `ignore_batch_padding` the mask is ignored, and every column is read as a token."""
+        """As in JRTForCausalLM; under `ignore_batch_padding` the mask is ignored, and every column is read as a
+        token."""
         mask = None if self.quirks.ignore_batch_padding else attention_mask
         return super().generate(inputs, mask, short_prompt, prefix_length, **kwargs)
 

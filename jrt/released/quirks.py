@@ -1,7 +1,7 @@
 """Quirks: the places where the original release's code computes something else than the paper says.
 
-By default, this project computes what the paper says. The published numbers were measured with the quirks, so each can be
-switched on alone to measure its effect on a score. Only the standard library is imported.
+By default, this project computes what the paper says. The published numbers were measured with the quirks, so each can
+be switched on alone to measure its effect on a score. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Quirks:
-    """Each field switches one quirk on; with all False a model computes what the paper says (details: docs/released.md)."""
+    """Each field switches one quirk on; with all False a model computes what the paper says (details:
+    docs/released.md)."""
 
     blank_padding: bool = False
-    """The keys of padding are zeroed before the feature map phi, and phi(0) = [1, 0, ...]: so padding still adds its values to
-    the state. Convolution and window attention read padding as tokens. A mask longer than the encoder is ignored."""
+    """The keys of padding are zeroed before the feature map phi, and phi(0) = [1, 0, ...]: so padding still adds its
+    values to the state. Convolution and window attention read padding as tokens. A mask longer than the encoder is
+    ignored."""
 
     double_add: bool = False
     """Based's one-token step adds the token twice to the numerator state S, and once to the denominator state z."""
 
     decay_in_steps: bool = False
-    """If a configuration has only one of decay and decay projection, Based's one-token steps use it all the same. The parallel
-    form uses them for outputs only if the configuration has both."""
+    """If a configuration has only one of decay and decay projection, Based's one-token steps use it all the same. The
+    parallel form uses them for outputs only if the configuration has both."""
 
     half_states: bool = False
     """States of linear attention are rounded to the compute dtype after each call; in fp32 this changes nothing."""

@@ -1,1 +1,2 @@
-"""Helpers for the machine and for other projects' code: writing files, catching errors, recording versions, free cores."""
+"""Helpers for the machine and for other projects' code: writing files, catching errors, recording versions, free
+cores."""

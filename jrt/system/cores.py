@@ -1,8 +1,8 @@
 """Sets the number of PyTorch's threads to the number of cores that other programs leave free.
 
-The threads of one operation wait for each other in a busy loop. If another program takes a core from one of them, all others
-wait for it, and take processor time while they wait. So on two cores with one busy program, two threads are several times
-slower than one. On an idle machine more threads are faster. Waiting asleep instead would be slower there
+The threads of one operation wait for each other in a busy loop. If another program takes a core from one of them, all
+others wait for it, and take processor time while they wait. So on two cores with one busy program, two threads are
+several times slower than one. On an idle machine more threads are faster. Waiting asleep instead would be slower there
 (benchmarks/busy_machine.py).
 """
 
@@ -75,4 +75,5 @@ def _read() -> _Reading:
 
 
 STARTED = _read()
-"""The measurement at import, with which the first `look` compares: loading a model takes long enough for a good estimate."""
+"""The measurement at import, with which the first `look` compares: loading a model takes long enough for a good
+estimate."""

@@ -22,7 +22,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: object) -> None:
-    """As `write_bytes`, for a value as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """As `write_bytes`, for a value as indented JSON. Raises ValueError for NaN and infinity, which JSON does not
+    have."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

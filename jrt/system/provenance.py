@@ -59,7 +59,8 @@ def commit(folder: Path) -> str:
 
 
 def code_sha256(*packages: ModuleType) -> str:
-    """sha256 over the paths and contents of all .py and .yaml files of the packages: it identifies the code that ran."""
+    """sha256 over the paths and contents of all .py and .yaml files of the packages: it identifies the code that
+    ran."""
     digest = hashlib.sha256()
     for package in packages:
         root = Path(str(package.__file__)).parent

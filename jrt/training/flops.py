@@ -1,4 +1,5 @@
-"""Operations that training costs for each token, and the peak rates of devices: both are needed for model FLOP utilisation."""
+"""Operations that training costs for each token, and the peak rates of devices: both are needed for model FLOP
+utilisation."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 40
 
 
 def flops_per_token(config: Config, parameters: int, length: int) -> tuple[int, int]:
-    """Training FLOPs for each token, in two counts: 6 N for N parameters; and 6 N plus the mixers' work beside projections.
+    """Training FLOPs for each token, in two counts: 6 N for N parameters; and 6 N plus the mixers' work beside
+    projections.
 
-    A multiply-add counts 2, and a backward pass twice its forward pass. Forward, a token costs in a layer of kind A 2 x 2 x
-    T/2 x E (scores and sums); S 2 x 2 x window x E; P and L 2 x 2 x F x (E + H) (writing and reading the state; the encoder's
-    writing is left out); M about 9 x states x channels; C 2 x taps x channels.
+    A multiply-add counts 2, and a backward pass twice its forward pass. Forward, a token costs in a layer of kind A 2 x
+    2 x T/2 x E (scores and sums); S 2 x 2 x window x E; P and L 2 x 2 x F x (E + H) (writing and reading the state; the
+    encoder's writing is left out); M about 9 x states x channels; C 2 x taps x channels.
 
     Args:
         config: the architecture, with width E, H heads and F features of linear attention.

@@ -1,4 +1,5 @@
-"""The model together with its loss, as one module for data parallelism. The logits of all tokens are never in memory at once.
+"""The model together with its loss, as one module for data parallelism. The logits of all tokens are never in memory at
+once.
 
 Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places (a place is one token position of one row).
 """
@@ -23,7 +24,8 @@ SPREAD = 8  # `room_for` leaves room for this many standard deviations more mask
 
 
 class ModelWithLoss(nn.Module):
-    """Returns (4,) sums over a batch: cross-entropy of next tokens, cross-entropy of masked tokens, correct answers, answers.
+    """Returns (4,) sums over a batch: cross-entropy of next tokens, cross-entropy of masked tokens, correct answers,
+    answers.
 
     The training loop divides them by the counts of the whole batch, which may be spread over devices and passes.
 
@@ -63,8 +65,8 @@ class ModelWithLoss(nn.Module):
         room: tuple[int, int],
         answers: Tensor | None = None,
     ) -> Tensor:
-        """The four sums; arguments as in `jrt.training.objective.Targets`, room: the result of `room_for`, answers: (B, T) as in
-        `greedy_answers`, None for a training step, whose counts of answers are then 0."""
+        """The four sums; arguments as in `jrt.training.objective.Targets`, room: the result of `room_for`, answers: (B,
+        T) as in `greedy_answers`, None for a training step, whose counts of answers are then 0."""
         hidden, _ = self.model.read(input_ids, prefix_length=prefix_length)
         hidden, labels, masked = hidden.flatten(0, 1), labels.flatten(), masked.flatten()  # (N, E), (N,), (N,)
         weights = None if weights is None else weights.flatten()
@@ -82,9 +84,9 @@ class ModelWithLoss(nn.Module):
 def room_for(objective: Objective, rows: int, length: int, prefix: int | None) -> tuple[int, int]:
     """The most places of a (rows, length) batch that have a next-token label, and the most that have a masked label.
 
-    These are Python numbers, so that shapes are known without waiting for the device. The number of masked places is random;
-    its bound lies SPREAD standard deviations above its mean. prefix: tokens of every row's prefix; None if rows differ, and
-    any place may have a label.
+    These are Python numbers, so that shapes are known without waiting for the device. The number of masked places is
+    random; its bound lies SPREAD standard deviations above its mean. prefix: tokens of every row's prefix; None if rows
+    differ, and any place may have a label.
     """
     if prefix is None:
         return rows * length, rows * length
@@ -120,8 +122,8 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Sum of the (weighted) cross-entropies of the logits hidden @ head.T, fp32 scalar.
 
-    The logits of at most CHUNK places are in memory at a time; the backward pass computes them again. On a GPU, liger-kernel
-    does this if it is installed and no weights are given.
+    The logits of at most CHUNK places are in memory at a time; the backward pass computes them again. On a GPU,
+    liger-kernel does this if it is installed and no weights are given.
 
     Args:
         hidden: (N, E).

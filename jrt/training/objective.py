@@ -1,4 +1,5 @@
-"""The training objective of all models: predict the next token, and recover masked tokens of the prefix (paper, equation 5).
+"""The training objective of all models: predict the next token, and recover masked tokens of the prefix (paper,
+equation 5).
 
 It has three kinds:
 
@@ -45,8 +46,8 @@ class Targets:
 class Objective:
     """Makes targets from token ids.
 
-    The loss is the mean over next-token labels plus `masked_weight` times the mean over masked labels. The paper divides
-    that sum by 1 + `masked_weight`; its released code, and this one, do not.
+    The loss is the mean over next-token labels plus `masked_weight` times the mean over masked labels. The paper
+    divides that sum by 1 + `masked_weight`; its released code, and this one, do not.
     """
 
     kind: str  # one of KINDS
@@ -122,7 +123,8 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
         config: the model; with P in its pattern, the prefix follows from it.
         kind: one of KINDS.
         length: tokens of a training sequence.
-        prefix_length: the prefix of patterns without P, which have no encoder; with P, a prefix shorter than enc_length.
+        prefix_length: the prefix of patterns without P, which have no encoder; with P, a prefix shorter than
+            enc_length.
 
     Raises:
         ValueError: model, objective and lengths contradict each other.
@@ -170,8 +172,8 @@ def mean_loss(logits: Tensor, labels: Tensor, items: int | Tensor | None = None)
 def greedy_answers(likeliest: Tensor, targets: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     """Counts answers that greedy decoding would give: (correct, total), int64 scalars.
 
-    Greedy decoding gives an answer exactly if each of its tokens is the most likely one after the prompt and the answer's
-    tokens before it. So one pass over prompt and answer is enough, and no decoding is needed.
+    Greedy decoding gives an answer exactly if each of its tokens is the most likely one after the prompt and the
+    answer's tokens before it. So one pass over prompt and answer is enough, and no decoding is needed.
 
     Args:
         likeliest: (B, T) argmax of the logits at each place.

@@ -82,8 +82,8 @@ def runs_in(folders: Sequence[Path]) -> list[Path]:
 def collect(folders: Sequence[Path], output: Path, layout: str | None = None) -> tuple[str, tuple[str, ...]]:
     """Writes tables, figures and an HTML page to `output`; returns the tables as text, and the names of the files.
 
-    folders: runs, or folders with runs below them. layout: a key of TITLES, one of the paper's tables; None: all that was
-    measured. Raises ValueError if a folder holds no finished run, or two runs hold the same cell."""
+    folders: runs, or folders with runs below them. layout: a key of TITLES, one of the paper's tables; None: all that
+    was measured. Raises ValueError if a folder holds no finished run, or two runs hold the same cell."""
     if layout is not None and layout not in TITLES:
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TITLES)}")
     if layout in layouts.FROM_FILES:
@@ -108,7 +108,8 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
 
 
 def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
-    """One of the paper's tables: its title, its rows, and the lines below it (reasons of marks, commands of missing runs).
+    """One of the paper's tables: its title, its rows, and the lines below it (reasons of marks, commands of missing
+    runs).
 
     Raises ValueError if no run holds a cell of the table."""
     if layout == "mean-gain":

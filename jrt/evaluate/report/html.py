@@ -63,7 +63,7 @@ def page(
     failed: Mapping[Cell, str] = MappingProxyType({}),
     items: int = SHOWN_ITEMS,
 ) -> str:
-    """The page's HTML. items: how many questions are shown with all their answers; other arguments as in `write_page`."""
+    """The page's HTML. items: how many questions are shown with all answers; other arguments as in `write_page`."""
     from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -86,7 +86,8 @@ def page(
 
 
 def _tables(records: Sequence[dict], manifest: dict, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
-    """For each task and protocol: the lines above and below its table, its records by model, and its cells without a score."""
+    """For each task and protocol: the lines above and below its table, its records by model, and its cells without a
+    score."""
     described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
     groups: dict[tuple[str, str], dict[str, list[dict]]] = {(cell.task, cell.protocol): {} for cell in failed}
     for record in records:
@@ -126,7 +127,8 @@ def _shown(rows: list[dict]) -> dict[str, Any]:
 
 
 def split_question(prompt: str) -> tuple[str, str]:
-    """Splits a prompt into context and question: the question is the last line, or, if that is long, the last sentence."""
+    """Splits a prompt into context and question: the question is the last line, or, if that is long, the last
+    sentence."""
     context, line_end, last = prompt.rpartition("\n")
     if last == "Answer:":  # the format of the qa_ tasks: the question stands on the line before
         context, line_end, asked = context.rpartition("\n")

@@ -108,8 +108,8 @@ def draw(records: Sequence[dict], predictions: Sequence[dict]) -> dict[str, Draw
 
 
 def by_recall(records: Sequence[dict]) -> dict[str, Drawn]:
-    """The paper's Figure 3 from the records of `jrt.evaluate.perplexity`: the perplexity of recall hits by distance and by
-    frequency, a line for each model."""
+    """The paper's Figure 3 from the records of `jrt.evaluate.perplexity`: the perplexity of recall hits by distance and
+    by frequency, a line for each model."""
     panels = (
         ("distance", "tokens since the pair stood before"),
         ("frequency", "times the pair stands in other sequences"),

@@ -1,7 +1,7 @@
 """The paper's tables with measured values: recall (Tables 1 to 4, 13, 14), the mean gain, latency (5) and datasets (7).
 
-The paper's own values (arXiv 2407.05483, version of July 9, 2024) stand in parentheses beside the measured ones. The tables of
-SuperGLUE are in `super_glue`.
+The paper's own values (arXiv 2407.05483, version of July 9, 2024) stand in parentheses beside the measured ones. The
+tables of SuperGLUE are in `super_glue`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from jrt.short_prompts import SHORT_PROMPTS
 PROFILE = "lin_attn_profile.json"
 _WIDE = 9  # a table with more columns is printed transposed: a column for each model
 
-# The paper's Table 7: examples, mean tokens of a document. It has whole articles for NQ; nq_512 ... are cut, so no mean here.
+# The paper's Table 7: examples, mean tokens of a document. It has whole articles for NQ; nq_512 ... are cut, so no mean
+# here.
 _DOCUMENTS = {
     "fda": (1102, 1999.9),
     "swde": (1111, 1036.1),
@@ -42,7 +43,8 @@ _DOCUMENTS = {
 def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
     """Table 5, from the file that `benchmarks/lin_attn_profile.py` wrote; and the notes below it.
 
-    paths: that file, or its folder. Raises ValueError unless there is exactly one file: timings of two runs are not mixed."""
+    paths: that file, or its folder. Raises ValueError unless there is exactly one file: timings of two runs are not
+    mixed."""
     files = [path / PROFILE if path.is_dir() else path for path in paths]
     if len(files) != 1 or not files[0].is_file():
         raise ValueError(
@@ -86,7 +88,8 @@ def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
 def datasets(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
     """Table 7, from a mirror folder of the published datasets; and the notes below it.
 
-    Generated documents get no published value beside them. Raises ValueError if `paths` is not one mirror with a dataset."""
+    Generated documents get no published value beside them. Raises ValueError if `paths` is not one mirror with a
+    dataset."""
     if len(paths) != 1 or not (paths[0] / data.MANIFEST).is_file():
         raise ValueError(
             f"{TITLES['table7']} is made of the datasets' mirror: name one folder that `jrt data fetch --folder FOLDER` made"
@@ -109,7 +112,8 @@ def datasets(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
 
 
 def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
-    """The gain in accuracy from reading twice, averaged over the tasks of Table 1, for each model; and the notes below it.
+    """The gain in accuracy from reading twice, averaged over the tasks of Table 1, for each model; and the notes below
+    it.
 
     The last row has mean and standard deviation over models. A model counts if all twelve of its cells of Table 1 were
     measured. Raises ValueError, with the missing runs, if no model counts."""
@@ -157,8 +161,8 @@ def layout_rows(
 ) -> Rows:
     """One of the paper's tables of recall, with measured values; wide tables have a column for each model.
 
-    mixed: marks for cells that were not measured like the others. A published value stands only beside a cell of the same
-    protocol and of published documents."""
+    mixed: marks for cells that were not measured like the others. A published value stands only beside a cell of the
+    same protocol and of published documents."""
     of_cell = {cell_of(record): record for record in records}
     answered: dict[Cell, list[dict]] = {}
     for row in predictions:
@@ -256,4 +260,5 @@ FROM_FILES: dict[str, Callable[[Sequence[Path]], tuple[Rows, list[str]]]] = {
     "table9": lambda folders: super_glue(published_tables()["table9"], folders),
     "table10": padding,
 }
-"""The tables that are made from other files than runs of `jrt eval`: functions from paths to rows and lines below them."""
+"""The tables that are made from other files than runs of `jrt eval`: functions from paths to rows and lines below
+them."""

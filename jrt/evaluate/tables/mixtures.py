@@ -1,6 +1,8 @@
-"""Marks for the cells of a table that were not measured like the others: a letter in the cell, its reason below the table.
+"""Marks for the cells of a table that were not measured like the others: a letter in the cell, its reason below the
+table.
 
-Another protocol, package version or dtype can change a score by itself. So such scores stand side by side only with a mark.
+Another protocol, package version or dtype can change a score by itself. So such scores stand side by side only with a
+mark.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Records and paired differences as text: the tables that `jrt eval` and `jrt demo` print, and the rows of the HTML page."""
+"""Records and paired differences as text: the tables that `jrt eval` and `jrt demo` print, and the rows of the HTML
+page."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def not_run(failed: Mapping[Cell, str], task: str, protocol: str) -> dict[Cell, 
 
 
 def notes(records: Sequence[dict]) -> list[str]:
-    """The lines below a table of one task and protocol: NaN logits, prompts beyond training, models run in a special way."""
+    """The lines below a table of one task and protocol: NaN logits, prompts beyond training, models run in a special
+    way."""
     found = []
     if any(record["nan"] for record in records):
         counted = ", ".join(f"{r['model']} {r['strategy']}: {r['nan']}" for r in records if r["nan"])

@@ -14,8 +14,8 @@ Row = tuple[str, str, str]  # model, task, strategy
 def protocols_side_by_side(records: Sequence[dict], predictions: Sequence[dict]) -> str:
     """The table as text; empty if no task was run under several protocols.
 
-    Scores of two columns come from different prompts. So the lines below the table say for each pair of protocols how many
-    items had the same prompt, and for how many of these the model gave the same answer."""
+    Scores of two columns come from different prompts. So the lines below the table say for each pair of protocols how
+    many items had the same prompt, and for how many of these the model gave the same answer."""
     scores: dict[Row, dict[str, float]] = {}
     for record in records:
         row = record["model"], record["task"], record["strategy"]

@@ -62,8 +62,8 @@ def super_glue_rows(
 
 
 def _marks(table: Table, results: Sequence[dict]) -> tuple[dict[tuple[int, int], str], tuple[str, ...]]:
-    """Marks by (row, column) for cells whose dtype, package or task version is not the most common one of their column; and
-    the lines that explain the marks."""
+    """Marks by (row, column) for cells whose dtype, package or task version is not the most common one of their column;
+    and the lines that explain the marks."""
     letters: dict[tuple[int, int], str] = {}
     reasons: dict[str, str] = {}
     rows = list(enumerate(sorted(results, key=_order)))

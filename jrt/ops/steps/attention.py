@@ -1,10 +1,11 @@
 """Softmax attention of one token over cached keys, in a window or over all tokens, with rotary positions.
 
-The cache is a ring buffer of R columns: the token at column t (padding counts) is stored at t mod R. For a window of W earlier
-keys, R = W + 1. For full attention, R is at least the length of the text. Keys of padding are not seen.
+The cache is a ring buffer of R columns: the token at column t (padding counts) is stored at t mod R. For a window of W
+earlier keys, R = W + 1. For full attention, R is at least the length of the text. Keys of padding are not seen.
 
-A program computes one head of one row over one of C parts of the ring. The program of part 0 also rotates the new key, attends
-to it, and writes it to the ring; no other program reads that column. With C > 1, a second kernel combines the parts.
+A program computes one head of one row over one of C parts of the ring. The program of part 0 also rotates the new key,
+attends to it, and writes it to the ring; no other program reads that column. With C > 1, a second kernel combines the
+parts.
 
 Shapes: B batch, H heads, D head size, R columns of the ring, C parts.
 """
@@ -39,8 +40,8 @@ def attention_step(
         keys, values: (B, H, R, D), updated in place.
         column: (1,) int64 columns before this token.
         pads: (B,) int64 columns before each row's first own token.
-        rotary: cos and sin (L, D) fp32 of L positions as in `jrt.decoding.tables.Rotary`, and half the number of rotated
-            dimensions; None: no rotation.
+        rotary: cos and sin (L, D) fp32 of L positions as in `jrt.decoding.tables.Rotary`, and half the number of
+            rotated dimensions; None: no rotation.
         scale: factor of the scores.
         partial: (B, H, C, D + 2) fp32 scratch.
         o: (B, H D).

@@ -76,8 +76,8 @@ def early(device: torch.device) -> dict[str, bool]:
 def after_previous(PDL: tl.constexpr):
     """Waits until the kernel before this one has ended.
 
-    Before this call, a kernel may read weights, and states that no other kernel writes. Those states are complete: the step
-    before ends with a kernel that does not allow an early start.
+    Before this call, a kernel may read weights, and states that no other kernel writes. Those states are complete: the
+    step before ends with a kernel that does not allow an early start.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -85,6 +85,7 @@ def after_previous(PDL: tl.constexpr):
 
 @triton.jit
 def release_next(PDL: tl.constexpr):
-    """Allows the next kernel to start early, load its weights and wait. Call it once this kernel's own loads are issued."""
+    """Allows the next kernel to start early, load its weights and wait. Call it once this kernel's own loads are
+    issued."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,7 +1,8 @@
 """Linear attention of one token, for all heads; the state is updated in place.
 
-S = gamma S + phi(k) v^T, z = z + phi(k), o = gain (phi(q) S) / (phi(q) z). Features are computed in registers. A program has
-one head and a block of value columns. It also has its own copy of z, so that no program reads what another one writes.
+S = gamma S + phi(k) v^T, z = z + phi(k), o = gain (phi(q) S) / (phi(q) z). Features are computed in registers. A
+program has one head and a block of value columns. It also has its own copy of z, so that no program reads what another
+one writes.
 
 Shapes: B batch, H heads, d query/key size, D value size, F features, C blocks of BD value columns.
 """
@@ -30,7 +31,8 @@ def linear_attention_step(
     Args:
         qkv: (B, 2 H d + H D [+ H]): queries, keys, values and, with a decay projection, the output gains of the heads.
         S: (B, H, F, D) fp32; z: (B, H, C, F) fp32, C equal copies. Both are updated in place.
-        table: row, column and weight (F,) of each feature, phi(x)[f] = weight x[row] x[column] with x[d] = 1; weight fp32.
+        table: row, column and weight (F,) of each feature, phi(x)[f] = weight x[row] x[column] with x[d] = 1; weight
+            fp32.
         d: query and key size.
         gain: factor of queries and keys before the feature map.
         decay: (H,) gamma of S; None: 1.

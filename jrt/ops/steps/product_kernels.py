@@ -1,11 +1,12 @@
 """Triton kernels of `jrt.ops.steps.products`.
 
-With one row (ROWS = 1), a program loads its whole tile of weights at once, and applies the RMSNorm to its input itself. With
-more rows, tiles along K go to the tensor cores. No two programs add to the same address, so results are bit for bit
-reproducible: if the sum over K is cut into parts, each part is written separately (`jrt.ops.steps.stream` adds them).
+With one row (ROWS = 1), a program loads its whole tile of weights at once, and applies the RMSNorm to its input itself.
+With more rows, tiles along K go to the tensor cores. No two programs add to the same address, so results are bit for
+bit reproducible: if the sum over K is cut into parts, each part is written separately (`jrt.ops.steps.stream` adds
+them).
 
-Weights do not change, so with one row a program loads its weights before the previous kernel has ended. With more rows this
-does not help: loading them into the L2 cache early made a layer an eighth slower.
+Weights do not change, so with one row a program loads its weights before the previous kernel has ended. With more rows
+this does not help: loading them into the L2 cache early made a layer an eighth slower.
 
 Shapes: B batch rows, K inputs, N outputs, E channels, P partial sums of squares of the row, S parts of K, T taps.
 A program has BM rows, BN outputs and BK inputs at a time.
@@ -31,7 +32,8 @@ def _weights(w, n, k, N, K):
 
 @triton.jit
 def _weights_ahead(w, n, second, K, N, PAIR: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):
-    """With one row, all weights of outputs `n` and (if PAIR) `second`; needs BK >= K. With more rows, zeros as placeholders."""
+    """With one row, all weights of outputs `n` and (if PAIR) `second`; needs BK >= K. With more rows, zeros as
+    placeholders."""
     first_w, second_w = 0, 0
     if ROWS == 1:
         k = tl.arange(0, BK)

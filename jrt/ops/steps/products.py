@@ -72,7 +72,8 @@ def convolution(stream: Stream, norm: Norm, weight: Tensor, bias: Tensor | None,
 
 
 def mamba_inputs(stream: Stream, norm: Norm, weight: Tensor, taps: Taps, out: Tensor, gate: Tensor) -> None:
-    """out = silu(convolution(a)) and gate = silu(b), (B, E) each, of the halves a and b of norm(x) times weight (2 E, W)."""
+    """out = silu(convolution(a)) and gate = silu(b), (B, E) each, of the halves a and b of norm(x) times weight (2 E,
+    W)."""
     _launch_gated(2, stream, norm, weight, None, taps, out, gate)
 
 

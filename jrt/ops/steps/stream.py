@@ -1,8 +1,9 @@
 """The residual stream of a step: the embedding, the additions to it, and the RMSNorm before each product.
 
-The stream x is fp32. With one row, each kernel that writes x also writes partial sums of x^2; the next product adds these up
-and applies the norm to its input. With more rows, a product writes S partial sums of its output, each over a part of its
-inputs. A separate kernel then adds them to x, applies the norm, and writes the result in the dtype of the weights.
+The stream x is fp32. With one row, each kernel that writes x also writes partial sums of x^2; the next product adds
+these up and applies the norm to its input. With more rows, a product writes S partial sums of its output, each over a
+part of its inputs. A separate kernel then adds them to x, applies the norm, and writes the result in the dtype of the
+weights.
 
 Shapes: B batch rows, W width, P partial sums of squares a row, S partial sums of a product.
 """
@@ -60,7 +61,8 @@ def embed(ids: Tensor, table: Tensor, stream: Stream) -> None:
 
 
 def add_and_norm(stream: Stream, norm: Norm) -> Tensor:
-    """Adds the partial sums and the bias to x; returns norm(x) (B, W) in the dtype of the weights. The next call overwrites it."""
+    """Adds the partial sums and the bias to x; returns norm(x) (B, W) in the dtype of the weights. The next call
+    overwrites it."""
     batch, width = stream.x.shape
     BW = triton.next_power_of_2(width)
     _norm_kernel[(batch,)](

@@ -1,8 +1,10 @@
-"""Backend "triton": linear attention forward and backward, prefix encoder and decode step, on any GPU that Triton supports.
+"""Backend "triton": linear attention forward and backward, prefix encoder and decode step, on any GPU that Triton
+supports.
 
-This module checks whether the kernels can serve a call, and registers them as operators. Triton itself is imported with the
-first call. The kernels are in `forward`, `backward`, `sums` and `decode`. Their common parts are in `features` (the feature map
-in tiles), `state` (the state in registers) and `places` (addresses). `launch` chooses sizes and launches them.
+This module checks whether the kernels can serve a call, and registers them as operators. Triton itself is imported with
+the first call. The kernels are in `forward`, `backward`, `sums` and `decode`. Their common parts are in `features` (the
+feature map in tiles), `state` (the state in registers) and `places` (addresses). `launch` chooses sizes and launches
+them.
 
 Shapes: B batch, N sequences (B, or those packed into one row), T tokens, H heads, d query/key size, D value size,
 F features.

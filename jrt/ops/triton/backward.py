@@ -1,9 +1,9 @@
 """Gradients of linear attention for one piece of a sequence: dq forward in time, dk and dv backward in time.
 
-With den the denominator of a token, w = 1 / den and c = -(do . o) / den, the gradient of the numerator is w do and that of the
-denominator is c. Both kernels go over a piece chunk by chunk, as the forward kernel does. `queries_kernel` keeps the state S, z
-in registers and computes den again. `keys_kernel` keeps the gradient of the state: R, the sum of phi(q) (w do)^T over later
-queries, and r, the sum of c phi(q).
+With den the denominator of a token, w = 1 / den and c = -(do . o) / den, the gradient of the numerator is w do and that
+of the denominator is c. Both kernels go over a piece chunk by chunk, as the forward kernel does. `queries_kernel` keeps
+the state S, z in registers and computes den again. `keys_kernel` keeps the gradient of the state: R, the sum of phi(q)
+(w do)^T over later queries, and r, the sum of c phi(q).
 
     P = 1 + s + s^2 / 2,  dP = w (do v^T) + c,  ds = dP (1 + s) / sqrt(d)         inside a chunk
     dphi(q) = w do S^T + c z,  dphi(k) = v R^T + r,  dv = P^T w do + phi(k) R     between chunks
@@ -136,7 +136,8 @@ def keys_kernel(
 ):  # fmt: skip
     """dk (column tiles, B, T, H, d), dv (B, T, H, D), and the gradient of the initial state.
 
-    Without queries (for a prefix) all tokens use the gradient of the final state, of which there is one for each sequence.
+    Without queries (for a prefix) all tokens use the gradient of the final state, of which there is one for each
+    sequence.
     """
     p = tl.program_id(0) // H
     h = (tl.program_id(0) % H).to(tl.int64)

@@ -20,9 +20,9 @@ import triton.language as tl
 def zero_of(first, x, d: tl.constexpr):
     """Zero; for large d, or for x in fp32, the compiler cannot know this, because it is computed from a token's number.
 
-    The compiler keeps in memory what does not change from chunk to chunk: the matrices of `picker`. If they are small, this
-    saves time. But for large d they would fill the shared memory, and in fp32 the registers. Adding this zero to their indices
-    makes them look different in each chunk, so that they are computed again.
+    The compiler keeps in memory what does not change from chunk to chunk: the matrices of `picker`. If they are small,
+    this saves time. But for large d they would fill the shared memory, and in fp32 the registers. Adding this zero to
+    their indices makes them look different in each chunk, so that they are computed again.
 
     first: the number of a chunk's first token, never negative. x: the pointer to queries or keys.
     """
@@ -54,7 +54,8 @@ def row_pairs(
 def row_places(
     t: tl.constexpr, d: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr
 ):
-    """For the rows of tile t, (R,) each: their index in the state in memory, their weight there, and whether they exist."""
+    """For the rows of tile t, (R,) each: their index in the state in memory, their weight there, and whether they
+    exist."""
     pairs: tl.constexpr = d * (d - 1) // 2
     if t < PAIR_TILES:
         r = t * PAIR_ROWS + tl.arange(0, PAIR_ROWS)

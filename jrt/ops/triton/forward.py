@@ -1,7 +1,8 @@
 """Outputs of one piece of a sequence, chunk by chunk, from the state before the piece.
 
-Inside a chunk, the scores 1 + s + s^2 / 2 are computed from s = q.k / sqrt(d). Earlier tokens are read through the state, which
-stays in registers for the whole piece. The numerator is divided by the denominator once, at the end of a chunk.
+Inside a chunk, the scores 1 + s + s^2 / 2 are computed from s = q.k / sqrt(d). Earlier tokens are read through the
+state, which stays in registers for the whole piece. The numerator is divided by the denominator once, at the end of a
+chunk.
 
 Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), R rows of a state
 tile.

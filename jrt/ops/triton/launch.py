@@ -1,4 +1,5 @@
-"""Launches the kernels: chooses sizes of tiles, cuts sequences into pieces that run in parallel, allocates scratch memory.
+"""Launches the kernels: chooses sizes of tiles, cuts sequences into pieces that run in parallel, allocates scratch
+memory.
 
 There is no autotuning: the sizes follow from d, D and the dtype by a table that was measured once.
 
@@ -57,8 +58,8 @@ class Pieces(NamedTuple):
 def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
     """Sizes for "forward", "sums", "queries", "keys" or "prefix keys", measured on an H100.
 
-    With these sizes the kernels fit into the 99 KB of shared memory of smaller GPUs (sm_86, sm_89). C is the same for the
-    kernels that work on the same pieces, so that a piece is a whole number of chunks for each of them.
+    With these sizes the kernels fit into the 99 KB of shared memory of smaller GPUs (sm_86, sm_89). C is the same for
+    the kernels that work on the same pieces, so that a piece is a whole number of chunks for each of them.
     """
     columns = max(16, triton.next_power_of_2(D))
     narrow = kernel in ("queries", "keys", "prefix keys")  # the gradients need more registers beside the state
@@ -229,7 +230,8 @@ def _decode(q, k, v, S, z, mask, log_decay, normalize, o) -> tuple[Tensor, Tenso
 
 
 def _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces) -> tuple[Tensor | None, Tensor | None]:
-    """The state before each piece, (P, H, F, D) and (P, H, F); None if no sequence is cut and none has an initial state."""
+    """The state before each piece, (P, H, F, D) and (P, H, F); None if no sequence is cut and none has an initial
+    state."""
     if pieces.number == _sequences(k, cu_seqlens):
         return _whole(S), _whole(z)
     return _scanned(k, v, _whole(S), _whole(z), mask, log_decay, cu_seqlens, pieces, weights=None)

@@ -1,8 +1,8 @@
 """The state that a program keeps in registers: a tuple of tiles of S, and a tuple of tiles of z.
 
-In memory S is (F, D) and z (F,), fp32, with the weights and the order of `taylor_features`. In registers, a state has no
-weights, because features of keys have none inside the kernels (see `features`): it is divided by them when it is read. The
-gradient with respect to a state (GRADIENT), a sum of features of queries, is multiplied by them instead.
+In memory S is (F, D) and z (F,), fp32, with the weights and the order of `taylor_features`. In registers, a state has
+no weights, because features of keys have none inside the kernels (see `features`): it is divided by them when it is
+read. The gradient with respect to a state (GRADIENT), a sum of features of queries, is multiplied by them instead.
 
 Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), R rows of a tile.
 """
@@ -56,8 +56,8 @@ def write_state(
 
 @triton.jit
 def fades(rate, length, C: tl.constexpr):
-    """Factors of decay: from the state before a chunk to each query (C,), from each key to the state after the chunk (C,), and
-    over the whole chunk. length: tokens of the chunk, which may be fewer than C."""
+    """Factors of decay: from the state before a chunk to each query (C,), from each key to the state after the chunk
+    (C,), and over the whole chunk. length: tokens of the chunk, which may be fewer than C."""
     step = tl.arange(0, C)
     to_query = tl.exp(rate * (step + 1))
     to_end = tl.exp(rate * tl.maximum(length - 1 - step, 0))
@@ -72,8 +72,8 @@ def add_chunk(
 ):  # fmt: skip
     """The state after a chunk: phi(x) u^T is added to S, and phi(x) to z. xT: x transposed, (DK, C); u: (C, DV).
 
-    x are keys, or queries if GRADIENT. Tokens are weighted by `by_one` (C,) in z and, if SCALED, by `by_value` (C,) in S. With
-    decay, the old S is first multiplied by `whole`.
+    x are keys, or queries if GRADIENT. Tokens are weighted by `by_one` (C,) in z and, if SCALED, by `by_value` (C,) in
+    S. With decay, the old S is first multiplied by `whole`.
     """
     new_tiles = ()
     new_sums = ()

@@ -1,7 +1,8 @@
 """The sums that pieces of a sequence add to a state, and from them the state before (or the gradient after) each piece.
 
-`piece_kernel` sums phi(x) u^T over one piece: of keys and values in the forward pass, of queries and gradients of the outputs in
-the backward pass. `scan_kernel` replaces each piece's sum by the sum over all pieces before it (backward: after it).
+`piece_kernel` sums phi(x) u^T over one piece: of keys and values in the forward pass, of queries and gradients of the
+outputs in the backward pass. `scan_kernel` replaces each piece's sum by the sum over all pieces before it (backward:
+after it).
 
 Shapes: P pieces, C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), F features.
 """
@@ -26,7 +27,8 @@ def piece_kernel(
     C: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Without GRADIENT: x keys, u values. With it: x queries, u gradients of outputs, `weight` and `sum_weight` (B, T, H).
+    """Without GRADIENT: x keys, u values. With it: x queries, u gradients of outputs, `weight` and `sum_weight` (B, T,
+    H).
 
     Unless ALL, the piece on which no other piece depends is left out: the last, or with GRADIENT the first.
     """
