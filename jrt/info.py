@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from jrt.checkpoints.load import configuration, has_tokenizer
+from jrt.checkpoints.load import configuration, has_tokenizer, trained_tokenizer
 from jrt.checkpoints.names import MINIS, Kind, find, kind_of_model, resolve
 from jrt.config import LETTERS, Config, presets, releases
 from jrt.model import LanguageModel
@@ -63,7 +63,7 @@ def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str
     if kind_of_model(folder) is Kind.OTHER:
         return [("model", name), *_others(folder, lengths)]
     config = configuration(folder, name)
-    tokenizer = "in the folder" if has_tokenizer(folder) else "not in the folder: GPT-2's"
+    tokenizer = "in the folder" if has_tokenizer(folder) else f"not in the folder: {trained_tokenizer(folder)}"
     measured = _measured(config.core) if folder.parent != MINIS and config.source is not None else []
     found = [*_ours(config.core, lengths), ("tokenizer", tokenizer)]
     found.append(("quirks switched on", ", ".join(Quirks(**config.quirks).active()) or "none"))

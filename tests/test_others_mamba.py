@@ -11,7 +11,10 @@ from random_mamba import original_layout, released_layout
 from transformers import MambaConfig, MambaForCausalLM, MptConfig, PreTrainedConfig, T5Config
 
 import jrt
+from jrt.checkpoints.convert import convert
+from jrt.checkpoints.load import trained_tokenizer
 from jrt.checkpoints.names import Kind, kind_of
+from jrt.info import describe
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
@@ -214,3 +217,21 @@ def test_what_else_the_original_layout_can_ask_for_is_refused(change, theirs, tm
 def test_a_model_with_a_d_model_is_not_mamba_for_that(config):
     raw = config().to_dict()
     assert "d_model" in raw and kind_of(raw) is Kind.OTHER
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted", "end"), [(original_layout, "EleutherAI/gpt-neox-20b", 0), (released_layout, "gpt2", 50256)]
+)
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_the_tokenizer_that_it_was_trained_with(layout, wanted, end, is_converted, tmp_path, monkeypatch):
+    """Both have GPT-NeoX's number of tokens; the release's Mamba was trained with GPT-2's tokenizer all the same."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=50280, hidden_size=16, num_hidden_layers=1))
+    folder = layout(model, tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 50277}))
+    if is_converted:
+        folder = convert(folder, tmp_path / "converted")
+    assert trained_tokenizer(folder) == wanted
+    assert jrt.load(folder).generation_config.eos_token_id == end
+    assert dict(describe(str(folder), [100]))["tokenizer"].endswith(wanted)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from jrt import __version__
 from jrt.checkpoints.files import files
-from jrt.checkpoints.load import load
+from jrt.checkpoints.load import load, trained_tokenizer
 from jrt.checkpoints.names import origin, resolve
 from jrt.checkpoints.self_contained import make_self_contained
 from jrt.modeling_jrt import JRTForCausalLM
@@ -77,7 +77,8 @@ def convert(
         if self_contained:
             make_self_contained(partial, type(model), __version__)
         sources = [folder / "config.json", *files(folder), *(folder / name for name in copied)]
-        card = _card(model, source, sources, sorted(partial.iterdir()), bool(tokenizer), self_contained)
+        where = "in this folder" if tokenizer else f"not in the source: `{trained_tokenizer(folder)}`"
+        card = _card(model, source, sources, sorted(partial.iterdir()), where, self_contained)
         (partial / "README.md").write_text(card)
         partial.chmod(0o755)  # mkdtemp makes folders that no other user can read
         os.replace(partial, out)  # `out` may be an empty folder
@@ -113,7 +114,7 @@ def sha256(file: Path) -> str:
 
 
 def _card(
-    model: JRTForCausalLM, source: str | Path, sources: list[Path], results: list[Path], tokenizer: bool, alone: bool
+    model: JRTForCausalLM, source: str | Path, sources: list[Path], results: list[Path], tokenizer: str, alone: bool
 ) -> str:
     """The text of the folder's README.md: what the model is, how to load it, where it came from."""
     config, core = model.config, model.config.core
@@ -147,7 +148,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or jrt.load(FOLDER)
 | parameters | {parameters:,} in {dtype} |
 | layers | `{core.pattern}` |
 | width, vocabulary rows | {core.width}, {core.vocab_rows} (tokens: {config.vocab_tokens}) |
-| tokenizer | {"in this folder" if tokenizer else "not in the source: the released models use GPT-2's"} |
+| tokenizer | {tokenizer} |
 | short prompts | `{config.short_prompt}` |
 | quirks | {quirks} |
 

@@ -101,7 +101,7 @@ def configuration(folder: Path, source: str) -> JRTConfig:
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, set to pad on the left.
 
-    If the folder has no tokenizer, it is GPT-2's, or GPT-NeoX's if the vocabulary has its size (`state-spaces/*`).
+    If the folder has no tokenizer, it is the one of `trained_tokenizer`.
 
     Raises:
         ValueError: the tokenizer is neither in the folder nor in the hub's cache, nor can it be downloaded.
@@ -112,7 +112,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         with as_value_error(f"the tokenizer of {name_or_path} cannot be read"):
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     else:
-        wanted = _tokenizer_by_size(folder)
+        wanted = trained_tokenizer(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(wanted, **options)
         except OSError as error:
@@ -147,9 +147,15 @@ def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _tokenizer_by_size(folder: Path) -> str:
-    """The hub name of the tokenizer that a folder without one was trained with."""
-    return "EleutherAI/gpt-neox-20b" if read_config(folder).get("vocab_size") in NEOX_SIZES else "gpt2"
+def trained_tokenizer(folder: Path) -> str:
+    """The hub name of the tokenizer that a folder without one was trained with.
+
+    It is GPT-NeoX's for `state-spaces/*`, which the vocabulary's size tells. The release's Mamba has that size too, but
+    was trained with GPT-2's tokenizer: its configuration has fields of GPT models, and after conversion GPT-2's end token.
+    """
+    raw = read_config(folder)
+    is_released = configurations.has_gpt_fields(raw) or raw.get("eos_token_id") == configurations.GPT2_END
+    return "EleutherAI/gpt-neox-20b" if raw.get("vocab_size") in NEOX_SIZES and not is_released else "gpt2"
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -104,7 +104,7 @@ def run(
         records += [{"model": spec.name, **record} for record in found]
         if records:
             output.mkdir(parents=True, exist_ok=True)
-            complete = spec == specs[-1] and not failed
+            complete = not failed and {spec.name for spec in specs} <= {record["model"] for record in records}
             write_json(output / MANIFEST, {**kept, "failed": failed, "complete": complete})
             write_json(output / RESULT, records)
     if not records:

@@ -76,6 +76,7 @@ MAMBA_TRANSFORMERS_FIXED: Fixed = {
 }
 MLP_ROUNDING = 256  # flash-attn rounded hidden sizes up to 256, later to 128
 VOCABULARY_ROUNDING = 128
+NEOX_END = 0  # GPT-NeoX's end-of-text token: that of Mamba's authors
 GPT2_END = 50256  # GPT-2's end-of-text token: the default if a configuration of the release names none
 
 
@@ -168,7 +169,12 @@ def mamba_ssm(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
         dt_rank=_rank(settings, "dt_rank"),
         tied=_flag(raw, "tie_embeddings", True),
     )
-    return _configuration(core, tokens, raw, GPT2_END, source)
+    return _configuration(core, tokens, raw, GPT2_END if has_gpt_fields(raw) else NEOX_END, source)
+
+
+def has_gpt_fields(raw: dict) -> bool:
+    """Whether a Mamba's configuration was saved by the release, which keeps fields of its GPT models there."""
+    return "n_embd" in raw
 
 
 def mamba_transformers(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
