@@ -4,8 +4,7 @@ own.
 The published datasets (tasks `recall_*`) come from a local copy, the *mirror*, or from the Hugging Face hub. A mirror
 is a folder with one `NAME.jsonl` for each dataset and a `manifest.json` with rows, columns, sha256 and source of each
 file. Its path is an argument or the environment variable JRT_DATA. `fetch` (from the hub) and `import_file` (from a
-file) fill it,
-`verify` checks it.
+file) fill it, `verify` checks it.
 
 The passages (tasks `qa_*`) come from a folder with `squad.jsonl`, `nq.jsonl`, `triviaqa.jsonl`, `drop.jsonl` (columns
 context, question, answers) and `fda.jsonl` (text, attributes). Its path is an argument or JRT_PASSAGES. Results on

@@ -88,8 +88,7 @@ def strategy_named(name: str | Strategy) -> Strategy:
 
 class Parts(NamedTuple):
     """Parts of a prompt whose question stands first: announcement, a blank, then `context` and a line feed for each
-    reading
-    but the last, then `closing`, which is the last reading followed by the question."""
+    reading but the last, then `closing`, which is the last reading followed by the question."""
 
     announcement: str
     context: str

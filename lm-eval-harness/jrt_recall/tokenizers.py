@@ -100,11 +100,10 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     """Returns a copy of `doc` whose context is cut to at most `window - answer_room` tokens around its answer.
 
     The published rule: half of the tokens stand before the answer. Near the end of a document the window becomes
-    shorter;
-    it is not shifted. If the answer is not in the context, alternative answers (`alt_answers`) are tried; if none is
-    there, the last half window is kept. drop and triviaqa keep the beginning of the document. The `qa_*` tasks cut
-    around the first answer of their list that is in the context. Only the context column changes, so the first reading
-    of squad, which is another column, stays whole, as published.
+    shorter; it is not shifted. If the answer is not in the context, alternative answers (`alt_answers`) are tried; if
+    none is there, the last half window is kept. drop and triviaqa keep the beginning of the document. The `qa_*` tasks
+    cut around the first answer of their list that is in the context. Only the context column changes, so the first
+    reading of squad, which is another column, stays whole, as published.
 
     Args:
         task: name of the task.

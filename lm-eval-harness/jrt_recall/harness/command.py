@@ -1,8 +1,8 @@
 """The command `jrt-recall`: stock `lm_eval` with this package's tasks, which also prints each task's protocol.
 
 lm-eval finds external tasks only through its option `--include_path`; it has no entry points for plugins. This command
-adds the option and calls lm-eval's own command line, so nothing in lm-eval is changed.
-`lm_eval --include_path $(jrt-recall --path) ...` is the same run.
+adds the option and calls lm-eval's own command line, so nothing in lm-eval is changed. `lm_eval --include_path
+$(jrt-recall --path) ...` is the same run.
 """
 
 from __future__ import annotations
