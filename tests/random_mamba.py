@@ -1,4 +1,5 @@
-"""Mamba and Mamba-2 as their authors and the original release save them: folders in the exact layouts, smaller, random."""
+"""Writes small Mamba and Mamba-2 checkpoints with random weights, in the layouts of their authors and of the
+release."""
 
 import json
 import shutil

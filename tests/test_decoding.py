@@ -1,4 +1,5 @@
-"""`jrt.decoding` gives what `LanguageModel.read` and transformers' own loop give: logits, states, tokens, outputs."""
+"""`jrt.decoding` gives the same logits and states as `LanguageModel.read`, and the same output as transformers'
+loop."""
 
 import copy
 import dataclasses

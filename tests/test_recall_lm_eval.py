@@ -1,4 +1,5 @@
-"""lm-eval's own swde, fda and squad_completion as protocols, with the installed lm-eval as their referee; windows by number."""
+"""The protocols of lm-eval's own swde, fda and squad_completion, compared with the installed lm-eval; windows by
+number."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""The released format: every golden folder through the public API, each quirk, the rules for short prompts."""
+"""The released format: golden folders (stored outputs of the released code), each quirk, the rules for short
+prompts."""
 
 import json
 from pathlib import Path

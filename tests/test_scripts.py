@@ -1,4 +1,5 @@
-"""The scripts that users of the original know, run as they are typed."""
+"""The scripts with the names of the original repository (prompt_scripts, architecture_scripts), run as users type
+them."""
 
 import os
 import shutil

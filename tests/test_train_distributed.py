@@ -1,4 +1,5 @@
-"""Two processes (gloo) compute what one computes: data parallel, sharded, and when their number changes on the way."""
+"""Training in two processes (gloo) equals training in one: data parallel, sharded, and when a run changes their
+number."""
 
 import os
 import socket
