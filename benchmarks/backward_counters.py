@@ -1,5 +1,4 @@
-"""Hardware counters (Nsight Compute) of the Triton kernels of a training step, and the least time each kernel could
-take.
+"""Hardware counters (Nsight Compute) of the Triton kernels of a training step, beside each kernel's least time.
 
     python benchmarks/backward_counters.py [--output FILE]
 

@@ -1,5 +1,4 @@
-"""Runs the checks of `jrt doctor` on transformers' recurrent and hybrid classes, and on a few other classes as
-controls.
+"""Runs the checks of `jrt doctor` on transformers' recurrent and hybrid classes, with a few other classes as controls.
 
 The models are tiny and have random weights.
 

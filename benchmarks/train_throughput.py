@@ -1,5 +1,4 @@
-"""Measures training speed on one GPU: every family and size at T = 2,048, and a plain PyTorch Transformer++ beside
-them.
+"""Measures training speed on one GPU: every family and size at T = 2,048, beside a plain PyTorch Transformer++.
 
     python benchmarks/train_throughput.py                       # all rows, to benchmarks/results/train_throughput.json
     python benchmarks/train_throughput.py --rows jrt-360m --steps 5

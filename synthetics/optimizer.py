@@ -1,5 +1,4 @@
-"""AdamW for a stack of models. Each model has its own learning rate and its own gradient norm; all are updated
-together.
+"""AdamW for a stack of models. Each model has its own learning rate and its own gradient norm.
 
 Shapes: M models, P parameters of each.
 """

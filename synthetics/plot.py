@@ -1,5 +1,4 @@
-"""Draws figures and tables from a sweep's folder: ``python -m synthetics.plot DIR``. Running a sweep does so at its
-end.
+"""Draws figures and tables from a sweep's folder: ``python -m synthetics.plot DIR``. Running a sweep does so too.
 
 Every task gets the frontier, accuracy against size of the state. Set disjointness also gets the panels of the paper's
 figure 2 and heat maps over the lengths of both lists. Figures are PNG and SVG files, the table is a CSV file.

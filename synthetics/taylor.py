@@ -1,5 +1,4 @@
-"""Linear attention with the Taylor feature map for short texts, computed in its quadratic form (paper equations 3, 6,
-7).
+"""Linear attention with the Taylor feature map for short texts, in its quadratic form (paper equations 3, 6 and 7).
 
 The quadratic form computes a score for each pair of tokens, as softmax attention does. `jrt.ops.linear_attention`
 computes features instead. Here a batch has thousands of texts of a few hundred tokens. For each token there are T

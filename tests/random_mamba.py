@@ -1,5 +1,4 @@
-"""Writes small Mamba and Mamba-2 checkpoints with random weights, in the layouts of their authors and of the
-release."""
+"""Writes small random Mamba and Mamba-2 checkpoints, in the layouts of their authors and of the release."""
 
 import json
 import shutil

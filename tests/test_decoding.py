@@ -1,5 +1,4 @@
-"""`jrt.decoding` gives the same logits and states as `LanguageModel.read`, and the same output as transformers'
-loop."""
+"""`jrt.decoding` gives the logits and states of `LanguageModel.read`, and the output of transformers' own loop."""
 
 import copy
 import dataclasses

@@ -1,5 +1,4 @@
-"""Answering in batches: common beginnings of prompts are read once, finished rows leave the batch, answers stay the
-same."""
+"""Answering in batches: common beginnings are read once, finished rows leave the batch, answers stay the same."""
 
 import copy
 import dataclasses

@@ -1,5 +1,4 @@
-"""Log-likelihoods: the prefix encoder does not read the scored tokens, except with the release's quirk; lm-eval
-agrees."""
+"""Log-likelihoods: the prefix encoder does not read scored tokens, except with the release's quirk; lm-eval agrees."""
 
 import dataclasses
 import json

@@ -1,5 +1,4 @@
-"""SwiGLU and the gated short convolution, each with the projection after it: kernels against fp64, and when they are
-used."""
+"""SwiGLU and the gated short convolution, each with the projection after it: kernels against fp64; when they run."""
 
 import os
 import subprocess

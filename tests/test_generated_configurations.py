@@ -1,5 +1,4 @@
-"""Model folders with generated JSON files: opening and asking such a model gives an answer or a ValueError, nothing
-else."""
+"""Model folders with generated JSON files: opening and asking such a model gives an answer or a ValueError."""
 
 import json
 import shutil

@@ -1,5 +1,4 @@
-"""The task files of jrt_recall in stock lm-eval: loaded, answered by a tiny GPT-2, run by `jrt-recall` and
-`lm_eval`."""
+"""The task files of jrt_recall in stock lm-eval: loaded, answered by a tiny GPT-2, run by both commands."""
 
 import importlib.util
 import json

@@ -1,5 +1,4 @@
-"""The protocols of lm-eval's own swde, fda and squad_completion, compared with the installed lm-eval; windows by
-number."""
+"""The protocols of lm-eval's own swde, fda and squad_completion against the installed lm-eval; windows by number."""
 
 import json
 

@@ -1,5 +1,4 @@
-"""Models with the release's quirks: their classes, saving and loading; and that the correct code does not contain
-them."""
+"""Models with the release's quirks: their classes, saving and loading; the correct code does not contain them."""
 
 import copy
 import dataclasses

@@ -1,5 +1,4 @@
-"""Masks, generation and log-likelihoods of released-format checkpoints, compared with the slow reference model row by
-row.
+"""Masks, generation and log-likelihoods of released-format checkpoints against the slow reference model, row by row.
 
 The text that the release reads for each row is written out here (docs/released.md), not computed by the package.
 """

@@ -1,5 +1,4 @@
-"""The scripts with the names of the original repository (prompt_scripts, architecture_scripts), run as users type
-them."""
+"""The scripts that have the names of the original repository's scripts, run as users type them."""
 
 import os
 import shutil

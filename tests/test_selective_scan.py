@@ -1,5 +1,4 @@
-"""The selective scan: values and gradients of all backends against the fp64 definition, and properties of a
-recurrence."""
+"""The selective scan: values and gradients of all backends against fp64, and properties of a recurrence."""
 
 import os
 import subprocess

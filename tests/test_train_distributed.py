@@ -1,5 +1,4 @@
-"""Training in two processes (gloo) equals training in one: data parallel, sharded, and when a run changes their
-number."""
+"""Training in two processes (gloo) equals training in one: data parallel, sharded, and with a changing number."""
 
 import os
 import socket

@@ -1,5 +1,4 @@
-"""Training on a GPU: each block compiles to one graph that equals eager code, and resumed runs are equal bit for
-bit."""
+"""Training on a GPU: each block compiles to one graph and equals eager code; resumed runs are equal bit for bit."""
 
 import dataclasses
 import signal

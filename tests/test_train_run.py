@@ -1,5 +1,4 @@
-"""Training runs: every configuration is composed, built and trained for a step; wrong settings are refused; exports
-load."""
+"""Training runs: every configuration is built and trained for a step; wrong settings are refused; exports load."""
 
 import dataclasses
 import json

@@ -1,5 +1,4 @@
-"""Loads the documents of the tasks. There are two kinds: the published datasets, and passages with questions of your
-own.
+"""Loads the documents of the tasks: the published datasets, or passages with questions from a folder of your own.
 
 The published datasets (tasks `recall_*`) come from a local copy, the *mirror*, or from the Hugging Face hub. A mirror
 is a folder with one `NAME.jsonl` for each dataset and a `manifest.json` with rows, columns, sha256 and source of each

@@ -1,5 +1,4 @@
-"""The functions that the task files in `tasks/` name as lm-eval's hooks. Each is a few lines around `items` and
-`contains`.
+"""The functions that the task files in `tasks/` name as lm-eval's hooks, built on `items` and `contains`.
 
 `documents` makes the prompts and answers with `items`, as `jrt eval` does, so both commands ask the same questions.
 lm-eval passes it the settings of `--metadata` together with the model's arguments:
