@@ -1,6 +1,6 @@
-"""Table 2 from the runs in a folder:
+"""Prints Table 2 from the runs in a folder:
 
-`python collect_results.py RUNS [--output FOLDER]` is `jrt report --layout table2`.
+`python collect_results.py RUNS [--output FOLDER]` is `jrt report RUNS --layout table2`.
 """
 
 import sys

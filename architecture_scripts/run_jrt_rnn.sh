@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Table 2 (and Table 3's 2k columns): JRT-RNN and its baselines read once, windows 512, 1024 and 2048 / 50, NQ as cut.
-# The paper's length-512 cells fill short prompts by reading again: `-- --short-prompt repeat` for the JRT models, into
-# another OUTPUT_DIR. Table 3: `jrt report OUTPUT_DIR --layout table3`. Table 4: short_prompts.sh.
+# Table 2: JRT-RNN and its baselines read once, with windows of 512, 1024 and 2048 tokens and an answer room of 50. The NQ
+# datasets are cut beforehand. In the paper's cells of length 512, the JRT models' short prompts are filled up by repeating
+# them: add `-- --short-prompt repeat`, with --models for the JRT models and another OUTPUT_DIR.
+# Table 3, from the same runs: `jrt report OUTPUT_DIR --layout table3`. Table 4: short_prompts.sh.
 set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 

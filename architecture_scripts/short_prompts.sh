@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 4: what JRT-RNN scores at 512 tokens by each rule for prompts shorter than its encoder: pad, repeat, iterate.
+# Table 4: JRT-RNN at 512 tokens with each rule for prompts that are shorter than its encoder: pad, repeat, iterate.
 set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 

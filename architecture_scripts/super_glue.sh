@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Table 8: SuperGLUE, 5-shot (`-- --num_fewshot 0` for other numbers of examples), through upstream's tasks.
-# Continuations never reach the prefix encoder. The published numbers were measured with it reading them:
-# `-- --model_args-extra compat=released` is that way. Tables 8 and 9 whole: super_glue_tables.sh.
+# Table 8: SuperGLUE with 5 examples, with lm-eval's own tasks (`-- --num_fewshot 0` for another number of examples).
+# The prefix encoder does not read the answer choices that are scored. In the published numbers it did:
+# `-- --model_args-extra compat=released` computes as they did. All cells of Tables 8 and 9: super_glue_tables.sh.
 set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 

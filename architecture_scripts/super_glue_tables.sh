@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Tables 8 and 9: SuperGLUE of the 360M and the 1.3B models with 0, 1 and 5 examples. Table 10 is made of the same runs:
-# `jrt report OUTPUT_DIR --layout table10`. With --workers N, N runs go on at once; one GPU holds them all unless
-# CUDA_VISIBLE_DEVICES says otherwise.
+# Tables 8 and 9: SuperGLUE of the 360M and the 1.3B models with 0, 1 and 5 examples. Table 10 is made from the same runs:
+# `jrt report OUTPUT_DIR --layout table10`. With --workers N, N runs go at once, all on the same GPU.
 set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 

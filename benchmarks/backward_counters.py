@@ -1,9 +1,10 @@
-"""What Nsight Compute counts while the Triton kernels of a training step run, beside what they have to do at least.
+"""Hardware counters (Nsight Compute) of the Triton kernels of a training step, beside each kernel's least time.
 
     python benchmarks/backward_counters.py [--output FILE]
 
-It starts itself under `ncu`, as kernel_counters.py does. A kernel has to move its inputs and outputs once, at the rate of
-a large copy, and to do the products of its tiles, at the rate of a large matrix product; both rates are of the same run.
+The script starts itself again under `ncu`, as kernel_counters.py does. The least time is the larger of two: moving
+inputs and outputs once, at the speed of a large copy; and the matrix products of the kernel's tiles, at the speed of a
+large matrix product. Both speeds are measured in the same run.
 
 Shapes: B batch, N tokens, H heads, d query/key size, D value size, C tokens of a chunk, R rows of a state with padding.
 """
@@ -50,7 +51,7 @@ def launch() -> None:
 
 
 def counted(page: Path) -> list[dict]:
-    """Rows out of ncu's raw page: one a launch, in order."""
+    """Reads ncu's raw page. Returns one row for each launch, in order."""
     with open(page, newline="") as file:
         lines = [line for line in file if line.startswith('"')]
     units, *launches = csv.DictReader(lines)
@@ -71,7 +72,7 @@ def counted(page: Path) -> list[dict]:
 
 
 def rates() -> tuple[float, float]:
-    """Bytes a second of a copy, read and written, and operations a second of a bf16 product."""
+    """Returns the bytes per second of a copy (read and written) and the operations per second of a bf16 product."""
     x = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     y = torch.empty_like(x)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -1,14 +1,14 @@
-"""What one busy program beside it costs `jrt eval`, with the threads that it chooses by itself and with a fixed number.
+"""Measures how much another busy program slows down `jrt eval`, with its own choice of threads and with a fixed number.
 
     env -u OMP_NUM_THREADS python benchmarks/busy_machine.py [--model mini-mamba mini-jrt] [--limit 16] [--rounds 5]
 
-Each way runs as a command of its own, on the machine as it is and beside a program that never stops; the ways take turns,
-and the median of their rounds counts. Fixed threads are what OMP_NUM_THREADS asks for; "all cores" is PyTorch's default.
-A run starts when nobody else uses the machine, and is repeated where somebody else did meanwhile; after `--patience`
-minutes in all, runs count as they are.
+Each setting runs as a command of its own, alone and beside a program that never stops. The settings take turns, and the
+median of their rounds is reported. A fixed number of threads is set by OMP_NUM_THREADS; "all cores" is PyTorch's
+default. A run waits until no other program uses the machine, and is repeated if one did during the run. After
+`--patience` minutes in all, runs are no longer repeated.
 
-Rows: seconds of the answers (from results.json), seconds of the whole command, and `others`: cores that neither the command
-nor the busy program had, on average.
+A row has the seconds of the answers (from results.json), the seconds of the whole command, and `others`: how many cores
+other programs used on average, the busy program not counted.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ BUSY = [sys.executable, "-c", "while True: pass"]
 
 
 def ways() -> dict[str, dict[str, str]]:
-    """What each way adds to the environment."""
+    """Returns the environment variables of each setting, by its name."""
     return {"chosen": {}, "all cores": {"OMP_NUM_THREADS": str(os.cpu_count())}, "one thread": {"OMP_NUM_THREADS": "1"}}
 
 
 def evaluate(model: str, limit: int, environment: dict[str, str]) -> tuple[float, float, float]:
-    """Runs the command. Returns seconds of the answers, seconds in all, and its processor time."""
+    """Runs the command. Returns the seconds of the answers, the seconds in all, and the processor time in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jrt", "eval", "--model", model, "--tasks", TASK, "--limit", str(limit)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -60,7 +60,7 @@ def evaluate(model: str, limit: int, environment: dict[str, str]) -> tuple[float
 
 
 def one_round(model: str, limit: int, environment: dict[str, str], is_busy: bool) -> dict[str, float]:
-    """One run of one way; with `others`, cores that somebody else had."""
+    """Does one run of one setting. The row has `others`, the cores that other programs used."""
     busy = subprocess.Popen(BUSY) if is_busy else None
     idle_before = _idle()
     answers, passed, used = evaluate(model, limit, environment)
@@ -77,7 +77,7 @@ def one_round(model: str, limit: int, environment: dict[str, str], is_busy: bool
 def undisturbed(
     model: str, limit: int, environment: dict[str, str], is_busy: bool, deadline: float
 ) -> dict[str, float]:
-    """`one_round` on a machine that nobody else uses, or as it is after the deadline (on `time.monotonic`)."""
+    """Repeats `one_round` until no other program used the machine, or until the deadline (on `time.monotonic`)."""
     while True:
         while time.monotonic() < deadline and psutil.cpu_percent(interval=2) > 100 * QUIET / (os.cpu_count() or 1):
             pass

@@ -1,11 +1,11 @@
-"""Tokens a second that the mini models decode on a CPU, one sequence at a time, through transformers' `generate`.
+"""Measures how many tokens a second the mini models decode on a CPU, one sequence at a time, through `generate`.
 
     python benchmarks/cpu_decode.py
     git worktree add ../before COMMIT && python benchmarks/cpu_decode.py --before ../before
 
-The decoded tokens are compared with decoding without a cache before their time counts. With `--before` the code of another
-checkout runs in turns with this one, each in a process of its own, and both are compared by the processor time that they
-take, which what else runs on the machine disturbs least (`cpu_decode_before.json`).
+Decoded tokens are first compared with decoding without a cache; only right ones are timed. With `--before`, the code of
+another checkout is compared with this one. The two take turns, each in its own process, and are compared by processor
+time, because other programs on the machine change it least (`cpu_decode_before.json`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make_prompt(model: jrt.JRTForCausalLM) -> Tensor:
 
 
 def seconds(model: jrt.JRTForCausalLM, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Time by the clock and by the processor of one call."""
+    """Returns the wall-clock seconds and the processor seconds of one call."""
     start, cpu_start = time.perf_counter(), time.process_time()
     out = model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False)
     assert out.shape[1] == prompt.shape[1] + new
@@ -72,7 +72,7 @@ def measure(name: str, repeats: int) -> dict:
 
 @torch.inference_mode()
 def print_processor_time(name: str) -> None:
-    """What each process of `beside` does: prints the processor seconds of decoding NEW - 1 tokens."""
+    """Runs in each process of `beside`: prints the processor seconds of decoding NEW - 1 tokens."""
     model = jrt.load(name)
     prompt = make_prompt(model)
     seconds(model, prompt, 4)
@@ -80,7 +80,7 @@ def print_processor_time(name: str) -> None:
 
 
 def beside(before: Path, name: str, threads: int, repeats: int) -> dict:
-    """Tokens a processor second of this checkout and of the one at `before`, in turns."""
+    """Measures tokens per processor second of this checkout and of the one at `before`, in turns."""
     rates: dict[Path, list[float]] = {ROOT: [], before: []}
     for _ in range(repeats):
         for root, found in rates.items():

@@ -1,8 +1,8 @@
-"""Linear attention on a CPU: chunks against the quadratic form, and a prefix against causal text.
+"""Measures linear attention on a CPU: the chunked form against the quadratic form, and a prefix against causal text.
 
     python benchmarks/cpu_ops.py
 
-Each method runs in a process of its own, so that its peak memory is its own; its result is compared with fp64 first.
+Each method runs in its own process, so that its peak memory can be measured. Its result is first compared with fp64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BOUNDS = {"chunked": "at least 10 x quadratic; extra memory < 4 x inputs", "enco
 
 
 def quadratic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The T^2 form, one head at a time because all heads would not fit."""
+    """The quadratic form, one head at a time, because the scores of all heads would not fit into memory."""
     heads = []
     for head in range(q.shape[2]):
         s = q[:, :, head] @ k[:, :, head].mT / q.shape[-1] ** 0.5  # (B, T, T)
@@ -59,7 +59,7 @@ def peak_bytes() -> int:
 
 @torch.inference_mode()
 def measure(method: str, length: int, repeats: int) -> dict:
-    """One row; runs in a process of its own."""
+    """Measures one row. It is called in a process of its own."""
     torch.manual_seed(0)
     METHODS[method](*(torch.randn(1, 64, HEADS, size) for size in (DIM, DIM, VALUE)))  # threads and libraries are up
     q, k, v = (torch.randn(1, length, HEADS, size) for size in (DIM, DIM, VALUE))

@@ -1,11 +1,13 @@
-"""How far half precision goes apart by itself: what the bound of the probe has to allow, on classes that are right.
+"""Measures how much the logits of correct model classes vary in half precision.
+
+The probe (`jrt doctor`) must allow this much, or it would report correct classes as wrong.
 
     python benchmarks/doctor_bound.py [--device cuda] [--json FILE]
 
-For each class and precision, as shares of the largest logit: the spread of one row's logits over batches of 1, 2, 4 and 8
-copies of it (`batches`); the spread where in half of the rows one of 64 embedding values is rounded to the other side
-(`rounding`); and the largest deviation of the probe's checks (`deviation`), all of which are right in float32. A bound that
-is below `deviation` blames a class that is right.
+A row is one class in one precision. It has three numbers, as shares of the largest logit. `batches`: the spread of one
+row's logits over batches of 1, 2, 4 and 8 copies of it. `rounding`: the spread if one of 64 embedding values is rounded
+in the other direction in half of the rows. `deviation`: the largest deviation in the probe's checks. All these classes
+are right in float32, so a bound below `deviation` would be too strict.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ SIZES = (2, 4, 8)
 
 
 def spread_over_batches(trials: Trials) -> float:
-    """The largest difference of the measured row's logits to those of the row alone, as a share of the largest logit."""
+    """Returns the largest difference between a row's logits in a batch and alone, as a share of the largest logit."""
     truth = trials.read(trials.row[None])[0].float()  # (T, V)
     many = [trials.read(trials.row.expand(size, -1)).float() for size in SIZES]
     return max(float((logits - truth).abs().max() / truth.abs().max()) for logits in many)
@@ -32,7 +34,7 @@ def spread_over_batches(trials: Trials) -> float:
 
 @torch.no_grad()
 def measured(kind: str, dtype: torch.dtype, device: str) -> dict | None:
-    """A row of the result; None for a class that is not right in float32."""
+    """Returns a row of the result, or None for a class that is not right in float32."""
     if not all(check.holds for check in probe(tiny_model(kind).to(device)).checks):
         return None
     model = tiny_model(kind).to(device, dtype)

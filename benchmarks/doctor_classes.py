@@ -1,4 +1,6 @@
-"""What `jrt doctor` finds in transformers' recurrent and hybrid classes, on tiny random models, and in a few controls.
+"""Runs the checks of `jrt doctor` on transformers' recurrent and hybrid classes, with a few other classes as controls.
+
+The models are tiny and have random weights.
 
 python benchmarks/doctor_classes.py           # probes them, writes results/doctor_classes.json and the table of docs/doctor.md
 python benchmarks/doctor_classes.py --table   # the table alone, from the file
@@ -33,7 +35,7 @@ COLUMNS = (
 
 
 def examined(kind: str) -> dict:
-    """A row of the result: the model type, whether it is a control, its checks and how it has to be run."""
+    """Returns a row of the result: model type, whether it is a control, its checks, and how `jrt eval` must run it."""
     found = examine(tiny_model(kind), kind)
     return {"kind": kind, "control": kind in CONTROLS, **found.to_dict(), "run": found.findings.mode.sentences()}
 

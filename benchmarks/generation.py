@@ -1,16 +1,19 @@
-"""Decoding through `generate` on one GPU: time to the first token, time a token, memory, and how far from the floor.
+"""Measures decoding through `generate` on one GPU: time to the first token, time per token, memory, and the floor.
 
-Models have random weights: time does not depend on them. JRT reads its prompt once; Based reads it twice, one copy after the
-other, as the paper's prompts do. A Llama-type model of transformers' own, of the same size, runs beside them, as it is and
-with a static cache, which transformers compiles. `ms_per_token` is everything after the prompt was read, over the tokens
-after the first: copying the states into place is part of it. The floor of a step is the time to read the weights that it
-needs once and to read and write its states, at the speed of a large copy on the same GPU.
+The *floor* of a step is the least time it could take: reading the weights that it needs once, and reading and writing
+its states, at the speed of a large copy on the same GPU. `ms_per_token` is the time after the prompt was read, divided
+by the number of tokens after the first; copying the states into place is included.
 
-One row of each method (batch 16) also says how many of its bf16 tokens differ from those of transformers' own loop; in fp32
-none do (tests/test_decoding.py). Tokens after the first difference are other texts, so `first_difference` says where that is.
+Models have random weights, because time does not depend on them. JRT reads its prompt once. Based reads it twice, one
+copy after the other, as the paper's prompts do. For comparison, a Llama model of transformers of the same size runs as
+it is and with a static cache, which transformers compiles.
 
-`cold_start_s` is the time from the start of a Python process to the end of its first answer: imports, reading a checkpoint
-of safetensors, a prompt of 1,024 tokens, 32 new ones, with no compiled kernel in any cache.
+One row of each method (batch 16) also counts the bf16 tokens that differ from those of transformers' own loop. In fp32
+none differ (tests/test_decoding.py). After the first difference the two texts go apart, so `first_difference` has its
+position.
+
+`cold_start_s` is the time from the start of a Python process to the end of its first answer: imports, loading a
+safetensors checkpoint, reading a prompt of 1,024 tokens and generating 32, without compiled kernels in any cache.
 
 Shapes: B rows, N prompt tokens of a row, before it is read twice.
 
@@ -54,7 +57,7 @@ SLOW = 32  # tokens that a loop of one launch after the other decodes at most
 
 @dataclasses.dataclass
 class Row:
-    """One method at one shape; None where it was not measured, and then `reason` says why."""
+    """The result of one method at one shape. A value is None if it was not measured; `reason` then says why."""
 
     method: str
     shape: dict[str, int]
@@ -93,7 +96,7 @@ class Method:
 
 
 def methods(name: str) -> list[Method]:
-    """The ways in which a model is measured, the main one first."""
+    """Returns the methods by which a model is measured, the main one first."""
     if name in LLAMAS:
         return [
             Method(name, shapes=3, most=SLOW),
@@ -115,7 +118,7 @@ def make_model(name: str, device: str) -> PreTrainedModel:
 
 
 def step_bytes(model: PreTrainedModel, batch: int, columns: int) -> int:
-    """Bytes that one step cannot avoid: weights once, states read and written, earlier keys and values read."""
+    """Returns the bytes that a step must move: weights once, states read and written, earlier keys and values read."""
     skipped = ("proj_k_enc", "proj_v_enc")  # read by the prefix encoder only
     total = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in skipped))
     half = 2
@@ -148,7 +151,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Median wall-clock time of a call, the GPU's work included."""
+    """Returns the median wall-clock seconds of a call, including the GPU's work."""
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -160,7 +163,7 @@ def seconds(function: Callable[[], object], device: str, repeats: int) -> float:
 
 
 def bytes_per_ms(device: str) -> float:
-    """Speed of a copy of 1 GiB (4 MiB on a CPU, where only the script is tried), read and written bytes both counted."""
+    """Returns the speed of a copy of 1 GiB (4 MiB on a CPU). Bytes read and bytes written are both counted."""
     source = torch.empty((1 << 30) if device == "cuda" else 1 << 22, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -168,7 +171,7 @@ def bytes_per_ms(device: str) -> float:
 
 
 def timed(model: PreTrainedModel, method: Method, ids: Tensor, new: int) -> tuple[float, float]:
-    """Seconds to read the prompt, and seconds for everything after it."""
+    """Returns the seconds to read the prompt, and the seconds for everything after it."""
     device, read = model.device.type, type(model)._prefill
     ends: list[float] = []
 
@@ -210,7 +213,7 @@ def measure(model: PreTrainedModel, method: Method, batch: int, length: int, new
 
 
 def compare(model: PreTrainedModel, row: Row, method: Method, new: int) -> None:
-    """Notes in `row` how many tokens differ between the two loops."""
+    """Writes into `row` how many tokens differ between this method and transformers' own loop."""
     ids = torch.randint(0, model.config.vocab_size, (row.shape["B"], row.shape["N"])).to(model.device)
     ids = ids.repeat(1, method.repeats)
     ours = method.generate(model, ids, new)
@@ -221,7 +224,7 @@ def compare(model: PreTrainedModel, row: Row, method: Method, new: int) -> None:
 
 
 def cold_start(name: str, device: str) -> float:
-    """Seconds from the start of a process to the end of its first answer, with empty caches of compiled kernels."""
+    """Returns the seconds from the start of a process to the end of its first answer, without compiled kernels."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(name, device).save_pretrained(folder)
         free(None)
@@ -234,7 +237,7 @@ def cold_start(name: str, device: str) -> float:
 
 
 def answer(folder: str, device: str) -> None:
-    """What the process of `cold_start` does."""
+    """Runs in the process that `cold_start` starts: loads the model and answers once."""
     model = jrt.load(folder, device, torch.bfloat16)
     ids = torch.arange(1024 if device == "cuda" else 32, device=device)[None] % model.config.vocab_size
     print(Method("").generate(model, ids, 32)[0, :4].tolist())

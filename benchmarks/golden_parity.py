@@ -1,4 +1,6 @@
-"""How near the released format's goldens are met through the public API: folder x case, the largest error over max|logit|.
+"""Compares the public API with the *goldens*, stored outputs of the released code on tiny checkpoints.
+
+A row is one golden folder and one kind of case. Its error is the largest difference, relative to the largest logit.
 
     python benchmarks/golden_parity.py --golden FOLDER
 
@@ -56,7 +58,7 @@ def generation(model, tensors: dict[str, Tensor], case: str, new: int) -> tuple[
 
 @torch.no_grad()
 def measure(folder: Path) -> list[dict]:
-    """A row for each kind of case in a golden folder: its worst error."""
+    """Returns a row with the largest error for each kind of case in a golden folder."""
     tensors = load_file(folder / "golden.safetensors")
     cases = json.loads((folder / "manifest.json").read_text())["cases"]
     released, correct = jrt.load(folder, compat="released"), jrt.load(folder)

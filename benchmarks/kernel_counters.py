@@ -1,10 +1,10 @@
-"""What Nsight Compute counts while kernels run: memory, tensor cores, occupancy, why warps wait.
+"""Hardware counters (Nsight Compute) of our kernels: memory, tensor cores, occupancy, and why warps wait.
 
     python benchmarks/kernel_counters.py         # the Hopper kernels: benchmarks/results/kernel_counters.json
     python benchmarks/kernel_counters.py step    # the Triton kernels of a decoding step: step_counters.json
 
-It starts itself under `ncu`, which runs each launch several times, once for each group of counters, with the caches
-emptied before. (benchmarks/backward_counters.py: the Triton kernels of the op.)
+The script starts itself again under `ncu`. That tool repeats each launch for each group of counters and empties the
+caches before each. The Triton kernels of linear attention are measured by benchmarks/backward_counters.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STALL = re.compile(r"smsp__pcsamp_warps_issue_stalled_(\w+?)(_not_issued)?$")
 
 
 def launch_step() -> None:
-    """One step of models of a few layers, with the sizes of released ones."""
+    """Decodes one step with models of a few layers and the sizes of the released models."""
     from jrt.decoding.fused import FusedStep  # needs Triton
 
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def launch_step() -> None:
 
 
 def launch_hopper() -> None:
-    """Each kernel once, on inputs as the model gives them."""
+    """Launches each kernel once, on inputs with the model's shapes and dtypes."""
     torch.manual_seed(0)
 
     def tokens(batch: int, length: int, size: int) -> torch.Tensor:
@@ -92,7 +92,7 @@ def number(text: str) -> float:
 
 
 def counted(page: Path, kernel: re.Pattern[str]) -> list[dict]:
-    """Rows out of ncu's raw page: one a launch, in order; kernel: finds the name of each."""
+    """Reads ncu's raw page. Returns one row for each launch, in order; `kernel` finds the kernel's name."""
     with open(page, newline="") as file:
         lines = [line for line in file if line.startswith('"')]
     units, *launches = csv.DictReader(lines)

@@ -4,9 +4,9 @@
     python benchmarks/kernel_launches.py triton    # linear attention in Triton, forward and backward
     python benchmarks/kernel_launches.py step      # the Triton kernels of a decoding step
 
-Nothing is compared here (tests/test_cuda_kernels.py, test_triton_ops.py and test_decoding.py do) and inputs are made on the
-CPU, so that hardly any other kernel runs under the tool: PyTorch's own, with their reports, and cuBLAS's, which racecheck
-cannot run.
+Results are not checked here but in tests/test_cuda_kernels.py, test_triton_ops.py and test_decoding.py. Inputs are made
+on the CPU. So hardly any kernels of PyTorch and cuBLAS run under the tool: it would report on them too, and its
+racecheck cannot run cuBLAS's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def mask(batch: int, tokens: int, device: str) -> torch.Tensor:
 
 
 def launch_all(device: str, backend: str) -> int:
-    """Calls each op in each dtype and width, with and without state and mask; returns how many calls ran."""
+    """Calls each op in each dtype and width, with and without state and mask. Returns the number of calls."""
     torch.manual_seed(0)
     calls = 0
     for (batch, tokens), width, dtype in itertools.product(SHAPES, (64, 112, 128), (torch.bfloat16, torch.float16)):
@@ -69,7 +69,7 @@ def launch_all(device: str, backend: str) -> int:
 
 
 def launch_gradients(device: str, backend: str) -> int:
-    """Forward and backward of linear attention and of its prefix, each size and dtype; returns how many calls ran."""
+    """Runs linear attention and its prefix forward and backward in each size and dtype. Returns the number of calls."""
     torch.manual_seed(0)
     calls = 0
     dtypes = (torch.bfloat16, torch.float32)
@@ -88,7 +88,7 @@ def launch_gradients(device: str, backend: str) -> int:
 
 
 def launch_step(device: str, rows: tuple[int, ...] = (1, 3, 20, 130)) -> int:
-    """Some steps of small models with every mixer, in each dtype; returns how many steps ran."""
+    """Runs some decoding steps of small models with every mixer, in each dtype. Returns the number of steps."""
     from jrt.decoding.fused import FusedStep  # needs Triton
 
     torch.manual_seed(0)

@@ -1,8 +1,9 @@
-"""Numbers of pieces a sequence may be cut into, timed: what the model in kernels/pieces.cpp is fitted to and judged by.
+"""Times the Hopper kernels with each number of pieces that a sequence may be cut into.
 
     python benchmarks/kernel_pieces.py
 
-Prints, for each shape, the best number, the one that the kernels choose, and how much longer that takes.
+kernels/pieces.cpp has a formula that chooses the number of pieces. It was fitted to these times and is checked by them.
+The script prints for each shape the best number, the number that the formula chooses, and how much longer that takes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ROUNDS = 6
 
 
 def measure(batch: int, tokens: int) -> list[dict]:
-    """One row for each op and number of pieces."""
+    """Measures one shape. Returns one row for each op and number of pieces."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(batch, tokens, HEADS, size, device="cuda", dtype=torch.bfloat16) for size in (DIM, DIM, VALUE_DIM)

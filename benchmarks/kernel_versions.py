@@ -1,11 +1,12 @@
-"""Builds of the kernels against each other, in turns, so that one change is measured on one machine in one run.
+"""Compares several builds of the Hopper kernels in one run on one machine, to measure the effect of a change.
 
     git worktree add /tmp/before HEAD~1
     python /tmp/before/kernels/build.py /tmp/old && python kernels/build.py /tmp/new
     python benchmarks/kernel_versions.py old=/tmp/old new=/tmp/new
 
-Each build's calls are recorded as CUDA graphs of ten; rounds go through all builds in turn. Outputs must be equal bit by
-bit to the first build's, else the row says that they differ; those of decoding, which moves its state on, are not compared.
+Ten calls of each build are recorded as a CUDA graph, and the builds take turns. Outputs are compared with the first
+build's bit by bit, and a row says if they differ. Outputs of decoding are not compared, because each call changes the
+state.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ CALLS, ROUNDS = 10, 12
 
 
 def load(name: str, folder: Path) -> ModuleType:
-    """The module jrt_kernels of one build, as NAME.jrt_kernels: Python keeps one extension module a name.
+    """Loads the module jrt_kernels of one build under the name NAME.jrt_kernels, so that several can be loaded at once.
 
     Raises:
-        ValueError: there is none in the folder, or jrt.ops.cuda speaks another interface.
+        ValueError: the folder has no such module, or its interface is not the one that jrt.ops.cuda uses.
     """
     found = sorted(folder.glob("jrt_kernels*.so"))
     if not found:
@@ -55,7 +56,7 @@ def load(name: str, folder: Path) -> ModuleType:
 
 
 def call_of(what: str, batch: int, tokens: int) -> Callable[[], tuple[Tensor, ...]]:
-    """Inputs as the model gives them, bf16, bound to the call."""
+    """Returns a call of a kernel without arguments, with bf16 inputs of the model's shapes."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(batch, tokens, HEADS, size, device="cuda", dtype=torch.bfloat16) for size in (DIM, DIM, VALUE_DIM)
@@ -94,12 +95,12 @@ def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def compare(builds: dict[str, ModuleType], what: str, batch: int, tokens: int) -> list[dict]:
-    """One row a build."""
+    """Times all builds at one shape. Returns one row for each build."""
     call = call_of(what, batch, tokens)
     graphs, outputs = {}, {}
     for name, module in builds.items():
         with mock.patch.object(cuda, "_module", lambda module=module: module):
-            outputs[name] = () if what == "decode step" else call()  # decoding moves the state on: nothing to compare
+            outputs[name] = () if what == "decode step" else call()  # decoding changes its state, so outputs differ
             graphs[name] = graph_of(call)
     times: dict[str, list[float]] = {name: [] for name in builds}
     for turn in range(ROUNDS + 2):

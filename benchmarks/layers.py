@@ -1,10 +1,12 @@
-"""Time and memory of the layers around linear attention at JRT-360M's training shapes, each in several implementations.
+"""Measures time and memory of the layers around linear attention, each in several implementations.
+
+The shapes are those of training JRT-360M.
 
     python benchmarks/layers.py [--layer NAME] [--output FILE]
 
-An implementation is first held to fp64 on one text of the batch (outputs and gradients); what is wrong is not timed. The
-time is that of the GPU, of a captured graph, as in op_training.py. "here" is what jrt/ calls; the model is compiled in
-training. What is not installed or does not serve is a row with the reason.
+Outputs and gradients are first compared with fp64 on one text of the batch; a wrong implementation is not timed. The
+time is that of a captured CUDA graph, as in op_training.py. The implementation "here" is what jrt/ calls; in training
+the model is compiled. An implementation that is not installed or cannot run gets a row with the reason.
 
 Shapes: B batch, T tokens, E width, H heads, D head size, F hidden units of the MLP, K taps, W earlier keys of a window.
 """
@@ -227,7 +229,7 @@ def window_here(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
 
 
 def window_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    """One mask of T x T: the definition too."""
+    """Attention with one T x T mask. It also serves as the definition."""
     age = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # (T, T)
     mask = (age >= 0) & (age <= W)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -315,14 +317,15 @@ def with_gradients(call: Call, inputs: list[Tensor], grads: list[Tensor]) -> lis
 
 
 def first_row(tensors: list[Tensor]) -> list[Tensor]:
-    """Of those that have a row for each text of the batch; the others are weights."""
+    """Keeps the first row of tensors that have one row for each text. The other tensors are weights."""
     return [x[:1] if x.shape[0] == B else x for x in tensors]
 
 
 def errors(call: Call, layer: Layer, inputs: list[Tensor]) -> list[float]:
-    """Relative errors of outputs and gradients on the first text of the batch, against the definition in fp64.
+    """Returns the relative errors of outputs and gradients on the first text of the batch, against the definition in
+    fp64.
 
-    The other texts get a gradient of zero, so that the weights' gradients are those of the first.
+    The other texts get an output gradient of zero, so that the weights' gradients come from the first text alone.
     """
     wide = [x.double() for x in first_row(inputs)]
     with torch.no_grad():
@@ -337,7 +340,9 @@ def errors(call: Call, layer: Layer, inputs: list[Tensor]) -> list[float]:
 
 
 def measure(name: str, layer: Layer, implementation: str, allowed: list[float]) -> list[dict]:
-    """A row for the forward pass and one for both; `allowed` are the largest errors that count as right."""
+    """Returns a row for the forward pass and one for forward + backward.
+
+    `allowed`: largest errors that count as right."""
     call = layer.implementations[implementation]
     passes = ("forward", "forward+backward")
     rows: list[dict] = [

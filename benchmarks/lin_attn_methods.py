@@ -1,4 +1,4 @@
-"""The methods that `lin_attn_profile.py` compares: ours, PyTorch's, and those of other libraries where they are installed.
+"""The methods that `lin_attn_profile.py` compares: ours, PyTorch's, and those of other libraries if they are installed.
 
 Shapes: B batch, N tokens, H heads, d query/key size, D value size.
 """

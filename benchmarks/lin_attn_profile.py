@@ -1,11 +1,11 @@
-"""Prefill of linear attention on one GPU against its peers: time, bandwidth, error (paper figure 2 and table 5).
+"""Measures prefill of linear attention on one GPU against other methods: time, bandwidth, error (paper table 5).
 
-Every method is checked against fp64 on two heads, at the shape that is timed, before its time counts; a failure
-is a row with its reason. All rows of one run go to one file: JSON, CSV and a plot.
+Before it is timed, every method is compared with fp64 on two heads at the same shape. A method that fails gets a row
+with the reason. All rows of one run are written to one JSON file, one CSV file and one plot.
 
 Shapes: B batch, N tokens, H = 16 heads, d = 16, D = 64, bf16, causal. JRT-RNN reads a prefix of N / 2 and a text of N;
-JRT-Prompt is Based on 2 N. Softmax rows have head size 64. Times are the median of CUDA-event pairs, each queued behind
-a pause of 1 ms: the host is measured only where launching takes longer than that.
+JRT-Prompt is Based on 2 N. Softmax attention has head size 64. A time is the median over pairs of CUDA events. Before
+each pair the GPU pauses for 1 ms, so that launching the call (up to 1 ms on the host) is not measured.
 
     python benchmarks/lin_attn_profile.py --output benchmarks/results
     python benchmarks/lin_attn_profile.py --plot benchmarks/results/lin_attn_profile.json
@@ -71,7 +71,7 @@ class Row:
 
 
 def exact_head(x: Inputs, batch: int, head: int, kind: str, normalized: bool) -> Tensor:
-    """fp64, by definition, in blocks of rows: (N, D)."""
+    """Returns one head's right answer (N, D), by the definition in fp64, computed in blocks of rows."""
     q, k, v = (y[batch, :, head].double() for y in (x.q, x.k, x.v))
     offset = 0
     if x.k_prefix is not None:
@@ -107,7 +107,9 @@ def relative_error(o: Tensor, exact: Tensor) -> float:
 
 
 def median_ms(call: Callable[[int], object], limit_seconds: float = 1.0) -> tuple[float, int]:
-    """Median and number of timed calls: 50, fewer for calls over 20 ms. `call` gets the repeat's number."""
+    """Returns the median milliseconds and the number of timed calls: 50, or fewer if a call takes over 20 ms.
+
+    `call` gets the number of the repeat as its argument."""
     for i in range(2):
         call(i)
     torch.cuda.synchronize()
@@ -130,7 +132,7 @@ def median_ms(call: Callable[[int], object], limit_seconds: float = 1.0) -> tupl
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a device-to-device copy of 2 GiB."""
+    """Returns the bytes per second, read and written, of a device-to-device copy of 2 GiB."""
     x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     y = torch.empty_like(x)
     return 2 * x.nbytes / median_ms(lambda _: y.copy_(x))[0] * 1e3
@@ -148,13 +150,15 @@ def draw(shape: Shape, method: Method) -> Inputs:
 
 
 def unavoidable_bytes(x: Inputs, shape: Shape, kind: str) -> int:
-    """Inputs read once, output and final state written once."""
+    """Returns the bytes that no method avoids: inputs read once, output and final state written once."""
     state = 4 * shape.B * shape.H * ops.feature_count(shape.d) * (shape.D + 1) if kind == "linear" else 0
     return x.bytes + x.v.nbytes + state
 
 
 def arithmetic(shape: Shape, method: Method) -> float:
-    """Floating-point operations of the formula: softmax N^2 / 2 pairs; linear in chunks of 64 with 153 features."""
+    """Returns the floating-point operations of a method's formula.
+
+    Softmax has N^2 / 2 pairs of tokens; linear attention has chunks of 64 tokens and 153 features."""
     length = shape.N * method.length_factor
     if method.kind == "softmax":
         return shape.B * shape.H * 2.0 * length**2 * VALUE_DIM
@@ -165,7 +169,7 @@ def arithmetic(shape: Shape, method: Method) -> float:
 
 
 def measure(method: Method, shape: Shape, bandwidth: float, truth: dict[tuple, Tensor]) -> Row:
-    """One row. `truth` keeps the right answers of this shape from method to method."""
+    """Measures one method. `truth` stores the right answers of this shape for the next method."""
     row = Row(method.name, shape, method.kernel)
     torch.manual_seed(shape.N + shape.B)
     torch.cuda.empty_cache()
@@ -207,7 +211,7 @@ def measure(method: Method, shape: Shape, bandwidth: float, truth: dict[tuple, T
 
 
 def measure_decode(batch: int, bandwidth: float) -> Row:
-    """One token on top of a state that is updated in place, one layer."""
+    """Measures decoding one token in one layer, with a state that is updated in place."""
     shape = Shape(batch, HEADS, 1, DIM, VALUE_DIM)
     row = Row("decode step", shape, "jrt_kernels decode")
     torch.manual_seed(batch)
@@ -256,7 +260,7 @@ def repeatable(shape: Shape) -> bool:
 
 
 def eager_error(x: Inputs, heads: list[tuple[int, int]], exact: Tensor) -> float:
-    """Error of eager PyTorch in the inputs' dtype on the same heads."""
+    """Returns the error of eager PyTorch in the inputs' dtype on the same heads."""
 
     def pick(y: Tensor) -> Tensor:
         return torch.stack([y[b, :, h] for b, h in heads])[:, :, None]  # (2, N, 1, .)

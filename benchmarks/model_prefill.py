@@ -1,7 +1,7 @@
-"""Time to the first token of whole JRT models through `generate`, with the Hopper kernels and without.
+"""Measures the time to the first token of whole JRT models through `generate`, with and without the Hopper kernels.
 
-Weights are random: time does not depend on them. Each pair is checked first: the last token's logits of the two
-backends may differ by what bf16 rounding adds up to over the layers.
+Weights are random, because time does not depend on them. Before timing, the last token's logits of the two backends are
+compared. They may differ by bf16 rounding errors, which add up over the layers.
 
 Shapes: B batch, N prompt tokens.
 
@@ -32,7 +32,7 @@ REPEATS = 10
 
 
 def backend(kernels: bool) -> contextlib.AbstractContextManager:
-    """With the kernels where they can serve, or without them."""
+    """Inside this context, the Hopper kernels are used if they can run (kernels true), or not at all."""
     return contextlib.nullcontext() if kernels else mock.patch.object(cuda, "unsupported", lambda *_: "switched off")
 
 

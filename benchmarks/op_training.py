@@ -1,10 +1,11 @@
-"""Time and memory of the op in training: forward, and forward + backward, beside attention and other libraries.
+"""Measures time and memory of linear attention in training, beside softmax attention and other libraries.
 
     python benchmarks/op_training.py [--output FILE]
 
-Every method is first held to fp64 on a few heads (outputs and gradients); what is wrong is not timed. The time is that
-of the GPU: the call is captured in one CUDA graph and replayed, on inputs that rotate so that no cache keeps them, and
-`eager_ms` is the same call without a graph. `extra_bytes` is memory at the peak beyond inputs, output and gradients.
+The forward pass, and forward and backward together, are measured. Outputs and gradients of every method are first
+compared with fp64 on one head; a wrong method is not timed. The call is captured in a CUDA graph and replayed, so that
+only the GPU's time counts. Several sets of inputs are used in turn, so that no cache holds them. `eager_ms` is the time
+without a graph. `extra_bytes` is the peak memory beyond inputs, output and gradients.
 
 Shapes: B batch, N tokens, H heads, d query/key size, D value size; `prefix` tokens are read before the text.
 """
@@ -77,7 +78,7 @@ def fla_based(name: str) -> Callable[..., Tensor]:
 
 
 def limit_tuning(most: int) -> None:
-    """Lets kernels that tune themselves try `most` of their configurations, evenly taken out of their list."""
+    """Makes kernels that tune themselves try only `most` of their configurations, spread evenly over their list."""
     from triton.runtime.autotuner import Autotuner
 
     every = Autotuner.prune_configs
@@ -148,7 +149,7 @@ def draw(method: Method, batch: int, tokens: int) -> list[Tensor]:
 
 
 def exact(kind: str, q: Tensor, k: Tensor, v: Tensor, *prefix: Tensor) -> Tensor:
-    """The definition in the inputs' dtype, in blocks of queries; one head (B, N, 1, .)."""
+    """Computes the definition in the inputs' dtype, in blocks of queries, for one head (B, N, 1, .)."""
     offset = 0
     if prefix:
         k, v = torch.cat([prefix[0], k], 1), torch.cat([prefix[1], v], 1)
@@ -172,7 +173,7 @@ def with_gradients(call: Callable[..., Tensor], inputs: list[Tensor], do: Tensor
 
 
 def wrong(method: Method, tokens: int, backward: bool) -> str | None:
-    """Why the method's results do not count as right, or None. One row of the batch, its first head."""
+    """Returns why the method's results are wrong, or None. Only the first head of one text is compared."""
     if method.kind == "other":
         return None
     inputs = draw(method, 1, min(tokens, 4096))

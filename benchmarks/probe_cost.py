@@ -1,9 +1,10 @@
-"""What the probe of a foreign model costs when `jrt eval` opens it: calls, tokens, and processor seconds.
+"""Measures the cost of the probe, the checks that `jrt eval` runs when it opens a model that is not of this project.
 
     python benchmarks/probe_cost.py [--json FILE]
 
-A Llama of SmolLM2-135M's sizes and a GPT-2 of the smallest published sizes, with random weights, on one thread. Beside it
-stand the seconds of opening the model, and of one prompt of 512 tokens with 48 new tokens.
+The models are a Llama of SmolLM2-135M's sizes and the smallest published GPT-2, with random weights, on one thread. A
+row has the probe's calls, tokens and processor seconds, and for comparison the seconds of opening the model and of
+answering one prompt of 512 tokens with 48 new tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def measured(folder: str) -> dict[str, float]:
-    """Calls and tokens of the probe, and processor seconds of opening, probing and answering one prompt."""
+    """Returns calls and tokens of the probe, and the processor seconds of opening, probing and answering one prompt."""
     start = time.process_time()
     opened = open_model(ModelSpec(folder))
     open_seconds = time.process_time() - start

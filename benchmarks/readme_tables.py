@@ -1,6 +1,7 @@
-"""Writes the tables of README.md and docs/figures.md out of benchmarks/results/*.json.
+"""Writes the tables of README.md and docs/figures.md from benchmarks/results/*.json.
 
-A document marks the place of a table by `<!-- table: NAME -->` and `<!-- /table -->`; what stands between is rewritten.
+In a document, `<!-- table: NAME -->` and `<!-- /table -->` mark the place of a table. The text between them is
+replaced.
 
 python benchmarks/readme_tables.py          # rewrites both documents
 python benchmarks/readme_tables.py --check  # exit status 1 where it would change anything
@@ -158,7 +159,7 @@ def generation() -> str:
 
 
 def generation_notes(report: dict) -> str:
-    """What differs between the two loops in bf16, and how long a process takes to its first answer."""
+    """Returns the notes below the generation table: differing tokens in bf16, and the time to the first answer."""
     compared = [row for row in report["rows"] if row["compared_tokens"]]
     differ = (f"{row['method']} {row['differing_tokens']} of {row['compared_tokens']:,}" for row in compared)
     cold = [f"{name} {seconds:.1f} s" for name, seconds in report["cold_start_s"].items()] or ["not measured"]
@@ -313,7 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """The document with each marked table made anew. Raises KeyError for a table that nothing here makes."""
+    """Returns the document with each marked table replaced. Raises KeyError for an unknown table name."""
     return MARKED.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 

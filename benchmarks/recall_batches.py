@@ -1,8 +1,9 @@
-"""Answers that change with the batch: the same items in batches of 1, 8 and 32, in fp32 (none may) and in bf16 (counted).
+"""Counts answers that change with the batch size: the same items in batches of 1, 8 and 32, in fp32 and in bf16.
 
     python benchmarks/recall_batches.py [--models mini-jrt FOLDER ...] [--limit 64] [--device cuda]
 
-Both `jrt eval` and lm-eval's `hf` model class with the plugin answer; models of this project are no `hf` models there.
+In fp32 no answer may change. The items are answered by `jrt eval` and by lm-eval's `hf` model class with the plugin.
+Models of this project cannot be run by the `hf` class, so they are answered by `jrt eval` only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TASK = "recall_reference_pages_512"
 
 
 def ours(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
-    """Answers of `jrt eval` by item."""
+    """Returns the answers of `jrt eval`, by item."""
     chosen = plan(Request((spec,), (TASK,), ("once",), None, limit))
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(chosen, LocalPool(), Path(folder) / "run", size)
@@ -34,7 +35,7 @@ def ours(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
 
 
 def theirs(spec: ModelSpec, limit: int, size: int) -> dict[str, str]:
-    """Answers of lm-eval's hf class by item."""
+    """Returns the answers of lm-eval's hf class, by item."""
     opened = open_model(spec)
     lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size, backend="causal")
     manager = TaskManager(include_path=str(task_folder()), include_defaults=False, metadata={"max_items": limit})

@@ -1,15 +1,15 @@
-"""Items a second of `jrt eval` and of plain lm-eval: the same model, questions and machine, in one process.
+"""Measures items per second of `jrt eval` and of plain lm-eval with the same model, questions and machine.
 
     python benchmarks/recall_eval.py --passages FOLDER [--device cuda --dtype bfloat16] [--limit 128]
 
-lm-eval runs its stock `hf` model class over the plugin's tasks, with batches of 1 (what people do today), of `auto` (on a
-GPU), and of 16. Each way has answered one warm-up task before its time counts; then they take turns for `--rounds` rounds, and
-the median of a way's rounds is its time. What is timed is the evaluation alone, without opening model and data. In fp32 at
-most 1% of the answers may differ (near ties of two logits), else there is no figure; in lower precision their number is
-reported.
+lm-eval runs its own `hf` model class on the plugin's tasks, with batch sizes 1 (the usual choice), 16, and on a GPU
+also `auto`. All run in one process. Each first answers one warm-up task; then they take turns for `--rounds` rounds,
+and the median of the rounds is reported. Only the evaluation is timed, not opening the model and the data. In fp32 at
+most 1% of the answers may differ (because two logits are nearly equal), else no figure is written. In lower precision
+their number is reported.
 
-Models: the mini models as they are, and `llama-135m`, a Llama of SmolLM2-135M's sizes with random weights, which seldom
-ends a line and so always decodes all its tokens.
+The models are the mini models, and `llama-135m`, a Llama of SmolLM2-135M's sizes with random weights. Its answers
+seldom have a line end, so it decodes all its tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Recall of the four mini models on reference pages, once and twice read: the demo's cells, at any windows.
+"""Measures recall of the four mini models on reference pages, read once and twice, as the demo does, at any windows.
 
     python benchmarks/recall_minis.py [--windows 512 1024 2048] [--limit 160] [--device cuda]
 
-Goes on where it stopped; runs/recall_minis holds every answer.
+The same command, started again, continues where it stopped. runs/recall_minis holds every answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark keeps of a run: one JSON file with the command, machine, versions, commit and date."""
+"""Writes the result of a benchmark as one JSON file, with the command, device, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def without_machine(argument: str) -> str:
-    """The argument; of a path on this machine only its last part."""
+    """Returns a command's argument. Of an absolute path, only the last part is kept."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 

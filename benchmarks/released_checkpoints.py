@@ -1,10 +1,11 @@
-"""Full-size released checkpoints: how long it takes to convert and load them, and how much memory at its worst.
+"""Measures time and peak memory of converting and loading full-size checkpoints in the released format.
 
     python benchmarks/released_checkpoints.py --json benchmarks/results/released_checkpoints.json
 
-Writes JRT-1B and attn-1B with random weights as the release did (config.json, pytorch_model.bin with `model.` names and
-the trainer's counters), converts them, and loads both forms on the CPU and, where there is one, on the GPU. Each stage runs in
-a process of its own. A load whose logits differ from those of the released form ends the run without a figure.
+JRT-1B and attn-1B are written with random weights in the released format (config.json, and pytorch_model.bin with
+`model.` names and the trainer's counters). They are converted, and both forms are loaded on the CPU and, if there is
+one, on the GPU. Each stage runs in a process of its own. If the logits of a loaded model differ from those of the
+released form, the run ends without a figure.
 """
 
 import argparse
@@ -41,7 +42,7 @@ COMMON = {
 
 
 def released_config(core: Config) -> dict:
-    """config.json of a released model with these sizes."""
+    """Returns the config.json of a released model with these sizes."""
     config = COMMON | {"n_embd": core.width, "n_head": core.heads, "n_layer": len(core.pattern)}
     if core.pattern == "A" * len(core.pattern):
         return config | {"n_inner": None, "rotary_emb_fraction": 0.5, "pad_vocab_size_multiple": 16}
@@ -91,13 +92,13 @@ def write_released(folder: Path, preset: str) -> None:
 
 
 def resident_peak() -> int:
-    """Bytes: the highest resident size of this process so far."""
+    """Returns the peak resident memory of this process so far, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def stage(name: str, source: Path, out: Path, device: str, dtype: str | None) -> dict:
-    """Runs one stage in this process; seconds, bytes, and for loads the logits of a short text."""
+    """Runs one stage in this process. Returns seconds, bytes, and for a load the logits of a short text."""
     if device == "cuda":
         torch.cuda.init()
         torch.zeros(1, device="cuda")
@@ -120,7 +121,7 @@ def stage(name: str, source: Path, out: Path, device: str, dtype: str | None) ->
 
 
 def in_process(*arguments: object) -> dict:
-    """`stage` in a fresh process, forked from one that has imported everything and done nothing."""
+    """Runs `stage` in a fresh process, forked from one that has imported everything and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jrt.checkpoints.convert"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -128,7 +129,7 @@ def in_process(*arguments: object) -> dict:
 
 
 def measure(name: str, work: Path) -> list[dict]:
-    """All stages of one model; its files are removed in the end."""
+    """Runs all stages of one model. Its files are removed at the end."""
     source, converted = work / name, work / f"{name}-converted"
     start = time.perf_counter()
     write_released(source, MODELS[name])

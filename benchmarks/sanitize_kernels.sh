@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# compute-sanitizer over every kernel at small shapes: memcheck (bounds, alignment) and racecheck (shared memory).
+# Runs every kernel at small shapes under compute-sanitizer: memcheck (bounds, alignment) and racecheck (shared memory).
 #
 #     bash benchmarks/sanitize_kernels.sh [LOG FOLDER [KERNELS ...]]
 #
-# KERNELS: hopper, triton, step (benchmarks/kernel_launches.py); all three if none is named. The Triton kernels go through
-# memcheck only: Triton's compiler places the barriers of its shared memory.
-# Needs compute-sanitizer (of the CUDA toolkit) and, for hopper, a Hopper GPU and an importable jrt_kernels. Fails where a
-# tool finds something.
+# KERNELS: hopper, triton, step (benchmarks/kernel_launches.py); all three if none is named. The Triton kernels run under
+# memcheck only, because Triton's compiler places the barriers of their shared memory.
+# Needs compute-sanitizer (from the CUDA toolkit) and, for hopper, a Hopper GPU and an importable jrt_kernels. The exit
+# status is not 0 if a tool finds an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 logs=${1:-runs/sanitize}
 shift || true
 mkdir -p "$logs"
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else an access past one tensor lands in its neighbour, unseen
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else an access past a tensor could hit the next tensor, unnoticed
 for kernels in "${@:-hopper triton step}"; do
     for kernel in $kernels; do
         for tool in memcheck racecheck; do

@@ -1,10 +1,10 @@
-"""Time of the selective scan forward and backward at a training shape, each method checked before it is timed.
+"""Measures the selective scan, forward and backward, at a training shape. Each method is checked before it is timed.
 
     python3 benchmarks/selective_scan.py --json benchmarks/results/selective_scan.json
 
-The floor is the memory traffic that no method avoids, each input read once and each output written once, at the
-device's peak bandwidth (`--bandwidth`). Truth is the chunked backend in fp64; the bound on the error is twice that of
-the chunked backend in the dtype of the call.
+The floor is the time of the memory traffic that no method avoids (each input read once, each output written once) at
+the device's peak bandwidth (`--bandwidth`). Errors are measured against the chunked backend in fp64. They may be at
+most twice those of the chunked backend in the dtype of the call.
 """
 
 import argparse
@@ -21,7 +21,7 @@ OUTPUTS = ("y", "state", "du", "ddelta", "dA", "dB", "dC", "dD")
 
 
 def make_inputs(batch: int, steps: int, channels: int, states: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """u, delta, A, B, C, D in the ranges of a Mamba layer at initialisation."""
+    """Returns u, delta, A, B, C and D with values as in a Mamba layer at initialisation."""
     draw = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
@@ -58,7 +58,7 @@ def median_ms(call, repeats: int) -> float:
 
 
 def kernels(call) -> dict[str, float]:
-    """Milliseconds of each GPU kernel of one call, the longest first."""
+    """Returns the milliseconds of each GPU kernel of one call, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize()
@@ -101,7 +101,7 @@ def measure(
 
 
 def sweep(inputs: list[Tensor], dy: Tensor, repeats: int) -> None:
-    """Times of the kernels over steps of a chunk and channels of a program."""
+    """Times the kernels for several sizes of a chunk (in steps) and of a program (in channels)."""
     from jrt.ops import selective_scan_triton as kernel
 
     u, delta, A, B, C, D = (x.detach() for x in inputs)

@@ -1,4 +1,4 @@
-"""Where the time of a captured decoding step goes: each kernel's share of one replay of the graph.
+"""Measures each kernel's share of the time of a decoding step that is captured as a CUDA graph.
 
     python benchmarks/step_profile.py
 
@@ -28,7 +28,7 @@ STEPS = (("jrt-360m", 1), ("jrt-360m", 16), ("jrt-360m", 128), ("jrt-1.3b", 1), 
 
 
 def replay_ms(graph: torch.cuda.CUDAGraph, session: CapturedSession) -> float:
-    """Median time of a replay, of several one after the other."""
+    """Returns the median milliseconds of one replay, measured over several replays in a row."""
     times = []
     for _ in range(10):
         session.count.zero_()
@@ -43,7 +43,7 @@ def replay_ms(graph: torch.cuda.CUDAGraph, session: CapturedSession) -> float:
 
 
 def shares(graph: torch.cuda.CUDAGraph, session: CapturedSession) -> dict[str, list[float]]:
-    """Microseconds of each launch, by the name of the kernel."""
+    """Returns the microseconds of each launch, by the name of the kernel."""
     session.count.zero_()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         graph.replay()

@@ -1,6 +1,7 @@
-"""Tiny random models of transformers' recurrent and hybrid classes, and of a few others as controls.
+"""Makes tiny random models of transformers' recurrent and hybrid classes, and of a few other classes as controls.
 
-Two to six layers, at least one of each kind that the class has; a class that the installed transformers lacks is left out.
+A model has two to six layers, at least one of each kind that its class has. Classes that the installed transformers
+lacks are left out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 VOCABULARY = 256
-STD = 0.4  # of the weights: large enough that what a layer does wrong shows in the logits
+STD = 0.4  # standard deviation of the weights, large enough that a layer's error shows in the logits
 
 _SIZES = {
     "hidden_size": 32,
@@ -162,19 +163,19 @@ KINDS = CONTROLS | RECURRENT
 
 
 def available() -> list[str]:
-    """The kinds that the installed transformers has."""
+    """Returns the model types that the installed transformers has."""
     return [kind for kind, (name, _) in KINDS.items() if hasattr(transformers, name)]
 
 
 def configuration(kind: str) -> PretrainedConfig:
-    """A tiny configuration; begin and end tokens are 1 and 2, padding is 0."""
+    """Returns a tiny configuration. The begin token is 1, the end token 2, the padding token 0."""
     name, fields = KINDS[kind]
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return getattr(transformers, name)(**tokens, **fields)
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, always the same."""
+    """Returns a model with random weights, the same ones for the same seed."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configuration(kind))
     with torch.no_grad():

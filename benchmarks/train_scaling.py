@@ -1,11 +1,12 @@
-"""Training on several GPUs of one machine: speed, memory and losses of `train/run.py`, as it is started by users.
+"""Measures training on several GPUs of one machine: speed, memory and losses of `train/run.py`, started as users do.
 
     python benchmarks/train_scaling.py --gpus 1 2                   # both models, DDP and FSDP2, to results/train_scaling.json
     python benchmarks/train_scaling.py --gpus 1 2 --resume          # a run that changes from 2 GPUs to 1 and back
     python benchmarks/train_scaling.py --gpus 1 2 --cpu --presets debug --steps 6 --length 128     # tries the script
 
-Tokens are synthetic. "weak": each GPU has the same rows a step, so the batch grows with their number. "strong": the batch
-is the same for every number of GPUs, and fewer of them make more passes over it; its losses must agree.
+Tokens are synthetic. In "weak" scaling each GPU has the same number of rows in a step, so the batch grows with the
+number of GPUs. In "strong" scaling the batch is always the same, and fewer GPUs split it into more passes; then the
+losses must agree.
 
     efficiency = tokens/s of N GPUs / (N x tokens/s of the same rows or batch on one)
 """
@@ -36,7 +37,7 @@ TOLERANCE = 1e-3  # between the losses of one GPU and of several, relative
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: how a batch of `batch` rows is dealt out."""
+    """One run: how a batch of `batch` rows is divided among the GPUs."""
 
     preset: str
     strategy: str
@@ -49,14 +50,14 @@ class Setting:
         return min(ROWS.get(self.preset, 4), self.batch // self.gpus)
 
     def scaling(self, most: int) -> list[str]:
-        """Which curves the run belongs to."""
+        """Returns the scaling curves ("weak", "strong") that the run belongs to."""
         weak = self.batch == self.gpus * ROWS.get(self.preset, 4)
         strong = self.batch == most * ROWS.get(self.preset, 4)
         return ["weak"] * weak + ["strong"] * strong
 
 
 def settings(names: list[str], strategies: list[str], gpus: list[int]) -> list[Setting]:
-    """Every run once; on one GPU the strategies are the same."""
+    """Returns every run once. On one GPU all strategies are the same, so only one of them is run."""
     found = []
     for preset in names:
         rows, most = ROWS.get(preset, 4), max(gpus)
@@ -68,7 +69,7 @@ def settings(names: list[str], strategies: list[str], gpus: list[int]) -> list[S
 
 
 def make_text(folder: Path, length: int, vocabulary: int) -> None:
-    """Token files of random ids in 2,000 windows, more than any run here reads."""
+    """Writes token files of 2,000 windows of random ids, more than any run here reads."""
     generator = np.random.default_rng(0)
     for split, windows in (("train", 2000), ("validation", 8)):
         ids = generator.integers(0, vocabulary, windows * length + 1, dtype=np.uint16)
@@ -80,7 +81,7 @@ def run(setting: Setting, text: Path, output: Path, options: argparse.Namespace,
     """Trains, and returns the rows of metrics.csv.
 
     Raises:
-        SystemExit: the run failed; with what it said.
+        SystemExit: the run failed. The message has its output.
     """
     command = [sys.executable, str(RUN), f"preset={setting.preset}", "name=scaling", f"steps={options.steps}"]
     command += [f"output={output}", f"data.folder={text}", f"data.length={options.length}", "export=false"]
@@ -117,7 +118,7 @@ def measured(setting: Setting, text: Path, output: Path, options: argparse.Names
 
 
 def compare(rows: list[dict]) -> None:
-    """Adds efficiency and the difference of losses, against one GPU."""
+    """Adds to each row its efficiency and the difference of its losses, compared with one GPU."""
     for row in rows:
         alone = [r for r in rows if r["method"] == row["method"] and r["gpus"] == 1]
         same = [r for r in alone if r["shape"] == row["shape"]]
@@ -131,14 +132,14 @@ def compare(rows: list[dict]) -> None:
 
 
 def difference(losses: dict[int, float], expected: dict[int, float]) -> float:
-    """The largest relative difference."""
+    """Returns the largest relative difference."""
     if losses.keys() != expected.keys():
         raise ValueError(f"losses of steps {sorted(losses)} and {sorted(expected)} cannot be compared")
     return max(abs(losses[step] - value) / abs(value) for step, value in expected.items())
 
 
 def resumed(preset: str, strategy: str, text: Path, folder: Path, options: argparse.Namespace) -> dict:
-    """One GPU throughout, beside a run whose thirds run on many GPUs, on one, and on many."""
+    """Compares a run on one GPU with a run that changes: a third on many GPUs, a third on one, a third on many."""
     most, third = max(options.gpus), options.steps // 3
     batch = most * ROWS.get(preset, 4)
     alone = run(Setting(preset, strategy, 1, batch), text, folder / "alone", options)

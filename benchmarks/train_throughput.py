@@ -1,4 +1,4 @@
-"""Training speed on one GPU: every family and size at T 2,048, each beside a plain PyTorch Transformer++ in the same call.
+"""Measures training speed on one GPU: every family and size at T = 2,048, beside a plain PyTorch Transformer++.
 
     python benchmarks/train_throughput.py                       # all rows, to benchmarks/results/train_throughput.json
     python benchmarks/train_throughput.py --rows jrt-360m --steps 5
@@ -35,7 +35,7 @@ from jrt.training.objective import Objective, prefix_of
 
 @dataclass(frozen=True)
 class Row:
-    """What is timed."""
+    """What is timed in one row of the result."""
 
     method: str
     batch: int
@@ -61,7 +61,7 @@ PLAIN_ROWS = 50304
 
 @dataclass
 class Timed:
-    """What a row gave."""
+    """The measurements of one row."""
 
     first_step: float
     seconds: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Timed:
 
 
 class PlainBlock(nn.Module):
-    """What people write first: RMSNorm, SDPA with rotary positions, SwiGLU."""
+    """A simple block: RMSNorm, SDPA with rotary positions, SwiGLU."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainTransformer(nn.Module):
-    """A Transformer++ with tied embeddings; its loss holds all logits."""
+    """A Transformer++ with tied embeddings. Its loss keeps the logits of all tokens in memory."""
 
     def __init__(self, layers: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ class PlainTransformer(nn.Module):
 
 
 def plain(size: str, device: torch.device, compiles: bool):
-    """A plain model and its loss for ids, as one compiled function."""
+    """Returns a plain model and the function from ids to its loss, compiled as one."""
     model = PlainTransformer(*PLAIN[size]).to(device)
     return model, (torch.compile(model, dynamic=False) if compiles else model)
 
 
 def ours(config: Config, row: Row, length: int, device: torch.device, compiles: bool):
-    """A model of this project and its loss for ids, as train/loop.py computes it."""
+    """Returns a model of this project and the function from ids to its loss, as train/loop.py computes it."""
     kind = "jrt" if config.has("P") else "causal"
     objective = Objective(kind, config.vocab_rows - 1)
     prefix = prefix_of(config, kind, length)
@@ -182,7 +182,7 @@ def timed(
 
 
 def backend_of(config: Config | None, row: Row, device: torch.device) -> str:
-    """What computed linear attention or the scan, and the loss."""
+    """Returns the names of the backends that computed the mixer and the loss."""
     loss = "liger" if has_liger() and device.type == "cuda" else "chunked loss"
     if config is None:
         return "sdpa, whole logits"

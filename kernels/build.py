@@ -1,4 +1,4 @@
-"""Builds the extension module `jrt_kernels` with nvcc alone: one compiler per source file, side by side.
+"""Builds the extension module `jrt_kernels` with nvcc alone. The source files are compiled in parallel.
 
 Called by setup.py when JRT_BUILD_KERNELS=1, or by hand: `python kernels/build.py OUTPUT_DIRECTORY`.
 """
@@ -52,7 +52,7 @@ def find_nvcc() -> Path:
 
 
 def check_tools(nvcc: Path) -> None:
-    """Raises BuildError where nvcc is too old or pybind11 is not installed."""
+    """Raises BuildError if nvcc is too old or pybind11 is not installed."""
     release = re.search(r"release (\d+)\.(\d+)", _run([str(nvcc), "--version"]))
     if release is None or (int(release[1]), int(release[2])) < OLDEST_NVCC:
         found = "one that does not say its release" if release is None else f"{release[1]}.{release[2]}"
@@ -93,7 +93,9 @@ def compile_module(output: Path, build_directory: Path, extra_flags: tuple[str, 
 
 
 def extensions() -> list[Extension]:
-    """For setup(), with BuildKernels as build_ext. Exits with one line where it could not work."""
+    """Returns the extension for setuptools' setup(), with BuildKernels as build_ext.
+
+    Exits with one line if the build cannot work."""
     try:
         check_tools(find_nvcc())
     except BuildError as error:

@@ -1,6 +1,7 @@
-"""Writes the lm-eval task files of `jrt_recall/tasks`: one small YAML per task and strategy, all on `_recall`.
+"""Writes the lm-eval task files of `jrt_recall/tasks`: one small YAML file for each task and strategy.
 
-Run it after a change of the tables below: `python lm-eval-harness/write_tasks.py`. A test holds files and tables equal.
+All of them include `_recall`, which holds what they share. Run this after a change of the tables below:
+`python lm-eval-harness/write_tasks.py`. A test checks that the files agree with the tables.
 """
 
 from pathlib import Path
@@ -78,7 +79,15 @@ metadata: {version: 2.0}
 
 
 def task_file(name: str, recall_task: str, reading: str, protocol: str, tag: str) -> str:
-    """The text of one task file."""
+    """Returns the text of one task file.
+
+    Args:
+        name: the task's name in lm-eval.
+        recall_task: the task whose documents it asks.
+        reading: a strategy's name or "n_times".
+        protocol: name of the default protocol.
+        tag: lm-eval's tag, under which all tasks of one kind and strategy can be run together.
+    """
     return (
         f"include: _recall\ntask: {name}\ntag: {tag}\n"
         f"dataset_kwargs: {{recall_task: {recall_task}, reading: {reading}}}\n"
@@ -87,7 +96,7 @@ def task_file(name: str, recall_task: str, reading: str, protocol: str, tag: str
 
 
 def task_files() -> dict[str, str]:
-    """File name -> text, for all files of the folder."""
+    """Returns the text of each file in the folder, by file name."""
     files = {"_recall": BASE}
     tables = [(f"recall_{task}", task, default(task)) for task in PUBLISHED]
     tables += [(f"recall_reference_pages_{size}", f"reference_pages_{size}", f"pages-{size}") for size in PAGE_WINDOWS]

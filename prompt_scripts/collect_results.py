@@ -1,4 +1,7 @@
-"""Table 1 from the runs in a folder: `python collect_results.py RUNS [--output FOLDER]` is `jrt report --layout table1`."""
+"""Prints Table 1 from the runs in a folder:
+
+`python collect_results.py RUNS [--output FOLDER]` is `jrt report RUNS --layout table1`.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-# What the scripts here and in architecture_scripts share: arguments, and one `jrt eval` run with its table.
+# Functions for the scripts here and in architecture_scripts: reading arguments, running `jrt eval`, printing the table.
 # Options after OUTPUT_DIR: --models A,B  --tasks A,B  --limit N  --batch-size B  --device D  --workers W  --dry-run  -- MORE OPTIONS OF jrt eval
 
 read_arguments() {
@@ -36,18 +36,19 @@ step() {
   if [ -z "$dry_run" ]; then "$@"; fi
 }
 
-# One run into $output/NAME, gone on with if it is there: evaluate NAME TASKS STRATEGIES PROTOCOL
+# Runs `jrt eval` with results in $output/NAME, and resumes a run that is there: evaluate NAME TASKS STRATEGIES PROTOCOL
 evaluate() {
   step jrt eval --model "$models" --tasks "${tasks:-$2}" --strategy "$3" --protocol "$4" --batch-size "$batch_size" \
     --device "$device" --output "$output/$1" --resume ${workers:+--workers "$workers"} ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
 }
 
-# The paper's table of the runs in $output; a report of what was measured where --tasks chose other tasks: collect [--layout NAME]
+# Prints the paper's table of the runs in $output, or a plain report if --tasks chose other tasks: collect [--layout NAME]
 collect() {
   if [ -z "$tasks" ]; then step python "$(dirname "$0")/collect_results.py" "$output" "$@"; else step jrt report "$output"; fi
 }
 
-# Runs a command beside others, at most $workers (1 if not given) at once; `await_all` waits for the last and fails with the first that failed.
+# Runs a command in the background, at most $workers (1 if not given) at once. `await_all` waits for all that still run and
+# fails if one of them failed.
 jobs_running=()
 beside() {
   if [ -n "$dry_run" ]; then step "$@"; return; fi

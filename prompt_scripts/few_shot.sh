@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Table 14: default, 2-shot and JRT-Prompt of Mamba. The same runs give Table 13 (error modes): `jrt report OUTPUT_DIR --layout table13`.
+# Table 14: Mamba with the default prompt, two examples (2-shot), and JRT-Prompt.
+# The same runs give Table 13 (error modes): `jrt report OUTPUT_DIR --layout table13`.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Table 1 for models of the Hugging Face hub (GLA, Mamba, Mamba-2): six tasks, read once and twice, window 1000 / 50.
-# The mean gain of both scripts' runs: `jrt report OUTPUT_DIRS --layout mean-gain`. Tables 13 and 14: few_shot.sh.
+# The mean gain over the runs of this script and of run_jrt_prompt_hazy.sh: `jrt report OUTPUT_DIRS --layout mean-gain`.
+# Tables 13 and 14: few_shot.sh.
 # Models outside transformers itself (GLA) need the package flash-linear-attention.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

@@ -19,7 +19,9 @@ from synthetics.workers import check_device, train_all
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 also where --minutes are over before the sweep is: the printed line says what to do."""
+    """Runs the command and returns its exit code.
+
+    The code is 0 also if --minutes end before the sweep does; the printed line then says how to continue."""
     parser = argparse.ArgumentParser(prog="python -m synthetics", description=__doc__.partition("\n")[0])
     parser.add_argument("sweep", metavar="NAME", help=f"one of {', '.join(SWEEPS)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Raises ValueError before anything is written for what cannot be run."""
+    """Runs a sweep. If it cannot run, raises ValueError before anything is written."""
     if options.sweep not in SWEEPS:
         raise ValueError(f"unknown sweep {options.sweep!r}: expected one of {', '.join(SWEEPS)}")
     if options.minutes is not None and not options.minutes > 0:
@@ -65,7 +67,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def part_of(items: Sequence[list[Run]], part: str) -> Sequence[list[Run]]:
-    """Neighbours of nearly equal number; raises ValueError for what is no part."""
+    """Returns part K of N of the items, for `part` "K/N". Parts are consecutive and nearly equal in size.
+
+    Raises ValueError for any other `part`."""
     numbers = part.split("/")
     if not (len(numbers) == 2 and all(each.isdecimal() for each in numbers)):
         raise ValueError(f"--part {part}: expected K/N, as in 1/3")

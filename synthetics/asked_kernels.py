@@ -1,4 +1,4 @@
-"""Triton kernels of `synthetics.taylor.weighted_sums`: a program reads the tokens of a row once.
+"""Triton kernels of `synthetics.taylor.weighted_sums`. One program handles one row and reads its tokens once.
 
 Shapes: R rows, J queries, T tokens, E width, L tokens of a tile.
 """
@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 32  # L
-QUERIES = 16  # most queries; the matrix units take no fewer columns
+QUERIES = 16  # most queries of a row; fewer are filled up with zeros, because the tensor cores need 16 columns
 
 
 def forward(queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `weighted_sums`, for at most QUERIES queries; all contiguous."""
+    """As `weighted_sums`, for at most QUERIES queries. queries and x must be contiguous."""
     rows, count, _ = queries.shape
     sums, totals = torch.empty_like(queries), queries.new_empty(rows, count, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -25,7 +25,7 @@ def forward(queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(queries: Tensor, x: Tensor, last: Tensor, dsums: Tensor, dtotals: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the queries and of x."""
+    """Returns the gradients of queries and x from those of the two results of `forward`."""
     dqueries, dx = torch.empty_like(queries), torch.empty_like(x)
     tensors = (queries, x, last.contiguous(), dsums.contiguous(), dtotals.contiguous())
     with torch.cuda.device_of(x):
@@ -41,7 +41,7 @@ def _sizes(queries: Tensor) -> dict[str, int]:
 
 @triton.jit
 def _load(x, row, places, end, E: tl.constexpr, PE: tl.constexpr):
-    """(places, PE) of a row's (end, E), zero beyond."""
+    """Loads these places of a row of (end, E) as (places, PE), with zeros outside."""
     e = tl.arange(0, PE)
     inside = (places < end)[:, None] & (e < E)[None, :]
     return tl.load(x + row * end * E + places[:, None] * E + e[None, :], mask=inside, other=0.0)

@@ -1,6 +1,6 @@
-"""What a gated short convolution does between its two projections, for the rows of many models.
+"""The part of a gated short convolution between its two projections, for the rows of many models at once.
 
-On a GPU this is a Triton kernel each way.
+On a GPU the forward and the backward pass are one Triton function each (`synthetics.convolution_kernels`).
 
 Shapes: M models, R rows of all models, T tokens, E channels, K taps.
 """
@@ -15,13 +15,14 @@ from torch import Tensor
 
 
 def gated_convolution(u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor) -> Tensor:
-    """silu(conv(u + bias)) x (gate + bias), as `jrt.mixers.conv.ShortConvolution` between its projections.
+    """silu(conv(value + bias)) x (gate + bias), as `jrt.mixers.conv.ShortConvolution` computes it.
 
     Args:
-        u: (R, T, 2 E), the input, then the gate, both without their bias; the rows of one model are neighbours.
-        bias: (M, 2 E), of the projection. Before the text there are zeros, without the bias.
-        taps: (M, E, K), the last one is now.
-        filter_bias: (M, E).
+        u: (R, T, 2 E), the first projection's output without its bias: E channels of value, then E of gate. The rows of
+            one model stand together.
+        bias: (M, 2 E), of the first projection. The convolution's zeros before the text do not get this bias.
+        taps: (M, E, K), the convolution's filter. The last tap is for the current token.
+        filter_bias: (M, E), of the convolution.
 
     Returns:
         (R, T, E) in the dtype of `u`.
@@ -39,7 +40,7 @@ def gated_convolution(u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor
 
 
 class GatedConvolution(torch.autograd.Function):
-    """`gated_convolution` by its kernels."""
+    """`gated_convolution` by its Triton kernels."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels of `synthetics.convolution`: element-wise work, and sums over tokens for biases and taps.
+"""Triton kernels of `synthetics.convolution`. The gradients of biases and taps are sums over tokens.
 
 Shapes: M models, B rows of each, R = M x B, T tokens, E channels, K taps, P programs a model, L tokens of a tile.
 """
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUMBERS = 1024  # of a tile
-PROGRAMS = 4096  # of all models together in the backward, which sums gradients of biases and taps over its tiles
+NUMBERS = 1024  # numbers in a tile
+PROGRAMS = 4096  # programs of all models in the backward; each sums gradients of biases and taps over its tiles
 
 
 def forward(u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor) -> Tensor:
-    """Arguments and result of `synthetics.convolution.gated_convolution`."""
+    """As `synthetics.convolution.gated_convolution`."""
     (rows, length, _), (models, width, _) = u.shape, taps.shape
     y = u.new_empty(rows, length, width)
     sizes = _sizes(taps)
@@ -30,7 +30,7 @@ def forward(u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor) -> Tenso
 def backward(
     dy: Tensor, u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, bias, taps and filter_bias."""
+    """Returns the gradients of u, bias, taps and filter_bias from that of the result, dy (R, T, E)."""
     (rows, length, _), (models, width, count) = u.shape, taps.shape
     sizes = _sizes(taps)
     per_model = rows // models
@@ -58,7 +58,7 @@ def _sizes(taps: Tensor) -> dict[str, int]:
 
 @triton.jit
 def _load(u, bias, t, e, T, E: tl.constexpr):
-    """Inputs (L, PE) of these tokens with their bias in fp32, zero before the text and beyond it."""
+    """Loads the inputs (L, PE) of these tokens plus their bias, in fp32. Places outside the text are 0."""
     inside = ((t >= 0) & (t < T))[:, None] & (e < E)[None, :]
     value = tl.load(u + t[:, None] * (2 * E) + e[None, :], mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, value + bias[None, :], 0.0)
@@ -66,7 +66,7 @@ def _load(u, bias, t, e, T, E: tl.constexpr):
 
 @triton.jit
 def _convolved(u, bias, taps, filter_bias, t, e, T, E: tl.constexpr, K: tl.constexpr):
-    """(L, PE): the convolution's results at these tokens; taps of one model (E, K)."""
+    """Returns the convolution at these tokens, (L, PE). taps are those of one model, (E, K)."""
     c = tl.load(filter_bias + e, mask=e < E, other=0.0)[None, :]
     for tap in tl.static_range(K):
         weight = tl.load(taps + e * K + tap, mask=e < E, other=0.0)
@@ -95,9 +95,10 @@ def _gate_gradient_kernel(
     dy, u, bias, taps, filter_bias, dc, du, sums, T, B,
     S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the convolution's results, of the gate (into the second half of du), of biases and taps.
+    """Gradients of the convolution's results (into dc), of the gate (second half of du), and of biases and taps.
 
-    One warp a program: it sums over the tokens of a tile six times, which more warps would have to wait for.
+    A program has one warp, because it sums over the tokens of a tile six times and more warps would wait for each
+    other.
     """
     model, e, s = tl.program_id(1).to(tl.int64), tl.arange(0, PE), tl.arange(0, S)
     own_bias = tl.load(bias + model * 2 * E + e, mask=e < E, other=0.0)
@@ -116,7 +117,7 @@ def _gate_gradient_kernel(
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(c)
         dgate = g * c * sigmoid
-        g = g * _load(own + E, gate_bias, t, e, T, E) * sigmoid * (1 + c * (1 - sigmoid))  # of c
+        g = g * _load(own + E, gate_bias, t, e, T, E) * sigmoid * (1 + c * (1 - sigmoid))  # gradient of c
         tl.store(dc + at, g.to(dc.dtype.element_ty), mask=inside)
         gate_at = row * T * 2 * E + t[:, None] * (2 * E) + E + e[None, :]
         tl.store(du + gate_at, dgate.to(du.dtype.element_ty), mask=inside)
@@ -139,7 +140,9 @@ def _input_gradient_kernel(
     dc, taps, du, T, B,
     E: tl.constexpr, K: tl.constexpr, PE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs (into the first half of du): each counts in its own result and in the next K - 1."""
+    """Gradients of the inputs (first half of du).
+
+    An input is used by the result of its own token and of the next K - 1."""
     row, t, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * L + tl.arange(0, L), tl.arange(0, PE)
     taps += row // B * E * K
     dvalue = tl.zeros((L, PE), tl.float32)

@@ -1,4 +1,4 @@
-"""Examples of recall tasks, drawn on the device in whole tensors.
+"""Examples of recall tasks. All examples of one size are drawn at once, as tensors on the device.
 
 An example is a context, then a question. Some columns of the question have an answer that the context holds:
 
@@ -6,9 +6,9 @@ An example is a context, then a question. Some columns of the question have an a
     question  SEPARATE_ANSWER
     answer    7
 
-`synthetics.readings` says in which order the model reads them. Ids 0 to 3 are special in every task.
+`synthetics.readings` says in which order the model reads context and question. Ids 0 to 3 are special in every task.
 
-Shapes: N examples, C context tokens, Q question tokens, K answers an example.
+Shapes: N examples, C context tokens, Q question tokens, K answers of an example.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MASK, PREFIX, SEPARATE_LISTS, SEPARATE_ANSWER = range(4)
 SPECIAL_TOKENS = 4
 IGNORED = -100
 TRAIN, TEST = 0, 1
-ATTEMPTS = 100  # redraws of test examples that are also training examples
+ATTEMPTS = 100  # how often test examples that are also training examples are drawn again
 
-Size = TypeVar("Size")  # of an example: what a task calls it by
+Size = TypeVar("Size")  # what a task sets the size of its examples by, such as a pair of list lengths
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Examples:
     question: Tensor  # (N, Q) int64
     asked: Tensor  # (N, K) int64, columns of the question after which an answer is due
     answers: Tensor  # (N, K) int64
-    other_order: Tensor  # (C,) int64, columns of the context that read its parts in the reverse order
+    other_order: Tensor  # (C,) int64, a permutation of the columns that puts the context's parts in reverse order
 
     def __len__(self) -> int:
         return len(self.context)
@@ -64,15 +64,15 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """In results."""
+        """The task's name in results."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids, the special ones included."""
+        """Number of ids, including the special ones."""
 
     @property
     def train_examples(self) -> int:
-        """Of each size."""
+        """Number of training examples of each size."""
 
     @property
     def longest(self) -> int:
@@ -82,17 +82,17 @@ class Task(Protocol):
         """Raises ValueError, before anything is drawn, for sizes that cannot be drawn."""
 
     def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
-        """Training and test examples; the same for the same seed and kind of device."""
+        """Draws training and test examples. They depend on the seed alone."""
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator whose numbers depend on the whole key and on nothing else."""
+    """Returns a CPU generator that is seeded with the whole key."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator().manual_seed(seed)
 
 
 def fingerprints(examples: Examples) -> Tensor:
-    """(N,) int64, equal for equal examples; different ones share one with a chance of about 2^-63."""
+    """Returns a hash of each example, (N,) int64. Two different examples collide with a probability of about 2^-63."""
     text = torch.cat([examples.context, examples.question], dim=1)  # (N, C + Q)
     weights = torch.randint(-(2**62), 2**62, (text.shape[1],), generator=torch.Generator().manual_seed(1)) | 1
     return (text * weights.to(text.device)).sum(1)  # wraps around
@@ -109,13 +109,13 @@ def draw_split(
     """Draws the training and test examples of a task.
 
     Args:
-        draw: gives so many examples of a size.
+        draw: called with a size, a number of examples and a generator; returns the examples.
         train, test: sizes.
-        train_examples, test_examples: of each size.
+        train_examples, test_examples: number of examples of each size.
         seed: of all draws.
 
     Raises:
-        ValueError: so few examples of a size exist that training holds nearly all.
+        ValueError: so few different examples of a size exist that the training data has nearly all of them.
     """
     drawn, seen, tests = [], {}, []
     for index, size in enumerate(train):
@@ -134,16 +134,16 @@ def draw_split(
 def draw_unseen(
     draw: Callable[[int, torch.Generator], Examples], count: int, random: torch.Generator, seen: Tensor
 ) -> Examples:
-    """Draws examples none of which is among those seen.
+    """Draws examples that are not among those already seen.
 
     Args:
-        draw: gives so many examples.
+        draw: called with a number of examples and a generator; returns the examples.
         count: N.
-        random: what `draw` is called with.
-        seen: (S,) fingerprints.
+        random: generator for `draw`.
+        seen: (S,) fingerprints of the examples already seen.
 
     Raises:
-        ValueError: nearly all that can be drawn was seen.
+        ValueError: nearly all possible examples were seen.
     """
     examples = draw(count, random)
     for _ in range(ATTEMPTS):

@@ -1,4 +1,4 @@
-"""A sweep's folder: `results.json` with the sweep and the rows that are done, `unfinished/` with checkpoints."""
+"""The folder of a sweep: `results.json` has the results of finished runs, `unfinished/` the other runs' checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSIONS = ("python", "torch", "triton")
 
 
 class Folder:
-    """Results of one sweep. Whatever is written is written whole or not at all."""
+    """The results of one sweep. A file is replaced in one step, so it is never half written."""
 
     def __init__(self, path: Path, sweep: str, runs: Sequence[Run], resume: bool) -> None:
         """Opens the folder, or makes it.
@@ -55,7 +55,7 @@ class Folder:
         return all(run.name in self.rows for run in group)
 
     def add(self, rows: Sequence[dict]) -> None:
-        """Keeps rows of results with where they come from."""
+        """Adds results to the folder, each with device, versions, commit and date."""
         self.rows |= {row["run"]: {**row, **self.origin} for row in rows}
         self._write()
 
@@ -69,7 +69,7 @@ class Folder:
 
 
 def check(sweep: str, runs: Sequence[Run]) -> None:
-    """Raises ValueError for a sweep that cannot be run, before anything is drawn."""
+    """Raises ValueError if a sweep is empty, has a run twice, or has a run that cannot be built."""
     if not runs:
         raise ValueError(f"{sweep} is an empty sweep: expected at least one run")
     for run in runs:
@@ -80,7 +80,7 @@ def check(sweep: str, runs: Sequence[Run]) -> None:
 
 
 def read(path: Path) -> dict:
-    """The report in a sweep's folder; raises ValueError where there is none."""
+    """Returns the content of results.json in a sweep's folder. Raises ValueError if there is none."""
     try:
         report = json.loads((path / "results.json").read_text())
         found = {"sweep", "fingerprint", "rows"} <= set(report)
@@ -94,7 +94,7 @@ def read(path: Path) -> dict:
 
 
 def provenance() -> dict:
-    """What a kept figure depends on."""
+    """Device, versions, commit and date: what a stored figure depends on."""
     return {
         "device": device_name(),
         "versions": {name: each for name, each in versions().items() if name in VERSIONS},

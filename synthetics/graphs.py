@@ -1,4 +1,8 @@
-"""Steps recorded as CUDA graphs: a small step launches hundreds of kernels that each take less time than a launch."""
+"""Records training steps as CUDA graphs.
+
+A small step launches hundreds of kernels, and each runs for less time than its launch takes. A CUDA graph launches all
+of them at once.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FIRST = 2  # calls of each shape before it is recorded: they compile kernels and set up libraries
+FIRST = 2  # calls of each shape before it is recorded, so that kernels are compiled and libraries set up
 
 
 class RecordedSteps:
-    """Calls a function of tensors; on a GPU records it once for each shape of its inputs, then replays that.
+    """Calls a function of tensors. On a GPU it records the function once for each shape of its inputs and then replays
+    it.
 
-    The function must be the same at each call, keep what it changes in place, not wait for the GPU and return nothing.
+    The function must be the same at each call, change its tensors in place only, never wait for the GPU, and return
+    nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,7 +27,7 @@ class RecordedSteps:
         self.forget()
 
     def forget(self) -> None:
-        """Records anew from here on: what the function works on has moved."""
+        """Drops all recorded graphs. Needed when tensors that the function uses have moved to other memory."""
         self.calls: dict[tuple[torch.Size, ...], int] = {}
         self.graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.records else None

@@ -1,8 +1,9 @@
 """Measures how fast examples are drawn and models are trained: ``python -m synthetics.measure --out FILE``.
 
-The data part draws the examples of the paper's task with the released loop and in whole tensors. The training part
-times steps of stacks of the `figure2` sweep at every length it trains on, as they run in the sweep (recorded) and
-launched one by one, and says what the whole sweep would take at those speeds if no model ended early.
+The data part draws the examples of the paper's task in two ways: with the released code's loop, and as whole tensors.
+The training part times steps of some stacks of the `figure2` sweep at every length they train on, with recorded CUDA
+graphs (as in the sweep) and without. From these speeds it estimates how long the whole sweep would take if no model
+ended early.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from synthetics.tasks import TASKS
 from synthetics.training import Segment, Training
 from synthetics.workers import check_device
 
-LOOP_EXAMPLES = 300  # of each pair that the loop draws
-FEWEST = 4  # timed steps of each length
-WAYS = ("recorded", "launched")  # as in the sweep; without CUDA graphs
+LOOP_EXAMPLES = 300  # examples of each pair that the released loop draws
+FEWEST = 4  # least number of timed steps of each length
+WAYS = ("recorded", "launched")  # with CUDA graphs, as in the sweep; without
 
 
 def seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, the mean over `times` calls after one more."""
+    """Returns the seconds of one call, the mean of `times` calls after one warm-up call."""
     function()
     start = clock(device)
     for _ in range(times):
@@ -46,7 +47,11 @@ def seconds(function: Callable[[], object], times: int, device: torch.device) ->
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process on a CPU, all its threads together; on a GPU of the wall, when all work is done."""
+    """Returns a time in seconds.
+
+    On a CPU it is the processor time of all threads of this process. On a GPU it is wall-clock time after all work is
+    done.
+    """
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -54,7 +59,7 @@ def clock(device: torch.device) -> float:
 
 
 def data(task: SetDisjointness, device: torch.device) -> dict:
-    """Seconds that the task's training examples take, by the released loop and in whole tensors."""
+    """Measures how many seconds the task's training examples take, with the released loop and as whole tensors."""
     loop = whole = 0.0
     pairs = []
     for pair in task.train:
@@ -70,7 +75,7 @@ def data(task: SetDisjointness, device: torch.device) -> dict:
 
 
 def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
-    """Milliseconds of a step of one stack at each length, and of a test; seconds of an epoch at that speed."""
+    """Measures milliseconds of a step of one stack at each length, seconds of a test, and seconds of an epoch."""
     stack = Training(runs, device)
     lengths: dict[int, list[Segment]] = {}
     for segment in stack.train:
@@ -105,17 +110,19 @@ def training(runs: list[Run], deadline: float, device: torch.device) -> dict:
 
 
 def widest_and_narrowest(method: str) -> list[list[Run]]:
-    """A method's stacks in `figure2` of the largest and of the smallest width."""
+    """Returns a method's stacks of the largest and of the smallest width in `figure2`."""
     own = [group for group in groups(sweeps.figure2) if group[0].method.name == method]
     widths = {group[0].width for group in own}
     return [group for group in own if group[0].width in (max(widths), min(widths))]
 
 
 def figure2_minutes(measured: list[dict]) -> dict[str, float]:
-    """What all stacks of `figure2` would take, by method: time is linear in the numbers that the tokens of a batch take.
+    """Estimates the minutes that all stacks of `figure2` would take, by method.
+
+    Time is taken to be linear in the size of a batch's activations.
 
     Args:
-        measured: results of `training`, two or more of a method.
+        measured: results of `training`. A method needs at least two of different sizes.
     """
     total: dict[str, float] = {}
     for method in {row["method"] for row in measured}:
@@ -134,7 +141,7 @@ def figure2_minutes(measured: list[dict]) -> dict[str, float]:
 
 
 def _numbers(models: int, width: int, feature_dim: int) -> int:
-    """Of a token in all models: residual stream, queries and keys."""
+    """Numbers that one token takes in all models: residual stream, queries and keys."""
     return models * (width + 2 * HEADS * feature_dim)
 
 

@@ -1,12 +1,12 @@
-"""Multi-query associative recall (MQAR): pairs of key and value, then some of the keys again, one by one.
+"""Multi-query associative recall (MQAR): the model reads pairs of key and value, then gives the value of each key.
 
 One example with two pairs and four columns of questions (arXiv 2312.04927, section 3):
 
     read      PREFIX  k1 v1 k2 v2  k2  x  x k1
     answer       -     -  -  -  -  v2  -  - v1
 
-Keys come from the lower half of the vocabulary and values from the upper one; x are random values, so that a question
-stands out by being a key.
+Keys come from the lower half of the vocabulary and values from the upper half. The x are random values: the model knows
+a question because it is a key.
 
 Shapes: N examples, K pairs, Q columns of questions.
 """
@@ -23,7 +23,7 @@ from synthetics.permutations import draw_distinct
 
 @dataclass(frozen=True)
 class MQAR:
-    """How many pairs an example has, in training and in tests."""
+    """An MQAR task. `train` and `test` are numbers of pairs; the numbers of examples are for each of these sizes."""
 
     name: str
     vocab_size: int
@@ -45,7 +45,7 @@ class MQAR:
             raise ValueError(f"{self.columns} columns for each pair: expected at least 1, every key is asked for once")
 
     def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
-        """No test example is a training example; raises ValueError as `check`."""
+        """Draws training and test examples. No test example is a training example. Raises ValueError as `check`."""
         self.check()
 
         def draw(pairs: int, count: int, random: torch.Generator) -> Examples:
@@ -55,7 +55,7 @@ class MQAR:
 
 
 def check_pairs(vocab_size: int, pairs: int) -> None:
-    """Raises ValueError where keys or values run out."""
+    """Raises ValueError if the vocabulary has too few keys or values for so many pairs."""
     most = min(vocab_size // 2 - SPECIAL_TOKENS, vocab_size - vocab_size // 2)
     if not 0 < pairs <= most:
         raise ValueError(f"{pairs} pairs of key and value of {vocab_size} ids: expected 1 to {most}")
@@ -69,9 +69,17 @@ def draw_pairs(
     random: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> Examples:
-    """Draws N examples with K pairs, each asked for once, at places drawn uniformly out of the columns.
+    """Draws examples with K pairs. Each key is asked for once, at a random column of the question.
 
-    The same on every device for the same CPU generator.
+    Examples are the same on every device.
+
+    Args:
+        vocab_size: number of ids, including the special ones.
+        examples: N.
+        pairs: K.
+        columns: Q, at least K.
+        random: CPU generator.
+        device: of the result.
 
     Raises:
         ValueError: as `check_pairs`, or fewer columns than pairs.

@@ -1,4 +1,4 @@
-"""AdamW for a stack of models: one learning rate, one gradient norm a model, and few calls for all of them.
+"""AdamW for a stack of models. Each model has its own learning rate and its own gradient norm.
 
 Shapes: M models, P parameters of each.
 """
@@ -15,10 +15,10 @@ LARGEST_NORM = 1.0
 
 
 class StackedAdamW:
-    """`torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`, for each model of a stack by itself.
+    """Does for each model of a stack what `torch.nn.utils.clip_grad_norm_` and then `torch.optim.AdamW` do.
 
-    Takes over the module's parameters: they become views of one table (M, P). All updates are in place, so that a CUDA
-    graph can replay them.
+    The module's parameters are replaced by views of one table (M, P). All updates are in place, so that a CUDA graph
+    can replay them.
     """
 
     def __init__(self, module: nn.Module, learning_rates: list[float], weight_decay: float = WEIGHT_DECAY) -> None:
@@ -34,7 +34,7 @@ class StackedAdamW:
         self._attach()
 
     def _attach(self) -> None:
-        """Points the parameters into the table."""
+        """Makes each parameter a view of its columns of the table."""
         start = 0
         for each in self.parameters:
             shape, end = each.shape[1:], start + each[0].numel()
@@ -48,7 +48,7 @@ class StackedAdamW:
         found = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.parameters]
         gradients = torch.cat([each.flatten(1) for each in found], dim=1)  # (M, P)
         for each in self.parameters:
-            each.grad = None  # the next one is then kept as it comes, and not added
+            each.grad = None  # so that the next gradient is stored without an addition
         self.steps += 1
         if self.weights.is_cuda:
             self._step_by_kernels(gradients)
@@ -73,7 +73,7 @@ class StackedAdamW:
         self.weights.sub_(self.first / (self.second.sqrt() / correction + EPS) * step_size.to(g.dtype))
 
     def keep(self, models: list[int]) -> None:
-        """Goes on with these models of the stack alone."""
+        """Removes all models of the stack except these (their numbers in the stack)."""
         index = torch.tensor(models, device=self.weights.device)
         for name in ("weights", "first", "second", "peak"):
             setattr(self, name, getattr(self, name)[index])
@@ -83,7 +83,7 @@ class StackedAdamW:
         return {name: getattr(self, name) for name in ("weights", "first", "second", "peak", "steps")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes weights, moments and step count of `state_dict`, also of fewer models than the stack had."""
+        """Loads weights, moments and step count. `state` may have fewer models than the stack."""
         for name, value in state.items():
             setattr(self, name, value.to(self.weights.device))
         self._attach()

@@ -1,4 +1,7 @@
-"""Triton kernels of `synthetics.optimizer`: a step of all models in two passes over their tables.
+"""Triton kernels of `synthetics.optimizer`: an AdamW step of all models in two passes.
+
+The first pass computes the norm of each model's gradient, the second updates weights and moments. Weights, moments and
+gradients are tables with one row for each model.
 
 Shapes: M models, P parameters of each, N parts of P in the first pass.
 """
@@ -34,9 +37,11 @@ def step(
     """Updates weights and moments in place; they and the gradients are tables (M, P) in fp32.
 
     Args:
-        peak: (M, 1) fp64, learning rates.
-        factor: of the rates, a number in fp64.
-        steps: how many there were with this one, a number in fp64.
+        peak: (M, 1) fp64, the largest learning rate of each model.
+        factor: scalar in fp64, of the schedule; the learning rate is peak times factor.
+        steps: scalar in fp64, number of steps including this one.
+        betas, eps, weight_decay: of AdamW.
+        largest_norm: gradients of a larger norm are scaled down to it, for each model separately.
     """
     models, parameters = weights.shape
     squares = weights.new_empty(models, PARTS)

@@ -1,9 +1,9 @@
-"""Distinct random numbers for many rows at once, the same on every device.
+"""Draws distinct random numbers for many rows at once, the same on every device.
 
-Each row has a permutation of its own, a Feistel network with random round keys (Black and Rogaway, "Ciphers with
-arbitrary finite domains", 2002), and only as many of its values are computed as are asked for. Out of few numbers a
-network does not choose evenly, so there a row of random numbers is sorted instead. All random numbers are drawn on the
-CPU, and a network is integer arithmetic, so that a GPU draws what a CPU draws.
+Each row has its own pseudo-random permutation: a Feistel network with random round keys (Black and Rogaway, "Ciphers
+with arbitrary finite domains", 2002). Only the values that are asked for are computed, never the whole permutation.
+With few numbers to choose from a Feistel network is not uniform enough; then a row of random numbers is sorted instead.
+Round keys are drawn on the CPU and the network uses integers only, so the result does not depend on the device.
 
 Shapes: N rows, K numbers a row.
 """
@@ -15,15 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SMALL = 128  # numbers to choose from: below, they are sorted
-ROUNDS = 8
-LARGEST = 1 << 24  # numbers to choose from; products of halves and keys stay within 32 bits
+SMALL = 128  # with fewer numbers to choose from, rows are sorted
+ROUNDS = 8  # of the Feistel network
+LARGEST = 1 << 24  # most numbers to choose from
 ELEMENTS = 1 << 17  # numbers computed at a time on a CPU, so that they stay in its cache
 
 
 @dataclass(frozen=True)
 class Mix:
-    """A hash in integers that wrap around. Half the bits are twice the speed on a CPU, so the smallest that do serve."""
+    """Constants of a hash in integers that wrap around.
+
+    16-bit integers are twice as fast on a CPU as 32-bit ones, so they are used where they suffice."""
 
     dtype: torch.dtype
     bits: int
@@ -31,7 +33,7 @@ class Mix:
 
     @classmethod
     def of(cls, choices: int) -> Mix:
-        """For so many numbers."""
+        """Returns the smallest integers that suffice for permuting so many numbers."""
         return SHORT if choices <= 1 << (SHORT.bits - 2) else LONG
 
 
@@ -42,11 +44,11 @@ LONG = Mix(torch.int32, 32, (0x2C1B3C6D, 0x297A2D39))
 def draw_distinct(
     rows: int, count: int, low: int, high: int, random: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Distinct numbers from low to high - 1 in random order, independent between rows.
+    """Draws distinct numbers from low to high - 1, in random order and independently for each row.
 
     Args:
         rows, count: N, K.
-        low, high: K is at most high - low.
+        low, high: the numbers come from low to high - 1; K is at most high - low.
         random: a CPU generator.
         device: where the numbers are computed.
 
@@ -84,9 +86,9 @@ def draw_distinct(
 
 
 def _permuted(numbers: Tensor, keys: Tensor, choices: int) -> Tensor:
-    """One walk through the network: a permutation of 2^bits >= choices numbers.
+    """Applies the Feistel network once. It permutes 2^bits numbers, where 2^bits is at least `choices`.
 
-    numbers (...), which are lost; keys (ROUNDS, ...).
+    numbers (...) are overwritten; keys (ROUNDS, ...).
     """
     bits = (choices - 1).bit_length()
     low_bits = bits // 2
@@ -100,7 +102,7 @@ def _permuted(numbers: Tensor, keys: Tensor, choices: int) -> Tensor:
 
 
 def _mixed(half: Tensor, key: Tensor, mix: Mix, out: Tensor) -> Tensor:
-    """A hash of half and key; its upper bits depend on all of both."""
+    """A hash of `half` and `key`, written to `out`. It depends on all bits of both."""
     torch.mul(half, mix.factors[0], out=out)
     out.add_(key).bitwise_xor_(out >> (mix.bits // 2 - 1)).mul_(mix.factors[1])
     return out.bitwise_right_shift_(mix.bits // 2)

@@ -1,7 +1,7 @@
-"""Figures and tables of a sweep's folder: ``python -m synthetics.plot DIR``; running a sweep makes them too.
+"""Draws figures and tables from a sweep's folder: ``python -m synthetics.plot DIR``. Running a sweep does so too.
 
-Set disjointness gives the panels of the paper's figure 2 and heat maps over both lengths; every task gives a frontier,
-accuracy against size of the state. Each figure is a PNG and an SVG file, each table a CSV file.
+Every task gets the frontier, accuracy against size of the state. Set disjointness also gets the panels of the paper's
+figure 2 and heat maps over the lengths of both lists. Figures are PNG and SVG files, the table is a CSV file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from synthetics.summary import OVERALL, PANELS, Line, markdown, pair_of, summari
 
 
 def draw_all(folder: Path) -> str:
-    """Draws what the folder's rows allow and returns the table; raises ValueError where there are no rows."""
+    """Draws all figures that the results allow, and returns the table as Markdown.
+
+    Raises ValueError without results."""
     rows = read(folder)["rows"]
     if not rows:
         raise ValueError(f"{folder} has no results yet")
@@ -32,13 +34,15 @@ def draw_all(folder: Path) -> str:
 
 
 def save(figure: Figure, stem: Path) -> None:
-    """As STEM.png and STEM.svg."""
+    """Saves a figure as STEM.png and STEM.svg."""
     figure.savefig(stem.with_suffix(".png"), dpi=150)
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def by_order(lines: Sequence[Line]) -> Figure:
-    """The paper's figure 2: short list first, long list first and their difference against size of the state."""
+    """Draws the paper's figure 2: accuracy against size of the state.
+
+    The panels are: short list first, long list first, and their difference."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         _curves(axes, lines, panel)
@@ -49,7 +53,7 @@ def by_order(lines: Sequence[Line]) -> Figure:
 
 
 def frontier(lines: Sequence[Line]) -> Figure:
-    """Accuracy over all sizes against size of the state."""
+    """Draws mean accuracy over all sizes of examples against size of the state."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     _curves(axes, lines, OVERALL)
@@ -59,7 +63,9 @@ def frontier(lines: Sequence[Line]) -> Figure:
 
 
 def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
-    """A curve a method, with 95% intervals over seeds; models with one size of state are points above each other."""
+    """Draws one curve for each method, with 95% intervals over seeds.
+
+    Models with the same size of state are points above each other."""
     for method in dict.fromkeys(line.method for line in lines):
         own = sorted((line for line in lines if line.method == method), key=lambda line: line.state_bytes)
         means = [100 * line.panels[panel].mean for line in own]
@@ -72,9 +78,10 @@ def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
 
 
 def heat_maps(lines: Sequence[Line]) -> Figure:
-    """Accuracy by length of the first and of the second list, a map a method.
+    """Draws accuracy by the lengths of both lists, one map for each method.
 
-    Of the models the one is shown about which the methods differ most.
+    All maps are of one model size: the one with the most methods and, among those, the largest difference between
+    methods.
     """
     by_model: dict[tuple, list[Line]] = {}
     for line in lines:

@@ -1,6 +1,6 @@
-"""In which order a model reads the context and the question of any task.
+"""Reading orders: in which order a model reads the context and the question of a task, and how often.
 
-Every reading ends with the question, so that the answers are due in its last Q columns.
+Every reading ends with the question, so the answers are asked for in its last Q columns.
 
 Shapes: N examples, C context tokens, Q question tokens, T tokens read.
 """

@@ -1,6 +1,7 @@
-"""The released generator of set disjointness, one example at a time, kept so that its examples can be compared with.
+"""The generator of set disjointness as in the authors' released code, which draws one example at a time.
 
-Training draws from `synthetics.set_disjointness`, which has the same distribution and is much faster.
+It is kept for comparison in tests. Training uses `synthetics.set_disjointness`, which has the same distribution and is
+much faster.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from synthetics.set_disjointness import check_lengths
 
 
 def disjoint_sets(vocab_size: int, examples: int, first: int, second: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draws examples in the order of draws of the released generator.
+    """Draws the same examples as the released generator for the same seed.
 
     Args:
-        vocab_size: ids, the four special ones included.
+        vocab_size: number of ids, including the four special ones.
         examples: N.
-        first, second: lengths of the lists; each list is drawn without repeats from its own part of the vocabulary.
+        first, second: lengths of the lists. Each list is drawn without repeats from its own half of the vocabulary.
         seed: of NumPy's legacy generator.
 
     Returns:
-        inputs (N, first + second + 3) int64, and labels of the same shape: IGNORED but for the shared token, last.
+        inputs (N, first + second + 3) int64, and labels of the same shape. The last label is the shared token, all
+        others are IGNORED.
 
     Raises:
-        ValueError: a list longer than its part of the vocabulary, or an empty one.
+        ValueError: a list is empty or longer than its half of the vocabulary.
     """
     check_lengths(vocab_size, first, second)
     half = vocab_size // 2

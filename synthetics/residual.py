@@ -1,6 +1,7 @@
-"""The residual stream: what a layer adds to it, and its norm for the next layer, in one pass over the tokens.
+"""Adds a layer's output to the residual stream and norms the sum for the next layer, in one pass over the tokens.
 
-On a GPU this is a Triton kernel each way, because these are the largest tensors and nothing but memory limits them.
+On a GPU the forward and the backward pass are Triton kernels. These are the largest tensors, and reading and writing
+them takes nearly all the time.
 
 Shapes: M models, N tokens of each, E width.
 """
@@ -20,8 +21,8 @@ def add_and_norm(
 
     Args:
         x: (M, N, E) fp32.
-        y: (M, N, E) in `dtype`; None: nothing is added, nor is a bias.
-        bias: (M, E), of the layer that gave y; None: it has none.
+        y: (M, N, E) in `dtype`, the layer's output; None: nothing is added.
+        bias: (M, E), added to the sum; None: no bias.
         weight: (M, E), of the norm.
         eps: of the norm.
         dtype: of the norm's result.
@@ -40,7 +41,7 @@ def add_and_norm(
 
 
 class AddAndNorm(torch.autograd.Function):
-    """`add_and_norm` by its kernels."""
+    """`add_and_norm` by its Triton kernels."""
 
     @staticmethod
     def forward(

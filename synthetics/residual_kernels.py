@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUMBERS = 4096  # of a tile
-PROGRAMS = 1024  # of all models together in the backward, which sums the weight's gradient over its tiles
+NUMBERS = 4096  # numbers in a tile
+PROGRAMS = 1024  # programs of all models together in the backward; each sums the weight's gradient over its tiles
 
 
 def forward(
     x: Tensor, y: Tensor | None, bias: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `synthetics.residual.add_and_norm`."""
+    """As `synthetics.residual.add_and_norm`."""
     models, tokens, width = x.shape
     x = x.contiguous()
     total = x.view_as(x) if y is None else torch.empty_like(x)
@@ -35,7 +35,9 @@ def forward(
 def backward(
     dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, eps: float, adds: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of x and, where `adds`, of y, which are equal but for their dtype; of the bias and of the weight."""
+    """Returns the gradients of x, y (None unless `adds`), bias and weight.
+
+    The gradients of x and y are equal except for their dtype."""
     models, tokens, width = total.shape
     sizes = tile(width)
     programs = max(1, min(triton.cdiv(tokens, sizes["L"]), PROGRAMS // models))
@@ -52,7 +54,7 @@ def backward(
 
 
 def tile(width: int) -> dict[str, int]:
-    """Columns and tokens of a program's tile."""
+    """Returns the numbers of columns and of tokens in a program's tile."""
     columns = triton.next_power_of_2(width)
     return {"E": width, "PE": columns, "L": max(1, NUMBERS // columns)}
 

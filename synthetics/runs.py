@@ -1,4 +1,4 @@
-"""What a sweep is a list of: a model, a task, a learning rate and a seed."""
+"""Runs: a run is one model with its task, learning rate and seed. A sweep is a list of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from synthetics.data import Task
 from synthetics.readings import READINGS, Reading
 
 HEADS = 2  # paper appendix B.1
-TOGETHER = 16  # feature size
+TOGETHER = 16  # models with feature sizes up to this one are trained in one stack
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Different for different runs of a sweep."""
+        """The run's name in results, different for different runs of a sweep."""
         sizes = f"w{self.width}-f{self.feature_dim}-s{self.window}"
         return f"{self.method.name}-{self.task.name}-{sizes}-e{self.epochs}-b{self.batch}-{self.rate:g}-{self.seed}"
 
     @property
     def config(self) -> Config:
-        """Raises ValueError for sizes that cannot be built."""
+        """The model's configuration. Raises ValueError for sizes that cannot be built."""
         pattern = self.method.pattern
         return Config(
             pattern=pattern,
@@ -92,14 +92,15 @@ class Run:
 
     @property
     def shape(self) -> Run:
-        """The same for runs that can be trained in one stack: they differ in rate, seed and feature size alone.
+        """A key that is equal for runs that can be trained in one stack: they differ in rate, seed and feature size
+        only.
 
-        Feature sizes share a stack up to TOGETHER, below which a GPU's matrix units save nothing.
+        All feature sizes up to TOGETHER share a stack, because the tensor cores need at least 16 columns anyway.
         """
         return replace(self, rate=1.0, seed=0, feature_dim=max(self.feature_dim, TOGETHER))
 
     def check(self) -> None:
-        """Raises ValueError, before anything is drawn or trained, for a run that cannot be."""
+        """Raises ValueError if the run cannot be trained. Nothing is drawn or trained here."""
         if min(self.epochs, self.batch) < 1 or not 0 < self.rate < float("inf"):
             raise ValueError(
                 f"{self.name}: expected at least one epoch, one example a batch and a positive learning rate"
@@ -109,15 +110,15 @@ class Run:
         assert config.vocab_rows == self.task.vocab_size
 
     def model(self) -> LanguageModel:
-        """A model with its first weights, which depend on the seed alone."""
+        """Returns the model with its initial weights, which depend on the seed alone."""
         model = LanguageModel(self.config)
         model.init_weights(torch.Generator().manual_seed(self.seed))
         return model
 
     def state_bytes(self) -> int:
-        """Bytes that the model keeps after the longest context of the task, counted on its states.
+        """Returns the bytes of the model's state after the longest context of the task, measured on a real state.
 
-        Weights do not matter, so the model reads nothing but zeros.
+        Neither weights nor tokens change the size, so the model reads zeros.
         """
         ids = torch.zeros(1, self.task.longest - 1, dtype=torch.int64)
         with torch.no_grad():
@@ -126,7 +127,7 @@ class Run:
 
 
 def groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs of one shape together, in the order in which the shapes come."""
+    """Groups the runs by shape. Groups are in the order in which their shapes first occur."""
     found: dict[Run, list[Run]] = {}
     for run in runs:
         found.setdefault(run.shape, []).append(run)

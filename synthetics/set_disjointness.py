@@ -5,7 +5,8 @@ One example with a first list of 2 and a second list of 3 (paper section 3 and a
     read      PREFIX  7  5  SEPARATE_LISTS  9  7  8  SEPARATE_ANSWER
     answer       -    -  -        -         -  -  -         7
 
-A recurrent model that reads once must keep the first list until the second comes: cheap if the first is the short one.
+A recurrent model that reads once must remember the first list until it reads the second one. That takes less memory if
+the first list is the shorter one.
 
 Shapes: N examples, a and b tokens in the first and in the second list.
 """
@@ -32,7 +33,9 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class SetDisjointness:
-    """Which pairs (length of the first list, of the second) are trained on, and which are asked for."""
+    """A set disjointness task. `train` and `test` hold pairs (length of the first list, length of the second).
+
+    The numbers of examples are for each pair."""
 
     name: str
     vocab_size: int
@@ -51,7 +54,7 @@ class SetDisjointness:
             check_lengths(self.vocab_size, first, second)
 
     def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
-        """No test example is a training example.
+        """Draws training and test examples. No test example is a training example.
 
         Raises:
             ValueError: as `check`, or so few examples exist that training holds nearly all.
@@ -65,7 +68,7 @@ class SetDisjointness:
 
 
 def check_lengths(vocab_size: int, first: int, second: int) -> None:
-    """Raises ValueError where a list is empty (it can share nothing) or longer than its half of the vocabulary."""
+    """Raises ValueError if a list is empty (it can share nothing) or longer than its half of the vocabulary."""
     halves = (vocab_size // 2, vocab_size - SPECIAL_TOKENS - vocab_size // 2)
     if not (0 < first <= halves[0] and 0 < second <= halves[1]):
         raise ValueError(
@@ -77,10 +80,17 @@ def check_lengths(vocab_size: int, first: int, second: int) -> None:
 def draw_pair(
     vocab_size: int, examples: int, pair: Pair, random: torch.Generator, device: torch.device | str = "cpu"
 ) -> Examples:
-    """Draws N examples of one pair of lengths, the same on every device for the same CPU generator.
+    """Draws examples of one pair of lengths. They are the same on every device.
 
-    Distinct tokens split in two have the distribution of the release, which halves the vocabulary at random for each
-    example and draws a list from each half.
+    The tokens of both lists are drawn together without repeats and then split. This gives the same distribution as the
+    released code, which splits the vocabulary at random for each example and draws one list from each half.
+
+    Args:
+        vocab_size: number of ids, including the special ones.
+        examples: N.
+        pair: (a, b).
+        random: CPU generator.
+        device: of the result.
 
     Raises:
         ValueError: as `check_lengths`.

@@ -1,8 +1,10 @@
-"""Many models of one shape as one model: their rows share a batch, and each row meets the weights of its own model.
+"""Trains many small models of one shape as one large model, the *stack*.
 
-A stack is made out of jrt's own models. Layers with weights are replaced by ones that hold the weights of all models
-(`synthetics.stacked`); what only mixes tokens sees a larger batch and stays as it is. A mixer that is not known there
-(Mamba, your own) is called once for each model. A stack reads whole texts without padding and keeps no states.
+The rows of all models form one batch, and each row is computed with the weights of its own model. A stack is made from
+ordinary jrt models. Layers with weights are replaced by layers that hold the weights of all models
+(`synthetics.stacked`). Layers without weights are used unchanged, on a larger batch. A mixer that `synthetics.stacked`
+does not know (Mamba, your own) is called once for each model. A stack reads whole texts, without padding and without
+states.
 
 Shapes: M models, B rows of each, R = M x B rows in all, T tokens, K asked columns, E width, V vocabulary.
 """
@@ -20,7 +22,7 @@ from synthetics.stacked import StackedEmbedding, StackedLinear, StackedLinearAtt
 
 
 class StackedNorm(nn.Module):
-    """Adds what a layer gave to the residual stream and norms the sum for the next layer."""
+    """Adds a layer's output to the residual stream, and norms the sum for the next layer."""
 
     def __init__(self, copies: Sequence[RMSNorm], dtype: torch.dtype) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class StackedNorm(nn.Module):
         self.eps, self.dtype = copies[0].eps, dtype
 
     def forward(self, x: Tensor, y: Tensor | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and y (R, ..., E), bias (M, E): their sum, in the dtype of x, and its norm, in the dtype of layers."""
+        """Returns the sum of x, y (R, ..., E) and bias (M, E) in the dtype of x, and its norm in the layers' dtype."""
         by_model = (len(self.weight), -1, x.shape[-1])
         rows = None if y is None else y.reshape(by_model)
         total, normed = add_and_norm(x.reshape(by_model), rows, bias, self.weight, self.eps, self.dtype)
@@ -45,10 +47,12 @@ class StackedBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """Models without MLPs; its parameters are theirs, stacked: (M, ...) each."""
+    """A stack of models without MLPs. Each parameter is (M, ...), the models' parameters stacked."""
 
     def __init__(self, models: Sequence[LanguageModel], dtype: torch.dtype = torch.float32) -> None:
-        """`models` are of one configuration, but for feature_dim. Layers compute in `dtype`; weights and residual stream keep theirs."""
+        """The models must have the same configuration, except for feature_dim.
+
+        Layers compute in `dtype`. Weights and the residual stream keep their own dtype."""
         super().__init__()
         first = models[0]
         assert not first.config.mlp_width
@@ -64,7 +68,9 @@ class Stack(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, asked: Tensor) -> Tensor:
-        """Logits (R, K, V) after the columns `asked` (R, K) of the tokens (R, T), the first model's rows first."""
+        """Returns the logits (R, K, V) at the columns `asked` (R, K) of the tokens (R, T).
+
+        The rows of the first model come first, then those of the second, and so on."""
         batch = self.template[0].token_batch(tokens, None, None, None)
         x, y, bias = self.embedding(tokens), None, None  # (R, T, E)
         *before, last = self.blocks
@@ -82,12 +88,12 @@ class Stack(nn.Module):
         return self.head(normed)
 
     def keep(self, models: Tensor) -> None:
-        """Goes on with these models (their numbers) where something else than a parameter differs between models."""
+        """Removes all models except these (their numbers) from buffers. `StackedAdamW.keep` does so for parameters."""
         for module in self.modules():
             if isinstance(module, StackedLinearAttention):
                 module.scales = module.scales[models]
 
 
 def _columns(x: Tensor, asked: Tensor) -> Tensor:
-    """(R, T, E) to (R, K, E)."""
+    """Takes the asked columns: (R, T, E) to (R, K, E)."""
     return x.take_along_dim(asked[..., None], dim=1)

@@ -1,7 +1,7 @@
-"""Layers that hold the weights of many models and meet each row with those of its own model.
+"""Layers that hold the weights of many models. Each row of a batch is computed with the weights of its own model.
 
 Shapes: M models, B rows of each, R = M x B rows in all, T tokens, K asked columns, E width, V vocabulary, H heads, d
-query/key size, D value size. Stacked weights have M in front; the rows of one model are neighbours.
+query/key size, D value size. The first dimension of stacked weights is M. The rows of one model stand together.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from jrt.mixers.linear_attention import LinearAttention, PrefixLinearAttention
 from synthetics.convolution import gated_convolution
 from synthetics.taylor import taylor_attention, weighted_sums
 
-SMALL = 8192  # numbers of a weight: its gradient is then a sum over parts of the batch
-PARTS = 16  # of the batch
-MOST_ASKED = 16  # queries a row that `weighted_sums` takes at once
+SMALL = 8192  # the gradient of a weight with at most so many numbers is computed in PARTS parts of the batch
+PARTS = 16
+MOST_ASKED = 16  # most queries of a row in `weighted_sums`
 
 
 def stacked(copies: Sequence[Any]) -> nn.Module:
-    """One mixer in place of its copies, one copy a model. It is called as they are: (x, batch, state)."""
+    """Returns one layer that replaces its copies, one from each model.
+
+    A mixer is called as usual: (x, batch, state)."""
     match copies[0]:
         case nn.Linear():
             return StackedLinear(copies)
@@ -45,12 +47,12 @@ def stacked(copies: Sequence[Any]) -> nn.Module:
 
 
 def weights(copies: Sequence[nn.Module], name: str) -> nn.Parameter:
-    """A parameter of all models, (M, ...)."""
+    """Returns the parameter `name` of all models, stacked: (M, ...)."""
     return nn.Parameter(torch.stack([each.get_parameter(name).detach() for each in copies]))
 
 
 class StackedLinear(nn.Module):
-    """x (R, ..., in) to (R, ..., out) in the dtype of x."""
+    """Linear layers of all models: x (R, ..., in) to (R, ..., out) in the dtype of x."""
 
     def __init__(self, copies: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -63,21 +65,22 @@ class StackedLinear(nn.Module):
 
 
 def _wide(bias: Tensor, y: Tensor) -> Tensor:
-    """(M, out) to (M, 1, ..., out), as many dimensions as y (R, ..., out) has after its rows are split by model."""
+    """Reshapes bias (M, out) to (M, 1, ..., out), so that it can be added to y after its rows are split by model."""
     return bias.to(y.dtype).view(len(bias), *[1] * (y.ndim - 1), -1)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (R, ..., in) by weight (M, out, in): (R, ..., out) in the dtype of x."""
+    """Multiplies x (R, ..., in) by weight (M, out, in): (R, ..., out) in the dtype of x."""
     rows = x.reshape(len(weight), -1, x.shape[-1])  # (M, B ..., in)
     y = Product.apply(rows, weight) if x.is_cuda else torch.bmm(rows, weight.mT.to(x.dtype))
     return y.view(*x.shape[:-1], -1)
 
 
 class Product(torch.autograd.Function):
-    """x (M, n, in) by weight (M, out, in), with a gradient of small weights that fills a GPU.
+    """x (M, n, in) by weight (M, out, in), with a faster gradient for small weights.
 
-    It has few numbers and a sum over tens of thousands of tokens behind each, which a library gives to few processors.
+    The gradient of a small weight has few numbers, and each is a sum over tens of thousands of tokens. The library's
+    matrix product would use only a few of the GPU's processors. So the sum is split into PARTS products.
     """
 
     @staticmethod
@@ -97,12 +100,12 @@ class Product(torch.autograd.Function):
 
 
 def _in_parts(x: Tensor, parts: int) -> Tensor:
-    """(M, n, ...) to (M parts, n / parts, ...)."""
+    """Reshapes (M, n, ...) to (M parts, n / parts, ...)."""
     return x.reshape(len(x) * parts, -1, x.shape[-1])
 
 
 class StackedEmbedding(nn.Module):
-    """ids (R, T) to (R, T, E)."""
+    """Embeddings of all models: ids (R, T) to (R, T, E)."""
 
     def __init__(self, copies: Sequence[nn.Embedding]) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class StackedEmbedding(nn.Module):
 
 
 class StackedConvolution(nn.Module):
-    """`jrt.mixers.conv.ShortConvolution` for the models' rows, but for its last bias: see `late_bias`."""
+    """`jrt.mixers.conv.ShortConvolution` of all models, without the bias of its output projection (see `late_bias`)."""
 
     def __init__(self, copies: Sequence[ShortConvolution]) -> None:
         super().__init__()
@@ -134,15 +137,15 @@ class StackedConvolution(nn.Module):
 
 
 def late_bias(mixer: nn.Module) -> nn.Parameter | None:
-    """(M, E), a bias that the mixer leaves to the residual stream: there it costs no pass over the tokens."""
+    """Returns the bias (M, E) that the mixer has not added yet, or None. The residual sum adds it at no extra cost."""
     return mixer.out_proj.bias if isinstance(mixer, StackedConvolution) else None
 
 
 class StackedLinearAttention(nn.Module):
-    """`LinearAttention` or `PrefixLinearAttention` of whole texts, for the models' rows.
+    """`LinearAttention` or `PrefixLinearAttention` of all models, for whole texts.
 
-    Models may differ in d. Queries and keys of the smaller ones are filled up with zeros, which change no score; their
-    weights are zeros and stay so, as they get no gradient.
+    The models may have different d. Smaller queries and keys are filled up with zeros, which change no score. The
+    weights that give these zeros are zero and stay zero, because their gradient is zero.
     """
 
     scales: Tensor  # (M, 1, 1), of the scores
@@ -160,7 +163,7 @@ class StackedLinearAttention(nn.Module):
             if name in ("proj_q", "proj_k", "proj_k_enc"):
                 linears = [_filled_up(each, self.heads, self.keys) for each in linears]
             setattr(self, name, StackedLinear(linears))
-        # What the text is read by: keys and values, and for a prefix, which is the whole text here, once more.
+        # Projections to keys and values: those of the text, then those of the prefix, which is the whole text here.
         self.read = [("proj_k", "proj_v")]
         if isinstance(first, PrefixLinearAttention):
             self.read.append(("proj_k_enc", "proj_v_enc"))
@@ -172,17 +175,18 @@ class StackedLinearAttention(nn.Module):
         return self.out_proj(o), _no_state(x)
 
     def _scaled_queries(self) -> Tensor:
-        """proj_q (M, H d, E) times the scale of the scores."""
+        """Returns the weight of proj_q (M, H d, E) times the scale of the scores."""
         return self.proj_q.get_parameter("weight") * self.scales.to(self.proj_q.weight.dtype)
 
     def can_answer(self, asked: Tensor) -> bool:
-        """Whether `answer` takes so many columns."""
+        """Whether `answer` can compute so many columns."""
         return asked.shape[1] * self.heads <= MOST_ASKED
 
     def answer(self, x: Tensor, x_asked: Tensor, asked: Tensor) -> Tensor:
-        """What `forward` gives at the asked columns alone, with no keys and values of the other tokens.
+        """Computes `forward` at the asked columns only, without keys and values of all tokens.
 
-        A score is q (W_k x) = (W_k^T q) x, and a weighted sum of values is W_v (the weighted sum of x).
+        A score is q (W_k x) = (W_k^T q) x, and a weighted sum of values is W_v (the weighted sum of x). So the
+        projections W_k and W_v are applied once for each query, not once for each token.
 
         Args:
             x: (R, T, E).
@@ -211,7 +215,7 @@ class StackedLinearAttention(nn.Module):
 
 
 def _filled_up(linear: nn.Linear, heads: int, size: int) -> nn.Linear:
-    """The same with outputs of `size` for each head, the further ones 0."""
+    """Returns the layer with `size` outputs for each head. The added outputs are 0."""
     weight = linear.weight.detach().unflatten(0, (heads, -1))  # (H, d, E)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, size - weight.shape[1])).flatten(0, 1)
     filled = nn.Linear(linear.in_features, len(weight), bias=False, dtype=weight.dtype)
@@ -220,7 +224,9 @@ def _filled_up(linear: nn.Linear, heads: int, size: int) -> nn.Linear:
 
 
 class OneByOne(nn.Module):
-    """Any mixer, called once for each model with its own rows and its own slice of the weights, in fp32."""
+    """Any other mixer.
+
+    It is called once for each model, with the model's own rows and weights, in the weights' dtype."""
 
     def __init__(self, copies: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -240,7 +246,7 @@ class OneByOne(nn.Module):
 
 
 def _rows(value: Any, part: slice, rows: int) -> Any:
-    """The part of everything in `value` that has one entry a row."""
+    """Cuts tensors with one entry for each row to `part`, inside tuples and dataclasses as well."""
     if isinstance(value, Tensor):
         return value[part] if value.ndim > 1 and len(value) == rows else value
     if isinstance(value, tuple):

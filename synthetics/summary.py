@@ -1,4 +1,4 @@
-"""Rows of a sweep as lines of a table: one a model, the best learning rate, the mean over seeds and its interval."""
+"""Summarises the results of a sweep: one line for each model, with its best learning rate and the mean over seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OVERALL = "mean"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half the width of its 95% interval; None with fewer than two seeds."""
+    """A mean over seeds, and half the width of its 95% interval (None with fewer than two seeds)."""
 
     mean: float
     half_width: float | None
@@ -54,13 +54,13 @@ class Line:
 
 
 def pair_of(size: str) -> tuple[int, int] | None:
-    """The lengths in "4_16"; None for a size of another task."""
+    """Returns the two lengths in a size such as "4_16", or None for a size of another task."""
     parts = size.split("_")
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 else None
 
 
 def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
-    """Means over all sizes, and over the pairs whose first list is the shorter or the longer one."""
+    """Returns mean accuracies: over all sizes, and over the pairs whose first list is the shorter or the longer one."""
     found = {OVERALL: mean(accuracy.values())}
     pairs = {pair: share for size, share in accuracy.items() if (pair := pair_of(size))}
     if pairs:
@@ -71,10 +71,10 @@ def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
 
 
 def summarize(rows: Sequence[dict]) -> list[Line]:
-    """Lines sorted by method and size of the state.
+    """Returns one line for each model, sorted by method and size of the state.
 
-    The rate with the best mean over all sizes and seeds counts, in every panel. A rate that some seeds have not
-    finished counts only if no rate is complete.
+    All panels use the same learning rate: the one with the best mean over all sizes and seeds. A rate with more
+    finished seeds is preferred to any rate with fewer.
     """
     models: dict[tuple, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -102,7 +102,7 @@ def summarize(rows: Sequence[dict]) -> list[Line]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """The lines as a table, in percent."""
+    """Returns the lines as a Markdown table, with accuracies in percent."""
     panels = list(lines[0].panels)
     names = ["method", "width", "feature size", "window", "state, bytes", "rate", "seeds", *panels, "seconds"]
     body = [
@@ -116,7 +116,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def write_csv(lines: Sequence[Line], file: Path) -> None:
-    """Everything of the lines, accuracies as shares."""
+    """Writes the lines to a CSV file. Accuracies are shares from 0 to 1."""
     panels, sizes = list(lines[0].panels), list(lines[0].accuracy)
     names = ["method", "width", "feature_dim", "window", "state_bytes", "rate", "seeds", "seconds"]
     with file.open("w", newline="") as stream:

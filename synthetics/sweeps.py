@@ -1,6 +1,7 @@
-"""Sweeps: lists of runs. One is run with ``python -m synthetics NAME --out DIR``, or build your own list.
+"""Sweeps: lists of runs. Run one with ``python -m synthetics NAME --out DIR``, or build your own list.
 
-Of the learning rates of a model the best one counts; seeds give the interval.
+Each model is trained at several learning rates, of which the best is reported, and with several seeds, which give the
+confidence interval.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ RATES = (1e-4, 5e-4, 8e-4)  # paper appendix B.1
 SEEDS = (1, 2, 3)
 FEATURES = (4, 8, 16, 24)
 
-# The paper's figure 2 (360 models), and reading twice at two of its widths (72 models). Both methods of a size stand
-# together, and the smallest and the largest width come first: what is done of the sweep is a figure, too.
+# The paper's figure 2 (360 models), and reading twice at two of its widths (72 models). The two methods of a size are
+# next to each other, and the largest and the smallest width come first, so that an unfinished sweep already makes a
+# figure.
 figure2 = [
     Run(METHODS[method], TASKS["paper"], width, features, rate, seed)
     for width, features, method, rate, seed in product(
@@ -32,7 +34,7 @@ figure2_small = [
     for (width, features), method, seed in product(((16, 2), (32, 4)), ("causal", "twice", "prefix"), SEEDS)
 ]
 
-# Which mixer recalls how much out of how many bytes.
+# Accuracy of each mixer against the bytes of its state.
 mqar_frontier = [
     Run(METHODS[method], TASKS["mqar"], width, features, rate, seed, window=window)
     for method, sizes in {
@@ -47,7 +49,7 @@ mqar_frontier = [
     for (width, features, window), rate, seed in product(sizes, (5e-4, 1e-3, 3e-3), SEEDS)
 ]
 
-# Every way to read, and two more layers, at one small and one large state; a heat map over both lengths.
+# Six ways to read, and deeper models, at one small and one large state; drawn as a heat map over both list lengths.
 reading_order = [
     Run(METHODS[method], TASKS["grid"], width, features, rate, seed)
     for method, (width, features), rate, seed in product(
@@ -61,7 +63,7 @@ reading_order = [
     )
 ]
 
-# The same lists, from the smallest state to one that is large enough.
+# The same lists at eight state sizes, from very small to large enough.
 state_size = [
     Run(METHODS[method], TASKS["grid"], width, features, rate, seed)
     for method, (width, features), rate, seed in product(

@@ -1,4 +1,6 @@
-"""Tasks by name: the paper's sizes, sizes for a laptop, and a few for tests. Pairs are (first list, second list)."""
+"""Tasks by name: the paper's sizes, sizes for a laptop, and a few for tests.
+
+A pair holds the lengths of the first and of the second list."""
 
 from itertools import product
 

@@ -1,8 +1,10 @@
-"""Linear attention with the Taylor feature map for short texts, by its scores (paper equations 3 and 6-7).
+"""Linear attention with the Taylor feature map for short texts, in its quadratic form (paper equations 3, 6 and 7).
 
-Training batches here hold thousands of texts of a few hundred tokens, with heads of odd sizes. Scores take T numbers a
-token there and features F, of which F is often the larger; scores also need few and large products. On a GPU, Triton
-kernels keep them on the chip. Results are those of `jrt.ops.linear_attention` after `jrt.ops.encode_prefix`.
+The quadratic form computes a score for each pair of tokens, as softmax attention does. `jrt.ops.linear_attention`
+computes features instead. Here a batch has thousands of texts of a few hundred tokens. For each token there are T
+scores or F features, and F is often the larger number. Scores also need fewer and larger matrix products. On a GPU,
+Triton kernels keep the scores on the chip. Results equal those of `jrt.ops.linear_attention` after
+`jrt.ops.encode_prefix`.
 
 Shapes: R rows (of all models), T tokens, H heads, d query/key size, D value size, E width, J asked queries.
 """
@@ -16,11 +18,12 @@ from torch import Tensor
 
 
 def taylor_attention(x: Tensor, heads: int, keys: int, values: int) -> Tensor:
-    """Causal linear attention of whole texts, with or without a prefix: then the whole text is the prefix, too.
+    """Causal linear attention of whole texts, without a prefix or with the whole text as the prefix as well.
 
     Args:
-        x: (R, T, C), heads side by side: queries (H d), keys (H d) and values (H D) before the feature map, and for a
-            prefix the encoder's keys (H d) and values (H D). Queries are scaled: a score is a query times a key.
+        x: (R, T, C), with these columns: queries (H d), keys (H d) and values (H D) before the feature map; then, if
+            there is a prefix, the encoder's keys (H d) and values (H D). Queries are scaled already, so that a score is
+            the product of a query and a key.
         heads, keys, values: H, d and D.
 
     Returns:
@@ -38,12 +41,12 @@ def taylor_attention(x: Tensor, heads: int, keys: int, values: int) -> Tensor:
 
 
 def weighted_sums(queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over tokens, weighted by the Taylor weights of a few queries.
+    """For a few queries of each row, sums the tokens, weighted by 1 + s + s^2 / 2 of the score s.
 
     Args:
-        queries: (R, J, E), scaled; their scores with the tokens are the products over E.
-        x: (R, T, E).
-        last: (R, J) int64, the last token that a query sees.
+        queries: (R, J, E), scaled. A score is the product of a query and a token over E.
+        x: (R, T, E), the tokens.
+        last: (R, J) int64, the last token that each query sees.
 
     Returns:
         Weighted sums of x (R, J, E) in its dtype, and sums of the weights (R, J) in fp32.
@@ -58,10 +61,10 @@ def weighted_sums(queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Ten
 
 
 class TaylorWeights(torch.autograd.Function):
-    """1 + s + s^2 / 2, and 0 where a query would see a later token, if the tokens are its own text's.
+    """The weights 1 + s + s^2 / 2 of scores s (R, H, T, T).
 
-    Written with its derivative, 1 + s, because these are the largest tensors: autograd would keep and pass over several.
-    scores (R, H, T, T).
+    `own`: whether the keys are the text's own; then weights of later tokens are 0. The derivative 1 + s is written by
+    hand, because these are the largest tensors and autograd would store several of them.
     """
 
     @staticmethod
@@ -79,7 +82,7 @@ class TaylorWeights(torch.autograd.Function):
 
 
 class TaylorAttention(torch.autograd.Function):
-    """`taylor_attention` by its kernels."""
+    """`taylor_attention` by its Triton kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int, keys: int, values: int) -> Tensor:
@@ -99,7 +102,7 @@ class TaylorAttention(torch.autograd.Function):
 
 
 class WeightedSums(torch.autograd.Function):
-    """`weighted_sums` by its kernels."""
+    """`weighted_sums` by its Triton kernels."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:

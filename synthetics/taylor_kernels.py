@@ -1,10 +1,10 @@
-"""Triton kernels of `synthetics.taylor`: scores never leave the chip, forward and backward.
+"""Triton kernels of `synthetics.taylor.taylor_attention`. Scores are never written to memory, forward or backward.
 
-A program takes one head of one row, and a tile of its queries (or, for the gradients of keys and values, of its keys).
-It walks over the tiles of the other side, computes their scores and weights again and adds up what it is after. The
-prefix is a second walk, over all tokens, with keys and values of its own.
+One program handles one head of one row and a tile of its queries. It loops over the tiles of keys, computes scores and
+weights, and sums the results. The kernel for the gradients of keys and values has a tile of keys and loops over tiles
+of queries. A prefix is a second loop, over all tokens, with its own keys and values.
 
-Everything of a token lies in one row of `x`, heads side by side: q, k, v, and for a prefix k_enc, v_enc.
+All vectors of a token are in one row of `x`: q, k, v of all heads, and for a prefix k_enc and v_enc.
 
 Shapes: R rows, T tokens, H heads, d query/key size, D value size, C = 2 H d + H D columns, and H d + H D more for a
 prefix; L tokens of a tile.
@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 64  # L
-SMALLEST = 16  # sizes below are filled with zeros: the matrix units take no fewer
+SMALLEST = 16  # smaller sizes are filled up with zeros, because the tensor cores need 16
 
 
 def forward(x: Tensor, heads: int, keys: int, values: int) -> tuple[Tensor, Tensor]:
-    """o (R, T, H D) in the dtype of `x`, and the denominators (R, H, T) in fp32.
+    """Returns o (R, T, H D) in the dtype of `x`, and the denominators (R, H, T) in fp32.
 
     Args:
         x: (R, T, C), contiguous.
@@ -39,7 +39,9 @@ def forward(x: Tensor, heads: int, keys: int, values: int) -> tuple[Tensor, Tens
 
 
 def backward(x: Tensor, o: Tensor, denominator: Tensor, do: Tensor, heads: int, keys: int, values: int) -> Tensor:
-    """The gradient of `x` (R, T, C) from that of `o` (R, T, H D); the other arguments are those of `forward`."""
+    """Returns the gradient of `x` (R, T, C), given that of `o`, `do` (R, T, H D).
+
+    The other arguments are those of `forward` and its results."""
     rows, length, _ = x.shape
     dx, ddenominator = torch.empty_like(x), torch.empty_like(denominator)
     sizes = _sizes(x, heads, keys, values)
@@ -67,14 +69,14 @@ def _sizes(x: Tensor, heads: int, keys: int, values: int) -> dict[str, int]:
 
 @triton.jit
 def _head(x, T, C: tl.constexpr, H: tl.constexpr):
-    """The start of a program's row in `x` and its head."""
+    """Returns the start of the program's row in `x`, and its head."""
     row = (tl.program_id(0) // H).to(tl.int64)
     return x + row * T * C, tl.program_id(0) % H
 
 
 @triton.jit
 def _load(x, tokens, first, T, C: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
-    """(L, P): the D columns from `first` on of these tokens, zero beyond."""
+    """Loads D columns from `first` on of these tokens, (L, P), with zeros outside."""
     column = tl.arange(0, P)
     inside = (tokens < T)[:, None] & (column < D)[None, :]
     return tl.load(x + tokens[:, None] * C + first + column[None, :], mask=inside, other=0.0)
@@ -89,7 +91,7 @@ def _store(x, value, tokens, first, T, C: tl.constexpr, D: tl.constexpr, P: tl.c
 
 @triton.jit
 def _key_column(read, h, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
-    """The first column of a head's keys: of the text's (read 0) or the prefix's (read 1)."""
+    """The first column of a head's keys, those of the text (read 0) or of the prefix (read 1)."""
     return tl.where(read == 0, H * DK, H * (2 * DK + DV)) + h * DK
 
 
@@ -130,7 +132,7 @@ def _query_gradient_kernel(
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
     PK: tl.constexpr, PV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, and of the denominators for `_key_gradient_kernel`."""
+    """Computes the gradients of the queries, and those of the denominators, which `_key_gradient_kernel` needs."""
     x, h = _head(x, T, C, H)
     dx, _ = _head(dx, T, C, H)
     o, _ = _head(o, T, H * DV, H)
@@ -164,7 +166,7 @@ def _key_gradient_kernel(
     C: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, READS: tl.constexpr,
     PK: tl.constexpr, PV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values, of the text (third program index 0) or of the prefix (1)."""
+    """Computes the gradients of keys and values, of the text (third program index 0) or of the prefix (1)."""
     x, h = _head(x, T, C, H)
     dx, _ = _head(dx, T, C, H)
     do, _ = _head(do, T, H * DV, H)

@@ -1,9 +1,10 @@
-"""Trains runs of one shape side by side, as one stack of models.
+"""Trains runs of one shape together, as one stack of models (`synthetics.stack`).
 
-Settings are the paper's (appendix B.1): AdamW with weight decay 0.1, a cosine over the epochs, the loss on the answers
-alone, an end once 99% of a model's test answers are right. A model that ends leaves the stack.
+The settings are the paper's (appendix B.1): AdamW with weight decay 0.1, a cosine schedule over the epochs, and a loss
+on the answers alone. A model's training ends when 99% of its test answers are right; it is then removed from the stack.
 
-Shapes: M models, S seeds, N examples, B examples of a batch, R = M x B, T tokens, K answers an example, V vocabulary.
+Shapes: M models, S seeds, N examples, B examples of a batch, R = M x B rows, T tokens, K answers of an example, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from synthetics.optimizer import StackedAdamW
 from synthetics.runs import Run
 from synthetics.stack import Stack
 
-ENOUGH = 0.99
-ORDER = 2  # of batches: one of the key's kinds, beside synthetics.data.TRAIN and TEST
-TEST_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 21}  # of a test batch, of all models together
+ENOUGH = 0.99  # test accuracy at which a model's training ends
+ORDER = 2  # first number of the generator's key for the order of batches
+TEST_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 21}  # most tokens of a test batch, of all models together
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Examples of one size, of all seeds, as the method reads them."""
+    """Examples of one size, of all seeds, in the order in which the method reads them."""
 
     name: str
     tokens: Tensor  # (S, N, T)
@@ -41,16 +42,18 @@ class Segment:
     answers: Tensor  # (S, N, K)
 
     def batch(self, seeds: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens (R, T), asked (R, K) and answers (R, K) for models whose seeds stand at these places, (M,)."""
+        """Returns tokens (R, T), asked (R, K) and answers (R, K) of a batch.
+
+        seeds (M,): the index of each model's seed in this segment. part: which examples."""
         tokens, asked, answers = (x[seeds, part].flatten(0, 1) for x in (self.tokens, self.asked, self.answers))
         return tokens, asked, answers
 
 
 class Training:
-    """The state of a stack in training: `epoch` moves it on, `state_dict` keeps it."""
+    """A stack in training. `epoch` trains it for one epoch; `state_dict` returns what a checkpoint needs."""
 
     def __init__(self, runs: list[Run], device: torch.device) -> None:
-        """`runs` have one shape."""
+        """All runs must have the same shape (`Run.shape`)."""
         first = runs[0]
         assert all(run.shape == first.shape for run in runs)
         self.runs, self.device = list(runs), device
@@ -66,7 +69,7 @@ class Training:
         self.steps = RecordedSteps(device)
 
     def epoch(self) -> list[float]:
-        """One epoch over the training examples; the test accuracy of each model after it, averaged over sizes."""
+        """Trains for one epoch. Returns each model's test accuracy after it, averaged over sizes."""
         progress = self.epochs_done / self.epochs
         self.optimizer.factor.fill_((1 + math.cos(math.pi * progress)) / 2)
         for segment, part in self.order():
@@ -76,7 +79,9 @@ class Training:
         return [sum(each.values()) / len(each) for each in self.accuracy]
 
     def order(self) -> Iterator[tuple[Segment, slice]]:
-        """Batches of one size each, in an order that depends on the epoch alone: all seeds meet the sizes together."""
+        """Yields the batches of the epoch, each of one size. Their order depends on the epoch alone.
+
+        So all models of the stack read examples of the same size at the same time."""
         parts = [
             (segment, slice(start, min(start + self.batch, segment.tokens.shape[1])))
             for segment in self.train
@@ -86,16 +91,16 @@ class Training:
             yield parts[index]
 
     def step(self, tokens: Tensor, asked: Tensor, answers: Tensor) -> None:
-        """One step of all models on a batch of `Segment.batch`."""
+        """Does one training step of all models on a batch from `Segment.batch`."""
         logits = self.model(tokens, asked)  # (R, K, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), reduction="sum")
-        # Each model's loss is a mean over its own answers; the sum of them has each model's own gradients.
+        # The sum of the models' mean losses: each model's weights get the gradient of that model's own loss.
         (loss / (answers.numel() // len(self.runs))).backward()
         self.optimizer.step()
 
     @torch.no_grad()
     def test_accuracy(self) -> list[dict[str, float]]:
-        """Of each model, by size of the examples."""
+        """Returns the test accuracy of each model, by size of the examples."""
         found: list[dict[str, float]] = [{} for _ in self.runs]
         for segment in self.test:
             examples, length = segment.tokens.shape[1:]
@@ -110,7 +115,7 @@ class Training:
         return found
 
     def keep(self, models: list[int]) -> None:
-        """Goes on with these models of the stack."""
+        """Removes all models of the stack except these (their numbers in the stack)."""
         self.runs = [self.runs[index] for index in models]
         if not self.runs:
             return
@@ -128,7 +133,7 @@ class Training:
 
 
 def _segments(splits: list[list[Examples]], run: Run) -> list[Segment]:
-    """The same sizes of all seeds together."""
+    """Joins the examples of all seeds, one segment for each size."""
     segments = []
     for same in zip(*splits, strict=True):
         tokens = torch.stack([run.method.reading(each) for each in same])
@@ -139,16 +144,17 @@ def _segments(splits: list[list[Examples]], run: Run) -> list[Segment]:
 
 
 def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadline: float | None) -> list[dict] | None:
-    """Trains runs of one shape to their ends, from the checkpoint if there is one.
+    """Trains runs of one shape to their ends. Continues from the checkpoint if there is one.
 
     Args:
         runs: of one shape.
-        device: of all of them.
-        checkpoint: a file that is written after each epoch; None: nothing is kept before the end.
-        deadline: on `time.monotonic`; after it no epoch is begun. One epoch is done in any case.
+        device: where all of them are trained.
+        checkpoint: a file that is written after each epoch; None: no checkpoint.
+        deadline: a time of `time.monotonic`, after which no epoch is started, except the first one of this call; None:
+            no deadline.
 
     Returns:
-        A row of results a run, in the order of the runs, or None where the deadline came first.
+        One row of results for each run, in the order of the runs, or None if the deadline came first.
     """
     rows: dict[str, dict] = {}
     seconds, state = 0.0, None

@@ -1,4 +1,6 @@
-"""Deals out groups of runs: one after another, over processes with a GPU or a share of the cores each, or over Ray."""
+"""Trains groups of runs: one after another, in several processes, or on a Ray cluster.
+
+Each process has its own GPU or an equal share of the CPU cores."""
 
 from __future__ import annotations
 
@@ -16,23 +18,24 @@ from synthetics.runs import Run
 from synthetics.training import train
 
 Group = tuple[list[Run], Path]  # runs of one shape, and the file of their checkpoint
-Rows = list[dict] | None  # None: the time was over before the group's end
+Rows = list[dict] | None  # results of a group; None: the deadline came before the group was finished
 
 
 def train_all(
     groups: Sequence[Group], device: str, workers: int, deadline: float | None, use_ray: bool
 ) -> Iterator[Rows]:
-    """Trains all groups and gives each one's rows as soon as they are there.
+    """Trains all groups. Yields the results of each group as soon as it ends.
 
     Args:
         groups: what to train.
-        device: "cpu" or "cuda"; worker i has GPU i modulo their number.
-        workers: processes; 1 is this one.
-        deadline: on `time.monotonic`; after it nothing is begun.
-        use_ray: Ray places the groups on its cluster, one GPU or one core each; checkpoints need a common file system.
+        device: "cpu" or "cuda". With several GPUs, the workers are spread over them.
+        workers: number of processes; 1 trains in this process.
+        deadline: a time of `time.monotonic`, after which no group and no epoch is started; None: no deadline.
+        use_ray: whether Ray distributes the groups over its cluster, with one GPU or one core for each. The checkpoints
+            must then be on a file system that all machines share.
 
     Raises:
-        ValueError: the device or Ray is missing, or there are no workers.
+        ValueError: the device or Ray is missing, or workers is below 1.
     """
     check_device(device, workers)
     if use_ray:
@@ -45,7 +48,7 @@ def train_all(
 
 
 def check_device(device: str, workers: int) -> None:
-    """Raises ValueError for a device that is not there or a number of workers that is no number of workers."""
+    """Raises ValueError for an unknown or missing device, or for fewer than one worker."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -98,7 +101,7 @@ def _over_ray(groups: Sequence[Group], device: str, deadline: float | None) -> I
     import ray
 
     ray.init(ignore_reinit_error=True)
-    # Ray shows a task its own GPU as the first one. Clocks differ between machines: each counts the seconds left.
+    # In a Ray task, its own GPU is cuda:0. `time.monotonic` differs between machines, so the time left is passed on.
     left = None if deadline is None else deadline - time.monotonic()
     began = time.time()
 

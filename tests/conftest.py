@@ -1,4 +1,6 @@
-"""Shared fixtures: where the golden vectors and the real passages lie, if they are there at all."""
+"""Shared fixtures: the folders of the golden vectors (stored outputs of the released code) and of the real passages.
+
+Both folders are optional."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 as their authors and the original release save them: folders in the exact layouts, smaller, random."""
+"""Writes small random Mamba and Mamba-2 checkpoints, in the layouts of their authors and of the release."""
 
 import json
 import shutil

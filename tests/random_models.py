@@ -1,4 +1,4 @@
-"""Small models with random weights, saved as folders: what tests of the evaluation run."""
+"""Writes small models with random weights as folders, for tests of the evaluation."""
 
 import dataclasses
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""A small quadratic reading of the released format, written from its description alone (docs/released.md).
+"""A slow reference model of the released checkpoint format, written from its description alone (docs/released.md).
 
-Loops over layers and heads, full score matrices, the full feature map, fp64; no code of the package.
+It loops over layers and heads, computes full score matrices and the full feature map in fp64, and uses no code of
+`jrt`.
 """
 
 import json

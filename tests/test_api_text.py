@@ -1,4 +1,4 @@
-"""The renderer of API pages, and the promise that a prompt is the beginning of the text that answers it."""
+"""The renderer of API pages. Also: the tokens of a prompt are the first tokens of the text with its answer."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The layout is the architecture: who may import whom, what `import jrt` loads, what no file may contain."""
+"""Rules of the code's structure: which part may import which, what `import jrt` loads, what no file may contain."""
 
 import ast
 import re

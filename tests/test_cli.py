@@ -1,4 +1,4 @@
-"""The command line: what a user types works, and what cannot work is one line on stderr and exit status 2."""
+"""The command line: commands work, and a wrong command gives one line on stderr and exit status 2."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`jrt.checkpoints.convert`: what comes out equals what went in, loads elsewhere, and appears whole or not at all."""
+"""`jrt.checkpoints.convert`: the converted model equals the original, loads elsewhere, and is never half written."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""PyTorch's threads follow the cores that other programs leave free."""
+"""The number of PyTorch's threads is set to the number of cores that other programs leave free."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The Hopper kernels against the fp64 definition, held to twice the error of eager PyTorch in the same dtype.
+"""The Hopper kernels against the fp64 definition. Their error may be twice that of eager PyTorch in the same dtype.
 
 Shapes: B batch, T tokens, H heads, d = 16, D value size, F = 153 features.
 """

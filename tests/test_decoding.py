@@ -1,4 +1,4 @@
-"""`jrt.decoding` gives what `LanguageModel.read` and transformers' own loop give: logits, states, tokens, outputs."""
+"""`jrt.decoding` gives the logits and states of `LanguageModel.read`, and the output of transformers' own loop."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The Triton kernels of a decoding step are compiled for GPUs that are not here, at the sizes of released models."""
+"""The Triton kernels of a decoding step compile for several GPUs, without one, at the sizes of released models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All recurrent and hybrid classes of the installed transformers: the wrong ones are found, and nothing else."""
+"""The doctor on all recurrent and hybrid classes of transformers: it reports the wrong ones and no others."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The evaluation from prompts to results: rows are independent, runs resume, and every number says what it rests on."""
+"""The evaluation from prompts to results: rows are independent, runs resume, results state how they were measured."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Common beginnings are read once, rows that have ended leave the batch, and no answer changes by it."""
+"""Answering in batches: common beginnings are read once, finished rows leave the batch, answers stay the same."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tables 5, 7, 10 and the mean gain; marks for cells that were not measured alike; runs that a table still lacks."""
+"""Layouts of tables 5, 7, 10 and the mean gain; marks for cells with different settings; lists of missing runs."""
 
 import json
 from pathlib import Path

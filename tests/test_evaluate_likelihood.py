@@ -1,4 +1,4 @@
-"""Log-likelihoods: the prefix encoder never reads what is scored, unless the published quirk asks for it; and lm-eval agrees."""
+"""Log-likelihoods: the prefix encoder does not read scored tokens, except with the release's quirk; lm-eval agrees."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Tables, figures and pages: the paper's values stand where they may, and nothing that a model wrote can act in a page."""
+"""Tables, figures and web pages: the paper's values are shown only where they apply, and model output is escaped."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""What takes longer: Ray workers of which one is killed, and a real off-the-shelf model."""
+"""Slow tests of the evaluation: Ray workers of which one is killed, and a real off-the-shelf model."""
 
 import importlib.util
 import json

@@ -1,4 +1,6 @@
-"""`jrt eval` of models that get something wrong: each is run as it can be, says so, and gives the answers of one prompt at a time."""
+"""`jrt eval` of models that compute something wrong, such as padding.
+
+Each is run in the way that is right for it, the results say so, and the answers equal those of one prompt at a time."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""SwiGLU and the gated short convolution with the projection behind them: kernels against fp64 PyTorch, and when they serve."""
+"""SwiGLU and the gated short convolution, each with the projection after it: kernels against fp64; when they run."""
 
 import os
 import subprocess

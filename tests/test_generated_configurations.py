@@ -1,4 +1,4 @@
-"""Model folders as they come: whatever their JSON files say, opening and asking a model ends in an answer or in a ValueError."""
+"""Model folders with generated JSON files: opening and asking such a model gives an answer or a ValueError."""
 
 import json
 import shutil

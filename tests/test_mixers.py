@@ -1,4 +1,4 @@
-"""Mixers: how one is added, and how many columns the prefix encoder is given."""
+"""Mixers: adding a new one, and how many columns the prefix encoder reads."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a name means: a shipped model, a folder, a hub id; and what kind of model a configuration describes."""
+"""Model names: whether one means a shipped model, a folder or a hub id; and which kind of model a configuration is."""
 
 import json
 import os

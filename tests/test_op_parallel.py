@@ -1,6 +1,7 @@
-"""The op inside what wraps models in training: DDP, FSDP2, activation checkpointing, torch.compile.
+"""Linear attention inside DDP, FSDP2, activation checkpointing and torch.compile.
 
-On a CPU two processes (gloo) with PyTorch's backend compute what one computes; on a GPU one process with Triton's.
+On a CPU two processes (gloo) must compute what one computes, with PyTorch's backend. On a GPU one process uses
+Triton's.
 
 Shapes: B batch, T tokens, M prefix tokens, E width, H heads, d query/key size, D value size.
 """

@@ -1,4 +1,4 @@
-"""Linear attention: every backend against fp64, and the properties that prefill, decoding and PLA rest on."""
+"""Linear attention: every backend against fp64, and the properties that prefill, decoding and prefix attention need."""
 
 import itertools
 import math

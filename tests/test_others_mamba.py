@@ -1,4 +1,4 @@
-"""Mamba checkpoints of others, in both of their layouts, held to transformers' own Mamba."""
+"""Mamba checkpoints that were not trained here, in both common layouts, compared with transformers' own Mamba."""
 
 import dataclasses
 import json

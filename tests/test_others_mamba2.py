@@ -1,6 +1,7 @@
-"""Mamba-2 in its authors' layout, held to a loop in float64 written from the paper; models of flash-linear-attention.
+"""Mamba-2 in its authors' layout, compared with an fp64 loop written from the paper; models of flash-linear-attention.
 
-No network: folders in the exact layout of `state-spaces/mamba2-*` and `fla-hub/gla-*` stand in, with random weights."""
+The tests need no network. They use folders with random weights in the layout of `state-spaces/mamba2-*` and
+`fla-hub/gla-*`."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The probe and `jrt doctor`: what is right is not blamed, and each kind of wrong is found by its own check."""
+"""The probe and `jrt doctor`: a right model passes, and each kind of error is found by its own check."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What a number's record says of where it was made, and files that are never half written."""
+"""Provenance (versions, commit and device that are stored with a result), and files that are never half written."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What the README says runs: its commands, its Python, its tables."""
+"""The README is right: its commands and its Python code run, and its tables agree with the stored results."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Cutting in jrt_recall, against the published windows and in every corner of the rule."""
+"""Cutting of documents in jrt_recall: the published windows, and every special case of the rule."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Documents as they come: what is clear is read, what is not makes one document invalid, and nothing ends in a traceback."""
+"""Fields of documents: clear values are read, others make one document invalid, and none ends in a traceback."""
 
 import datetime
 import decimal

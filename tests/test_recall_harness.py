@@ -1,4 +1,4 @@
-"""The task files of jrt_recall in stock lm-eval: loaded, answered by a real (tiny) GPT-2, and started both ways."""
+"""The task files of jrt_recall in stock lm-eval: loaded, answered by a tiny GPT-2, run by both commands."""
 
 import importlib.util
 import json

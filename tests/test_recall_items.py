@@ -1,4 +1,4 @@
-"""Items and protocols of jrt_recall: what a run asks, and the counts it must state."""
+"""Items and protocols of jrt_recall: which questions a run asks, and the counts that its results state."""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Prompts and windows of generated documents, against a literal reading of the published rules (written apart from the code)."""
+"""Prompts and windows of generated documents, compared with a second implementation of the published rules.
+
+The second implementation was written from the rules, independently of the code under test."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""lm-eval's own swde, fda and squad_completion as protocols, with the installed lm-eval as their referee; windows by number."""
+"""The protocols of lm-eval's own swde, fda and squad_completion against the installed lm-eval; windows by number."""
 
 import json
 

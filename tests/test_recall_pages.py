@@ -1,4 +1,4 @@
-"""reference_pages of jrt_recall: windows, the facts that may be asked, and the selection."""
+"""The task reference_pages of jrt_recall: windows, the facts that can be asked, and the selection."""
 
 import pytest
 from jrt_recall import api_text, contains, items, reference_pages

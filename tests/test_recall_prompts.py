@@ -1,4 +1,4 @@
-"""Prompts of jrt_recall: byte-equal to the published ones, and what follows from their definition."""
+"""Prompts of jrt_recall: byte-equal to the published ones, and properties that follow from their definition."""
 
 import copy
 import json

@@ -1,6 +1,7 @@
-"""`jrt-recall --repeat N`: other people's tasks with their context shown N times, on tasks in the exact form of lm-eval's.
+"""`jrt-recall --repeat N`: lm-eval tasks with their context shown N times.
 
-The datasets of ruler, longbench and babilong are on the hub and were not run: their prompts' templates are, and a task made here is."""
+The prompt templates of ruler, longbench and babilong are tested, but not their datasets, which are on the hub. A task
+of the same form is made here and run."""
 
 import json
 import os

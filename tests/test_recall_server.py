@@ -1,4 +1,4 @@
-"""The tasks answered over HTTP, as vLLM and its like serve models: lm-eval's `local-completions` and a server of a tiny GPT-2."""
+"""The tasks answered over HTTP, as by a vLLM server: lm-eval's `local-completions` asks a server of a tiny GPT-2."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""The released format: every golden folder through the public API, each quirk, the rules for short prompts."""
+"""The released format: goldens (stored outputs of the released code), each quirk, the rules for short prompts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models with quirks: which class they are, that they are saved with them, and that what is correct knows nothing of them."""
+"""Models with the release's quirks: their classes, saving and loading; the correct code does not contain them."""
 
 import copy
 import dataclasses

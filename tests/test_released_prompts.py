@@ -1,6 +1,6 @@
-"""Masks, generation and log-likelihoods of released-format checkpoints, row by row against the quadratic reading.
+"""Masks, generation and log-likelihoods of released-format checkpoints against the slow reference model, row by row.
 
-What the release would read for each row is written out here (docs/released.md), never taken from the package.
+The text that the release reads for each row is written out here (docs/released.md), not computed by the package.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Released-format checkpoints in shapes the goldens do not have, held to a small quadratic reading of the format."""
+"""Released-format checkpoints in shapes that the golden folders lack, compared with the slow reference model."""
 
 import json
 from pathlib import Path

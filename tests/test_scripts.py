@@ -1,4 +1,4 @@
-"""The scripts that users of the original know, run as they are typed."""
+"""The scripts that have the names of the original repository's scripts, run as users type them."""
 
 import os
 import shutil

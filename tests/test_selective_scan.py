@@ -1,4 +1,4 @@
-"""The selective scan: backends against the fp64 definition, values and gradients, and the laws a recurrence obeys."""
+"""The selective scan: values and gradients of all backends against fp64, and properties of a recurrence."""
 
 import os
 import subprocess

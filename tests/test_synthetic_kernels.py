@@ -1,4 +1,6 @@
-"""Kernels of the recall tasks against the same functions in PyTorch and fp64; in Triton's interpreter without a GPU."""
+"""Triton kernels of the synthetic tasks against the same functions in PyTorch and fp64.
+
+Without a GPU they run in Triton's interpreter."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""Recall tasks: what their examples are, readings, stacks of models, training, sweeps, folders, tables and figures."""
+"""The synthetic recall tasks: examples, readings, stacks of models, training, sweeps, folders, tables and figures."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The training text of the mini models: what stays out of it, and that it is written as it is described."""
+"""The training text of the mini models: what is kept out of it, and that its files agree with their manifest."""
 
 import json
 from pathlib import Path

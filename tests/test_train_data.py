@@ -1,4 +1,4 @@
-"""Token sources, the orders they are read in, and text made into token files."""
+"""Token sources, reading orders, and the command that turns text into token files."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Two processes (gloo) compute what one computes: data parallel, sharded, and when their number changes on the way."""
+"""Training in two processes (gloo) equals training in one: data parallel, sharded, and with a changing number."""
 
 import os
 import socket

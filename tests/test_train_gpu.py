@@ -1,4 +1,4 @@
-"""Training on a GPU: one graph a block with the ops inside, equal to eager code, and runs that go on bit for bit."""
+"""Training on a GPU: each block compiles to one graph and equals eager code; resumed runs are equal bit for bit."""
 
 import dataclasses
 import signal

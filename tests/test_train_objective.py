@@ -1,4 +1,4 @@
-"""Equation 5, once: what is hidden, what counts, and the numbers that the released code computes."""
+"""The objective (paper equation 5): which tokens are hidden, which labels count, and the released code's numbers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and started again equals one that never stopped; what cannot go on says why."""
+"""A run that is stopped anywhere and resumed equals one that never stopped. A run that cannot be resumed says why."""
 
 import os
 import resource

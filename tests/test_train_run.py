@@ -1,4 +1,4 @@
-"""The training path: every configuration is composed, built and stepped, wrong settings say so, and an export loads."""
+"""Training runs: every configuration is built and trained for a step; wrong settings are refused; exports load."""
 
 import dataclasses
 import json

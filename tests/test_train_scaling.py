@@ -1,4 +1,4 @@
-"""The scaling benchmark with two processes on the CPU: what it measures agrees with one process."""
+"""The scaling benchmark, with two processes on the CPU: its losses agree with those of one process."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Recall sequences: what they ask stands in their context, and a batch is a function of (seed, step) alone."""
+"""Training sequences of the mini models: answers are in the context, and a batch depends on (seed, step) alone."""
 
 from itertools import pairwise
 

@@ -1,8 +1,7 @@
-"""transformers' own common model tests, run on our models.
+"""Runs transformers' own common model tests on our models.
 
-The tests are in transformers' source distribution and not in the installed package, so they are fetched for the version
-that is installed. The mixins for generation and export, which stand in other folders of their repository, are not part of
-the distribution; empty classes take their place.
+These tests are in transformers' source distribution, not in the installed package, so they are fetched for the
+installed version. The distribution lacks the mixins for generation and export; empty classes replace them.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What users of transformers expect of a model class: packed rows, accumulated losses, resized vocabularies."""
+"""Behaviour that users of transformers expect: packed rows, losses with gradient accumulation, resized vocabularies."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """The Triton kernels of linear attention against the fp64 definition: on a GPU, and without one in Triton's interpreter.
 
-The interpreter has to be asked for before triton is imported, so it gets a process of its own: the first test starts it,
-and there all others run. On a GPU they run as they are, and longer ones with them.
+The interpreter must be switched on before triton is imported. So the first test starts a new process, in which the
+other tests run. With a GPU all tests run directly, and some longer ones as well.
 
 Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D value size.
 """

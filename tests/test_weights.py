@@ -1,4 +1,4 @@
-"""Checkpoints that are broken or hostile: one clear error, no code run, no memory taken."""
+"""Broken or hostile checkpoints: they give one clear error, run no code, and use no large memory."""
 
 import json
 import os

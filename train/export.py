@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder: weights, tokenizer, and a card that says where they come from."""
+"""Writes the trained model as a Hugging Face folder: weights, tokenizer, and a model card."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ LICENSE = "apache-2.0"
 
 
 def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Writes ``output/model`` (bf16 weights, tokenizer, README.md) and ``output/training.json`` (what the card says, for
-    programs). All processes call it; the first one writes. With a moving average, its weights are the model's."""
+    """Writes ``output/model`` and ``output/training.json``.
+
+    ``output/model`` holds the weights in bf16, the tokenizer and the model card README.md. ``training.json`` has the
+    card's content in a form for programs. If the run keeps a moving average of the weights, the average is exported.
+    All processes must call this; only the first one writes."""
     if loop.training.average is not None:
         loop.training.average.exchange()
     state = whole_state(loop.model)
     if loop.training.average is not None:
-        state = {name: tensor.clone() for name, tensor in state.items()}  # may be the parameters themselves
+        # Copied, because these tensors may be the parameters themselves, which the next line changes.
+        state = {name: tensor.clone() for name, tensor in state.items()}
         loop.training.average.exchange()
     if not loop.place.is_first:
         return
@@ -54,7 +58,7 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
         tokenizer.save_pretrained(folder)
     record = _record(loop, config, tokenizer)
     if config.score_items and tokenizer is not None:
-        scored = model.float().model.to(loop.place.device).eval()  # what is stored, computed in fp32
+        scored = model.float().model.to(loop.place.device).eval()  # the stored weights, computed in fp32
         record["recall"] = recall.score(scored, tokenizer, count=config.score_items)
     write_json(loop.output / "training.json", record)
     write_text(folder / "README.md", card(record))
@@ -90,7 +94,7 @@ def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase |
 
 
 def _corpus(config: DictConfig) -> dict:
-    """What the data's manifest says, without paths."""
+    """The part of the data's manifest that the model card shows. Paths of this machine are left out."""
     folder = config.data.get("folder")
     manifest = Path(folder).expanduser() / "manifest.json" if folder else None
     if manifest is None or not manifest.is_file():
@@ -103,7 +107,7 @@ def _corpus(config: DictConfig) -> dict:
 
 
 def card(record: dict) -> str:
-    """The model card as Markdown with the metadata block that the hub reads."""
+    """Returns the model card as Markdown, with the metadata block that the hub reads."""
     metadata = f"---\nlicense: {LICENSE}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     head = f"{metadata}\n# {record['name']}\n\n"
     read = f"{record['tokens'] / 1e6:,.1f} M tokens in {record['steps']:,} steps, seed {record['seed']}, objective {record['objective']}"

@@ -1,4 +1,7 @@
-"""The training loop: read a batch, make targets, forward and backward in passes, step, say how it goes, keep a checkpoint.
+"""The training loop: read a batch, make its targets, forward and backward, optimiser step, metrics, checkpoint.
+
+A device may split its rows of a step into several *passes* (gradient accumulation), so that a large batch fits into
+memory.
 
 Shapes: G rows of a step's whole batch, R rows that a device reads in one pass, T tokens of a row.
 """
@@ -34,7 +37,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 @dataclass(frozen=True)
 class Trainer:
-    """How a run is carried out. None of it changes what is learnt, but for `global_batch`, `precision` and `ema`."""
+    """Settings of how a run is carried out. Only `global_batch`, `precision` and `ema` change what is learnt."""
 
     max_steps: int  # where to stop; the schedule may be longer
     accelerator: str = "auto"  # auto, cpu or gpu
@@ -42,8 +45,8 @@ class Trainer:
     nodes: int = 1  # machines
     strategy: str = "ddp"  # or fsdp: weights, gradients and optimiser spread over the devices
     precision: str = "bf16-mixed"  # one of PRECISIONS
-    global_batch: int | None = None  # rows of a step, over all devices; None: as many as the data says
-    rows: int | None = None  # rows of one pass on one device; None: all of its share
+    global_batch: int | None = None  # G; None: the data says
+    rows: int | None = None  # R; None: the device's whole share, in one pass
     compile: bool = True
     activation_checkpointing: bool = False
     log_every: int = 25
@@ -52,8 +55,8 @@ class Trainer:
     keep_last: int = 2
     keep_best: int = 0
     keep_every: int = 0
-    probe_every: int = 0  # steps between looks at recall on reference pages; 0: none
-    ema: float = 0.0  # share of the old average at each step; 0: no average
+    probe_every: int = 0  # steps between two measurements of recall on reference pages; 0: none
+    ema: float = 0.0  # decay of the weights' moving average (`MovingAverage`); 0: no average
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -65,7 +68,7 @@ class Trainer:
             raise ValueError(f"trainer.checkpoint_every is {self.checkpoint_every}: expected at least 0 (none)")
 
     def passes(self, total: int) -> int:
-        """Passes that each device makes over its share of `total` rows.
+        """Returns the number of passes that each device needs for its share of `total` rows.
 
         Raises:
             ValueError: devices x rows x passes cannot be `total`.
@@ -82,7 +85,7 @@ class Trainer:
 
 @dataclass
 class Progress:
-    """What the run has done so far."""
+    """What the run has done so far: steps, tokens, seconds, and the last value of each metric."""
 
     step: int = 0
     tokens: int = 0
@@ -97,13 +100,21 @@ class Progress:
 
 
 class Loop:
-    """One run on this process.
+    """One run, as this process sees it.
 
     Args:
-        module: `jrt.training.loss.ModelWithLoss`, spread over the devices.
-        prefix: tokens of each row that are its prefix; None: the batch says.
-        identity: what a checkpoint says of the run.
-        probe: recall on reference pages, in percent.
+        trainer: how the run is carried out.
+        place: this process.
+        model: the model.
+        module: the same model with its loss (`jrt.training.loss.ModelWithLoss`), spread over the devices.
+        data: the batches.
+        objective: makes inputs and labels from a batch.
+        prefix: how many tokens of each row are its prefix; 0: no prefix; None: each batch says.
+        schedule: AdamW's settings.
+        seed: of the hidden tokens.
+        output: folder of the run.
+        identity: the settings that are saved in each checkpoint (`train.run.identity_of`).
+        probe: measures recall on reference pages, in percent; None: not measured.
     """
 
     def __init__(
@@ -133,13 +144,13 @@ class Loop:
         )
         self.progress = Progress()
         self.generator = torch.Generator(place.device)
-        self._unseen: list[tuple[int, Tensor]] = []  # losses that nobody has looked at
+        self._unseen: list[tuple[int, Tensor]] = []  # (step, loss) that are not yet checked for NaN
         self._place_in_data: Tensor | None = None  # `resume` of the last batch
         parameters = sum(p.numel() for p in model.parameters())
         self._flops = flops_per_token(self.config, parameters, data.length)
 
     def resume(self, found: Checkpoint) -> None:
-        """Goes on from a checkpoint; later ones, which are damaged, are removed."""
+        """Continues from a checkpoint. Later checkpoints, which are damaged, are deleted."""
         self.checkpoints.load(found, self.training)
         self.checkpoints.remove_after(found.step)
         facts = found.facts
@@ -150,7 +161,7 @@ class Loop:
         log.info("going on from step %d (%s)", found.step, found.folder)
 
     def fit(self, loggers: list[Logger]) -> Progress:
-        """Trains up to `max_steps`, and returns what was done.
+        """Trains until step `max_steps` and returns what was done.
 
         Raises:
             ValueError: the loss is not finite, ids are beyond the vocabulary, a batch cannot be split, or a checkpoint
@@ -196,13 +207,15 @@ class Loop:
         return progress
 
     def _facts(self) -> dict:
-        """What a checkpoint keeps beside the tensors."""
+        """What a checkpoint holds besides the tensors."""
         place = self._place_in_data
         state = None if place is None else json.loads(place.numpy().tobytes())
         return self.progress.facts() | {"identity": self.identity, "data": state}
 
     def _step(self, batch: Batch, step: int) -> Callable[[], dict[str, float]]:
-        """One optimiser step; returns a function that reads its figures back from the device."""
+        """Does one optimiser step. Returns a function that reads its metrics back from the device.
+
+        Reading waits for the GPU, so it is done only when metrics are reported."""
         total = len(batch["ids"]) * self.place.size
         passes = self.trainer.passes(total)
         self._check_ids(batch["ids"], f"step {step}")
@@ -216,7 +229,7 @@ class Loop:
                 with self._autocast():
                     arguments = (part.input_ids, part.labels, part.masked, part.prefix_length, part.weights, room)
                     own = self.module(*arguments)[:2]
-                # Gradients are averaged over the devices, and this is a sum over them.
+                # DDP and FSDP average gradients over the devices; the factor turns the average into a sum.
                 (loss_of(own, totals, self.objective) * self.place.size).backward()
             sums += own.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
@@ -267,8 +280,9 @@ class Loop:
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # a few batches are not worth graphs without gradients
     def validate(self) -> dict[str, float]:
-        """Mean next-token loss with nothing hidden, its perplexity, and, where the data asks, the share of right answers.
-        Batches are dealt out over the devices."""
+        """Returns the mean next-token loss without hidden tokens and its perplexity.
+
+        If the data has questions, it also returns the share of right answers. The devices share the batches."""
         shown = Objective("causal" if self.objective.kind == "causal" else "prefix-lm", self.objective.mask_token)
         if self.objective.predicts_first:
             shown = Objective(shown.kind, shown.mask_token, predicts_first=True)
@@ -310,7 +324,7 @@ class Loop:
             )
 
     def _look(self) -> None:
-        """Stops the run at the first loss that is not a finite number, and keeps the batch that gave it."""
+        """Raises ValueError at the first loss that is not a finite number, and saves the batch that gave it."""
         losses = torch.stack([loss for _, loss in self._unseen]).tolist() if self._unseen else []
         for (step, _), loss in zip(self._unseen, losses, strict=True):
             if not math.isfinite(loss):
@@ -325,7 +339,7 @@ class Loop:
 
 
 class _Interval:
-    """Clock of the steps since the last figures."""
+    """Measures the speed of the steps since the last report."""
 
     def __init__(self, device: torch.device, tokens: int) -> None:
         self.device, self.tokens = device, tokens
@@ -341,7 +355,13 @@ class _Interval:
         self.waited += time.monotonic() - self._since
 
     def rates(self, tokens: int, flops: tuple[int, int], devices: int) -> dict[str, float]:
-        """Speed since the last call."""
+        """Returns the speed since the last call.
+
+        Args:
+            tokens: that the whole run has read so far.
+            flops: of a token, without and with those of the mixers (`jrt.training.flops.flops_per_token`).
+            devices: of the run.
+        """
         elapsed = time.monotonic() - self.start
         speed = (tokens - self.tokens) / elapsed
         peak = peak_flops(self.device) * devices

@@ -3,8 +3,9 @@
     python train/measure_data.py FOLDER          # 30 x 10^9 tokens, in a sparse file that takes no room
     python train/measure_data.py FOLDER --tokens 1e9
 
-A sparse file's pages are zeros that the system makes when they are read: the disk is left out, what remains is the order,
-the memory map and the copy. `needed_per_s` is what one H100 asks of it with JRT-360M at `train_throughput.json`'s speed.
+A sparse file has no data on the disk: the system returns zeros. So the disk is not measured, only the order of the
+windows, the memory map and the copy. `needed_windows_per_s` is how many windows one H100 reads when it trains JRT-360M
+at the speed in `train_throughput.json`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def sparse_text(folder: Path, tokens: int) -> None:
 
 
 def speed_of(take: Callable[[int], object], count: int) -> float:
-    """Calls of `take` a second of processor time of this thread, which other programs do not lengthen."""
+    """Calls of `take` per second of this thread's processor time, which other programs on the machine do not change."""
     start = time.thread_time()
     for i in range(count):
         take(i)
@@ -50,7 +51,7 @@ def speed_of(take: Callable[[int], object], count: int) -> float:
 
 
 def tokens_needed() -> float | None:
-    """Tokens per second of the fastest 360M row."""
+    """Tokens per second that the fastest JRT-360M row of train_throughput.json reaches; None without that file."""
     path = RESULTS / "train_throughput.json"
     if not path.is_file():
         return None

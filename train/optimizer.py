@@ -1,4 +1,4 @@
-"""How weights move: the learning rate's schedule, which weights decay, and an average over the last steps."""
+"""AdamW's settings: the learning rate schedule, which weights decay, and a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ DECAYED = ("matrices", "released")
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW's settings. The rate rises for `warmup` steps to `peak` and falls to `floor` as half a cosine over the rest."""
+    """AdamW's settings.
+
+    The learning rate rises linearly from `start` to `peak` in `warmup` steps. Then it falls to `floor` along half a
+    cosine until step `steps`. `clip` is the largest norm of the gradient.
+    """
 
     steps: int
     peak: float = 2e-3
@@ -44,10 +48,10 @@ class Schedule:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matrices") -> list[dict]:
-    """Two groups for AdamW, with and without weight decay.
+    """Returns AdamW's two parameter groups, with and without weight decay.
 
-    "matrices": projections decay; embeddings, biases, norms, filters, and Mamba's A_log and D do not.
-    "released": norms and filters decay as well, as in the released training code.
+    decayed "matrices": projections decay; embeddings, biases, norms, convolution filters and Mamba's A_log and D do
+    not. decayed "released": norms and convolution filters decay as well, as in the released training code.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     chosen: list[nn.Parameter] = []
@@ -61,7 +65,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matr
 
 
 class MovingAverage:
-    """Exponential moving average of the weights; `decay` is the old average's share at each step."""
+    """Exponential moving average of the weights.
+
+    At each step the new average is `decay` times the old one plus (1 - `decay`) times the weights.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         if not 0 < decay < 1:
@@ -76,7 +83,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Puts the averages into the model and keeps the model's weights; a second call puts them back."""
+        """Swaps the model's weights and the averages. A second call swaps them back."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(value)

@@ -1,7 +1,8 @@
-"""Text of an installed package: API pages of its modules, pages of service descriptions, and the prose it brings along.
+"""Takes the text out of an installed package, for the training corpus of the mini models.
 
-A package is a folder made by ``pip install --target FOLDER --no-deps NAME``; nothing in it is imported. ``texts``
-yields ``(kind, text)`` with kind "api", "service" or "prose"; what is a copy of something else is the business of
+There are three kinds of text. "api": a page for each module (see `jrt_recall.api_text`). "service": pages made from
+botocore's descriptions of web services. "prose": docstrings and documents. A package is a folder made by ``pip install
+--target FOLDER --no-deps NAME``; nothing in it is imported. Copies and near-copies are not removed here but in
 ``corpus.py``."""
 
 import ast
@@ -49,15 +50,15 @@ SKIPPED_FOLDERS = frozenset(
         "locales",
     )
 )
-LONGEST_SOURCE = 400_000  # bytes; larger modules are tables
+LONGEST_SOURCE = 400_000  # bytes; larger modules are mostly tables of data
 LONGEST_TEXT = 60_000  # characters of one document
-SHORTEST_TEXT = 200
-PROSE_SHARE = 4  # full docstrings of every fourth module are kept as prose
+SHORTEST_TEXT = 200  # characters; shorter documents are left out
+PROSE_SHARE = 4  # the full docstrings of about one in four modules are kept as prose
 DOCUMENT_SUFFIXES = {".rst", ".md"}
 
 
 def texts(package: Path) -> Iterator[tuple[str, str]]:
-    """All documents of one package folder in a fixed order; unreadable files are left out."""
+    """Yields (kind, text) for all documents of a package folder, in a fixed order. Unreadable files are left out."""
     for path in sorted(package.rglob("*")):
         parts = path.relative_to(package).parts
         if SKIPPED_FOLDERS & set(parts[:-1]) or path.name.startswith(("test_", "conftest")):
@@ -71,7 +72,7 @@ def texts(package: Path) -> Iterator[tuple[str, str]]:
 
 
 def metadata(package: Path) -> dict[str, str]:
-    """Name, version and licence of the distribution in a package folder; ValueError if there is none."""
+    """Returns name, version and licence of the package in a folder. Raises ValueError if the folder holds none."""
     files = sorted(package.glob("*.dist-info/METADATA"))
     if not files:
         raise ValueError(f"{package} has no *.dist-info/METADATA: expected a folder made by `pip install --target`")
@@ -107,7 +108,7 @@ def _module_texts(path: Path, keep_prose: bool) -> Iterator[tuple[str, str]]:
 
 
 def _long_docstrings(source: str) -> str:
-    """Docstrings without their first paragraphs, which the API page has already."""
+    """All docstrings of a module without their first paragraphs, which the API page already shows."""
     definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, definitions))
     rest = (re.split(r"\n\s*\n", text, maxsplit=1)[1:] for text in docstrings if text)
@@ -115,7 +116,7 @@ def _long_docstrings(source: str) -> str:
 
 
 def clean_lines(text: str) -> list[str]:
-    """Lines with spaces collapsed; empty ones and rulers dropped."""
+    """The lines of a text with runs of spaces collapsed, without empty lines and lines of signs only."""
     lines = (" ".join(line.split()) for line in text.split("\n"))
     return [line for line in lines if line and not re.fullmatch(r"[\W_]+", line)]
 
@@ -128,7 +129,9 @@ def _document_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _service_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Pages of one botocore service description (newest version only): operations first, then structures."""
+    """Pages of one service description of botocore: operations first, then structures.
+
+    Of several versions of a description only the newest gives pages."""
     versions = sorted(p.parent.name for p in path.parent.parent.glob("*/service-2.json.gz"))
     if path.parent.name != versions[-1]:
         return
@@ -164,7 +167,7 @@ def _pieces(lines: list[str], size: int = 300) -> list[list[str]]:
 
 
 def _plain(markup: str) -> str:
-    """HTML as text; the end of a paragraph or list item ends a line."""
+    """Turns HTML into text. The end of a paragraph or list item ends a line."""
     broken = re.sub(r"</p>|</li>|<br */?>", "\n", markup)
     return html.unescape(re.sub(r"<[^>]+>", "", broken)).strip()
 

@@ -1,9 +1,9 @@
-"""Text as token files: ``python train/prepare.py SOURCE OUT [--tokenizer NAME]``.
+"""Turns text into token files: ``python train/prepare.py SOURCE OUT [--tokenizer NAME]``.
 
 SOURCE is a folder of text, JSONL or Parquet files, one such file, NAME.bin with NAME.idx, or ``hub:NAME`` for a dataset of
-the Hugging Face hub. Written to OUT: train.bin and validation.bin (ids, each document ended by the tokenizer's end-of-text
-id), their .idx files in the format of GPT-NeoX and Megatron, the tokenizer, and manifest.json. The same command goes on
-where it was stopped, and the tokens are the same whatever the number of workers.
+the Hugging Face hub. OUT gets train.bin and validation.bin (token ids; each document ends with the tokenizer's
+end-of-text id), their .idx files in the format of GPT-NeoX and Megatron, the tokenizer, and manifest.json. If the
+command is stopped, the same command continues the work. The tokens do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from train.data.sources import encode_documents  # noqa: E402
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
 BLOCK = 256  # documents that a worker encodes at a time
-SAVED_EVERY = 64  # blocks between two notes of how far the work is
-NOTE = "progress.json"
+SAVED_EVERY = 64  # blocks between two writes of NOTE
+NOTE = "progress.json"  # how much is done, for a command that continues the work
 
 
 def prepare(
@@ -55,16 +55,16 @@ def prepare(
     suffixes: tuple[str, ...] = TEXT,
     max_documents: int | None = None,
 ) -> dict:
-    """Writes token files and returns their manifest; goes on with work that was stopped.
+    """Writes token files and returns their manifest. Continues work that was stopped.
 
     Args:
         source: as `train.data.documents.find_documents` takes it.
         out: folder for the files.
-        tokenizer: "mini" for the vocabulary that jrt_recall ships, or what AutoTokenizer loads ("gpt2").
-        validation: share of the documents that is held out: the first, and then one in 1 / share.
-        workers: processes that encode.
+        tokenizer: "mini" for the vocabulary that jrt_recall ships, or a name that AutoTokenizer loads, such as "gpt2".
+        validation: share of the documents that become validation text: the first one, and then one in every 1 / share.
+        workers: number of processes that encode.
         column, split, suffixes: as `find_documents` takes them.
-        max_documents: read no more than so many.
+        max_documents: most documents that are read; None: all.
 
     Raises:
         ValueError: nothing to read, no such tokenizer, or `out` holds the work of other settings.
@@ -94,7 +94,7 @@ def prepare(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Raises ValueError where there is none of that name."""
+    """Returns the tokenizer of that name, as `prepare` takes it. Raises ValueError if there is none."""
     if name == "mini":
         return shipped_tokenizer()
     try:
@@ -157,7 +157,7 @@ def _start_worker(tokenizer: str) -> None:
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
     assert _tokenizer is not None
-    sound = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # half characters become "?"
+    sound = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # halves of surrogate pairs become "?"
     filled = [(i, text) for i, text in enumerate(sound) if text]
     encoded = encode_documents([text for _, text in filled], _tokenizer) if filled else []
     found = [np.zeros(0, np.int64)] * len(texts)
@@ -178,7 +178,7 @@ def _as_ids(documents: list[np.ndarray]) -> list[np.ndarray]:
 
 
 class _Writer:
-    """The files of an unfinished folder, and a note of how much of them is whole."""
+    """Writes the token files under temporary names, and NOTE, which says how much of them is complete."""
 
     def __init__(self, out: Path, settings: dict, dtype: np.dtype) -> None:
         self.out, self.settings, self.dtype = out, settings, dtype
@@ -254,9 +254,9 @@ class _Writer:
 
 
 def _opened(path: Path, size: int) -> Any:
-    """The file, open for appending, cut to what is known to be whole."""
+    """Opens a file for appending, after cutting it to the size that is known to be complete."""
     named = path.with_suffix("")
-    if size and not path.is_file() and named.is_file():  # stopped while files got their names
+    if size and not path.is_file() and named.is_file():  # stopped while the finished files were renamed
         named.replace(path)
     if size and (not path.is_file() or path.stat().st_size < size):
         raise ValueError(f"{path} is shorter than {path.parent / NOTE} says: remove the folder and start again")

@@ -1,7 +1,7 @@
-"""A first look at recall on the real task, before a model is exported: answers that greedy decoding would get right.
+"""Measures recall on reference pages during training, without generating text.
 
-With the right beginning given, every token of an answer is the likeliest one exactly when greedy decoding gives that
-answer, so one forward pass over prompt and answer is enough. ``jrt eval`` measures the same items through generation.
+Greedy decoding gives the right answer exactly if every token of the answer is the likeliest one after the right tokens
+before it. So one forward pass over prompt and answer is enough. ``jrt eval`` measures the same items by generation.
 """
 
 import logging
@@ -28,8 +28,20 @@ def score(
     strategies: tuple[str, ...] = ("once", "twice", "question_first"),
     count: int = 256,
 ) -> list[dict]:
-    """Records with window, strategy, right, n and score (percent) on reference pages of the running Python's
-    library."""
+    """Asks the model questions on reference pages of the running Python's standard library.
+
+    Args:
+        model: in any precision, on any device.
+        tokenizer: the model's.
+        windows: sizes of the pages, in tokens.
+        strategies: how each page is read, as in `jrt_recall.prompts`.
+        count: questions for each window and strategy.
+
+    Returns:
+        One record for each window and strategy: window, strategy, right (number of right answers), n (number of
+            questions)
+        and score (percent right).
+    """
     device = next(model.parameters()).device
     records = []
     for window in windows:
@@ -69,7 +81,9 @@ def _right(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> int:
-    """How many of these (prompt, answer) pairs are right; rows are padded at their end, where nothing looks."""
+    """Returns how many of these (prompt, answer) pairs are right.
+
+    Rows are padded at the end, after all that is scored."""
     length = 64 * math.ceil(max(len(prompt) + len(answer) for prompt, answer in pairs) / 64)
     padding = tokenizer.pad_token_id or 0
     ids = torch.full((len(pairs), length), padding)

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.csv always; a line in the log, TensorBoard, W&B where wished; a plot at the end."""
+"""Where a run writes its metrics: metrics.csv, the log, TensorBoard or W&B if asked for, and a plot at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 class Logger(Protocol):
-    """Somewhere that metrics go besides metrics.csv."""
+    """A place that metrics are written to."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -41,7 +41,9 @@ class Logger(Protocol):
 
 
 class Csv:
-    """metrics.csv, a row for each interval. A run that goes on drops the rows after the step where it does."""
+    """Writes metrics.csv, one row for each report.
+
+    A resumed run first removes the rows after the step it resumes from."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -62,7 +64,7 @@ class Csv:
 
 
 class TensorBoard:
-    """Raises ValueError where tensorboard is not installed."""
+    """Writes TensorBoard files. Raises ValueError if tensorboard is not installed."""
 
     def __init__(self, folder: str) -> None:
         if importlib.util.find_spec("tensorboard") is None:
@@ -80,7 +82,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases. Raises ValueError where wandb is not installed or has no key."""
+    """Sends metrics to Weights & Biases. Raises ValueError if wandb is not installed or has no key."""
 
     def __init__(self, project: str, name: str, folder: str) -> None:
         if importlib.util.find_spec("wandb") is None:
@@ -100,7 +102,7 @@ class WandB:
 
 
 def console(step: int, last: int, values: dict[str, float], seconds_a_step: float) -> None:
-    """One line of the log."""
+    """Writes one line to the log: step, metrics and the time that is left."""
     left = int(max(0, last - step) * seconds_a_step)
     parts = [f"step {step}/{last}"]
     names = {
@@ -121,13 +123,13 @@ def console(step: int, last: int, values: dict[str, float], seconds_a_step: floa
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics.csv; a last row that a crash cut off is left out."""
+    """Returns the rows of a metrics.csv. A last row that a crash cut off is left out."""
     with path.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and None not in row.values()]
 
 
 def plot(metrics: Path, picture: Path) -> None:
-    """Training and validation loss over the steps, as a PNG."""
+    """Draws training and validation loss over the steps, and saves them as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

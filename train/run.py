@@ -1,8 +1,8 @@
 """Trains one model: ``python train/run.py experiment=baselines/jrt-1b-50b trainer.devices=8``.
 
-An experiment file names a model, its data and its schedule; Hydra composes the rest (``--cfg job`` shows the whole).
-Everything is written to ``output``: checkpoints, metrics.csv and its plot, and at the end the model as a Hugging Face folder.
-The same command again goes on from the newest checkpoint.
+An experiment file (train/configs/experiment) sets a model, its data and its schedule. Hydra adds the other settings;
+``--cfg job`` prints them all. The folder ``output`` gets the checkpoints, metrics.csv with a plot, and at the end the
+trained model as a Hugging Face folder. The same command, started again, resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ IDENTITY = ("preset", "model", "objective", "rate", "seed", "data", "batch", "pr
 
 
 def train(config: DictConfig) -> dict[str, float]:
-    """Runs a composed configuration in this process and returns the last metrics.
+    """Trains as the configuration says, in this process, and returns the last metrics.
 
     Raises:
         ValueError: a setting, the data or a checkpoint is wrong; the message says what was expected.
@@ -63,7 +63,7 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
     model_config = model_of(config)
     schedule: Schedule = _made(config.task.schedule)
     found = _checkpoint_before(config, output, place)
-    if found is not None:  # named here, before it contradicts the data
+    if found is not None:  # checked here first: another model may not fit the data, and its message would be misleading
         _check_same_run(found, {"preset": config.preset, "model": model_config.to_dict()}, config)
     data: Data = _data(config, place)
     objective, prefix = objective_of(config, model_config, data)
@@ -111,10 +111,10 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
 
 
 def model_of(config: DictConfig) -> Config:
-    """The preset, with the fields that `model` gives.
+    """Returns the model's configuration: the preset, changed by the fields under `model`.
 
     Raises:
-        ValueError: no such preset, or fields that no model can have.
+        ValueError: there is no such preset, or the fields contradict each other.
     """
     fields = {name: value for name, value in _plain(config.model).items() if value is not None}
     known = presets()
@@ -126,11 +126,13 @@ def model_of(config: DictConfig) -> Config:
 
 
 def objective_of(config: DictConfig, model: Config, data: Data) -> tuple[Objective, int | None]:
-    """The objective, and how many tokens of a sequence are its prefix (None: each batch says). Both follow from the model
-    unless they are given.
+    """Returns the training objective, and how many tokens of each sequence are its prefix.
+
+    Both follow from the model unless the configuration gives them. The number is None if each batch has its own prefix
+    lengths, and 0 if there is no prefix.
 
     Raises:
-        ValueError: they contradict the model or the data.
+        ValueError: the objective contradicts the model or the data.
     """
     fields = {name: value for name, value in _plain(config.task.objective).items() if value is not None}
     given = fields.pop("prefix_length", None)
@@ -160,7 +162,11 @@ def objective_of(config: DictConfig, model: Config, data: Data) -> tuple[Objecti
 def identity_of(
     config: DictConfig, model: Config, objective: Objective, schedule: Schedule, data: Data
 ) -> dict[str, Any]:
-    """What a run is: two that agree in it compute the same. Kept in checkpoints, and compared before one goes on."""
+    """Returns the settings that decide what a run computes.
+
+    They are saved in each checkpoint. A run is resumed only if they have not changed (or `accept` names the changed
+    ones).
+    """
     found = {
         "preset": config.preset,
         "model": model.to_dict(),
@@ -178,15 +184,15 @@ def identity_of(
 
 
 def code_version() -> str:
-    """Hash of the sources of model and training, and PyTorch's version."""
+    """A hash of the source code of model and training, and PyTorch's version."""
     return f"{code_sha256(jrt, train_package)[:12]}, torch {torch.__version__}"
 
 
 def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkpoint | None:
-    """The newest whole checkpoint of `output`, if there is one.
+    """Returns the newest complete checkpoint in `output`, or None.
 
     Raises:
-        ValueError: there is one and it must not be gone on with, or `accept` names nothing that runs differ in.
+        ValueError: there is one but resume is false, or `accept` has a name that is not in IDENTITY.
     """
     unknown = sorted(set(config.accept) - set(IDENTITY))
     if unknown:
@@ -218,7 +224,7 @@ def _shown(before: Any, now: Any) -> str:
 
 
 def _data(config: DictConfig, place: World) -> Data:
-    """The first process goes first: it may have to make the data."""
+    """Opens the data. The first process does so before the others, because it may have to make the data."""
     found = _made(config.data) if place.is_first else None
     place.wait()
     return found if found is not None else _made(config.data)
@@ -241,7 +247,7 @@ def _probe(config: DictConfig, data: Data) -> Callable[[LanguageModel], float] |
 
 
 def _made(config: DictConfig) -> Any:
-    """What a `_target_` builds; errors of its own stay what they are."""
+    """Builds the object that a `_target_` names. Hydra's wrapper around a ValueError is removed."""
     try:
         return instantiate(config, _convert_="all")
     except InstantiationException as error:
@@ -257,7 +263,7 @@ def _plain(config: DictConfig) -> dict:
 
 
 def _run(config: DictConfig) -> None:
-    """This process's part, or one process for each device."""
+    """Trains in this process, or starts one process for each device."""
     trainer = _made(config.trainer)
     if is_launched() or trainer.devices == 1:
         if is_launched() and not _is_first():

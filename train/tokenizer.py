@@ -1,8 +1,8 @@
 """The byte-level BPE vocabulary of the mini models: 4,096 entries whose merges never cross a line end or an opening
 bracket.
 
-So a text that ends in ``name(`` is encoded as the beginning of the same text with the arguments after it: what a
-prompt asks is token for token what training showed."""
+For this reason ``name(`` has the same tokens at the end of a prompt as in a training text that goes on with the
+arguments."""
 
 from collections.abc import Iterable
 
@@ -13,14 +13,23 @@ from transformers import PreTrainedTokenizerFast
 
 END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 VOCABULARY = 4096
-# A line end; an opening bracket; a word with what leads it; up to three digits; other signs; spaces.
+# A text is first split into these pieces, which no token crosses: a line end; an opening bracket; a word with one
+# blank, "_", "=" or "." in front; up to three digits; other signs; spaces.
 PIECES = r"\n| ?\(|[ _=.]?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}(]+|[^\S\n]+"
 
 
 def train_tokenizer(
     texts: Iterable[str], vocabulary: int = VOCABULARY, max_length: int = 4608
 ) -> PreTrainedTokenizerFast:
-    """END is id 0, PAD id 1, and MASK the last row, as in the released models."""
+    """Learns the vocabulary from texts, and returns it as a tokenizer.
+
+    END has id 0 and PAD id 1. MASK has the last id, as in the released models.
+
+    Args:
+        texts: training texts.
+        vocabulary: number of entries, special ones included.
+        max_length: longest input that the tokenizer states for the model.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([])
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -48,8 +57,18 @@ def train_tokenizer(
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, budget: int | None = None) -> np.ndarray:
-    """(tokens,) uint16: texts one after the other, each closed by a line end and the end-of-text id; `budget` tokens
-    or a few more. A special entry's name in a text is read as plain text."""
+    """Encodes texts one after the other, each followed by a line end and the end-of-text id.
+
+    The name of a special entry inside a text is read as plain text.
+
+    Args:
+        texts: what is encoded.
+        tokenizer: as `train_tokenizer` returns it.
+        budget: stop after this many tokens, at the end of a block of 512 texts; None: no limit.
+
+    Returns:
+        (tokens,) uint16.
+    """
     tokenizer.backend_tokenizer.encode_special_tokens = True
     arrays: list[np.ndarray] = []
     total = 0

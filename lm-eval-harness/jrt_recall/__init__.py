@@ -1,7 +1,8 @@
 """jrt_recall: the recall tasks of "Just read twice" for any causal language model, as a plugin of stock lm-eval.
 
-Pure functions make the prompts (`prompt`), cut long contexts (`cut`) and score (`contains`); `items` puts them
-together for a task, a reading strategy and a named protocol. lm-eval reads the same tasks from `task_folder()`.
+Three pure functions do the work: `prompt` makes a prompt, `cut` shortens a long document, `contains` scores an answer.
+`items` combines them for one task, one reading strategy (read once, twice, ...) and one protocol (a named set of all
+other settings that a score depends on). lm-eval reads the same tasks from the YAML files in `task_folder()`.
 """
 
 from pathlib import Path

@@ -9,10 +9,11 @@ first paragraph of its docstring::
     read(size=-1, *, timeout=None)
     Return at most size records.
 
-A heading ``name(arguments)`` is a *fact*: the name asks, the arguments answer. Arguments carry names and defaults, no
-annotations, and no ``self`` or ``cls``. The same strings make the training text of the mini models and the
-``reference_pages`` task: a question is the line ``name(`` that the model goes on with, an announcement is the line
-``name ?`` in front of the page."""
+A heading ``name(arguments)`` is called a *fact*, because it makes a recall question: given the name, what are the
+arguments? Arguments are shown with their defaults, without annotations and without ``self`` or ``cls``. The training
+text of the mini models and the ``reference_pages`` task are both made of these strings. A *question* is the line
+``name(``, which the model must continue. An *announcement* is the line ``name ?`` in front of the page; it says what
+will be asked."""
 
 import ast
 import inspect
@@ -31,7 +32,7 @@ class Fact(NamedTuple):
 
 
 def question(name: str) -> str:
-    """The beginning of a heading: a prompt that ends with it is answered by the arguments and a closing bracket."""
+    """The beginning of a heading. A prompt ends with it; the answer is the arguments and a closing bracket."""
     return f"{name}("
 
 
@@ -46,7 +47,7 @@ def heading(name: str, arguments: str) -> str:
 
 
 def facts(page: str) -> list[Fact]:
-    """All heading lines of a page in order, with repetitions; functions without arguments have ``arguments == ""``."""
+    """All heading lines of a page in order, repeated ones included. Without arguments, ``arguments`` is ``""``."""
     found = []
     for number, line in enumerate(page.split("\n")):
         match = HEADING.match(line)
@@ -56,10 +57,11 @@ def facts(page: str) -> list[Fact]:
 
 
 def render(source: str) -> str:
-    """The page of one module, lines separated by "\\n" without a last one; "" when nothing public stands in it.
+    """Returns the page of one module, given its source code.
 
-    Raises ``ValueError`` when ``source`` is not Python of the running version (``SyntaxError`` is not one, so it is
-    turned into one)."""
+    Lines are separated by "\\n", and the last line has none. The page is "" if the module has nothing public and no
+    docstring. Raises ``ValueError`` if ``source`` is not valid code for the running Python (a ``SyntaxError`` is turned
+    into a ``ValueError``)."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, RecursionError) as error:
@@ -81,7 +83,7 @@ def _render_body(body: list[ast.stmt], lines: list[str], in_class: bool) -> None
                 lines.extend(_first_paragraph(node))
             case (
                 ast.If() | ast.Try()
-            ):  # definitions that depend on the platform: both branches are part of the module's text
+            ):  # a definition may depend on the platform: the definitions of both branches are shown
                 _render_body(node.body, lines, in_class)
                 _render_body(node.orelse, lines, in_class)
 
@@ -91,7 +93,7 @@ def _is_public(name: str) -> bool:
 
 
 def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> str:
-    """The argument list without annotations, and without the first argument of a method."""
+    """The argument list of a function without annotations, and without ``self`` or ``cls`` of a method."""
     arguments = node.args
     positional = arguments.posonlyargs or arguments.args
     is_static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
@@ -106,12 +108,12 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> 
 
 
 def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    """The first paragraph as one line, so that how a source file was wrapped leaves no trace."""
+    """The first paragraph of a docstring as one line, so that line breaks of the source file do not matter."""
     text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
     paragraph = " ".join(re.split(r"\n\s*\n", text, maxsplit=1)[0].split())
     return [paragraph] if paragraph else []
 
 
 def _tidy(text: str) -> list[str]:
-    """Lines of a longer text: spaces collapsed, no empty line."""
+    """The lines of a text, with runs of spaces collapsed and empty lines removed."""
     return [line for line in (" ".join(raw.split()) for raw in text.split("\n")) if line]

@@ -1,12 +1,14 @@
-"""Documents of the tasks: published datasets from a mirror folder or the Hugging Face hub, passages from a local folder.
+"""Loads the documents of the tasks: the published datasets, or passages with questions from a folder of your own.
 
-A mirror is a folder with one `NAME.jsonl` for each dataset and `manifest.json` (rows, columns, sha256 and source of each
-file). An argument or the environment variable JRT_DATA names it. `fetch` (from the hub) and `import_file` (from a file)
-fill it, `verify` checks it.
+The published datasets (tasks `recall_*`) come from a local copy, the *mirror*, or from the Hugging Face hub. A mirror
+is a folder with one `NAME.jsonl` for each dataset and a `manifest.json` with rows, columns, sha256 and source of each
+file. Its path is an argument or the environment variable JRT_DATA. `fetch` (from the hub) and `import_file` (from a
+file) fill it, `verify` checks it.
 
-The folder of passages holds `squad.jsonl`, `nq.jsonl`, `triviaqa.jsonl`, `drop.jsonl` (context, question, answers) and
-`fda.jsonl` (text, attributes). An argument or JRT_PASSAGES names it. The published datasets carry cloze statements instead
-of questions, so results on passages never stand beside published values.
+The passages (tasks `qa_*`) come from a folder with `squad.jsonl`, `nq.jsonl`, `triviaqa.jsonl`, `drop.jsonl` (columns
+context, question, answers) and `fda.jsonl` (text, attributes). Its path is an argument or JRT_PASSAGES. Results on
+passages are never shown beside published values: the published datasets ask with a statement to complete (a cloze
+statement), not with a question.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ MANIFEST = "manifest.json"
 
 
 class MissingDataset(ValueError):
-    """A task's documents are neither in a local folder nor reachable on the hub. The message says how to get them."""
+    """A task's documents are not in a local folder, and the hub cannot be reached. The message says how to get them."""
 
 
 class Documents(NamedTuple):
-    """Documents in their published order, where they come from, and the sha256 of their canonical JSON lines."""
+    """Documents in their published order, where they come from, and the sha256 of their `canonical_lines`."""
 
     rows: list[dict]
     source: str
@@ -42,7 +44,7 @@ class Documents(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What `verify` found for one dataset: ok, or the problem in words."""
+    """What `verify` found for one dataset. If it is not ok, `message` says what is wrong."""
 
     task: str
     ok: bool
@@ -50,14 +52,15 @@ class Checked(NamedTuple):
 
 
 def text_field(task: str, doc: dict, field: str) -> str:
-    """doc[field], a string. Raises ValueError that names the task and the field if it is missing or no text."""
+    """Returns doc[field]. If it is missing or not text, the ValueError names the task and the field."""
     return checked_text(f"{task}: field {field!r}", _field(task, doc, field))
 
 
 def answers_of(task: str, doc: dict) -> tuple[str, ...]:
-    """What a right generation contains any of: the value for swde, fda and squad, else the field `answers`.
+    """Returns the answers of a document; a right generation contains any of them.
 
-    Raises ValueError where the field is missing or holds no answer."""
+    They are the field `value` for swde, fda and squad, else the field `answers`. Raises ValueError if the field is
+    missing or holds no answer."""
     field = "answers" if task in PASSAGES else published_task(task).labels
     if field == "value":
         return answers_in(f"{task}: field {field!r}", text_field(task, doc, field))
@@ -71,14 +74,15 @@ def _field(task: str, doc: dict, field: str) -> Any:
 
 
 def mirror_folder(folder: str | Path | None = None) -> Path | None:
-    """The mirror: `folder`, else the one JRT_DATA names, else None."""
+    """Returns the mirror's path: `folder` if given, else the one in JRT_DATA, else None."""
     return _folder(folder, FOLDER_VARIABLE)
 
 
 def load(task: str, folder: str | Path | None = None) -> Documents:
-    """All documents of a published task, columns checked.
+    """Returns all documents of a published task after a check of their columns.
 
-    Raises MissingDataset where they cannot be had, ValueError if the mirror's file is damaged or lacks a column."""
+    They come from the mirror if it has them. Otherwise they come from the hub, unless `folder` names the mirror.
+    Raises MissingDataset if they cannot be found, and ValueError if the mirror's file is damaged or lacks a column."""
     spec = published_task(task)
     mirror = mirror_folder(folder)
     if mirror is not None:
@@ -91,9 +95,10 @@ def load(task: str, folder: str | Path | None = None) -> Documents:
 
 
 def load_passages(task: str, folder: str | Path | None = None) -> Documents:
-    """Documents of a `qa_*` task: its lines as they stand, or (fda) one row for each attribute of a line.
+    """Returns the documents of a `qa_*` task: one for each line of the file, or for fda one for each attribute of a
+    line.
 
-    Raises MissingDataset where the folder or its file is absent, ValueError where a line lacks a field."""
+    Raises MissingDataset if the folder or its file is absent, and ValueError if a line lacks a field."""
     chosen = _folder(folder, PASSAGES_VARIABLE)
     name = f"{task.removeprefix('qa_')}.jsonl"
     if chosen is None or not (chosen / name).is_file():
@@ -111,7 +116,7 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
 
 
 def _attribute_rows(line: dict, number: int) -> list[dict]:
-    """One row for each attribute of a page; a page whose attributes cannot be read is one row with its problem."""
+    """One row for each attribute of a page. If the attributes cannot be read, one row that says why, in "problem"."""
     document = line.get("doc_id")
     document = str(number) if document is None else str(document)
     attributes = line["attributes"]
@@ -123,7 +128,7 @@ def _attribute_rows(line: dict, number: int) -> list[dict]:
 
 
 def fetch(tasks: Iterable[str] = PUBLISHED, folder: str | Path | None = None) -> list[Path]:
-    """Copies datasets from the hub into the mirror; one that is there and intact is kept. Returns the files."""
+    """Copies datasets from the hub to the mirror and returns the files. A file that is there and intact is kept."""
     mirror = _named(folder)
     files = []
     for spec in map(published_task, tasks):
@@ -137,7 +142,9 @@ def fetch(tasks: Iterable[str] = PUBLISHED, folder: str | Path | None = None) ->
 
 
 def import_file(task: str, file: str | Path, folder: str | Path | None = None) -> Path:
-    """Copies a task's documents from a .jsonl, .json or .parquet file into the mirror, after a check of its columns."""
+    """Copies a task's documents from a .jsonl, .json or .parquet file to the mirror. Returns the new file.
+
+    Raises ValueError if the file cannot be read or lacks a column of the task."""
     spec = published_task(task)
     path = Path(file).expanduser()
     if not path.is_file():
@@ -146,7 +153,9 @@ def import_file(task: str, file: str | Path, folder: str | Path | None = None) -
 
 
 def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None) -> list[Checked]:
-    """Checks files of the mirror against its manifest, and their columns against the task's. None: all datasets."""
+    """Compares files of the mirror with its manifest, and their columns with the task's.
+
+    tasks None means all datasets."""
     mirror = _named(folder)
     if not mirror.is_dir():
         raise ValueError(f"{mirror} is not a folder")
@@ -154,7 +163,9 @@ def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None)
 
 
 def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> Path:
-    """Writes a task's documents and their entry of the manifest; an interrupted call leaves the former state."""
+    """Writes a task's documents to the mirror, then their entry in its manifest. Returns the file.
+
+    Each of the two files is replaced in one step. Raises ValueError if a column is missing or JSON cannot hold it."""
     spec = published_task(task)
     check_columns(spec, rows, source)
     rows = _as_json_holds(spec, rows, source)
@@ -177,7 +188,7 @@ def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> P
 
 
 def check_columns(spec: PublishedTask, rows: Sequence[dict], source: str) -> None:
-    """Raises ValueError that names the columns which `spec` reads and some row lacks, or if there are no rows."""
+    """Raises ValueError if there are no rows, or if a row lacks a column of the task; the message names the column."""
     if not rows:
         raise ValueError(f"{spec.name}: {source} holds no documents")
     for number, row in enumerate(rows):
@@ -189,7 +200,7 @@ def check_columns(spec: PublishedTask, rows: Sequence[dict], source: str) -> Non
 
 
 def canonical_lines(rows: Iterable[dict]) -> str:
-    """One JSON object a line, keys sorted: the text whose sha256 names a set of documents."""
+    """The rows as text, one JSON object a line with sorted keys. Its sha256 identifies a set of documents."""
     return "".join(_canonical(row) + "\n" for row in rows)
 
 
@@ -197,25 +208,25 @@ def _canonical(row: dict) -> str:
     text = json.dumps(row, ensure_ascii=False, sort_keys=True)
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+    except UnicodeEncodeError:  # half of a surrogate pair: UTF-8 cannot encode it, a JSON escape can
         return json.dumps(row, sort_keys=True)
     return text
 
 
 def digest(rows: Iterable[dict]) -> str:
-    """sha256 of the canonical lines of `rows`."""
+    """The sha256 of `canonical_lines(rows)`."""
     return _sha256(canonical_lines(rows))
 
 
 def read_lines(file: Path) -> list[dict]:
-    """Rows of a JSONL file. Raises ValueError with the line number where a line is no JSON object or no UTF-8."""
-    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
+    """Returns the rows of a JSONL file. If a line is not a JSON object or not UTF-8, the ValueError has its number."""
+    # str.splitlines would also split at U+2028 and the like, which may stand in JSON strings.
     lines = enumerate(_read_text(file).split("\n"), start=1)
     return [_json_object(line, f"{file}, line {number}") for number, line in lines if line.strip()]
 
 
 def _read_text(file: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark."""
+    """Reads a UTF-8 file, with or without a byte order mark."""
     content = file.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{file}, line 1: the file is UTF-16; save it as UTF-8")
@@ -266,9 +277,9 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _as_json_holds(spec: PublishedTask, rows: Sequence[dict], source: str) -> list[dict]:
-    """Rows without the columns that JSON cannot hold (timestamps, decimals, bytes), which nobody reads.
+    """Leaves out the columns that JSON cannot hold (timestamps, decimals, bytes) and that no task uses.
 
-    Raises ValueError where a column that is read is one of them."""
+    Raises ValueError if the task uses such a column."""
     dropped: dict[str, str] = {}
     for row in rows:
         for column, value in row.items():
@@ -298,9 +309,17 @@ def _from_mirror(spec: PublishedTask, mirror: Path, file: Path) -> Documents:
 
 
 def from_hub(task: str, dataset: str, instead: str, **which: str) -> Any:
-    """A dataset of the hub or its cache. which: `load_dataset`'s configuration (`name`) and `split`.
+    """Loads a dataset from the hub or its local cache.
 
-    Raises MissingDataset where it cannot be had: the task, the reason, and what to do `instead`."""
+    Args:
+        task: for the error message.
+        dataset: name on the hub.
+        instead: what the user can do if the dataset cannot be loaded, for the error message.
+        which: `name` (the configuration) and `split`, as `datasets.load_dataset` takes them.
+
+    Raises:
+        MissingDataset: the dataset cannot be loaded.
+    """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -365,7 +384,7 @@ def _manifest(mirror: Path) -> dict:
 
 
 def _write(file: Path, text: str) -> None:
-    """Writes a file in one step: a reader sees the former content or the new one."""
+    """Writes a file in one step, so that nobody reads a half-written one."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(file)

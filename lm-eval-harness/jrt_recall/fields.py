@@ -1,6 +1,7 @@
-"""Fields of documents as they come: texts, and answers in the shapes that datasets give them.
+"""Reads the text and answer fields of dataset documents, and checks their types.
 
-What is read clearly is read. Anything else is a ValueError with its reason, which makes one document invalid and no run.
+Datasets store answers in several shapes. The shapes that have one clear meaning are accepted. Everything else raises a
+ValueError that says why; the caller counts that document as invalid and goes on with the next one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Any
 
 
 def checked_text(place: str, value: object) -> str:
-    """A string that can be encoded. Raises ValueError that begins with `place`."""
+    """Returns `value` if it is a string that UTF-8 can encode.
+
+    Otherwise raises a ValueError whose message begins with `place`, the name of the field."""
     if not isinstance(value, str):
         raise ValueError(f"{place} must be a string, got {kind(value)}")
     try:
@@ -21,11 +24,16 @@ def checked_text(place: str, value: object) -> str:
 
 
 def answers_in(place: str, value: Any) -> tuple[str, ...]:
-    """The answers in a field, any of which counts.
+    """Returns the answers in a field. A prediction is right if it contains any of them.
 
-    A string is one answer, a list of strings is several. SQuAD's {"text": [...]} and lists of such, and TriviaQA's
-    {"value": ..., "aliases": [...]} hold theirs. Raises ValueError for null, numbers, an empty list, a blank answer, and
-    shapes that have no one meaning."""
+    Args:
+        place: the name of the field, for error messages.
+        value: a string (one answer), a list of strings (several), SQuAD's {"text": [...]} or a list of these, or
+            TriviaQA's {"value": ..., "aliases": [...]}.
+
+    Raises:
+        ValueError: null, a number, an empty list, a blank answer, or any other shape.
+    """
     found = tuple(checked_text(f"{place}: an answer", answer) for answer in _spread(place, value))
     if not found:
         raise ValueError(f"{place}: the list of answers is empty")
@@ -60,7 +68,7 @@ def _strings(place: str, value: Any) -> list:
 
 
 def kind(value: object) -> str:
-    """What JSON calls a value, for messages."""
+    """The JSON name of a value's type, for error messages."""
     names = {
         type(None): "null",
         bool: "true or false",

@@ -1,7 +1,8 @@
-"""Generated documents in each published dataset's exact columns: for tests and dry runs without the datasets.
+"""Generated documents with the exact columns of each published dataset, for tests and dry runs without the datasets.
 
-Made-up prose states each made-up name once. Documents are deterministic in (task, seed), and their mirror names them as
-generated, so that no score on them can pass for a published one.
+A document is random prose in which a few sentences state made-up facts; one of them is asked. The same task and seed
+give the same documents. The mirror (see `data`) records them as generated, so that a score on them cannot be mistaken
+for one on the published data.
 """
 
 import random
@@ -23,7 +24,7 @@ _ROLES = ("founder", "captain", "architect", "librarian", "engineer", "composer"
 
 
 def documents(task: str, count: int = 24, seed: int = 0, sentences: int = 40) -> list[dict]:
-    """`count` documents of a published task; each is about `sentences` sentences (20 GPT-2 tokens each) long."""
+    """Returns `count` documents of a published task, each of about `sentences` sentences of 20 GPT-2 tokens."""
     name = published_task(task).name
     generator = random.Random(f"{name}/{seed}")
     make = {"swde": _page, "fda": _page, "squad": _squad}.get(name, _cloze)
@@ -37,14 +38,16 @@ def documents(task: str, count: int = 24, seed: int = 0, sentences: int = 40) ->
 
 
 def write(folder: str | Path, count: int = 24, seed: int = 0, sentences: int = 40) -> Path:
-    """A mirror folder (see `data`) with generated documents for every published task."""
+    """Writes generated documents for every published task to a mirror folder (see `data`), and returns the folder."""
     for task in PUBLISHED:
         store(task, documents(task, count, seed, sentences), f"{SOURCE} (seed {seed})", folder)
     return Path(folder)
 
 
 def write_super_glue(folder: str | Path, count: int = 6, seed: int = 0) -> Path:
-    """A mirror folder with generated documents for SuperGLUE's eight tasks, `count` in each split (see `harness.super_glue`)."""
+    """Writes generated documents for SuperGLUE's eight tasks to a mirror folder, and returns the folder.
+
+    Each split gets `count` documents (see `harness.super_glue`)."""
     for configuration in COLUMNS:
         place = Path(folder) / "super_glue" / configuration
         place.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,7 @@ def _page(generator: random.Random, sentences: int) -> dict:
 
 
 def _statements(generator: random.Random) -> tuple[list[str], str, str]:
-    """Four statements of who had which role; the role and the name that are asked."""
+    """Returns four statements of who had which role, the role that is asked, and the name that answers it."""
     roles = generator.sample(_ROLES, 4)
     names = [_name(generator) for _ in roles]
     return [f"The {role} was {name}." for role, name in zip(roles, names, strict=True)], roles[0], names[0]

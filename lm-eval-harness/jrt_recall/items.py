@@ -1,6 +1,7 @@
-"""From a task, a strategy and a protocol to the prompts and answers of a run, with the counts a result must state.
+"""Makes the items of a run (prompts with their answers) from a task, a strategy and a protocol.
 
-lm-eval's hooks and `jrt eval` share this code, so both ask the same questions.
+It also counts the documents that could not be used, because results report these counts. The lm-eval tasks and `jrt
+eval` share this code, so both ask the same questions.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """One question. position: where the first answer stands in the context read, 0 (start) to 1 (end); None: nowhere.
+    """One question.
 
-    lost: the answer stood in the whole document and was cut away."""
+    id: unique within the task. doc: the document, cut to the window. answers: a right generation contains any of them.
+    position: where the first answer stands in the context, from 0 (start) to 1 (end); None if it is not there.
+    lost: whether the answer was in the whole document and was cut away."""
 
     id: str
     doc: dict
@@ -43,11 +46,15 @@ class TaskItems:
     """The items of one task, strategy and protocol.
 
     Args:
-        documents: those looked at. Each is an item, dropped (by the published rule) or invalid (it cannot be asked or
-            scored; the reason is kept). For reference pages: the headings of all windows, of which a selection is asked.
+        documents: number of documents that were read. Each became an item, was dropped by the published rule, or was
+            invalid, that is, could not be asked or scored. For reference pages: headings in all windows; only some of
+            them become items.
+        dropped: number of documents that the published rule dropped.
+        invalid: for each invalid document, the reason.
+        source: where the documents come from.
         sha256: of the documents.
-        seed: of a selection of pages or of examples.
-        python: the version whose library was read.
+        seed: of the choice of pages or examples; None if nothing was chosen.
+        python: version of the standard library that was read, for reference pages.
     """
 
     task: str
@@ -64,17 +71,17 @@ class TaskItems:
 
     @property
     def lost(self) -> int:
-        """Items whose answer was cut away."""
+        """Number of items whose answer was cut away."""
         return sum(item.lost for item in self.items)
 
     @property
     def absent(self) -> int:
-        """Items whose answer never stood in the document."""
+        """Number of items whose answer was never in the document."""
         return sum(item.position is None and not item.lost for item in self.items)
 
     @property
     def unreachable(self) -> int:
-        """Items of whose answers each holds a stop string, so that no generation can hold it."""
+        """Number of items that no generation can answer, because each of their answers contains a stop string."""
         return sum(not self.protocol.can_hold(item.answers) for item in self.items)
 
     def summary(self) -> dict:
@@ -93,14 +100,16 @@ def items(
     seed: int = 0,
     data: str | Path | None = None,
 ) -> TaskItems:
-    """The items of `task` under a protocol (None: the task's default).
+    """Returns the items of a task.
 
     Args:
-        task: with or without `recall_`; the result carries its one name.
-        tokenizer: what measures windows; None for the protocol's own (see `tokenizers`).
-        limit: at most that many items.
-        seed: selection of reference pages and of examples.
-        data: mirror folder of the published datasets, or folder of the passages.
+        task: name with or without `recall_`; the result has the full name.
+        strategy: once, twice, question_first, Nx or Nshot (see `prompts`).
+        protocol: name or protocol; None for the task's default.
+        tokenizer: the cutting tokenizer, which measures windows; None for the protocol's own (see `tokenizers`).
+        limit: most items.
+        seed: of the choice of reference pages and of examples.
+        data: mirror folder of the published datasets, or folder of the passages (see `data`).
 
     Raises:
         ValueError: unknown names, a protocol with several windows for the task, a limit below 1, missing data (the
@@ -128,10 +137,11 @@ def items(
 
 
 def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
-    """Other items of the run with their answers in front of each prompt (the paper's Table 14).
+    """Puts examples, other items of the run with their answers, in front of each prompt (the paper's Table 14).
 
-    As in lm-eval, a blank joins prompt and answer, and an empty line ends an example. The paper does not say how its own
-    were cut: with long windows the protocol's truncation reaches the first example, and results count such prompts."""
+    As in lm-eval, a blank joins prompt and answer, and an empty line ends an example. The paper does not say how it cut
+    long examples. Here, with a long window, the prompt can exceed the protocol's limit; then the beginning of the first
+    example is cut off, and results count such prompts."""
     of_pages = run.task.startswith(PAGES)
     column = "window" if of_pages else published_task(run.task).context
     answered = [f"{item.prompt}{'' if of_pages else ' '}{item.answers[0]}" for item in run.items]
@@ -144,7 +154,7 @@ def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
 
 
 def _examples(contexts: Sequence[str], shots: int, seed: int) -> list[list[int]]:
-    """For each item the numbers of `shots` others whose context is not its own, drawn by (seed, item)."""
+    """For each item, the indices of `shots` other items with another context. They depend on the seed and the item."""
     chosen = []
     for number, context in enumerate(contexts):
         order = random.Random(f"{seed}/{number}").sample(range(len(contexts)), len(contexts))
@@ -158,7 +168,7 @@ def _examples(contexts: Sequence[str], shots: int, seed: int) -> list[list[int]]
 def _page_items(
     strategy: Strategy, protocol: Protocol, tokenizer: PreTrainedTokenizerBase | None, limit: int | None, seed: int
 ) -> TaskItems:
-    assert protocol.window is not None and tokenizer is not None  # as every pages-* protocol
+    assert protocol.window is not None and tokenizer is not None  # true of every pages-* protocol
     count = reference_pages.DEFAULT_ITEMS if limit is None else limit
     selection = reference_pages.select(protocol.window, tokenizer, count, seed)
     found = []
@@ -231,9 +241,10 @@ def _document_items(
 
 
 def _ids(prefix: str, rows: Sequence[dict]) -> list[str]:
-    """An id for each row, all different: its own; its number where it has none; an id seen before with its number, too.
+    """Returns an id for each row: its own id, or its number if it has none. A repeated id gets the row's number
+    appended.
 
-    Resumed runs and comparisons between models tell items apart by them."""
+    Ids must be unique: resumed runs and comparisons between models use them to find the same item again."""
     found: dict[str, None] = {}
     for number, row in enumerate(rows):
         own = row.get("id")
@@ -245,8 +256,10 @@ def _ids(prefix: str, rows: Sequence[dict]) -> list[str]:
 
 
 def _as_read(task: str, row: dict) -> dict:
-    """The row as the task reads it, before anything is cut: swde's pages end before their summary; a passage stands before
-    its question. Raises ValueError where the row says that it cannot be read."""
+    """Returns the row as the task uses it, before anything is cut.
+
+    A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question.
+    Raises ValueError if the row has a "problem", which `data` sets for rows that cannot be read."""
     if "problem" in row:
         raise ValueError(f"{task}: {row['problem']}")
     if PASSAGES.get(task) == "squad":
@@ -258,7 +271,7 @@ def _as_read(task: str, row: dict) -> dict:
 
 
 def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
-    """The answers as the protocol compares them: version 1 of lm-eval's own tasks strips them."""
+    """Returns the answers as the protocol compares them: `lm-eval-v1` strips them."""
     answers = tuple(map(LM_EVAL.get(protocol.name, str), documents_data.answers_of(task, doc)))
     if not all(answers):
         raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
@@ -266,6 +279,6 @@ def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
 
 
 def _position(answers: tuple[str, ...], text: str) -> float | None:
-    """Where the first answer stands in a text, by the metric's own search; 0 is the start and 1 the end."""
+    """Where the first answer stands in a text, from 0 (start) to 1 (end), found by the metric's own search."""
     hits = [hit for answer in answers if (hit := first_hit(answer, text)) >= 0]
     return min(hits) / max(1, len(text)) if hits else None

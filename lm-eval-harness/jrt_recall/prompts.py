@@ -1,4 +1,6 @@
-"""Reading strategies and the published prompts of the recall tasks, byte for byte. Documents are never changed.
+"""Makes the prompts of the recall tasks. `once` and `twice` equal the published prompts byte for byte.
+
+A reading strategy says how often the context is shown, and where the question stands:
 
 once            the published default prompt: context, question
 question_first  the published "twice" prompt with the context once: question, context, question
@@ -6,9 +8,9 @@ twice           the published "twice" prompt: question, context, context, questi
 Nx              the "twice" form with the context N times (`3x`); `1x` is question_first, `2x` is twice
 Nshot           N other documents with their answers in front of the `once` prompt (`2shot`); see `items`
 
-Each task has two functions. `once` gives the published default prompt. `parts` gives the three parts of the published
-"twice" prompt, from which every other strategy is made. Tasks trim their texts differently: that is the published
-behaviour, it decides bytes, and so it is kept.
+Each task has two functions. `once` makes the published default prompt. `parts` returns the three parts of the published
+"twice" prompt, from which all other strategies are built. The tasks strip blanks and full stops in different ways.
+These differences are in the published code and are kept, because they change the prompts. Documents are never changed.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ class Strategy:
     """A reading strategy.
 
     Args:
-        announced: the question also stands in front of the context.
+        name: as it stands in results.
+        announced: whether the question also stands in front of the context.
         copies: how often the context is shown.
-        shots: answered examples in front of the prompt.
+        shots: number of answered examples in front of the prompt.
     """
 
     name: str
@@ -51,21 +54,21 @@ TWICE = Strategy("twice", announced=True, copies=2)
 
 
 def times(n: int) -> Strategy:
-    """The "twice" form with the context n times. Raises ValueError unless 1 <= n <= 64."""
+    """Returns the strategy that shows the context n times, with the question first. Needs 1 <= n <= 64."""
     if not 1 <= n <= MAX_COPIES:
         raise ValueError(f"a context is read 1 to {MAX_COPIES} times, got {n}")
     return (QUESTION_FIRST, TWICE)[n - 1] if n <= 2 else Strategy(f"{n}x", announced=True, copies=n)
 
 
 def few_shot(shots: int) -> Strategy:
-    """`once` after that many answered examples. Raises ValueError unless 1 <= shots <= 16."""
+    """Returns the strategy `once` with that many answered examples in front. Needs 1 <= shots <= 16."""
     if not 1 <= shots <= MAX_SHOTS:
         raise ValueError(f"1 to {MAX_SHOTS} examples stand in front of a prompt, got {shots}")
     return Strategy(f"{shots}shot", announced=False, copies=1, shots=shots)
 
 
 def strategy_named(name: str | Strategy) -> Strategy:
-    """The strategy of that name: once, twice, question_first (or question-first), Nx (or N-times), Nshot.
+    """Returns the strategy of that name: once, twice, question_first (or question-first), Nx (or N-times), Nshot.
 
     Raises ValueError for any other name."""
     if isinstance(name, Strategy):
@@ -84,7 +87,8 @@ def strategy_named(name: str | Strategy) -> Strategy:
 
 
 class Parts(NamedTuple):
-    """Parts of an announced prompt: `announcement context LF ... context LF closing`."""
+    """Parts of a prompt whose question stands first: announcement, a blank, then `context` and a line feed for each
+    reading but the last, then `closing`, which is the last reading followed by the question."""
 
     announcement: str
     context: str
@@ -98,13 +102,20 @@ class _Form:
 
 
 def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: str | Protocol | None = None) -> str:
-    """The prompt that asks `doc` for its answer.
+    """Returns the prompt that asks `doc` for its answer.
 
-    task: swde, fda, squad, drop, nq_512, nq_1024, nq_2048 (or nq) or triviaqa, with or without `recall_`; a `qa_*` task
-    has the form of squad or fda. strategy: once, twice, question_first or Nx. `once` and `twice` are byte-equal to the
-    published prompts. protocol: `lm-eval-v0` or `lm-eval-v1` for the prompts of lm-eval's own tasks; all others have the
-    published ones (a window cuts the document beforehand: `cut`). Raises ValueError for an unknown task, strategy or protocol,
-    for a protocol that is not for the task, and for a missing, empty or wrongly typed field, which it names."""
+    Args:
+        task: swde, fda, squad, drop, nq_512, nq_1024, nq_2048 (or nq) or triviaqa, with or without `recall_`, or a
+            `qa_*` task, whose prompt has the form of squad's or fda's.
+        doc: the document. To use a window, cut it first with `jrt_recall.cut`.
+        strategy: once, twice, question_first or Nx.
+        protocol: `lm-eval-v0` or `lm-eval-v1` give the prompts of lm-eval's own tasks; all others, the published
+            prompts.
+
+    Raises:
+        ValueError: unknown task, strategy or protocol; a protocol that does not fit the task; or a field that is
+            missing, empty or not text (the message names it).
+    """
     form = _FORMS[published_task(task).name]
     chosen = strategy_named(strategy)
     upstream = None if protocol is None else LM_EVAL.get(protocol_named(protocol, task).name)
@@ -121,7 +132,9 @@ def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: st
 
 
 def _lm_eval_prompt(task: str, text: str, strategy: Strategy) -> str:
-    """The document's text, question and all. lm-eval reads it once; read again, it stands there as often, a line each."""
+    """The whole `text`, which includes the question.
+
+    lm-eval shows it once; here it is repeated, each copy on its lines."""
     if not text.strip():
         raise ValueError(f"{task}: field 'text' is empty: there is nothing to ask for")
     if strategy.announced and strategy.copies == 1:
@@ -139,7 +152,7 @@ def _filled(task: str, doc: dict, field: str) -> str:
 
 
 def _without_suffix(text: str, suffix: str) -> str:
-    """text without any number of trailing copies of suffix, in any letter case."""
+    """Removes all copies of suffix at the end of text, in any letter case."""
     while text.lower().endswith(suffix.lower()):
         text = text[: -len(suffix)]
     return text
@@ -153,7 +166,7 @@ def _with_full_stop(text: str) -> str:
     return text if text.endswith(".") else text + "."
 
 
-# swde and fda: a page and the name of an attribute
+# swde and fda: the document is a page, and the question is the name of an attribute
 
 
 def _attribute_parts(key: str, page: str) -> Parts:
@@ -193,7 +206,7 @@ def _fda_parts(doc: dict) -> Parts:
     return _attribute_parts(*_fda_page(doc))
 
 
-# squad: the cloze statement already stands in the text
+# squad: the text already ends with the statement to complete
 
 
 def _squad_once(doc: dict) -> str:
@@ -201,12 +214,12 @@ def _squad_once(doc: dict) -> str:
 
 
 def _squad_parts(doc: dict) -> Parts:
-    # The first reading is `context`, which cutting leaves whole: only `text` is cut.
+    # The first reading is the column `context`, which is never cut: windows cut only `text`.
     passage = text_field("squad", doc, "context").split("Question:")[0]
     return Parts(text_field("squad", doc, "question"), passage, _squad_once(doc))
 
 
-# drop, nq and triviaqa: a passage, a cloze statement `question` and the question itself, `orig_question`
+# drop, nq and triviaqa: a passage, a statement to complete (`question`) and the question itself (`orig_question`)
 
 
 def _sentence(passage: str) -> str:
@@ -230,7 +243,7 @@ def _drop_parts(doc: dict) -> Parts:
 
 
 def _nq_once(doc: dict) -> str:
-    # Unlike drop: one copy of the question, in its own letter case.
+    # Unlike drop, one copy of the question is removed from the passage's end, and only in the same letter case.
     question = _filled("nq", doc, "question").strip()
     passage = text_field("nq", doc, "context").strip().removesuffix(question)
     return f"{passage.strip().strip('.')}. {question}"
@@ -248,7 +261,7 @@ def _trivia_once(doc: dict) -> str:
 
 
 def _trivia_parts(doc: dict) -> Parts:
-    # Unlike drop: the announced question keeps its colons and its blanks.
+    # Unlike drop, the question in front keeps its colons and blanks.
     parts = _drop_parts(_trivia_document(doc))
     return parts._replace(announcement=text_field("triviaqa", doc, "orig_question"))
 

@@ -1,12 +1,18 @@
-"""Tasks and protocols: the two names that stand beside every recall score.
+"""Tasks and protocols: the two names that every recall score is reported with.
 
-A task names the documents that are asked. A protocol names everything else that a score depends on besides the model and
-the strategy. Its window matters most: one model moves by tens of points on one task between the windows in use.
+A *task* says which documents are asked. A *protocol* is everything else that a score depends on, besides the model and
+the reading strategy. The most important part is the *window*: how many tokens of a long document are kept around the
+answer. The same model on the same task can differ by tens of points between the windows in use. The *answer room* is
+the part of a window that is left free for the answer.
 
-`jrt-table1` and `jrt-table2-*` are the settings of the paper's two tables, `full` cuts nothing, `wW-aA` are any window and
-answer room, `pages-*` belong to the reference pages. `lm-eval-v0` and `lm-eval-v1` are lm-eval's own swde, fda and
-squad_completion. `jrt-table2` and `pages` name families of protocols.
-Windows are measured in the cutting tokenizer, which is part of the protocol, so that every model reads the same text.
+    jrt-table1, jrt-table2-*   the settings of the paper's Tables 1 and 2
+    full                       nothing is cut
+    wW-aA                      any window W and answer room A, such as w1536-a64
+    pages-*                    for the reference pages only
+    lm-eval-v0, lm-eval-v1     the prompts of lm-eval's own swde, fda and squad_completion
+
+`jrt-table2` and `pages` are families: several protocols with different windows. A window is measured with the cutting
+tokenizer, which is part of the protocol, so every model reads the same text.
 """
 
 from __future__ import annotations
@@ -17,37 +23,45 @@ from dataclasses import asdict, dataclass, replace
 
 GPT2 = "gpt2"
 SHIPPED = "shipped"
-"""Cutting tokenizers: GPT-2's byte-level BPE (as published), and the 4,096-entry vocabulary of this package."""
+"""Names of the two cutting tokenizers: GPT-2's byte-level BPE (as published), and this package's of 4,096 entries."""
 PREFIX = "recall_"
 PAGES = "recall_reference_pages"
 PAGE_WINDOWS = (512, 1024, 2048)
 LM_EVAL: dict[str, Callable[[str], str]] = {"lm-eval-v0": str, "lm-eval-v1": str.strip}
-"""The protocols of lm-eval's own tasks, by the version that its tables print, and what each does to `text` and `value`.
+"""The protocols of lm-eval's own tasks, and what each does to the columns `text` and `value`.
 
-Version 1 strips both (lm-eval pull request 3795, in 0.4.13). Version 0 takes them as they are in the dataset."""
+The numbers are the versions in lm-eval's tables. Version 1 strips both columns (lm-eval pull request 3795, in 0.4.13).
+Version 0 takes them as they are in the dataset."""
 _BY_NUMBER = re.compile(r"w([1-9]\d{0,8})-a(0|[1-9]\d{0,8})")
 PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_drop": "squad", "qa_fda": "fda"}
 """Tasks on passages from a local folder, and the published task whose prompts each takes."""
 PASSAGES_VERSION = 2
-"""Of their protocols. Since version 2 any of a document's answers counts, and a window is cut around the first that stands
-in the text; version 1 knew the first answer only, as the published tasks do."""
+"""Version of the protocols of these tasks. In version 2 any of a document's answers counts, and a window is cut around
+the first one that is in the text. Version 1 used only the first answer, as the published tasks do."""
 LM_EVAL_TASKS = (
     "recall_swde",
     "recall_fda",
     "recall_squad",
     *(task for task, form in PASSAGES.items() if form == "squad"),
 )
-"""Tasks whose `text` ends with the question, as lm-eval's own tasks assume. `qa_fda` is none: its text is the page alone."""
+"""Tasks that can run under an lm-eval protocol, because their `text` ends with the question.
+
+In `qa_fda` it does not."""
 
 
 @dataclass(frozen=True)
 class PublishedTask:
-    """A published task: where its dataset lies on the hub and which columns its prompts and its score read.
+    """A published task: its dataset on the hub, and the columns that its prompts and its score use.
 
     Args:
+        name: of the task, without `recall_`.
+        dataset: name on the hub.
+        columns: all columns that are used.
         context: the column that is cut around the answer.
-        answer_keys: columns whose value locates the answer there; none: the window is the document's beginning.
-        labels: the column that holds what a right generation contains.
+        answer_keys: columns whose value is searched for in the context to find the answer. If there are none, the
+            window is the beginning of the document.
+        labels: the column with the answers.
+        split: of the dataset.
     """
 
     name: str
@@ -75,13 +89,14 @@ _PUBLISHED = (
 PUBLISHED = {task.name: task for task in _PUBLISHED}
 """The published datasets by name; the task on each is `recall_NAME`."""
 TASKS = (*(PREFIX + name for name in PUBLISHED), *(f"{PAGES}_{window}" for window in PAGE_WINDOWS), *PASSAGES)
-"""All tasks, by the names that results carry here and in lm-eval."""
+"""The full names of all tasks, as they stand in results here and in lm-eval."""
 
 
 def task_named(name: str) -> str:
-    """The task's one name, as results carry it: `fda` and `recall_fda` are both `recall_fda`.
+    """Returns the full name of a task, as it stands in results: `recall_fda` for `fda` and for `recall_fda`.
 
-    `reference_pages` without a window stays without one: its protocol says which. Raises ValueError for other names."""
+    `reference_pages` may be named without a window, which the protocol then gives. Raises ValueError for unknown
+    names."""
     plain = name.strip()
     for found in (plain, PREFIX + plain):
         if found in TASKS or found == PAGES:
@@ -90,9 +105,10 @@ def task_named(name: str) -> str:
 
 
 def published_task(name: str) -> PublishedTask:
-    """The published task of that name, or the one whose form a `qa_*` task takes. Both spellings are understood.
+    """Returns the published task of that name, with or without `recall_`. For a `qa_*` task, the one whose prompts it
+    uses.
 
-    `nq` stands for any of the three NQ sizes, which share their rules. Raises ValueError for other names."""
+    `nq` gives `nq_1024`: the three NQ sizes share their rules. Raises ValueError for unknown names."""
     plain = PASSAGES.get(name, name).removeprefix(PREFIX)
     task = PUBLISHED.get("nq_1024" if plain == "nq" else plain)
     if task is None:
@@ -102,11 +118,21 @@ def published_task(name: str) -> PublishedTask:
 
 @dataclass(frozen=True)
 class Protocol:
-    """One setting. Lengths are in tokens: those of `cutting_tokenizer` for the window, the model's for the rest.
+    """One protocol. Window and answer room are in tokens of `cutting_tokenizer`, the other lengths in the model's
+    tokens.
 
     Args:
-        window: None leaves documents whole; otherwise `window - answer_room` tokens of the context are kept.
-        max_prompt_tokens: prompts are cut to it on `truncation_side`; None: to the model's own limit.
+        name: unique, such as `jrt-table1`.
+        window: `window - answer_room` tokens of the context are kept. None leaves documents whole.
+        answer_room: tokens of the window that are left free for the answer.
+        max_prompt_tokens: longer prompts are cut to this length on `truncation_side`. None: to the model's own limit.
+        cutting_tokenizer: name of the tokenizer that measures the window.
+        padding_side: where shorter prompts of a batch are padded.
+        truncation_side: the side that loses tokens.
+        max_new_tokens: most tokens that are generated.
+        stop: a generation ends before any of these strings.
+        metric: name of the metric.
+        version: raised when the same name gives other scores.
     """
 
     name: str
@@ -144,18 +170,18 @@ class Protocol:
         return f"{self.name} v{self.version} ({cut})"
 
     def can_hold(self, answers: Iterable[str]) -> bool:
-        """Whether a generation can hold any of the answers: it ends before a stop string."""
+        """Whether a generation can contain any of the answers. It cannot if each has a stop string in it."""
         return any(not any(stop in answer for stop in self.stop) for answer in answers)
 
     def cut_with(self, tokenizer_name: str) -> Protocol:
-        """This protocol with another cutting tokenizer, under a name that says so: its scores are not the same."""
+        """Returns this protocol with another cutting tokenizer. Its name says so, because its scores differ."""
         if self.window is None or tokenizer_name == self.cutting_tokenizer:
             return self
         return replace(self, name=f"{self.name}+cut-by-{tokenizer_name}", cutting_tokenizer=tokenizer_name)
 
 
 def _pages(window: int) -> Protocol:
-    # No answer room: the answer stands in the window and the question follows it.
+    # No answer room: these windows were made by cutting pages into pieces, not by cutting around an answer.
     return Protocol(f"pages-{window}", window, 0, max_prompt_tokens=None, cutting_tokenizer=SHIPPED)
 
 
@@ -181,7 +207,7 @@ FAMILIES = {
 
 
 def default(task: str) -> str:
-    """The protocol or family that a task is run under when none is named."""
+    """Returns the name of the protocol or family that a task uses if none is named."""
     name = task_named(task)
     if name.startswith(PAGES):
         return "pages"
@@ -189,10 +215,10 @@ def default(task: str) -> str:
 
 
 def cells(name: str | Protocol | None, task: str) -> tuple[Protocol, ...]:
-    """The protocols that `name` means for a task: one, or one for each column of its family.
+    """Returns the protocols that `name` means for a task. Each is one cell of the results table.
 
-    NQ under `jrt-table2` is one cell (its documents are cut beforehand). Raises ValueError for an unknown name and for
-    a protocol that contradicts the task."""
+    A family gives all its members that fit the task. NQ under `jrt-table2` is a single cell, because its documents are
+    cut already in the dataset. Raises ValueError for an unknown name or a protocol that does not fit the task."""
     if isinstance(name, Protocol):
         chosen: tuple[Protocol, ...] = (name,)
     else:
@@ -208,10 +234,10 @@ def cells(name: str | Protocol | None, task: str) -> tuple[Protocol, ...]:
 
 
 def _by_name(name: str) -> Protocol:
-    """The protocol of that name: one of PROTOCOLS, or `wW-aA`.
+    """Returns the protocol of that name: one of PROTOCOLS, or `wW-aA`.
 
-    Up to a window of 2048, prompts are cut to 2000 tokens, as the release does for all its windows (2048 positions, 48 of them
-    for the answer). That limit would contradict a longer window, whose prompts are cut to the model's own limit."""
+    Up to a window of 2048, prompts are cut to 2000 tokens, as in the authors' released code: 2048 positions, 48 of them
+    for the answer. A longer window would not fit that limit, so its prompts are cut to the model's own limit."""
     if name in PROTOCOLS:
         return PROTOCOLS[name]
     numbers = _BY_NUMBER.fullmatch(name)
@@ -227,7 +253,7 @@ def _by_name(name: str) -> Protocol:
 
 
 def protocol_named(name: str | Protocol | None, task: str) -> Protocol:
-    """The one protocol that `name` means for a task. Raises ValueError as `cells`, and for a family of several."""
+    """Returns the one protocol that `name` means for a task. Raises ValueError as `cells`, and if there are several."""
     fitting = cells(name, task)
     if len(fitting) > 1:
         members = ", ".join(protocol.name for protocol in fitting)
@@ -236,7 +262,7 @@ def protocol_named(name: str | Protocol | None, task: str) -> Protocol:
 
 
 def _fits(protocol: Protocol, task: str) -> bool:
-    """Whether a task (by its one name) can be run under a protocol."""
+    """Whether a task, given by its full name, can be run under a protocol."""
     if protocol.name.startswith("pages-") or task.startswith(PAGES):
         return protocol.name.startswith("pages-") and task in (PAGES, f"{PAGES}_{protocol.window}")
     if protocol.name in LM_EVAL:

@@ -1,8 +1,9 @@
-"""Reference pages: recall on real documents that every machine has, the API text of Python's standard library.
+"""The task `reference_pages`: recall on documents that every machine has, the API text of Python's standard library.
 
-One item is a window of a module's page (see `api_text`), a function's name in it, and the argument list that follows the
-name there. The model sees the window and `name(`; a right generation contains `arguments)`. Windows end at line borders and
-are measured in the shipped vocabulary, so that every model reads the same text.
+One item is a window of a module's page (see `api_text`), the name of a function in it, and the argument list that
+follows the name there. The prompt is the window and then `name(`. A right generation contains `arguments)`. Windows end
+at the end of a line. They are measured with the tokenizer that ships with this package, so every model reads the same
+text.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from .prompts import Strategy, strategy_named
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ARGUMENT_CHARACTERS = (4, 60)
+ARGUMENT_CHARACTERS = (4, 60)  # fewest and most characters of an argument list that is asked
 DEFAULT_ITEMS = 512
-MIN_FILL = 0.75  # least part of a window that is filled: without it many windows of 2048 tokens would hold 300
+MIN_FILL = 0.75  # windows filled to less than this are left out: many windows of 2048 tokens would hold only 300
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -37,7 +38,10 @@ class Page(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Lines of one page, joined by line feeds (no last one), and their tokens in the vocabulary that measured them."""
+    """Some consecutive lines of one page.
+
+    text: the lines joined by line feeds, without one at the end. tokens: their number in the tokenizer that cut
+    them."""
 
     module: str
     first_line: int
@@ -46,7 +50,10 @@ class Window(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Chosen documents, the windows they came from, and how many facts each rule left out."""
+    """The documents that are asked.
+
+    windows: number of windows they were chosen from. facts: number of headings in these windows. left_out: how many of
+    these headings each rule of `askable` left out, by the rule's name."""
 
     documents: list[dict]
     windows: int
@@ -55,15 +62,16 @@ class Selection(NamedTuple):
 
 
 def python_version() -> str:
-    """The version whose standard library is read: part of a result, since pages change with it."""
+    """The version of the running Python. Results state it, because the pages change with it."""
     return ".".join(map(str, sys.version_info[:3]))
 
 
 @cache
 def library_pages() -> tuple[Page, ...]:
-    """Pages of the running Python's standard library, sorted by module; tests and empty pages are left out.
+    """Returns the pages of the running Python's standard library, sorted by module.
 
-    Sources are read, never imported. Files that are not Python of this version (templates) are left out too."""
+    Tests, empty pages and files that are not valid Python (templates) are left out. Sources are read, never
+    imported."""
     root = Path(sysconfig.get_paths()["stdlib"])
     pages = []
     for file in sorted(root.rglob("*.py")):
@@ -84,8 +92,10 @@ def _rendered(file: Path) -> str:
 
 
 def windows(page: Page, size: int, tokenizer: PreTrainedTokenizerBase) -> list[Window]:
-    """A page cut at line borders into consecutive windows of at most `size` tokens; a longer line ends a window and is
-    left out, and so are windows filled to less than three quarters."""
+    """Cuts a page into consecutive windows of whole lines, each of at most `size` tokens.
+
+    A single line of more than `size` tokens ends a window and is left out. Windows filled to less than three quarters
+    are left out too."""
     lines = page.text.split("\n")
     counts = [len(ids) for ids in tokenizer([line + "\n" for line in lines], add_special_tokens=False)["input_ids"]]
     cuts, start, total = [], 0, 0
@@ -128,7 +138,7 @@ def askable(window: Window) -> tuple[list[api_text.Fact], Counter[str]]:
 
 
 def _occurrences(needle: str, text: str) -> int:
-    """Occurrences of needle in text, overlapping ones included; stops at two."""
+    """Number of occurrences of needle in text, at most 2; they may overlap."""
     first = text.find(needle)
     return (first >= 0) + (first >= 0 and text.find(needle, first + 1) >= 0)
 
@@ -140,10 +150,21 @@ def select(
     seed: int = 0,
     pages: Sequence[Page] | None = None,
 ) -> Selection:
-    """`count` items (fewer if there are no more) spread over all windows, the same for equal arguments and Python.
+    """Chooses `count` documents (fewer if there are no more), spread over all windows.
 
-    Windows are taken in a shuffled order, one fact from each before a second from any; a smaller count gives the
-    beginning of a larger one. A document has window, name, arguments, module, line and tokens."""
+    Windows are taken in a shuffled order. One heading of every window is chosen before a second one of any. A smaller
+    count gives the beginning of a larger one. Equal arguments give equal results under the same Python version.
+
+    Args:
+        size: tokens of a window.
+        tokenizer: measures the windows.
+        count: most documents.
+        seed: of the choice.
+        pages: the pages to cut; None for the standard library's.
+
+    Returns:
+        Documents with the fields id, module, line, name, arguments, tokens and window.
+    """
     chosen = [w for page in (library_pages() if pages is None else pages) for w in windows(page, size, tokenizer)]
     generator = random.Random(f"reference_pages/{size}/{seed}")
     generator.shuffle(chosen)
@@ -174,12 +195,14 @@ def _document(window: Window, fact: api_text.Fact) -> dict:
 
 
 def answer(doc: dict) -> str:
-    """What a right generation contains: the arguments and the bracket that ends them, so a longer list is no hit."""
+    """What a right generation contains: the arguments and their closing bracket, so that a longer list is wrong."""
     return doc["arguments"] + ")"
 
 
 def prompt(doc: dict, strategy: str | Strategy = "once") -> str:
-    """The prompt of one document: [`name ?`] window ... window `name(`, each on lines of its own."""
+    """Returns the prompt of one document. Each part stands on lines of its own:
+
+    `name ?` (only if the strategy announces the question), the window once or more, `name(`."""
     chosen = strategy_named(strategy)
     announcement = api_text.announcement(doc["name"]) + "\n" if chosen.announced else ""
     return announcement + f"{doc['window']}\n" * chosen.copies + api_text.question(doc["name"])

@@ -1,4 +1,4 @@
-"""Scoring: the published metric, the kinds of wrong answers, and intervals for means over items."""
+"""Scoring: the published metric `contains`, the kinds of wrong answers, and confidence intervals of mean scores."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import NamedTuple
 RESAMPLES = 10_000
 NO_ANSWER, REPETITION, IRRELEVANT = "no answer", "repetition", "irrelevant"
 KINDS = (NO_ANSWER, REPETITION, IRRELEVANT)
-_BLOCK = 2_000_000  # indices drawn at once: 16 MB
-_LONGEST_PHRASE = 8
-_COMES_BACK = 4
+_BLOCK = 2_000_000  # most indices drawn at once: 16 MB
+_LONGEST_PHRASE = 8  # words of a phrase that is looked for right after itself
+_COMES_BACK = 4  # words of a phrase that is looked for anywhere else in the text
 _WORD = re.compile(r"\w+")
 
 
 def first_hit(answer: str, text: str) -> int:
-    """Where `answer` first stands in `text`, -1 where it does not: literal and case-insensitive, as published.
+    """Returns the character position of the first `answer` in `text`, or -1 if there is none.
 
-    `re.IGNORECASE` on the escaped answer: no Unicode case folding, no trimming."""
+    The search is literal and ignores case, as in the published metric: `re.IGNORECASE` on the escaped answer, without
+    Unicode case folding and without trimming."""
     hit = re.search(re.escape(answer), text, re.IGNORECASE)
     return hit.start() if hit else -1
 
@@ -34,11 +35,16 @@ def contains(prediction: str, answers: str | Sequence[str]) -> bool:
 
 
 def error_kind(prediction: str, answers: str | Sequence[str]) -> str | None:
-    """How a generation is wrong, one of KINDS (the paper's Table 13); None for a right one.
+    """Sorts a wrong generation into one of KINDS (the paper's Table 13). Returns None for a right one.
 
-    The paper prints shares but not its rule; this one is stated so that shares can be compared with each other. No letter
-    or digit is no answer. A generation repeats itself where a phrase of up to eight words follows itself (a single word
-    twice more), or a phrase of four words comes back anywhere. The rest is irrelevant."""
+    The paper prints the shares of the kinds but not the rule behind them, so these shares can be compared with each
+    other and not with the paper's. The rule here:
+
+    - "no answer": the generation has no letter or digit.
+    - "repetition": a phrase of two to eight words stands twice in a row, one word stands three times in a row, or a
+      phrase of four words occurs twice anywhere.
+    - "irrelevant": everything else.
+    """
     if contains(prediction, answers):
         return None
     words = _WORD.findall(prediction.lower())
@@ -60,7 +66,7 @@ def _repeats(words: list[str]) -> bool:
 
 
 class Interval(NamedTuple):
-    """A mean and its 95% interval (or that of the level asked for)."""
+    """A mean and the ends of its confidence interval (95% unless another level was asked for)."""
 
     mean: float
     low: float
@@ -68,9 +74,19 @@ class Interval(NamedTuple):
 
 
 def bootstrap(scores: Sequence[float], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean of `scores` (one an item) with its percentile bootstrap interval over items.
+    """Returns the mean of `scores` and its percentile bootstrap interval.
 
-    Deterministic for equal scores and seed. Raises ValueError for no scores or one that is not finite."""
+    The result is the same for equal arguments.
+
+    Args:
+        scores: one score for each item.
+        level: of the interval, between 0 and 1.
+        resamples: number of bootstrap samples, each drawn from the items with replacement.
+        seed: of the random draws.
+
+    Raises:
+        ValueError: no scores, a score that is not finite, or an impossible level.
+    """
     import numpy as np
 
     values = np.asarray(scores, dtype=np.float64)
@@ -94,9 +110,10 @@ def bootstrap(scores: Sequence[float], level: float = 0.95, resamples: int = RES
 def paired_difference(
     first: Sequence[float], second: Sequence[float], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Mean of `second - first` over the same items, with its interval: items are resampled in pairs.
+    """Returns the mean of `second - first` over the same items and its bootstrap interval.
 
-    Raises ValueError if the lengths differ."""
+    Both lists hold the same items in the same order; the differences are resampled, so pairs stay together. The other
+    arguments are those of `bootstrap`. Raises ValueError if the lengths differ."""
     if len(first) != len(second):
         raise ValueError(f"a paired difference needs the same items: got {len(first)} and {len(second)} scores")
     return bootstrap([b - a for a, b in zip(first, second, strict=True)], level, resamples, seed)

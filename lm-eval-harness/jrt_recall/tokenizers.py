@@ -1,6 +1,7 @@
-"""Windows: the tokenizers that measure them, and the published rule that cuts a context to one around its answer.
+"""Cuts long documents: the published rule that keeps a window of tokens around the answer, and the tokenizers for it.
 
-The cutting tokenizer is part of a protocol, so a score made with another one carries another protocol name.
+The *cutting tokenizer* is the one whose tokens measure the window. It is part of a protocol, whatever the model's own
+tokenizer is. A score made with another cutting tokenizer carries another protocol name.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _GPT2_SAMPLE = ("Just read twice: closing the recall gap", [5703, 1100, 5403, 25
 
 
 def cutting_tokenizer(name: str, data: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer by name: `gpt2`, `shipped`, or a folder or hub name that transformers' AutoTokenizer reads.
+    """Returns a tokenizer by name: `gpt2`, `shipped`, or a folder or hub name that transformers' AutoTokenizer reads.
 
-    GPT-2's comes from the folder `gpt2` of the data mirror (`data`, else the one JRT_DATA names) where there is one, else
-    from the hub or its cache. Raises ValueError that says how to get it."""
+    GPT-2's is read from the subfolder `gpt2` of the mirror (`data`, then the folder that JRT_DATA names) if it is
+    there, else from the hub or its cache. If the tokenizer cannot be loaded, the ValueError says how to get it."""
     if name == SHIPPED:
         return shipped_tokenizer()
     if name == GPT2:
@@ -44,7 +45,7 @@ def shipped_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model folder or hub name; None where there is none."""
+    """Returns the tokenizer of a model folder or hub name, or None if it cannot be loaded."""
     try:
         return _from_pretrained(name)
     except ValueError:
@@ -54,10 +55,17 @@ def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 def protocol_and_tokenizer(
     protocol: Protocol, tokenizer: str | PreTrainedTokenizerBase | None, data: str | Path | None = None
 ) -> tuple[Protocol, PreTrainedTokenizerBase | None]:
-    """The protocol as it will be run, and the tokenizer that cuts for it (None where nothing is cut).
+    """Returns the protocol as it will be run, and its cutting tokenizer (None if the protocol cuts nothing).
 
-    tokenizer: None for the protocol's own; a name for `cutting_tokenizer`, or a tokenizer; another than the protocol's
-    renames the protocol. data: mirror folder. Raises ValueError where a tokenizer is named and nothing is cut."""
+    Args:
+        protocol: the protocol that was asked for.
+        tokenizer: None for the protocol's own, a name as in `cutting_tokenizer`, or a loaded tokenizer. If it is not
+            the protocol's own, the returned protocol has another name.
+        data: mirror folder.
+
+    Raises:
+        ValueError: a tokenizer is named although the protocol cuts nothing, or it cannot be loaded.
+    """
     if protocol.window is None:
         if isinstance(tokenizer, str):
             raise ValueError(f"{protocol.name} leaves documents whole: there is nothing that {tokenizer!r} could cut")
@@ -69,7 +77,7 @@ def protocol_and_tokenizer(
 
 
 def _label(tokenizer: PreTrainedTokenizerBase) -> str:
-    """gpt2 or shipped where the tokenizer is that one, wherever it was loaded from; else the last part of its name."""
+    """The tokenizer's short name: `gpt2` or `shipped` if it has their vocabulary, else the last part of its name."""
     if is_gpt2(tokenizer):
         return GPT2
     if tokenizer.get_vocab() == shipped_tokenizer().get_vocab():
@@ -78,7 +86,7 @@ def _label(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if `tokenizer` has GPT-2's entries and splits a sample as GPT-2 does."""
+    """True if `tokenizer` has as many entries as GPT-2's and encodes a sample text as GPT-2's does."""
     text, ids = _GPT2_SAMPLE
     return len(tokenizer) == _GPT2_ENTRIES and token_ids(tokenizer, text) == ids
 
@@ -89,14 +97,27 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, answer_room: int) -> dict | None:
-    """A copy of `doc` whose context is cut to at most `window - answer_room` tokens of `tokenizer` around its answer.
+    """Returns a copy of `doc` whose context is cut to at most `window - answer_room` tokens around its answer.
 
-    Half of the tokens stand before the answer; near a document's end the window is shorter, not shifted. Where no answer
-    stands in the context, alternative answers are tried, then the last half window is taken. drop and triviaqa keep the
-    beginning. The `qa_*` tasks cut around the first answer of the list that stands in the context. Only the context column
-    changes: squad's first reading stays whole, as published.
-    Returns None where the published rule drops the document (an answer or key of at most one character).
-    Raises ValueError for an unknown task, a missing field, an empty answer list or an impossible window."""
+    The published rule: half of the tokens stand before the answer. Near the end of a document the window becomes
+    shorter; it is not shifted. If the answer is not in the context, alternative answers (`alt_answers`) are tried; if
+    none is there, the last half window is kept. drop and triviaqa keep the beginning of the document. The `qa_*` tasks
+    cut around the first answer of their list that is in the context. Only the context column changes, so the first
+    reading of squad, which is another column, stays whole, as published.
+
+    Args:
+        task: name of the task.
+        doc: the document, which is not changed.
+        tokenizer: the cutting tokenizer.
+        window: size of the window in tokens of `tokenizer`.
+        answer_room: tokens of the window that are left free for the answer.
+
+    Returns:
+        The new document, or None if the published rule drops it: its answer or key has at most one character.
+
+    Raises:
+        ValueError: unknown task, missing field, empty answer list, or a window that leaves no context.
+    """
     spec = published_task(task)
     desired = window - answer_room
     if answer_room < 0 or desired < 1:
@@ -114,26 +135,26 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
         position = _answer_position(spec, doc, context, needles)
 
     ids = token_ids(tokenizer, context)
-    # A position of -1 means "all but the last character" here: the published code slices with it.
+    # If no answer was found, position is -1 and the slice is "all but the last character". The published code does so.
     before = len(token_ids(tokenizer, context[:position]))
     if position == -1 and "tok_pos" in doc and before > desired:
         before = doc["tok_pos"]
     start = max(0, before - desired // 2)
     end = min(len(ids), before + desired - (before - start))
-    # No clean-up of spaces: the window must be text that stands in the document.
+    # Without clean-up of spaces, so that the window is a piece of the document.
     window_text = tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return {**doc, spec.context: window_text}
 
 
 def _needle(task: str, doc: dict, key: str) -> str:
-    """What locates the answer: the value of a column, or the first of its answers."""
+    """The text that is searched for to locate the answer: the value of a column, or the first of its answers."""
     if key == "answers":
         return answers_of(task, doc)[0]
     return text_field(task, doc, key)
 
 
 def _answer_position(spec: PublishedTask, doc: dict, context: str, needles: list[str]) -> int:
-    """Character at which the earliest answer or key stands; -1 if none does; 0 where the task asks for no answer."""
+    """Character position of the earliest answer or key; -1 if there is none; 0 if the task does not locate answers."""
     if not spec.answer_keys:
         return 0
     hits = [hit for needle in needles if (hit := first_hit(needle, context)) >= 0]

@@ -1,4 +1,4 @@
-"""Batches for the loop. Each is a function of (seed, step) alone, so a run that goes on reads exactly what it would have read.
+"""Batches for the training loop. A batch depends on (seed, step) alone, so a resumed run reads the same batches.
 
 Shapes: G rows of a step's whole batch, R rows of a part of it, T tokens of a row.
 """
@@ -24,47 +24,50 @@ from train.data.sequences import Recipe, Sequences
 from train.data.sources import DatasetTokens, Joined, StreamedTokens, TokenFile, TokenSource
 
 Batch = dict[str, Tensor]
-"""ids (R, T + 1) int64, and where the data says so: prefix_length (R,), weights (R, T) of next-token labels,
-answers (R, T) that number each row's answers from 1, resume: JSON in uint8 that says where the data stands afterwards."""
+"""Tensors by name. Always: ids (R, T + 1) int64. Some data also has:
+
+prefix_length (R,): tokens of each row that are its prefix. weights (R, T): of the next-token labels. answers (R, T): 1,
+2, ... at the tokens of a row's first, second, ... answer, 0 elsewhere. resume: JSON as uint8, the place in a stream
+after this batch."""
 ORDERS = ("shuffle", "neox", "straight")
 
 
 class Data(Protocol):
-    """What the loop trains on."""
+    """The data that the loop trains on."""
 
     length: int  # T of the longest row
     workers: int
-    windows: int | None  # different rows that there are to read; None: no end
+    windows: int | None  # how many different rows there are; None: no limit
     validation_batches: int
-    tells_prefix: bool  # whether batches say how long each row's prefix is
+    tells_prefix: bool  # whether batches have `prefix_length`
 
     def rows(self, step: int) -> int | None:
-        """G, or None where the loop decides."""
+        """Returns G, or None if the loop decides."""
         ...
 
     def part(self, step: int, total: int, first: int, count: int) -> Batch:
-        """Rows [first, first + count) of the step's batch, which has `total` rows."""
+        """Returns rows [first, first + count) of the step's batch, which has `total` rows."""
         ...
 
     def validation(self, number: int) -> Batch:
-        """Validation batch `number`, the same throughout the run."""
+        """Returns validation batch `number`, which is the same during the whole run."""
         ...
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The one that made the ids, if it is known."""
+        """Returns the tokenizer that made the ids, or None if it is not known."""
         ...
 
     def identity(self) -> dict:
-        """What must not change under a run that goes on."""
+        """Returns what must be unchanged when a run is resumed."""
         ...
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """Data whose place does not follow from the step alone."""
+    """Data that needs more than the step to resume, such as a stream."""
 
     def go_on(self, state: dict) -> None:
-        """Stands where the batch stood whose `resume` this is."""
+        """Moves to the place after a batch, given the batch's `resume`."""
         ...
 
 
@@ -74,15 +77,15 @@ class TextData:
     Args:
         folder: where the files are.
         length: T.
-        order: "shuffle", a new random order each epoch; "neox", the released models' (needs one file with an index);
-            "straight".
+        order: "shuffle", a new random order each epoch; "neox", the released models' order (needs one file with an
+            index); "straight", from the first window to the last.
         seed: of the order.
-        mixture: instead of `folder`, several: [{folder: A, weight: 0.7}, {folder: B, weight: 0.3}]. Validation text is all
-            of theirs.
-        validation_windows: at most so many are read, evenly spaced.
-        validation_rows: of a validation batch.
-        neox_windows: for the order "neox", how many windows the whole run reads.
-        workers: processes that read ahead.
+        mixture: several folders instead of one: [{folder: A, weight: 0.7}, {folder: B, weight: 0.3}]. The validation
+            text is that of all folders.
+        validation_windows: most validation windows that are read, evenly spaced over the validation text.
+        validation_rows: rows of a validation batch.
+        neox_windows: for the order "neox", how many windows the whole run reads (batch size x steps).
+        workers: number of processes that read ahead.
 
     Raises:
         ValueError: a missing, damaged or empty file.
@@ -177,9 +180,10 @@ class TextData:
 
 
 class HubData:
-    """A dataset of the Hugging Face hub (or of a folder that `datasets` can load), tokenised as it is read.
+    """A dataset of the Hugging Face hub, or of a folder that `datasets` can load, tokenised here.
 
-    `streaming` reads it without a download, in its own order; a checkpoint holds the place in the stream.
+    With `streaming` it is not downloaded first; it is read in its own order, and a checkpoint holds the place in the
+    stream.
 
     Raises:
         ValueError: no such dataset, column or split, or too little text.
@@ -223,7 +227,7 @@ class HubData:
         self._training = training
         held_out = source(validation_split, streaming, validation_windows)
         count = min(validation_windows, len(held_out))
-        # A stream can only go forward, so its few windows are kept.
+        # A stream can only be read forward, so its few validation windows are kept in memory.
         self._kept = [held_out.read(i) for i in range(count)] if streaming else None
         self._held_out, self._count, self._rows = held_out, count, validation_rows
         self.validation_batches = -(-count // validation_rows)
@@ -239,7 +243,9 @@ class HubData:
         return batch
 
     def go_on(self, state: dict) -> None:
-        """The first process's place will do for all: the others' rows of the next step come after it."""
+        """Moves to a saved place.
+
+        It is the first process's place, which comes before the other processes' next rows."""
         assert isinstance(self._training, StreamedTokens), "only a stream hands out its place"
         self._training.go_on(state)
 
@@ -256,7 +262,9 @@ class HubData:
 
 
 class RecallData:
-    """The mini models' text (``train/corpus.py``) as recall sequences (``sequences.py`` beside this file), whose recipe says how many rows a step has."""
+    """The mini models' text (made by ``train/corpus.py``) as recall sequences (see ``sequences.py`` in this folder).
+
+    The recipe says how many rows a step has."""
 
     tells_prefix = True
     windows = None  # rows are drawn
@@ -288,7 +296,7 @@ class RecallData:
 
 
 class _Steps(IterableDataset):
-    """A device's rows of the steps `start`, `start` + 1, ..., dealt out over the workers in order."""
+    """One device's rows of the steps from `start` to before `stop`. The workers take turns, one step each."""
 
     def __init__(self, data: Data, start: int, stop: int, rank: int, world: int, global_batch: int | None) -> None:
         self.data, self.start, self.stop = data, start, stop
@@ -304,7 +312,7 @@ class _Steps(IterableDataset):
 
 
 def local_part(data: Data, step: int, rank: int, world: int, global_batch: int | None) -> Batch:
-    """The rows of a step that one of `world` devices reads: an equal, consecutive share.
+    """Returns the rows of a step that device `rank` of `world` reads: an equal, consecutive share.
 
     Raises:
         ValueError: the batch cannot be split evenly.
@@ -319,7 +327,7 @@ def local_part(data: Data, step: int, rank: int, world: int, global_batch: int |
 
 
 def loader(data: Data, start: int, stop: int, rank: int, world: int, global_batch: int | None) -> DataLoader:
-    """Yields this device's rows of each step from `start` to before `stop`."""
+    """Returns a loader of this device's rows, one batch for each step from `start` to before `stop`."""
     steps = _Steps(data, start, stop, rank, world, global_batch)
     return DataLoader(
         steps,

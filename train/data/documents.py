@@ -1,4 +1,4 @@
-"""Documents out of text folders, JSONL, Parquet, Hugging Face datasets and token files, always in the same order."""
+"""Reads documents from text, JSONL, Parquet and token files and Hugging Face datasets, always in the same order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class Documents:
-    """A source: what it is made of, and its documents from any number on."""
+    """A source of documents: its files, and a function that reads its documents from a given number on."""
 
     inputs: list[dict]  # name and bytes of each file, for the manifest
     start: Callable[[int], Iterator[Any]]  # documents from number n on: text, or (tokens,) ids
@@ -30,13 +30,15 @@ class Documents:
 def find_documents(
     source: str, column: str = "text", split: str = "train", suffixes: tuple[str, ...] = TEXT
 ) -> Documents:
-    """The documents of a file or folder, or of `hub:NAME` or `hub:NAME:CONFIGURATION` for a dataset of the hub.
+    """Finds the documents of a source.
 
     Args:
-        source: what to read. A folder's text files are a document each; its JSONL and Parquet files hold one a row.
-        column: of JSONL, Parquet and datasets.
-        split: of datasets.
-        suffixes: which files of a folder are text.
+        source: a file, a folder, or `hub:NAME` or `hub:NAME:CONFIGURATION` for a dataset of the Hugging Face hub. A
+            text file is one document; a JSONL or Parquet file holds one document in each row. If a folder has JSONL or
+            Parquet files, its text files are not read.
+        column: the column that holds the text, in JSONL, Parquet and hub datasets.
+        split: split of a hub dataset.
+        suffixes: endings of the files in a folder that are text.
 
     Raises:
         ValueError: nothing there, or nothing that can be read.

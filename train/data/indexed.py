@@ -21,7 +21,7 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.
 
 @dataclass(frozen=True)
 class Index:
-    """What an .idx file says of its .bin file."""
+    """The content of an .idx file: the type of the token ids, and where documents end in the .bin file."""
 
     dtype: np.dtype
     ends: np.ndarray  # (documents,) int64: tokens up to the end of each document
@@ -36,7 +36,7 @@ class Index:
 
 
 def read_index(path: Path) -> Index:
-    """Raises ValueError for a file that is missing, cut short, or of another kind."""
+    """Reads an .idx file. Raises ValueError if it is missing, cut short, or of another kind."""
     if not path.is_file():
         raise ValueError(f"no index at {path}: expected the .idx file that was written with the .bin file")
     size = path.stat().st_size

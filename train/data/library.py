@@ -1,4 +1,4 @@
-"""A little text that every machine has, for trying things out: the documentation inside Python's own library."""
+"""A small training text for trials, made from the documentation inside Python's standard library."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ PAGES = 24
 
 
 class LibraryText(TextData):
-    """`TextData` whose folder is filled at its first use, in seconds.
+    """`TextData` that first fills its folder, in a few seconds.
 
-    A folder that holds a train.bin already is read as it is.
-    """
+    A folder that already holds a train.bin is used as it is."""
 
     def __init__(
         self, folder: str, length: int, seed: int, validation_windows: int, validation_rows: int, workers: int
@@ -37,7 +36,7 @@ class LibraryText(TextData):
 
 
 def make_library_text(folder: Path) -> None:
-    """Prepares pages of the standard library's documentation with the minis' vocabulary."""
+    """Writes pages of the standard library's documentation to `folder`, encoded with the mini models' vocabulary."""
     pages = reference_pages.library_pages()[:PAGES]
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "library.jsonl"

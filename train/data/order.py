@@ -1,7 +1,8 @@
-"""The order in which windows are read, as functions of a position that counts up for the whole run.
+"""The order in which training windows are read.
 
-A position is all the state there is: a run that goes on from a checkpoint asks for the next position. No list of a whole
-epoch is made, except for the release's own order.
+Each order is a function of a position, which counts the windows of the whole run. The order has no other state, so a
+resumed run only has to ask for the next position. No list of a whole epoch is kept in memory, except for the release's
+own order (`NeoxOrder`).
 
 Shapes: R positions; T + 1 tokens of a window.
 """
@@ -17,22 +18,22 @@ import torch
 from train.data.sources import TokenFile, TokenSource
 
 ROUNDS = 6
-BLOCK = 1000  # windows in which a mixture keeps its shares
+BLOCK = 1000  # in every BLOCK windows of a mixture, each source has its exact share
 
 
 class Stream(Protocol):
-    """Windows in the order of training."""
+    """Training windows in some order."""
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """(R, T + 1) int64 windows at these (R,) positions; positions have no end."""
+        """Returns the (R, T + 1) int64 windows at these (R,) positions. A position may be any number from 0 on."""
         ...
 
 
 class Shuffle:
-    """A permutation of 0 to count - 1 for each epoch, in constant memory and time an item.
+    """A pseudo-random permutation of 0 to count - 1 for each epoch, without a list of it.
 
-    A Feistel network permutes the numbers below the next power of four; what falls beyond `count` is permuted again until it
-    does not (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network permutes the numbers below the next power of four. A result of `count` or more is permuted again
+    until it is below `count` (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -41,7 +42,7 @@ class Shuffle:
         self.mask = np.uint64((1 << int(self.half)) - 1)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """(R,) items at these (R,) positions; position p lies in epoch p // count."""
+        """Returns the (R,) items at these (R,) positions. Position p belongs to epoch p // count."""
         epochs, places = np.divmod(np.asarray(positions, np.int64), self.count)
         found = places.astype(np.uint64)
         key = _mixed(_mixed(np.uint64(self.seed % (1 << 63))) ^ epochs.astype(np.uint64))
@@ -59,7 +60,7 @@ class Shuffle:
 
 
 def _mixed(values: np.ndarray | np.uint64) -> np.ndarray:
-    """The finaliser of splitmix64: every bit of the input changes about half of the output."""
+    """A hash of 64-bit numbers, the finaliser of splitmix64: each input bit changes about half of the output bits."""
     with np.errstate(over="ignore"):
         values = np.asarray(values) + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -88,10 +89,15 @@ class Straight:
 
 
 class Mixture:
-    """Several streams, each with its share of every `BLOCK` windows.
+    """Mixes several streams by weight. In every `BLOCK` windows each stream has its exact share.
+
+    Args:
+        streams: what is mixed.
+        weights: one for each stream; they need not add up to 1.
+        seed: of the order of the streams within a block.
 
     Raises:
-        ValueError: not one positive weight for each stream, or a share of less than one window in `BLOCK`.
+        ValueError: the weights are not one positive number for each stream, or a stream's share is below one window.
     """
 
     def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int) -> None:
@@ -122,16 +128,17 @@ class Mixture:
 
 
 class NeoxOrder:
-    """The order in which the released models read the Pile: GPT-NeoX's, then a shuffling sampler's.
+    """The order in which the released models read the Pile: GPT-NeoX's order, shuffled once more by PyTorch's sampler.
 
-    Documents of all epochs are shuffled as one list, windows cut across them, and the windows shuffled. The lists are as
-    long as the data has documents and the run has windows.
+    The documents of all epochs are shuffled as one list. Then windows are cut across document ends, and the windows are
+    shuffled. The lists of documents and windows are kept in memory.
 
     Args:
         file: tokens with an index.
-        windows: how many the run reads: batch size x steps.
-        seed: of the two shuffles; the release's is 42.
-        sampler_seed: of the sampler on top, which has one epoch; the release's is 1111. None: no sampler.
+        windows: number of windows that the run reads, batch size x steps.
+        seed: of the two shuffles; the release used 42.
+        sampler_seed: of the sampler, which shuffles the windows once for the whole run; the release used 1111. None: no
+            sampler.
     """
 
     def __init__(self, file: TokenFile, windows: int, seed: int = 42, sampler_seed: int | None = 1111) -> None:
@@ -165,7 +172,7 @@ class NeoxOrder:
         return np.stack([self.window(int(i)) for i in (items if self.sampled is None else self.sampled[items])])
 
     def window(self, item: int) -> np.ndarray:
-        """(T + 1,) int64: the release's sample of this number, across the borders of documents."""
+        """Returns GPT-NeoX's sample of this number, (T + 1,) int64. It may span several documents."""
         number = self.order[item]
         (first, start), (last, stop) = self.samples[number], self.samples[number + 1]
         pieces = [self.file.document(self.documents[place]) for place in range(first, last + 1)]

@@ -1,6 +1,8 @@
-"""API text as token arrays: where the lines and facts of a corpus stand, and whole-line windows of its pages.
+"""API text as token arrays: finds the lines and facts of a corpus, and takes windows of whole lines from its pages.
 
-Shapes: N tokens, L lines.
+A *page* is the API text of one module, a *fact* is a heading `name(arguments)` in it (see `jrt_recall.api_text`).
+
+Shapes: N tokens, L lines, V entries of the vocabulary.
 """
 
 import re
@@ -15,7 +17,7 @@ WORD = re.compile(r"^(Ġ|_|=|\.)?[A-Za-z]{2,}$")  # Ġ: the byte-level spelling 
 
 @dataclass(frozen=True)
 class Alphabet:
-    """What the vocabulary's entries are, by id."""
+    """The ids of special entries of the vocabulary, and which entries are identifiers, closings or words."""
 
     end: int
     pad: int
@@ -50,8 +52,10 @@ class Alphabet:
 
 @dataclass(frozen=True)
 class Fact:
-    """One heading in an array of tokens: ``[start, opening)`` is the name, ``[opening + 1, stop)`` the answer, line
-    end included."""
+    """One heading in an array of tokens.
+
+    ``[start, opening)`` is the name, ``opening`` is the bracket, and ``[opening + 1, stop)`` is the answer with its
+    line end."""
 
     start: int
     opening: int
@@ -59,7 +63,7 @@ class Fact:
 
 
 class Pages:
-    """A corpus file (documents of whole lines, each document ended by the end-of-text id) with its lines and facts.
+    """The tokens of a corpus file with its lines and facts. Each document ends with a line end and the end-of-text id.
 
     Raises ``ValueError`` for a file that holds no fact in this vocabulary.
     """
@@ -79,7 +83,7 @@ class Pages:
         foreign = np.flatnonzero(~alphabet.is_identifier[tokens])
         opening = foreign[np.searchsorted(foreign, starts)]
         heads = (tokens[opening] == alphabet.opening) & (opening > starts) & alphabet.is_closing[tokens[ends - 2]]
-        heads &= ends - 2 > opening + 1  # functions without arguments ask nothing
+        heads &= ends - 2 > opening + 1  # a function without arguments makes no question
         self.openings = np.where(heads, opening, 0)  # (L,) 0: no fact
         self.fact_lines = np.flatnonzero(heads)
         if not len(self.fact_lines):
@@ -92,7 +96,9 @@ class Pages:
         return cls(np.fromfile(path, np.uint16), Alphabet.of(tokenizer))
 
     def window(self, generator: np.random.Generator, size: int) -> tuple[int, int]:
-        """Lines [first, last) of one page, at most `size` tokens, around a fact drawn at random."""
+        """Returns the lines [first, last) of a window of one page: at most `size` tokens around a randomly drawn fact.
+
+        A line of more than `size` tokens is a window of its own."""
         line = self.fact_lines[generator.integers(len(self.fact_lines))]
         low, high = self.first_line[line], self.last_line[line]
         earliest = self.stops[line] - int(size * generator.random())
@@ -101,7 +107,7 @@ class Pages:
         return int(first), int(min(max(last, first + 1), high))
 
     def facts(self, first: int, last: int) -> list[Fact]:
-        """Facts of the lines [first, last), as positions in the window that starts with line `first`."""
+        """The facts in the lines [first, last). Positions count from the start of line `first`."""
         origin = self.starts[first]
         return [
             Fact(int(self.starts[i] - origin), int(self.openings[i] - origin), int(self.stops[i] - origin))

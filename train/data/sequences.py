@@ -1,12 +1,12 @@
-"""Training sequences that must be recalled from: page windows, shown once or more, then questions about them.
+"""Training sequences of the mini models: windows of API pages, then questions that the windows answer.
 
-    [name ?]            announced, in some sequences
-    window ... window   one or more pages; the whole context once, twice or three times
-    name(arguments)     facts of the windows in random order: the names ask, the arguments answer
+    [name ?]            in some sequences, an announcement of what will be asked
+    window ... window   the context: parts of one or more pages, shown once, twice or three times
+    name(arguments)     facts of the windows in random order: the name is the question, the arguments are the answer
 
-In a good share of the sequences word pieces are exchanged for others, the same way throughout, so that names and
-arguments are fresh and an answer can come from the context alone. A batch is a pure function of (seed, step): a run
-that resumes reads on where it stopped, and every model family reads the same tokens in the same order.
+In 60% of the sequences some words are replaced by others, each always by the same one. Then names and arguments
+are new to the model, and it can find the answer only in the context. A batch depends on (seed, step) alone: a resumed
+run continues with the right batch, and all model families read the same tokens in the same order.
 
 Shapes: R rows, T tokens of a row.
 """
@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 
 
 class Kind(IntEnum):
-    """What a token is, as the target of a prediction."""
+    """What a token is part of. The weight of its prediction in the loss depends on it."""
 
     PAD = 0
     TEXT = 1
@@ -36,7 +36,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Shares and weights; every length holds about equally many tokens a batch, so that steps cost alike."""
+    """The shares of each kind of sequence, and the weights of the loss.
+
+    Batches of every length have about equally many tokens, so that all steps take about equally long.
+    """
 
     shapes: tuple[tuple[int, int, float], ...] = (
         (768, 96, 0.3),
@@ -45,19 +48,19 @@ class Recipe:
     )  # T, rows, share of steps
     readings: tuple[float, ...] = (0.5, 0.43, 0.07)  # share of contexts shown once, twice, three times
     announced: float = 0.35
-    asked_in_prefix: float = 0.6  # the prefix goes on to a question, as a whole prompt does
+    asked_in_prefix: float = 0.6  # share of sequences whose prefix ends after a question, as a whole prompt does
     shortest_window: int = 64
     longest_window: int = 2200
     longest_answer: int = 48
-    renamed_headings: float = 0.3  # share of sequences where the headings' words are exchanged
-    renamed_text: float = 0.3  # ... where all words but the commonest are
-    common_words: int = 250
-    weight_text: float = 0.2  # an answer's tokens weigh 1
+    renamed_headings: float = 0.3  # share of sequences where words of headings, questions and answers are replaced
+    renamed_text: float = 0.3  # share of sequences where words of the whole text are replaced, except common ones
+    common_words: int = 250  # number of the commonest entries that stay
+    weight_text: float = 0.2  # weights of the loss, by kind of token; an answer's tokens have weight 1
     weight_again: float = 0.2
     weight_question: float = 0.1
 
     def shape(self, generator: np.random.Generator, step: int) -> tuple[int, int]:
-        """(T, rows) of a step; the first steps show every shape once, so that compiling is over early."""
+        """Returns (T, rows) of a step. The first steps have every shape once, so that all are compiled early."""
         if step < len(self.shapes):
             return self.shapes[step][:2]
         shares = np.array([share for _, _, share in self.shapes])
@@ -73,7 +76,9 @@ class Row:
 
 
 class Sequences:
-    """Builds batches out of a corpus. What is hidden in a prefix, and which labels count there, `jrt.training.objective` decides."""
+    """Builds batches from a corpus.
+
+    `jrt.training.objective` decides which tokens of a prefix are hidden and which labels count there."""
 
     def __init__(self, pages: Pages, recipe: Recipe, seed: int) -> None:
         self.pages, self.recipe, self.seed = pages, recipe, seed
@@ -86,16 +91,19 @@ class Sequences:
         return self.recipe.shape(np.random.default_rng([self.seed, step]), step)
 
     def batch(self, step: int) -> Batch:
-        """Tensors of training step `step`: ids (R, T + 1) int64, weights (R, T) fp32 of each following token,
-        prefix_length (R,) int64."""
+        """Returns the batch of training step `step`.
+
+        It has ids (R, T + 1) int64, weights (R, T) fp32 of each token's next token, and prefix_length (R,) int64."""
         generator = np.random.default_rng([self.seed, step])
         length, count = self.recipe.shape(generator, step)
         ids, kinds, _, prefix = self._stacked([self.row(generator, length) for _ in range(count)])
         return _tensors(ids, self._kind_weights()[kinds[:, 1:]], prefix)
 
     def questions(self, step: int) -> Batch:
-        """Like ``batch``, for validation: nothing renamed, weights on answers alone, and ``answers`` (R, T) numbers each
-        answer's tokens within its row from 1. Answers that the prefix holds already are not asked."""
+        """Returns a validation batch. It is like ``batch``, but no word is replaced and only answers have weight.
+
+        In addition, ``answers`` (R, T) has 1, 2, ... at the tokens of a row's first, second, ... answer, and 0
+        elsewhere. Answers inside the prefix are left out, because the prefix encoder has read them."""
         generator = np.random.default_rng([self.seed, 1 << 31, step])
         length, count = self.recipe.shapes[step % len(self.recipe.shapes)][:2]
         ids, kinds, answers, prefix = self._stacked([self.row(generator, length, renames=False) for _ in range(count)])

@@ -1,6 +1,6 @@
-"""Where tokens come from. A source gives windows of consecutive tokens by number, and says where documents begin in them.
+"""Sources of tokens. A source returns window number i of its tokens, and says where documents begin in that window.
 
-Shapes: T tokens of a training sequence; a window has T + 1, so that each of the first T has a following token.
+Shapes: T tokens of a training sequence. A window has T + 1 tokens, so that each of the first T has a next token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class TokenSource(Protocol):
-    """Windows 0 to len() - 1; each token but the first is the last target of one window or read in the next."""
+    """Windows 0 to len() - 1.
+
+    The last token of a window, which is only a target, is the first token of the next one."""
 
     length: int  # T
 
@@ -31,18 +33,20 @@ class TokenSource(Protocol):
         ...
 
     def document_starts(self, i: int) -> np.ndarray:
-        """Places in window i at which a document begins."""
+        """Positions in window i at which a document begins."""
         ...
 
 
 class TokenFile:
-    """A file of token ids, one document after the other, with the .idx file of GPT-NeoX and Megatron or without.
+    """A file of token ids, one document after the other. An .idx file as GPT-NeoX and Megatron write it may lie beside
+    it.
 
     Args:
-        path: NAME.bin; NAME.idx beside it gives the ids' type and the documents.
+        path: NAME.bin. If there is a NAME.idx in the same folder, it gives the type of the ids and the ends of
+            documents.
         length: T.
-        dtype: of the ids, where there is no .idx file.
-        end_token: id that ends each document, where there is no .idx file.
+        dtype: of the ids; only used without an .idx file.
+        end_token: id that ends each document; only used without an .idx file.
 
     Raises:
         ValueError: the file is missing, damaged, or holds less than one window.
@@ -92,18 +96,26 @@ class TokenFile:
         return np.append(0, ends) if start == 0 else ends
 
     def document(self, number: int) -> np.ndarray:
-        """Ids of one document, out of a file with an index."""
+        """Returns the ids of one document. The file must have an .idx file."""
         assert self.index is not None
         ends = self.index.ends
         return self.tokens[0 if number == 0 else ends[number - 1] : ends[number]]
 
 
 class DatasetTokens:
-    """A Hugging Face dataset whose rows are documents: of ids (column `input_ids`), or of text, which is tokenised once and
-    kept in the dataset's cache.
+    """A Hugging Face dataset with one document in each row.
+
+    A row holds token ids (column `input_ids`) or text. Text is tokenised once and kept in the dataset's cache.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        length: T.
+        tokenizer: for text.
+        column: of the text.
+        processes: that tokenise; None: one.
 
     Raises:
-        ValueError: neither column exists, there is text but no tokenizer, or less than one window.
+        ValueError: neither column exists, there is text but no tokenizer, or the dataset is shorter than one window.
     """
 
     def __init__(
@@ -159,15 +171,17 @@ class DatasetTokens:
 
 
 class StreamedTokens:
-    """A Hugging Face dataset that is streamed: its windows are made in the order of its documents.
+    """A Hugging Face dataset that is streamed. Windows are made in the order of its documents.
 
-    Only the next window is at hand. A later one is reached by reading up to it, an earlier one by starting again. A run
-    that goes on from a checkpoint begins where `state` says, without reading what came before.
+    Windows are best read in order: a later one is reached by reading all in between, an earlier one by starting the
+    stream again. A resumed run continues at the place that `state` saved, without reading what came before.
 
     Args:
         dataset: an `IterableDataset` of rows with text or with `input_ids`.
         length: T.
         windows: how many windows the run may ask for.
+        tokenizer: for text.
+        column: of the text.
     """
 
     def __init__(
@@ -194,12 +208,14 @@ class StreamedTokens:
         return self._window(i)[1]
 
     def state(self) -> dict:
-        """Where the stream stands, as JSON: the next window, the dataset's own place, and the tokens read ahead."""
+        """Returns the place in the stream, as plain values for JSON.
+
+        It holds the number of the next window, the dataset's own state, and the tokens that were read ahead."""
         ahead = {"ids": self._ids.tolist(), "starts": self._starts.tolist()}
         return {"next": self._next, "dataset": self.dataset.state_dict()} | ahead
 
     def go_on(self, state: dict) -> None:
-        """Stands where `state` was taken."""
+        """Moves to the place at which `state` was taken."""
         self.dataset.load_state_dict(state["dataset"])
         self._documents = self._encoded()
         self._ids, self._starts = (np.asarray(state[name], np.int64) for name in ("ids", "starts"))
@@ -240,7 +256,7 @@ class StreamedTokens:
 
 
 class Joined:
-    """Several sources, one after the other; windows never cross from one to the next."""
+    """Several sources, one after the other. No window spans two of them."""
 
     def __init__(self, sources: Sequence[TokenSource]) -> None:
         if not sources:
@@ -267,7 +283,9 @@ class Joined:
 
 
 def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of each text, its end marked by the tokenizer's end-of-text id. The name of a special entry is plain text here.
+    """Returns the ids of each text, followed by the tokenizer's end-of-text id.
+
+    The name of a special entry inside a text is read as plain text.
 
     Raises:
         ValueError: the tokenizer has no end-of-text id.

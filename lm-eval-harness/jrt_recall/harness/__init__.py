@@ -1,5 +1,7 @@
-"""The recall tasks inside stock lm-eval: what the task files call (`hooks`, `super_glue`), and the command `jrt-recall`
-(`command`) with what it refuses (`settings`) and with any other task's context shown N times (`repeat`)."""
+"""The recall tasks inside stock lm-eval.
+
+`hooks` and `super_glue` hold the functions that the task files call. `command` is the command `jrt-recall`, `settings`
+refuses options that would contradict a protocol, and `repeat` shows the context of any other lm-eval task N times."""
 
 from .command import arguments, command_line, full_name, main
 

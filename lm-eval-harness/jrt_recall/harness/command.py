@@ -1,7 +1,8 @@
-"""`jrt-recall`: stock `lm_eval` with this package's tasks on its include path, and each task's protocol on the screen.
+"""The command `jrt-recall`: stock `lm_eval` with this package's tasks, which also prints each task's protocol.
 
-lm-eval finds external tasks by `--include_path` alone (it has no entry points). This command adds that option and calls
-lm-eval's own command line; nothing in lm-eval is changed. `lm_eval --include_path $(jrt-recall --path) ...` is the same run.
+lm-eval finds external tasks only through its option `--include_path`; it has no entry points for plugins. This command
+adds the option and calls lm-eval's own command line, so nothing in lm-eval is changed. `lm_eval --include_path
+$(jrt-recall --path) ...` is the same run.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ Tasks may be named with or without `recall_`: here `fda` is recall_fda. Upstream
 
 
 def arguments(given: list[str]) -> list[str]:
-    """lm_eval's arguments: `run`, the include path, then the given ones."""
+    """Returns the arguments for lm_eval: `run`, the include path of this package, then the given ones."""
     rest = given[1:] if given[:1] == ["run"] else given
     return ["run", "--include_path", str(task_folder()), *rest]
 
 
 def full_name(task: str) -> str:
-    """The one name of a task of this package, `recall_fda` for `fda`; any other name as it is."""
+    """Returns the full name of a task of this package, `recall_fda` for `fda`. Other names are returned unchanged."""
     return PREFIX + task if (task_folder() / f"{PREFIX}{task}.yaml").is_file() else task
 
 
@@ -67,16 +68,17 @@ def command_line(
     folder: str | None = None,
     named: Callable[[str], str] = str,
 ) -> None:
-    """lm-eval's own command line, with this package's messages shown: each task's protocol, source and counts.
+    """Runs lm-eval's own command line and shows this package's messages: each task's protocol, source and counts.
 
     Args:
-        given: lm-eval's arguments.
-        check_model: looks at the parsed settings before anything runs.
-        folder: of the task files; None: this package's.
-        named: from a name on the command line to the task's own.
+        given: arguments for lm-eval, as `arguments` returns them.
+        check_model: called with the parsed settings before anything runs; it may raise ValueError.
+        folder: folder of the task files; None for this package's.
+        named: maps a task name on the command line to the task's full name.
 
     Raises:
-        ValueError: a setting that contradicts the protocols (see `settings`), or another include path: lm-eval takes one.
+        ValueError: a setting contradicts the protocols (see `settings`), or `given` names a second include path, of
+            which lm-eval takes only one.
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging

@@ -1,16 +1,17 @@
-"""What the task files in `tasks/` call: lm-eval's hooks, each a few lines around `items` and `contains`.
+"""The functions that the task files in `tasks/` name as lm-eval's hooks, built on `items` and `contains`.
 
-A row that lm-eval sees already holds its prompt and its answers, so the questions are those of every other command.
-Settings come from `--metadata`, which lm-eval hands to `documents` together with the model's arguments:
+`documents` makes the prompts and answers with `items`, as `jrt eval` does, so both commands ask the same questions.
+lm-eval passes it the settings of `--metadata` together with the model's arguments:
 
     protocol   name of a protocol (default: the task file's)
     n          how often the *_n_times tasks show the context (default 3)
     cut_with   another cutting tokenizer: gpt2, shipped, a folder or a hub name; the protocol's name then says so
-    data       mirror folder of the published datasets, or folder of the passages
+    data       folder with copies of the published datasets (a mirror, see `data`), or folder of the passages
     seed       selection of reference pages (default 0)
-    max_items  at most that many items are made (lm-eval's --limit only looks at fewer of those made)
+    max_items  most items that are made (lm-eval's --limit makes all of them and then uses fewer)
 
-Of the model's arguments, `pretrained` or `tokenizer` lets prompt tokens be counted, and `max_length` those cut off.
+Two of the model's arguments are used as well. With `pretrained` or `tokenizer`, prompt tokens are counted. With
+`max_length`, the prompts that lm-eval will truncate are counted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 N_TIMES = "n_times"
 UNKNOWN = "unknown"
 STATED = ("protocol", "documents", "dropped", "invalid", "lost", "unreachable", "truncated", "prompt_tokens")
-"""What stands beside a score in lm-eval's table, so that no number is without its protocol."""
+"""Columns that lm-eval's table shows beside each score, so that a score is never shown without its protocol."""
 
 
 def documents(
@@ -44,10 +45,17 @@ def documents(
     max_items: int | str | None = None,
     **arguments: Any,
 ) -> dict:
-    """lm-eval's `custom_dataset`: {"test": Dataset} with one row for each item.
+    """lm-eval's hook `custom_dataset`: returns {"test": Dataset} with one row for each item.
 
-    recall_task, reading: of the task file; a reading is a strategy's name, or n_times. arguments: the model's, which lm-eval
-    adds, and settings of other tasks. Raises ValueError as `items`."""
+    Args:
+        recall_task: task name, from the task file.
+        reading: a strategy's name or "n_times", from the task file.
+        protocol, n, cut_with, data, seed, max_items: settings of `--metadata`, listed at the top of this file.
+        arguments: the model's arguments, which lm-eval adds, and settings meant for other tasks.
+
+    Raises:
+        ValueError: a setting has the wrong type, or `items` refuses the settings.
+    """
     from datasets import Dataset
 
     for name, value in (("protocol", protocol), ("cut_with", cut_with), ("data", data)):
@@ -88,39 +96,39 @@ def documents(
 
 
 def target(row: dict) -> str:
-    """lm-eval's `doc_to_target`: the first answer."""
+    """lm-eval's hook `doc_to_target`: the first answer."""
     return row["answers"][0]
 
 
 def score(row: dict, results: list[str]) -> dict:
-    """lm-eval's `process_results`: the published metric, and STATED."""
+    """lm-eval's hook `process_results`: the published metric and the row's values of the columns STATED."""
     return {"contains": float(contains(results[0], row["answers"])), **{name: row[name] for name in STATED}}
 
 
 def first(values: list) -> float | str:
-    """Aggregation of what is the same in every row."""
+    """Aggregates a value that is the same in every row: the first one."""
     return values[0]
 
 
 def total(values: list) -> float | str:
-    """Aggregation of a count over rows."""
+    """Aggregates counts by their sum; "unknown" if any row has none."""
     return UNKNOWN if None in values else sum(values)
 
 
 def average(values: list) -> float | str:
-    """Aggregation of a length over rows."""
+    """Aggregates lengths by their mean; "unknown" if any row has none."""
     return UNKNOWN if None in values else sum(values) / len(values)
 
 
 def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int] | list[None]:
-    """Lengths in the model's own tokens, where the model's arguments name a tokenizer that is here."""
+    """The length of each prompt in the model's own tokens, or None for each if its tokenizer cannot be loaded."""
     name = arguments.get("tokenizer") or arguments.get("pretrained")
     tokenizer = model_tokenizer(name) if isinstance(name, str) else None
     return [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
 
 
 def _limit(protocol: Protocol, arguments: dict) -> int | None:
-    """Prompt tokens that lm-eval keeps, where the model's arguments say how many tokens it reads."""
+    """Most prompt tokens that lm-eval keeps, or None if the model's arguments do not give `max_length`."""
     length = arguments.get("max_length")
     return None if length is None else whole_number("max_length", length) - protocol.max_new_tokens
 

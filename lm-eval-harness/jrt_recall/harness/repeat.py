@@ -1,7 +1,7 @@
-"""`jrt-recall --repeat N`: any task of lm-eval that generates, with its context shown N times.
+"""`jrt-recall --repeat N`: runs lm-eval's own generation tasks with their context shown N times.
 
-Each task becomes a small task file that includes the original and changes its prompt and its name. A prompt that is a Jinja
-template gets a longer template; one that is made by a function gets a function around that one.
+For each task a small task file is written that includes the original one and changes its prompt and its name. If the
+prompt is a Jinja template, the new template is longer. If a function makes the prompt, a new function wraps it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ from .. import task_folder
 from ..prompts import strategy_named
 
 CONTEXT_COLUMNS = ("context", "passage", "document", "article")
-"""Columns that are context by their name. `input` is one beside a `question` in the same template (babilong)."""
+"""Column names that mean context. `input` means context too if the template also has a `question` (babilong)."""
 
 
 def repeated_template(template: str, copies: int, column: str | None = None) -> tuple[str, str]:
-    """A prompt's Jinja template with its context, or the whole prompt, `copies` times, a line each; and which of the two.
+    """Repeats the context in a prompt's Jinja template, each copy on its own lines.
 
-    column: the context's column; None: found by name in the template, else the whole prompt is repeated.
-    Raises ValueError where the named column is not in the template."""
+    Args:
+        template: the task's prompt as a Jinja template.
+        copies: how often the context is shown.
+        column: the column that is the context. None: one of CONTEXT_COLUMNS that the template shows once; if there is
+            none, the whole prompt is repeated.
+
+    Returns:
+        The new template, and what was repeated: "context" or "whole prompt".
+
+    Raises:
+        ValueError: the named column is not in the template.
+    """
 
     def places(name: str) -> list[str]:
         return re.findall(r"\{\{\s*" + re.escape(name) + r"\b[^{}]*\}\}", template)
@@ -36,16 +46,22 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
     candidates = [column] if column else [*CONTEXT_COLUMNS, *(["input"] if places("question") else [])]
     for name in candidates:
         found = places(name)
-        if len(found) == 1:  # a context that already stands there twice is not repeated again
+        if len(found) == 1:  # a column that is shown more than once is not taken for the context
             return template.replace(found[0], "\n".join([found[0]] * copies)), "context"
     return "\n".join([template] * copies), "whole prompt"
 
 
 def repeating(task_file: str, copies: int, column: str | None = None) -> Callable[[dict], str]:
-    """The function that makes a task's prompts, with its context, or the whole prompt, `copies` times, a line each.
+    """Wraps the function that makes a task's prompts: the context is repeated, each copy on its own lines.
 
-    task_file: whose `doc_to_text` is a function. column: whose text is repeated; None: the whole prompt is.
-    The new function raises ValueError for a document whose column does not stand in its prompt exactly once."""
+    Args:
+        task_file: a task file whose `doc_to_text` is a function.
+        copies: how often the context is shown.
+        column: the document's column that is repeated; None repeats the whole prompt.
+
+    Returns:
+        A new `doc_to_text`. It raises ValueError if the column's text does not occur exactly once in a prompt.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
     original = load_yaml(task_file)["doc_to_text"]
@@ -65,10 +81,20 @@ def repeating(task_file: str, copies: int, column: str | None = None) -> Callabl
 def write_repeated(
     index: Mapping[str, Any], names: Sequence[str], copies: int, folder: Path, column: str | None
 ) -> list[str]:
-    """Writes a task file for each named task (groups and tags: for each member) to `folder`; returns the new names.
+    """Writes one task file with a repeated context for each task, and returns the new task names.
 
-    index: lm-eval's `TaskManager.task_index`. A name carries the strategy, so that no result passes for the plain task's.
-    Raises ValueError for unknown tasks, tasks that do not generate, and tasks that are a Python class."""
+    A new name ends in the number of copies (`NAME_2x`), so its result cannot be mistaken for the original task's.
+
+    Args:
+        index: lm-eval's `TaskManager.task_index`.
+        names: tasks, groups or tags; a group or tag stands for all its members.
+        copies: how often the context is shown.
+        folder: where the files are written.
+        column: as in `repeated_template` and `repeating`.
+
+    Raises:
+        ValueError: a task is unknown, does not generate text, or is a Python class.
+    """
     strategy = strategy_named(f"{copies}x")
     members = [member for name in names for member in _members(index, name)]
     new_names: list[str] = []
@@ -84,7 +110,7 @@ def write_repeated(
         new_name = f"{name}_{copies}x"
         task_file = str(original.yaml_path.resolve())
         new: dict[str, Any] = {"include": task_file, "task": new_name, "tag": []}
-        if Path(template).is_absolute():  # lm-eval's index has a function as its file and name
+        if Path(template).is_absolute():  # a prompt function: the index stores its file and name
             what = "whole prompt" if column is None else "context"
             module = f"repeated_{len(new_names)}"
             arguments = f"{task_file!r}, {copies}, {column!r}"
@@ -116,7 +142,10 @@ def _members(index: Mapping[str, Any], name: str) -> list[str]:
 
 
 def run(given: list[str]) -> None:
-    """`jrt-recall --repeat N ...`. Raises ValueError as `write_repeated`, and for tasks of this package."""
+    """Runs `jrt-recall --repeat N ...`, where `given` is the whole command line.
+
+    Raises ValueError as `write_repeated` does, and for tasks of this package, which have repeated forms of their
+    own."""
     from lm_eval.tasks import TaskManager
 
     from .command import command_line

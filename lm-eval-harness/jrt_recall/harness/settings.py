@@ -1,5 +1,7 @@
-"""What may be set on an lm-eval command line beside a protocol, judged by what lm-eval parsed and not by the words typed:
-abbreviations, `--config` files and key=value strings come to the same."""
+"""Refuses lm-eval settings that would contradict a protocol.
+
+The checks look at what lm-eval parsed, not at the words that were typed. So an abbreviated option, a `--config` file
+and a key=value string are treated alike."""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from ..protocols import PASSAGES, PREFIX
 METADATA = ("protocol", "n", "cut_with", "data", "seed", "max_items")
 """Keys of --metadata that the recall tasks read."""
 OF_MODELS = ("pretrained", "tokenizer", "max_length")
-"""Keys that lm-eval adds from the model's arguments; named in --metadata they say the same."""
-# Settings that change prompts or answers, whatever their value, and what to do instead.
+"""Keys that lm-eval adds to the metadata from the model's arguments. They may also be given in --metadata."""
+# Settings that change prompts or answers, and what the error message says about each. The first are refused in every
+# run, the second where a recall task runs.
 _CONTRADICT = {
     "gen_kwargs": "it contradicts the protocol, which fixes length, stop and greedy choice: leave it out",
     "cache_requests": "lm-eval's request cache does not tell protocols, seeds and data apart: leave it out",
@@ -27,9 +30,9 @@ _CONTRADICT_RECALL = {
 
 
 def parsed(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The settings of an lm-eval run as lm-eval merges them: a `--config` file, and the command line over it.
+    """Returns the settings of an lm-eval run, merged as lm-eval does: the command line overrides the `--config` file.
 
-    Raises ValueError for a file that cannot be read, and for keys that lm-eval does not know."""
+    Raises ValueError if the file cannot be read or has keys that lm-eval does not know."""
     from dataclasses import fields
 
     from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -48,7 +51,7 @@ def parsed(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for what would change a protocol, and for keys of --metadata that nothing reads."""
+    """Raises ValueError if a setting would change a protocol, or if --metadata has a key that nothing reads."""
     tasks = names_of(settings.get("tasks"))
     of_recall = [task for task in tasks if is_recall(task)]
     refused = _CONTRADICT | (_CONTRADICT_RECALL if of_recall else {})
@@ -57,19 +60,19 @@ def check(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"--{name}: {why}")
     metadata = as_dict("metadata", settings.get("metadata"))
     unknown = [str(key) for key in metadata if key not in (*METADATA, *OF_MODELS)]
-    if unknown and of_recall and len(of_recall) == len(tasks):  # tasks of others may read other keys
+    if unknown and of_recall and len(of_recall) == len(tasks):  # other tasks in the same run may read other keys
         raise ValueError(f"--metadata: unknown key {', '.join(unknown)}; expected {', '.join(METADATA)}")
 
 
 def is_recall(task: str) -> bool:
-    """Whether a name on the command line means recall tasks of this package (a task, a tag or a pattern)."""
+    """Whether a name on the command line (a task, a tag or a pattern) means recall tasks of this package."""
     if task.startswith(("recall_super_glue", "recall_record")):
         return False
     return task.startswith(PREFIX.rstrip("_")) or any(task.startswith(name) for name in PASSAGES)
 
 
 def names_of(tasks: Any) -> list[str]:
-    """Task names of a list or of a string with commas. Raises ValueError for anything else."""
+    """Returns the task names in a list or in a string with commas. Raises ValueError for anything else."""
     parts = [tasks] if isinstance(tasks, str) else [] if tasks is None else tasks
     if not isinstance(parts, list | tuple):
         raise ValueError(f"--tasks: expected names, got {tasks!r}")
@@ -77,7 +80,7 @@ def names_of(tasks: Any) -> list[str]:
 
 
 def as_dict(name: str, value: Any) -> dict:
-    """A setting that is a dict, a key=value string or nothing. Raises ValueError for anything else."""
+    """Returns a setting as a dict. It may be a dict, a key=value string or empty; anything else raises ValueError."""
     from lm_eval.utils import simple_parse_args_string
 
     if not value:
@@ -93,7 +96,9 @@ def as_dict(name: str, value: Any) -> dict:
 
 
 def whole_number(name: str, value: Any, least: int = 0) -> int:
-    """A whole number, also one in quotes. Raises ValueError that names the setting."""
+    """Returns a setting as a whole number; a string of digits is accepted.
+
+    Raises a ValueError that names the setting."""
     text = str(value).strip()
     if isinstance(value, bool) or not text.removeprefix("-").isdecimal() or not text.isascii():
         raise ValueError(f"{name}: expected a whole number, got {value!r}")

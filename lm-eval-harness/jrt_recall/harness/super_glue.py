@@ -1,10 +1,11 @@
-"""SuperGLUE's documents for upstream's tasks: from the mirror folder where it holds them, else from the hub.
+"""Documents of SuperGLUE for lm-eval's own tasks: from a local folder if it holds them, else from the Hugging Face hub.
 
-Upstream's task files name a dataset of the hub and nothing else; `recall_super_glue` gives each of its members this
-module as `custom_dataset`, lm-eval's own hook, so that prompts, choices and metrics stay upstream's. In the mirror,
-`super_glue/CONFIGURATION/SPLIT.jsonl` holds a split.
+"Upstream" here means lm-eval. Its SuperGLUE tasks can read their data only from the hub. The group `recall_super_glue`
+runs the same tasks with `documents` below as their `custom_dataset`, a hook of lm-eval, so prompts, choices and metrics
+stay upstream's. In the local folder (the mirror, see `jrt_recall.data`), `super_glue/CONFIGURATION/SPLIT.jsonl` holds a
+split.
 
-One task has its own file: upstream's `record` imports squad metrics that transformers 5 no longer has, so it cannot be
+One task has its own file. Upstream's `record` imports SQuAD metrics that transformers 5 no longer has, so it cannot be
 loaded. `recall_record` is the same task with the functions below.
 """
 
@@ -27,10 +28,10 @@ COLUMNS = {
     "wic": ("sentence1", "sentence2", "start1", "end1", "label"),
     "wsc.fixed": ("text", "span1_text", "span2_index", "span2_text", "label"),
 }
-"""The configurations that the eight tasks read, and the columns that upstream's prompts read of them."""
+"""The dataset configuration of each of the eight tasks, and the columns of it that upstream's prompts use."""
 SPLITS = ("train", "validation")
 TASKS = {name: {"record": "recall_record", "rte": "sglue_rte", "wsc.fixed": "wsc"}.get(name, name) for name in COLUMNS}
-"""Configurations and the names of their tasks, upstream's but for `recall_record`."""
+"""Task name by configuration. All are upstream's names except `recall_record`."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -60,7 +61,7 @@ def documents(configuration: str, data: str | Path | None = None, **metadata: An
 
 
 def record_documents(dataset: Any) -> Any:
-    """lm-eval's `process_docs`: entities and answers once each, sorted."""
+    """lm-eval's hook `process_docs`: removes repeated entities and answers, and sorts them."""
     return dataset.map(
         lambda doc: {"entities": sorted(set(doc["entities"])), "answers": sorted(set(doc["answers"]))},
     )
@@ -73,17 +74,19 @@ def record_text(doc: dict) -> str:
 
 
 def record_choices(doc: dict) -> list[str]:
-    """The query as a bullet, with each entity in turn."""
+    """The choices: the query as a bullet, its placeholder filled with each entity in turn."""
     return [_record_answer(doc, entity) for entity in doc["entities"]]
 
 
 def record_target(doc: dict) -> str:
-    """The bullet of the first answer."""
+    """The choice that is filled with the first answer."""
     return _record_answer(doc, doc["answers"][0])
 
 
 def record_score(doc: dict, results: list[tuple[float, bool]]) -> dict:
-    """lm-eval's `process_results`: token F1 and exact match of the likeliest entity with the nearest answer."""
+    """lm-eval's hook `process_results`: token F1 and exact match of the likeliest entity, each with the best answer.
+
+    results: (log-likelihood, is greedy) of each choice."""
     likelihoods = [likelihood for likelihood, _ in results]
     chosen = _words(doc["entities"][likelihoods.index(max(likelihoods))])
     answers = [_words(answer) for answer in doc["answers"]]
@@ -95,7 +98,7 @@ def _record_answer(doc: dict, entity: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Words in lower case, without punctuation and articles, as SQuAD compares them."""
+    """The words of a text in lower case, without punctuation and articles, as SQuAD's metric compares them."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
