@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field
+from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field, whole_field
+from .fields import checked_text, kind
 from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, published_task
 from .scoring import first_hit
 
@@ -116,8 +117,8 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     ids = token_ids(tokenizer, context)
     # A position of -1 means "all but the last character" here: the published code slices with it.
     before = len(token_ids(tokenizer, context[:position]))
-    if position == -1 and "tok_pos" in doc and before > desired:
-        before = doc["tok_pos"]
+    if position == -1 and doc.get("tok_pos") is not None and before > desired:
+        before = whole_field(task, doc, "tok_pos")
     start = max(0, before - desired // 2)
     end = min(len(ids), before + desired - (before - start))
     # No clean-up of spaces: the window must be text that stands in the document.
@@ -139,8 +140,11 @@ def _answer_position(spec: PublishedTask, doc: dict, context: str, needles: list
     hits = [hit for needle in needles if (hit := first_hit(needle, context)) >= 0]
     if hits:
         return min(hits)
-    alternatives = (first_hit(alternative, context) for alternative in doc.get("alt_answers") or ())
-    return next((hit for hit in alternatives if hit >= 0), -1)
+    alternatives = doc.get("alt_answers") or []
+    if not isinstance(alternatives, list | tuple):
+        raise ValueError(f"{spec.name}: field 'alt_answers' must be a list of strings, got {kind(alternatives)}")
+    texts = [checked_text(f"{spec.name}: one of 'alt_answers'", text) for text in alternatives]
+    return next((hit for text in texts if (hit := first_hit(text, context)) >= 0), -1)
 
 
 @cache
