@@ -153,7 +153,11 @@ def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError) as error:  # its files hold other things than a tokenizer's
+        raise ValueError(f"the tokenizer {name!r} cannot be read: {type(error).__name__} {error}") from error
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+            raise  # the tokenizers package raises the class Exception itself
         raise ValueError(
             f"the cutting tokenizer {name!r} is neither here nor on the hub. With network, load it once "
             f"(transformers keeps it); without, put its folder at ${FOLDER_VARIABLE}/{GPT2} or name another tokenizer, "
