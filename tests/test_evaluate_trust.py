@@ -351,3 +351,10 @@ def test_damaged_files_of_a_run_are_one_line(folder_of_passages, tmp_path, capsy
     for command in (["report", str(folder)], [*given, "--resume"]):
         assert main(command) == 2
         assert "manifest.json is damaged" in capsys.readouterr().err
+
+
+def test_a_folder_under_two_spellings_is_one_model(folder_of_passages, tmp_path, capsys):
+    model = save_random_model(tmp_path / "model", "CL")
+    given = ["eval", "--tasks", "qa_squad", "--passages", str(folder_of_passages), "--output", str(tmp_path / "run")]
+    assert main([*given, "--model", f"{model},{model}/"]) == 2
+    assert "the same model is named twice" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jrt_recall import data, items
 from jrt_recall.fields import answers_in
-from jrt_recall.harness.settings import as_dict, check, names_of, whole_number
+from jrt_recall.harness.settings import as_dict, check, names_of, response_cache, whole_number
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
 
@@ -161,6 +161,16 @@ def test_a_lone_surrogate_goes_through_a_mirror_and_makes_one_document_invalid(t
     data.import_file("drop", file, tmp_path / "mirror")
     found = items("drop", protocol="full", data=tmp_path / "mirror")
     assert len(found.items) == 1 and "surrogate" in found.invalid[0]
+
+
+def test_each_model_has_its_own_cache_of_responses():
+    args = [{"pretrained": "a"}, "pretrained=b", "pretrained=b,dtype=bfloat16", None]
+    found = [
+        response_cache({"use_cache": "c", "model": name, "model_args": one}) for name in ("jrt", "hf") for one in args
+    ]
+    assert len(set(found)) == 8 and all(name.startswith("c-") for name in found)
+    assert response_cache({"use_cache": "c", "model": "jrt", "model_args": "pretrained=a"}) == found[0]
+    assert response_cache({"model": "jrt", "model_args": "pretrained=a"}) is None
 
 
 # Whatever a user may have: no error but ValueError.

@@ -7,6 +7,7 @@ elsewhere or was spread over workers ends with the same files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -105,7 +106,7 @@ def plan(request: Request) -> Plan:
     tasks = [task_named(name) for name in request.tasks]
     strategies = [strategy_named(name) for name in request.strategies]
     named = {
-        "model": [spec.name for spec in request.models],
+        "model": [_one_name(spec.name) for spec in request.models],
         "task": tasks,
         "strategy": [strategy.name for strategy in strategies],
     }
@@ -129,6 +130,12 @@ def plan(request: Request) -> Plan:
             found = items(task, strategy, protocol, request.cut_with, request.limit, request.seed, folder)
             questions[found.task, found.strategy, found.protocol.name] = found
     return Plan(request, questions)
+
+
+def _one_name(model: str) -> str:
+    """A folder's one name, however it is written; any other name as it is."""
+    folder = os.path.expanduser(model)
+    return os.path.realpath(folder) if os.path.isdir(folder) else model
 
 
 def _first_that_opens(specs: Sequence[ModelSpec], opened: Callable[[ModelSpec], object]) -> None:
