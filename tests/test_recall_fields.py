@@ -29,6 +29,8 @@ CLOZE = {"context": "The valve opens at noon.", "question": "The valve opens at"
         ({"text": "a"}, ("a",)),
         ([{"text": "a"}, "b"], ("a", "b")),
         ({"value": "a", "aliases": ["b"]}, ("a", "b")),
+        ({"value": "a", "aliases": None}, ("a",)),
+        ([{"value": "a", "aliases": ["b"]}, {"text": ["c"]}], ("a", "b", "c")),
         ([" a "], (" a ",)),
     ],
 )
@@ -102,6 +104,13 @@ def test_any_answer_counts_and_the_window_lies_around_the_first_that_stands(tmp_
     assert found.protocol.version == 2 and found.items[0].answers == ("nowhere", "w300", "w20")
     narrow = items("qa_squad", protocol="jrt-table2-512", tokenizer="shipped", data=tmp_path).items[0]
     assert "w300" in narrow.doc["text"] and "w20 " not in narrow.doc["text"] and not narrow.lost
+
+
+def test_text_of_a_special_token_stays_in_a_window(tmp_path):
+    row = PASSAGE | {"context": "before <|endoftext|> after", "answers": ["<|endoftext|>"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(row) + "\n")
+    (item,) = items("qa_squad", protocol="w40-a2", tokenizer="shipped", data=tmp_path).items
+    assert "before <|endoftext|> after" in item.prompt and not item.lost
 
 
 def test_answers_with_a_line_feed_are_counted_as_unreachable(tmp_path):

@@ -120,6 +120,8 @@ def plan(request: Request) -> Plan:
     _check_folders(request, tasks)
     named_protocols = request.protocol if isinstance(request.protocol, tuple) else (request.protocol,)
     wanted = [(task, one) for task in request.tasks for name in named_protocols for one in protocols_of(name, task)]
+    if not wanted:
+        raise ValueError("name at least one protocol")
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"the same protocol is named twice: {', '.join(map(str, named_protocols))}")
     _first_that_opens(request.models, lambda spec: open_tokenizer(spec.name))

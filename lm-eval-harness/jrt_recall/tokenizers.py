@@ -84,9 +84,10 @@ def is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(tokenizer) == _GPT2_ENTRIES and token_ids(tokenizer, text) == ids
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of the whole text: no special tokens, no truncation."""
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_is_text: bool = False) -> list[int]:
+    """Token ids of the whole text: no special tokens, no truncation. special_is_text: nor one that the text spells."""
+    options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+    return list(tokenizer(text, **options, split_special_tokens=special_is_text)["input_ids"])
 
 
 def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, answer_room: int) -> dict | None:
@@ -114,9 +115,10 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
             return None
         position = _answer_position(spec, doc, context, needles)
 
-    ids = token_ids(tokenizer, context)
+    special_is_text = task in PASSAGES  # the published windows lose such text
+    ids = token_ids(tokenizer, context, special_is_text)
     # A position of -1 means "all but the last character" here: the published code slices with it.
-    before = len(token_ids(tokenizer, context[:position]))
+    before = len(token_ids(tokenizer, context[:position], special_is_text))
     if position == -1 and doc.get("tok_pos") is not None and before > desired:
         before = whole_field(task, doc, "tok_pos")
     start = max(0, before - desired // 2)
