@@ -18,6 +18,7 @@ from jrt.cli import main
 from jrt.evaluate import ModelSpec, open_model
 from jrt.evaluate.answering import encode
 from jrt.evaluate.folder import Cell, former_manifest, read_run
+from jrt.evaluate.harness import _check_model
 from jrt.evaluate.models import position_bound
 from jrt.evaluate.report import page
 
@@ -358,3 +359,9 @@ def test_a_folder_under_two_spellings_is_one_model(folder_of_passages, tmp_path,
     given = ["eval", "--tasks", "qa_squad", "--passages", str(folder_of_passages), "--output", str(tmp_path / "run")]
     assert main([*given, "--model", f"{model},{model}/"]) == 2
     assert "the same model is named twice" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [5, True, ["a"], "", None])
+def test_a_model_of_lm_eval_is_named_by_a_string(name):
+    with pytest.raises(ValueError, match="pretrained=NAME"):
+        _check_model({"model": "jrt", "model_args": {"pretrained": name}})

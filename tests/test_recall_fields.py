@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jrt_recall import data, items
 from jrt_recall.fields import answers_in
+from jrt_recall.harness.hooks import documents
 from jrt_recall.harness.settings import as_dict, check, names_of, response_cache, whole_number
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
@@ -180,6 +181,13 @@ def test_each_model_has_its_own_cache_of_responses():
     assert len(set(found)) == 8 and all(name.startswith("c-") for name in found)
     assert response_cache({"use_cache": "c", "model": "jrt", "model_args": "pretrained=a"}) == found[0]
     assert response_cache({"model": "jrt", "model_args": "pretrained=a"}) is None
+
+
+def test_a_model_without_room_for_an_answer_is_refused(tmp_path):
+    (tmp_path / "squad.jsonl").write_text(json.dumps(PASSAGE | {"answers": "angle"}) + "\n")
+    for length in (40, "48"):
+        with pytest.raises(ValueError, match="leaves no prompt beside the 48"):
+            documents("qa_squad", "once", data=str(tmp_path), max_length=length)
 
 
 # Whatever a user may have: no error but ValueError.
