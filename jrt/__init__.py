@@ -1,7 +1,8 @@
-"""Recall of recurrent language models, and the two ways to close its gap by reading twice (arXiv 2407.05483).
+"""Recurrent language models that read their prompt twice and recall more: JRT-Prompt, JRT-RNN (arXiv 2407.05483).
 
-`load` gives a model, `ops` the functions it is made of, `presets` the published sizes. Importing this package makes its
-models known to transformers; the models' own code is imported with the first of them.
+`load` opens a model, `ops` has the functions that models are made of, `presets` the published sizes. Importing this
+package registers its models with transformers. Their code is imported only when the first model or configuration is
+made.
 """
 
 import importlib

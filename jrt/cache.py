@@ -1,7 +1,9 @@
-"""What a model keeps of the text it has read: one state a layer, and how many tokens each row really has.
+"""The state of a model after the text that it has read: one state for each layer, and the number of tokens of each row.
 
-Layer states are tensors, or tuples of tensors, whose first dimension is the batch; nothing here knows which mixer
-made them.
+A layer's state is a tensor, or a tuple of tensors, whose first dimension is the batch. The code here is the same for
+all kinds of layers.
+
+Shapes: B batch.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ LayerState = Tensor | tuple[Tensor, ...]
 
 @dataclass
 class ModelState:
-    """The states of all layers after `seen` columns, of which each row's last `lengths[row]` were its own tokens."""
+    """The states of all layers after `seen` columns of input. In each row, the last `lengths[row]` of them were its own
+    tokens, and those before them padding on the left."""
 
-    config: Config  # of the model that read
+    config: Config  # of the model that computed the states
     layers: list[LayerState]
     seen: int
     lengths: Tensor  # (B,) int64
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> ModelState:
-        """A state whose tensors went through `function`, which may pick, repeat or reorder rows."""
+        """A new state: `function` is applied to each tensor. It may choose, repeat or reorder rows (dimension 0)."""
         layers = [_mapped(layer, function) for layer in self.layers]
         return ModelState(self.config, layers, self.seen, function(self.lengths))
 
@@ -35,11 +38,12 @@ class ModelState:
         return self.map_rows(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def repeat(self, times: int) -> ModelState:
-        """Each row `times` times, neighbours together."""
+        """Each row repeated `times` times, copies side by side."""
         return self.map_rows(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def check(self, config: Config, rows: int) -> None:
-        """Raises ValueError where a model of this configuration cannot go on from here with so many rows."""
+        """Raises ValueError unless a model with this configuration and this number of rows can continue from the
+        state."""
         if self.config != config:
             own, other = config.pattern, self.config.pattern
             raise ValueError(
@@ -49,7 +53,7 @@ class ModelState:
             raise ValueError(f"the state has {self.lengths.shape[0]} rows and the input {rows}: expected the same")
 
     def nbytes(self) -> int:
-        """Bytes that the states take."""
+        """Memory of the states in bytes."""
         return sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
 
 

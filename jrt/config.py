@@ -1,6 +1,6 @@
-"""What a model is made of: one letter a layer, and the sizes of each kind of layer.
+"""The architecture of a model: a letter for each layer, and the sizes of each kind of layer.
 
-Only the standard library is imported, so that a configuration can be read, checked and counted anywhere.
+Only the standard library is imported, so that a configuration can be read and checked where torch is not installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LETTERS = {
     "A": "full attention",
     "M": "Mamba",
 }
-LARGEST = 1 << 31  # no size of a model comes near it
+LARGEST = 1 << 31  # sizes must be smaller; no real model comes near it
 AT_LEAST_ONE = (
     "width",
     "vocab_rows",
@@ -40,8 +40,8 @@ OPTIONAL_BIASES = ("conv.projections", "conv.filter", "attention.qkv", "attentio
 class Config:
     """Architecture of one `jrt.model.LanguageModel`; raises ValueError for what cannot be built."""
 
-    pattern: str  # one letter of LETTERS per layer
-    width: int  # residual stream
+    pattern: str  # one letter of LETTERS per layer, the first layer's first
+    width: int  # size of the residual stream
     vocab_rows: int  # rows of the embedding, padding rows included
     mlp_width: int = 0  # hidden units of the SwiGLU MLP after each mixer; 0: no MLP
     heads: int = 16  # of A and S
@@ -67,7 +67,7 @@ class Config:
     train_length: int = 2048  # tokens per training sequence: longer prompts are marked in reports
 
     def __post_init__(self) -> None:
-        for name in ("biases", "window"):  # JSON has lists only
+        for name in ("biases", "window"):  # from JSON, which has no tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_kinds()
@@ -101,7 +101,7 @@ class Config:
             raise ValueError(f"window has {len(self.window)} entries for {self.pattern.count('S')} S layers")
 
     def _check_kinds(self) -> None:
-        """Raises ValueError for a field that is not of the kind that its annotation says, or of no sensible size."""
+        """Raises ValueError for a field that does not have its annotated type, or is negative or too large."""
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.type
             if value is None and kind.endswith("None"):
@@ -120,7 +120,7 @@ class Config:
         return any(letter in self.pattern for letter in letters)
 
     def window_of(self, layer: int) -> int:
-        """Earlier keys that the S layer at this index sees besides its own."""
+        """How many earlier keys a query of the S layer at this index sees, besides its own."""
         if isinstance(self.window, int):
             return self.window
         return self.window[self.pattern[:layer].count("S")]
@@ -139,7 +139,8 @@ class Config:
         return 1 + self.feature_dim + self.feature_dim * (self.feature_dim + 1) // 2
 
     def state_bytes(self, length: int) -> int:
-        """Bytes that one sequence of `length` tokens leaves in fp32 states (keys and values of A and S included)."""
+        """Bytes of all layers' states after one sequence of `length` tokens, in fp32; keys and values of A and S
+        included."""
         return 4 * sum(self._state_floats(layer, length) for layer in range(len(self.pattern)))
 
     def _state_floats(self, layer: int, length: int) -> int:
@@ -198,7 +199,7 @@ def _published() -> dict[str, tuple[str, Config]]:
 
 
 def _small() -> dict[str, Config]:
-    """Models that train in minutes (mini-*, see docs/minis.md) or seconds (debug)."""
+    """Small sizes: those of the shipped mini models (docs/minis.md), and `debug`, which trains in seconds."""
     mini = partial(Config, width=192, vocab_rows=4096, train_length=4608)
     hybrid = partial(mini, mlp_width=384, heads=4, linear_heads=4, rotary_dim=48, window=64)
     return {
@@ -223,7 +224,7 @@ def _small() -> dict[str, Config]:
 
 
 def presets() -> dict[str, Config]:
-    """Every named size: the eight published ones, `mini-*` and `debug`."""
+    """All named configurations: the eight published ones, `mini-*` and `debug`."""
     return {name: config for name, (_, config) in _published().items()} | _small()
 
 

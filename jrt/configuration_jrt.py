@@ -1,6 +1,7 @@
-"""The configuration as transformers knows it, apart from the models because `import jrt` has to stay quick.
+"""The configuration class for transformers.
 
-transformers' modelling code takes seconds to import; a configuration is the first thing that any use of a model makes.
+It is not in the file of the models, because transformers' modelling code takes seconds to import and `import jrt`
+should be quick. The first configuration that is made imports the models.
 """
 
 from __future__ import annotations
@@ -12,11 +13,25 @@ from transformers import AutoConfig, PreTrainedConfig
 from jrt.config import Config, presets
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
-IN_PACKAGE = __name__.startswith("jrt.")  # not in a self-contained folder, whose classes transformers finds by itself
+# False in a self-contained folder, where transformers finds the classes by itself.
+IN_PACKAGE = __name__.startswith("jrt.")
 
 
 class JRTConfig(PreTrainedConfig):
-    """A `jrt.Config` and what else a folder has to say: quirks, the rule for short prompts, where it came from."""
+    """A `jrt.Config` with all else that a model folder's config.json holds.
+
+    Args:
+        architecture: fields of a `jrt.Config`; None: the preset `debug`.
+        vocab_tokens: the first so many embedding rows stand for tokens, the others are padding; None: all rows.
+        short_prompt, short_prompt_token: the rule for prompts shorter than the encoder, and its pad token
+            (`jrt.short_prompts`).
+        quirks: fields of `jrt.Quirks` that are switched on; None: none.
+        source: where the weights came from, for the record.
+        **kwargs: fields of transformers' PreTrainedConfig.
+
+    Raises:
+        ValueError: an unknown field or rule, or sizes that do not fit together.
+    """
 
     model_type = "jrt"
 
@@ -33,7 +48,7 @@ class JRTConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs,
     ) -> None:
-        if IN_PACKAGE:  # the model classes, known to AutoModelForCausalLM from now on
+        if IN_PACKAGE:  # registers the model classes with AutoModelForCausalLM
             importlib.import_module("jrt.released.modeling")
         core = Config.from_dict(architecture) if architecture else presets()["debug"]
         check_short_prompt(short_prompt)
@@ -54,7 +69,8 @@ class JRTConfig(PreTrainedConfig):
 
     @property
     def core(self) -> Config:
-        """The architecture, with the two fields that transformers may change by itself as they are now."""
+        """The architecture. Vocabulary size and tying of the head have their present values: transformers may change
+        them."""
         return Config.from_dict(self.architecture | {"vocab_rows": self.vocab_size, "tied": self.tie_word_embeddings})
 
     def to_dict(self) -> dict:

@@ -1,4 +1,4 @@
-"""`jrt info NAME`: what a model is and costs, from its configuration; weights are counted on the meta device."""
+"""`jrt info NAME`: describes a model and its costs from its configuration alone. No weights are read."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,17 +17,17 @@ _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
 
 
 def parameters(config: Config) -> int:
-    """Weights of a model, tied ones once."""
+    """Number of a model's parameters; tied ones count once."""
     with torch.device("meta"):
         model = LanguageModel(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def decode_flops(config: Config, length: int) -> int:
-    """Floating-point operations (a multiply and an add are two) to read one more token after `length` tokens.
+    """Floating-point operations (a multiply and an add are two) to decode one token after `length` tokens.
 
-    Weight products, the head included, and what each mixer does with its state; norms and activations are left out, and
-    so is the prefix encoder, which reads no token that is generated."""
+    Counted are the products with weights, the head included, and the work of each mixer on its state. Norms and
+    activations are not counted, nor is the prefix encoder, which reads no generated tokens."""
     with torch.device("meta"):
         model = LanguageModel(config)
     weights = sum(
@@ -41,15 +41,16 @@ def decode_flops(config: Config, length: int) -> int:
 
 
 def attention_twin_bytes(config: Config, length: int) -> int:
-    """fp32 keys and values of a Transformer with the same width and one attention layer for each mixer of the pattern."""
+    """Bytes of the fp32 keys and values of a Transformer with the same width and as many attention layers as the
+    pattern."""
     return 4 * 2 * config.width * length * len(config.pattern)
 
 
 def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str]]:
-    """Labels and values, for a preset, a model of this project, or any other causal language model.
+    """(label, value) pairs for a preset, a model of this project, or any other causal language model.
 
-    `lengths` are the tokens read for which states and operations are counted, where they depend on it. Raises
-    ValueError for a name that leads to nothing."""
+    lengths: numbers of tokens read, for which sizes of states and operations are given if they depend on it. Raises
+    ValueError for an unknown name."""
     preset = releases().get(name, name)
     if preset in presets() and find(name) is None:
         core = presets()[preset]
@@ -92,7 +93,8 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
 
 
 def _measured(core: Config) -> list[tuple[str, str]]:
-    """How the published numbers of a released model were measured: those of the quirks that its layers can show."""
+    """How the published numbers of a released model were measured: only quirks that concern its kinds of layers are
+    named."""
     concerned = {"double_add": "L", "decay_in_steps": "L", "half_states": "LP", "leak_continuation": "P"}
     quirks = [name for name in Quirks.released().active() if core.has(concerned.get(name, core.pattern))]
     rule = ", short_prompt='pad'" if core.has("P") else ""

@@ -1,6 +1,7 @@
-"""What `JRTForCausalLM` may be called with; each function raises ValueError with what was expected.
+"""Checks of the arguments of `JRTForCausalLM`. Each function raises ValueError with what was expected.
 
-These checks read values back from the GPU: they belong to the first call of a text, not to a step of decoding.
+Some checks read values back from the GPU, which makes the host wait. They are made in the first call on a text, not in
+steps of decoding.
 
 Shapes: B batch, T tokens of a call.
 """
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from jrt.training.objective import IGNORED
 
-# Arguments that `forward` may ignore: they say what is true of these models anyway, or `generate` hands them on.
+# Arguments that `forward` may ignore: they state what holds for these models anyway, or `generate` passes them on
+# unused.
 HARMLESS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "tokenizer", "assistant_tokenizer")
 INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
 
@@ -23,7 +25,8 @@ def check_tensor(name: str, value: object, expected: str) -> None:
 
 
 def check_ids(input_ids: Tensor | None, rows: int, is_step: bool) -> Tensor:
-    """input_ids (B, T), all below `rows`; their range is not checked in steps on a GPU, which it would stall."""
+    """Returns input_ids if it is (B, T) with ids below `rows`. In steps on a GPU the range is not checked: it would
+    wait."""
     check_tensor("input_ids", input_ids, "a tensor of integers of shape (B, T)")
     assert input_ids is not None
     if input_ids.ndim != 2 or input_ids.dtype not in INTEGERS:
@@ -42,7 +45,9 @@ def check_ids(input_ids: Tensor | None, rows: int, is_step: bool) -> Tensor:
 def check_lengths(
     name: str, lengths: Tensor | None, input_ids: Tensor, mask: Tensor | None, most: int | None = None
 ) -> None:
-    """lengths (B,): counts of each row's own tokens, at most `most`; None: not given."""
+    """Checks lengths (B,): each counts own tokens of its row, so it is at most their number, and at most `most`.
+
+    mask: (B, T), False for padding. None for an argument that is not given."""
     if lengths is None:
         return
     expected = f"a tensor of integers of shape (B,) = ({input_ids.shape[0]},)"
@@ -57,7 +62,7 @@ def check_lengths(
 
 
 def check_labels(labels: Tensor, expected: torch.Size, rows: int) -> None:
-    """labels (B, T): ids below `rows`, or IGNORED."""
+    """Checks labels: of the expected shape (B, T), each an id below `rows` or IGNORED."""
     check_tensor("labels", labels, "a tensor (B, T)")
     if labels.shape != expected:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(expected)}")
@@ -69,7 +74,10 @@ def check_labels(labels: Tensor, expected: torch.Size, rows: int) -> None:
 
 
 def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Tensor | None:
-    """(B, T) bool for the tokens of this call, of which `seen` came before; None where none is padding."""
+    """The mask of this call's tokens, (B, T) bool, False for padding; None if there is no padding.
+
+    attention_mask: (B, T), or (B, seen + T) with the `seen` columns of earlier calls. Padding may stand on the left
+    only, and only in the first call."""
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask, "a tensor (B, T)")
@@ -95,7 +103,8 @@ def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Ten
 
 
 def check_unknown(given: dict[str, object]) -> None:
-    """Keyword arguments that `forward` has no use for: only those that cannot change its result may have a value."""
+    """Checks keyword arguments that `forward` does not use: raises ValueError if one could be meant to change the
+    result."""
     if given.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: pass input_ids")
     if given.get("output_attentions"):

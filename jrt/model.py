@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks of one mixer and one MLP, head. Which mixers, the pattern string says.
+"""The language model: embedding, blocks with a mixer and an MLP each, head. The pattern string names the mixers.
 
 Shapes: B batch, T tokens, E width, V vocabulary rows, M columns that the prefix encoder is given, H heads.
 """
@@ -20,7 +20,7 @@ from jrt.ops import swiglu_linear
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the fp32 residual stream, handed on in the dtype of the weights (arXiv 1910.07467)."""
+    """Root-mean-square norm (arXiv 1910.07467) of the fp32 residual stream; the result has the dtype of the weights."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Written out: on a CPU F.rms_norm makes more calls for the same result, and one-token steps are all calls.
+        # Faster on a CPU than F.rms_norm, which makes more calls: for one token, calls take more time than arithmetic.
         weight, width = self.weight, x.shape[-1]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.rsqrt(norm * norm * (1 / width) + self.eps)
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU; the first projection has the values in its first half, the gates in its second (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202). The first half of fc1's outputs are the values, the second half the gates."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) if the block has an MLP."""
 
     def __init__(self, config: Config, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.width, config.norm_eps)
         self.mixer = mixer
-        if config.mlp_width and not isinstance(mixer, Mamba):  # Mamba stands for both
+        if config.mlp_width and not isinstance(mixer, Mamba):  # a Mamba layer replaces mixer and MLP
             self.norm2 = RMSNorm(config.width, config.norm_eps)
             self.mlp = MLP(config)
 
@@ -67,9 +67,14 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Reads tokens into states and gives what comes next; `jrt.modeling_jrt.JRTForCausalLM` wraps it for transformers.
+    """Turns tokens into logits, and into the state from which reading continues.
 
-    Nothing here waits for the GPU, and no branch depends on the contents of a tensor.
+    `jrt.modeling_jrt.JRTForCausalLM` wraps it for transformers. The code never waits for the GPU: no branch depends on
+    the contents of a tensor.
+
+    Args:
+        config: the architecture.
+        mixers: the class for each letter of the pattern.
     """
 
     def __init__(self, config: Config, mixers: Mapping[str, type[nn.Module]] = MIXERS) -> None:
@@ -90,7 +95,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, input_ids: Tensor, prefix_length: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of a whole text, read from nothing; arguments as in `read`."""
+        """Logits (B, T, V) of a whole text; arguments as in `read`."""
         hidden, _ = self.read(input_ids, prefix_length=prefix_length, attention_mask=attention_mask)
         return self.head(hidden)
 
@@ -106,13 +111,13 @@ class LanguageModel(nn.Module):
 
         Args:
             input_ids: (B, T).
-            state: what was read before; None starts a text, and only then is a prefix encoded.
-            attention_mask: (B, T) bool, False for padding, which must stand to the left; None: no padding.
-            prefix_length: (B,) how many of its first own tokens each row's encoder reads, at most enc_length; None: as
-                many as there are.
+            state: the state after earlier tokens; None at the start of a text. Only then a prefix is encoded.
+            attention_mask: (B, T) bool, False for padding, which must stand on the left; None: no padding.
+            prefix_length: (B,) how many of a row's first own tokens (those that are not padding) the encoder reads, at
+                most enc_length; None: as many as there are, up to enc_length.
 
         Raises:
-            ValueError: `state` is from another model.
+            ValueError: `state` is from another model, or has another number of rows.
         """
         batch = self.token_batch(input_ids, state, attention_mask, prefix_length)
         return self.read_batch(input_ids, batch, state)
@@ -120,7 +125,7 @@ class LanguageModel(nn.Module):
     def token_batch(
         self, input_ids: Tensor, state: ModelState | None, mask: Tensor | None, prefix_length: Tensor | None
     ) -> TokenBatch:
-        """What the mixers need to know of these tokens; arguments as in `read`."""
+        """The `TokenBatch` that the mixers get with these tokens; arguments as in `read`."""
         rows, length = input_ids.shape
         if state is not None:
             state.check(self.config, rows)
@@ -139,7 +144,7 @@ class LanguageModel(nn.Module):
         )
 
     def _prefix(self, positions: Tensor, is_padded: bool, prefix_length: Tensor | None) -> Prefix:
-        """The first own tokens of each row, as many columns as the encoder or the text has."""
+        """The prefix of each row: its first own tokens, in M = min(enc_length, T) columns."""
         length = min(self.config.enc_length, positions.shape[1])  # M
         index = torch.arange(length, device=positions.device)
         own = positions[:, -1:] + 1  # (B, 1) own tokens of each row
@@ -149,9 +154,9 @@ class LanguageModel(nn.Module):
         return Prefix(length, columns, index < own if is_padded else None)
 
     def read_batch(self, input_ids: Tensor, batch: TokenBatch, state: ModelState | None) -> tuple[Tensor, ModelState]:
-        """`read`, from the tokens and what is known of them."""
+        """As `read`, with the `TokenBatch` given."""
         x = self.embedding(input_ids)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream is never kept in half precision
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, T, E), the residual stream: at least fp32
         layers = []
         for index, block in enumerate(self.blocks):
             x, layer = block(x, batch, None if state is None else state.layers[index])
@@ -161,14 +166,14 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws all weights anew, from the distributions that the published models were trained from.
+        """Draws all weights from the distributions with which the published models were initialised.
 
         | tensor                                | distribution                                            |
         |---------------------------------------|---------------------------------------------------------|
         | embedding, linear weights             | N(0, 0.02)                                              |
         | out_proj, fc2                         | N(0, 0.02 / sqrt(2 x layers))                           |
         | biases; norms                         | 0; 1                                                    |
-        | filters of C                          | uniform, as nn.Conv1d                                   |
+        | filters of C and of Mamba             | uniform, as nn.Conv1d                                   |
         | Mamba: A_log; D                       | log(1..N) in each channel; 1                            |
         | Mamba: dt_proj weight; bias           | uniform(+- R^-1/2); softplus^-1 of log-uniform 1e-3..0.1 |
         | Mamba: other linear weights; out_proj | uniform, as nn.Linear; that / sqrt(layers)              |
@@ -191,7 +196,8 @@ class LanguageModel(nn.Module):
 
 
 def fixed_decay(decay_const: float, heads: int) -> Tensor:
-    """log gamma_h = log(1 - 2^(decay_const - h)), fp32 (H,): Based's decay per token of each head's numerator."""
+    """log gamma_h = log(1 - 2^(decay_const - h)), fp32 (H,): in Based, head h's numerator is multiplied by gamma_h each
+    token."""
     return torch.log(1 - torch.exp2(decay_const - torch.arange(heads, dtype=torch.float32)))
 
 

@@ -1,7 +1,7 @@
-"""The models as transformers knows them: `forward` and `generate`.
+"""The model class for transformers: `forward` and `generate`.
 
-Importing this module makes the model class known to AutoModelForCausalLM. `jrt.configuration_jrt` does so with the first
-configuration, so that a folder that `save_pretrained` wrote loads after nothing but `import jrt`.
+Importing this module registers the class with AutoModelForCausalLM. `jrt.configuration_jrt` imports it with the first
+configuration. So `import jrt` is enough before AutoModelForCausalLM.from_pretrained.
 
 Shapes: B batch, T tokens of a call, V vocabulary rows.
 """
@@ -43,9 +43,9 @@ log = logging.getLogger(__name__)
 
 
 class VocabularyRows(LogitsProcessor):
-    """Keeps decoding away from embedding rows that stand for no token."""
+    """Forbids decoding to choose the embedding's padding rows, which stand for no token."""
 
-    looks_at_scores_only = True  # so that `jrt.decoding` may capture it
+    looks_at_scores_only = True  # tells `jrt.decoding.choice` that a CUDA graph may contain it
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -57,9 +57,9 @@ class VocabularyRows(LogitsProcessor):
 class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     """Any `jrt.Config` as a transformers causal language model.
 
-    A row's output never depends on its padding (to the left) or its batch neighbours. Reading a prompt and decoding
-    equals the full forward at the same `prefix_length`. A configuration with `quirks` makes a subclass that gives this
-    up where the original release did.
+    A row's output never depends on its padding (which must stand on the left) or on the other rows. Reading a prompt
+    and decoding equals one forward call on the whole text with the same `prefix_length`. If the configuration has
+    `quirks`, the object is of a subclass, `jrt.released.modeling.ReleasedForCausalLM`, for which this need not hold.
     """
 
     config_class = JRTConfig
@@ -72,7 +72,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     mixers: ClassVar[Mapping[str, type[nn.Module]]] = PADDED_MIXERS
 
     def __new__(cls, config: JRTConfig | None = None) -> Self:
-        """The subclass that computes quirks where the configuration has any, as `pathlib.Path()` is a `PosixPath`."""
+        """Chooses the subclass that computes quirks if the configuration has any."""
         if config is None or cls.computes_quirks or not Quirks.from_dict(config.quirks).active():
             return super().__new__(cls)
         found = next((subclass for subclass in cls.__subclasses__() if subclass.computes_quirks), None)
@@ -84,13 +84,13 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.core = config.core
         self.quirks = Quirks.from_dict(config.quirks)
-        self.token_rows = config.vocab_tokens  # the first rows of the vocabulary, which `generate` chooses from
-        # transformers ties the head by itself, when all weights are there: it would miss one that is tied before.
+        self.token_rows = config.vocab_tokens  # `generate` chooses from the first so many rows of the vocabulary
+        # transformers ties the head itself after loading, and overlooks a head that is tied already.
         self.model = LanguageModel(dataclasses.replace(self.core, tied=False), self.mixers)
         self.model.config = self.core
-        self.sessions = Sessions()  # of decoding
+        self.sessions = Sessions()  # prepared decoding steps
         self.post_init()
-        if self.model.embedding.weight.device.type != "meta":  # from_pretrained builds on meta and fills from the file
+        if self.model.embedding.weight.device.type != "meta":  # on meta, from_pretrained fills in the weights
             self.model.init_weights()
 
     @classmethod
@@ -123,7 +123,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> torch.nn.Embedding:
-        """As in transformers; `generate` may then choose any of `new_num_tokens` tokens."""
+        """As in transformers; afterwards `generate` may choose any of the `new_num_tokens` tokens."""
         if new_num_tokens is not None and new_num_tokens < 1:
             raise ValueError(f"a vocabulary has at least one token, got {new_num_tokens}")
         tokens = self.token_rows if new_num_tokens is None else new_num_tokens
@@ -150,32 +150,32 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Reads tokens on top of `past_key_values`.
+        """Logits of the tokens `input_ids`, which continue the text in `past_key_values` if there is one.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T) or (B, tokens seen + T); 0 is padding, to the left of a row's tokens.
-            past_key_values: the cache that an earlier call returned; it is moved on in place.
-            use_cache: return a cache; by default outside training.
-            labels: (B, T) ids as in `input_ids`, -100 where nothing counts; shifted here. Padding and each row's first
-                token are left out, and those inside a prefix, because the encoder has read them.
-            prefix_length: (B,) tokens of each row that the prefix encoder reads, at most enc_length, on the first call;
-                None: as many of its own as enc_length allows.
-            blank_length: (B,) own tokens at each row's start that are pads of the rule "pad" (`jrt.short_prompts`).
-            short_prompt, prompt_columns: fill up the prompt, which is the first so many columns, by this rule before
-                anything is read (set by `generate`); the logits are those of the filled text.
-            logits_to_keep: compute logits of the last so many tokens only; 0: all.
-            cache: `past_key_values` under the name that transformers gives it from 5.24 on.
-            output_hidden_states: give the residual stream before each block and, last, what the head reads.
-            num_items_in_batch: labels of the whole batch of which these rows are a part; the loss is then a sum divided
-                by it, so that the losses of the parts add up to that of the whole, however it is split.
-            return_dict: False gives a tuple.
-            **kwargs: `position_ids` (B, T), `cu_seq_lens_q` (N + 1,) or `seq_idx` (B, T) where rows hold several
-                documents (`jrt.packed_rows`): each is then read by itself. Any other name is an error, unless its value
-                is None or False, or says what is true of this model anyway.
+            attention_mask: (B, T) or (B, columns seen + T); 0 is padding, which stands on the left of a row's tokens.
+            past_key_values: the cache that an earlier call returned; it is updated in place.
+            use_cache: return a cache; None: only outside training.
+            labels: (B, T) ids as in `input_ids`, -100 where none counts; they are shifted here. Padding and each row's
+                first token do not count, nor do tokens inside a prefix, because the encoder has read them.
+            prefix_length: (B,) how many of each row's first own tokens the prefix encoder reads in the first call, at
+                most enc_length; None: as many as there are, up to enc_length.
+            blank_length: (B,) how many of each row's first own tokens are pads of the rule "pad" (`jrt.short_prompts`).
+            short_prompt, prompt_columns: set by `generate`. The first `prompt_columns` columns are the prompt; it is
+                filled up by this rule before it is read, and the logits are those of the filled text.
+            logits_to_keep: compute the logits of the last so many tokens only; 0: of all.
+            cache: `past_key_values` under its name from transformers 5.24 on.
+            output_hidden_states: also return the residual stream before each block and, last, the head's input.
+            num_items_in_batch: number of labels in the whole batch of which these rows are a part. The loss is then the
+                sum over these rows divided by it, so that the losses of all parts add up to that of the whole batch.
+            return_dict: False returns a tuple.
+            **kwargs: `position_ids` (B, T), `cu_seq_lens_q` (N + 1,) or `seq_idx` (B, T) say where documents begin if
+                rows hold several (`jrt.packed_rows`); each is then read by itself. Other arguments raise an error
+                unless they are None, False, or without effect on these models (`jrt.inputs.HARMLESS`).
 
         Returns:
-            logits (B, T, V) with all padded vocabulary rows, loss, and the cache; a tuple with `return_dict=False`.
+            logits (B, T, V), loss and cache. V includes the padding rows of the vocabulary.
 
         Raises:
             ValueError: the inputs do not fit; the message says what was expected.
@@ -224,13 +224,15 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache:
             cache = RecurrentCache() if cache is None else cache
             if state is None:
-                after.seen = input_ids.shape[1]  # `generate` counts the columns that it knows of
+                # Columns by which a short prompt was filled up are not counted: `generate` does not know of them.
+                after.seen = input_ids.shape[1]
             cache.state = after
             output[CACHE] = cache
         return output.to_tuple() if return_dict is False else output
 
     def token_batch(self, prompt: Prompt, state: ModelState | None) -> TokenBatch:
-        """What the layers need to know of this call's tokens; raises ValueError for inputs that do not fit."""
+        """The `TokenBatch` that the layers get with this call's tokens; raises ValueError for inputs that do not
+        fit."""
         mask = own_mask(prompt.attention_mask, prompt.input_ids, 0 if state is None else state.seen)
         if state is None:
             self.check_lengths(prompt, mask)
@@ -240,13 +242,15 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return padded(batch, prompt.blank_length)
 
     def check_lengths(self, prompt: Prompt, mask: Tensor | None) -> None:
-        """Raises ValueError where lengths are not counts of each row's own tokens, which `mask` (B, T) tells."""
+        """Raises ValueError for a length that exceeds the number of its row's own tokens; mask: (B, T) bool, or
+        None."""
         most = self.core.enc_length if self.core.has("P") else None
         check_lengths("prefix_length", prompt.prefix_length, prompt.input_ids, mask, most)
         check_lengths("blank_length", prompt.blank_length, prompt.input_ids, None)
 
     def _filled(self, prompt: Prompt, rule: str, columns: int | None) -> Prompt:
-        """The text with its first so many columns, the prompt itself, filled up."""
+        """The text, with the prompt in its first `columns` columns filled up by the rule; None: all columns are
+        prompt."""
         ids, own = prompt.input_ids, own_mask(prompt.attention_mask, prompt.input_ids, seen=0)
         own = torch.ones_like(ids, dtype=torch.bool) if own is None else own  # (B, T)
         end = ids.shape[1] if columns is None else columns
@@ -268,15 +272,18 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' `generate`; prompts shorter than the prefix encoder are filled up before they are read.
 
         Args:
-            inputs: (B, T) prompt ids, padded on the left; `input_ids` is the same.
-            attention_mask: (B, T); 0 is padding; None: every token counts.
-            short_prompt: a key of `jrt.short_prompts.SHORT_PROMPTS`; None takes the model's own rule. Other models have no
-                encoder to fill and accept "none" only.
-            prefix_length: (B,) tokens of each row that the prefix encoder reads, in place of a rule.
+            inputs: (B, T) prompt ids, padded on the left; `input_ids` is another name for it.
+            attention_mask: (B, T); 0 is padding; None: no padding.
+            short_prompt: a key of `jrt.short_prompts.SHORT_PROMPTS`; None takes the model's own rule. Models without a
+                prefix encoder accept "none" only.
+            prefix_length: (B,) how many tokens of each row the prefix encoder reads; the prompt is then not filled up.
             **kwargs: as in transformers.
 
         Returns:
-            What transformers returns; nothing that was filled in is part of it.
+            What transformers returns; tokens that were filled in are not part of it.
+
+        Raises:
+            ValueError: the inputs do not fit; the message says what was expected.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
@@ -319,7 +326,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy and sampled decoding: by `jrt.decoding`, or by transformers' loop where that names a reason."""
+        """Greedy and sampled decoding: by `jrt.decoding`, or by transformers' loop if `unsupported` gives a reason."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         reason = unsupported(
             self.model, self.sessions, input_ids, stopping_criteria, generation_config, model_kwargs, synced_gpus
@@ -328,7 +335,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             return decode(self, self.model, self.sessions, *arguments, streamer, model_kwargs)
         log.debug("decoding by transformers' loop: %s", reason)
         rest = {"synced_gpus": synced_gpus, "streamer": streamer, **model_kwargs}
-        return super()._sample(*arguments, **rest)  # type: ignore[misc,arg-type]  # typed for the class it is mixed into
+        return super()._sample(*arguments, **rest)  # type: ignore[misc,arg-type]  # GenerationMixin's types
 
     def _loss(
         self,
@@ -341,7 +348,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         check_labels(labels, logits.shape[:2], self.core.vocab_rows)
         own = state.lengths[:, None]  # (B, 1)
         position = own - labels.shape[1] + torch.arange(labels.shape[1], device=labels.device)  # (B, T)
-        first: int | Tensor = 1  # nothing but padding stands before a row's first token
+        first: int | Tensor = 1  # a row's first token (position 0) follows only padding, so nothing can predict it
         if self.core.has("P"):
             prefix = own.clamp(max=self.core.enc_length) if prefix_length is None else prefix_length[:, None]
             first = prefix.clamp(min=1)
@@ -353,7 +360,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 
 @contextlib.contextmanager
 def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """A list that fills up with what each block is given, the residual stream (B, T, E), while the context lasts."""
+    """Inside the context, appends the input of each block, the residual stream (B, T, E), to the list."""
     residuals: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, given: residuals.append(given[0])) for block in blocks]
     try:

@@ -1,7 +1,7 @@
-"""Rows that hold several documents, one after the other, as data collators without padding make them.
+"""Packed rows: rows that hold several documents one after the other, as data collators without padding make them.
 
-A recurrent state, a window or a prefix must not reach from one document into the next. So the documents are taken apart
-into rows of a padded batch, and their outputs are put together again.
+No recurrent state, window or prefix may reach from one document into the next. So each document becomes a row of a
+padded batch, and the outputs are put back into packed rows.
 
 Shapes: B rows, T tokens of a row, N documents of all rows, L tokens of the longest document.
 """
@@ -20,23 +20,23 @@ from jrt.inputs import INTEGERS, check_tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of packed rows lie."""
+    """The boundaries of the documents in packed rows."""
 
     lengths: list[int]  # tokens of each of the N documents, row by row
 
     def apart(self, packed: Tensor, fill: int) -> Tensor:
-        """(B, T) packed rows as (N, L) rows of one document each, filled up on the left."""
+        """Turns packed rows (B, T) into rows (N, L) of one document each, filled up with `fill` on the left."""
         return pad_sequence(
             packed.flatten().split(self.lengths), batch_first=True, padding_value=fill, padding_side="left"
         )
 
     def mask(self, device: torch.device) -> Tensor:
-        """(N, L), 0 for what `apart` filled up."""
+        """The attention mask (N, L) of `apart`'s result: 0 where it filled up, else 1."""
         lengths = torch.tensor(self.lengths, device=device)
         return (torch.arange(max(self.lengths), device=device) >= max(self.lengths) - lengths[:, None]).long()
 
     def together(self, apart: Tensor, rows: int) -> Tensor:
-        """(N, L, ...) outputs of single documents as (B, T, ...) outputs of the packed rows."""
+        """Turns outputs (N, L, ...) of single documents into outputs (B, T, ...) of the packed rows; rows: B."""
         tokens = torch.cat([row[len(row) - length :] for row, length in zip(apart, self.lengths, strict=True)])
         return tokens.unflatten(0, (rows, -1))
 
@@ -49,12 +49,12 @@ def documents_of(
     cu_seq_lens_q: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Documents | None:
-    """The documents that any of the three usual descriptions tells of; None where each row is one text.
+    """The documents as described by any of the three usual arguments; None if each row is one text.
 
     Args:
         input_ids: (B, T).
-        mask: (B, T), 0 for padding, which rows of several documents have not; None: no padding.
-        past: (B,) tokens of each row that were read before; None: none.
+        mask: (B, T), 0 for padding, which rows with several documents must not have; None: no padding.
+        past: (B,) number of tokens of each row in earlier calls; None: there were none.
         position_ids: (B, T), (1, T) or (T,): the index of each token in its document.
         cu_seq_lens_q: (N + 1,): where documents begin in the rows laid end to end, and where the last ends.
         seq_idx: (B, T): the number of each token's document in its row.
@@ -99,7 +99,7 @@ def _first_column(input_ids: Tensor) -> Tensor:
 
 
 def _count_own_tokens(positions: Tensor, mask: Tensor | None, past: Tensor | None) -> bool:
-    """Whether these count the own tokens of each row, as the model does by itself."""
+    """Whether `positions` (B, T) just number each row's own tokens from 0, so that each row is one text."""
     own = torch.ones_like(positions) if mask is None or past is not None else mask.long()  # steps have no padding
     expected = own.cumsum(1) - 1 + (0 if past is None else past[:, None])
     return torch.equal(positions * own, expected * own)

@@ -1,4 +1,4 @@
-"""The states of a text as transformers' `generate` carries them from call to call."""
+"""The cache class by which transformers' `generate` passes our models' states from call to call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jrt.cache import ModelState
 
-# transformers 5.24 gave this argument and output a new name; `forward` and `generate` here take both.
+# The name of the cache in arguments and outputs; transformers 5.24 changed it. `forward` and `generate` here take both
+# names.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
@@ -26,7 +27,7 @@ class RecurrentCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [False]  # so that `generate` passes only the tokens after the first `get_seq_length()`, as for attention
+        return [False]  # then `generate` passes only the tokens after the first `get_seq_length()`, as for attention
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.state is None else self.state.seen
@@ -53,7 +54,7 @@ class RecurrentCache(Cache):
 
 
 def state_of(cache: object) -> ModelState | None:
-    """The state in a cache; raises ValueError for a cache that is not ours."""
+    """The state in a cache, None without a cache; raises ValueError for a cache of another class."""
     if cache is None:
         return None
     if not isinstance(cache, RecurrentCache):
@@ -63,7 +64,7 @@ def state_of(cache: object) -> ModelState | None:
 
 
 def one_cache(past_key_values: RecurrentCache | None, cache: RecurrentCache | None) -> RecurrentCache | None:
-    """The one argument that has these two names; raises ValueError where both are given."""
+    """The cache, given under either of its two names; raises ValueError if both are given."""
     if past_key_values is not None and cache is not None:
         raise ValueError("cache and past_key_values are two names of one argument: give one")
     return past_key_values if cache is None else cache

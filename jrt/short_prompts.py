@@ -1,7 +1,8 @@
-"""What a prefix model does with prompts shorter than its encoder, before transformers' `generate` takes over.
+"""The rules by which a prompt that is shorter than the prefix encoder is filled up before a model reads it.
 
-The released JRT models never saw a short encoder in training, so how a short prompt is filled up decides their scores
-(paper Table 4: 61.9, 82.0 or 76.3 on FDA-512). The choice is explicit and travels with the model.
+The released JRT models were trained only with prefixes of the encoder's full length, so the rule decides their scores
+on short prompts (paper Table 4: 61.9, 82.0 or 76.3 on FDA-512). A model's configuration names its rule, and `generate`
+can name another.
 
 Shapes: B batch, T prompt columns, T' columns after filling.
 """
@@ -24,20 +25,20 @@ SHORT_PROMPTS = {
     "repeat": "fill up with the prompt itself, read again from its end (the paper's length-512 cells)",
     "iterate": "encode what is there, prompt and answer so far, again at each step",
 }
-SPACE_TOKEN = 220  # GPT-2's token for one space, the release's pad
+SPACE_TOKEN = 220  # GPT-2's token for one space, with which the release pads
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A batch of prompts as the model will read them."""
+    """A batch of prompts as the model reads them. A row's own tokens are those that the mask does not hide."""
 
     input_ids: Tensor  # (B, T')
     attention_mask: Tensor | None  # (B, T') bool, False: padding, to the left; None: no padding
-    prefix_length: Tensor | None  # (B,) tokens that each row's encoder reads; None: again as many as fit, at each step
-    blank_length: Tensor | None  # (B,) own tokens at each row's start that are pads; None: no pads
+    prefix_length: Tensor | None  # (B,) tokens that each row's encoder reads; None: as many as fit, again at each step
+    blank_length: Tensor | None  # (B,) how many of each row's first own tokens are pads; None: no pads
 
     def followed_by(self, input_ids: Tensor, mask: Tensor) -> Prompt:
-        """The prompts and what was generated after them, (B, S) each."""
+        """The prompts, followed by tokens that were generated after them; input_ids and mask: (B, S)."""
         ids = torch.cat([self.input_ids, input_ids], dim=1)
         own = None if self.attention_mask is None else torch.cat([self.attention_mask, mask], dim=1)
         return Prompt(ids, own, self.prefix_length, self.blank_length)
@@ -61,7 +62,10 @@ def fill_short_prompts(
         pad_token: the token that "pad" fills with.
 
     Returns:
-        The filled batch; rows keep their own tokens last, so that new tokens follow them.
+        The filled batch. The prompt stands at the end of each row, so that new tokens follow it.
+
+    Raises:
+        ValueError: an unknown rule.
     """
     check_short_prompt(short_prompt)
     own = attention_mask.sum(1)  # (B,)
@@ -82,15 +86,16 @@ def fill_short_prompts(
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch(TokenBatch):
-    """Tokens of which some have zero keys in prefix linear attention."""
+    """A `TokenBatch` in which some tokens are blank: prefix linear attention sets their keys to zero."""
 
     blank: Tensor | None  # (B, T) bool, True: the key is zero; None: none is
 
 
 class PaddedPrefixLinearAttention(PrefixLinearAttention):
-    """Prefix linear attention in which blank tokens have zero keys, the encoder's and the decoder's.
+    """Prefix linear attention in which the keys of blank tokens are zero, in the encoder and in the decoder.
 
-    A zero key is not nothing: phi(0) = [1, 0, ...], so each pad adds its value to the state with weight 1.
+    A blank token is not ignored: phi(0) = [1, 0, ...], so it adds its value to the state with weight 1, as in the
+    release.
     """
 
     def project(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,5 +115,5 @@ PADDED_MIXERS: MutableMapping[str, type[nn.Module]] = ChainMap({"P": PaddedPrefi
 
 
 def padded(batch: TokenBatch, pads: Tensor) -> PaddedBatch:
-    """The batch, in which each row's first own tokens, as many as `pads` (B,) says, have zero keys."""
+    """The batch with blank tokens: in each row, the first `pads` (B,) of its own tokens."""
     return PaddedBatch(**vars(batch), blank=(batch.positions >= 0) & (batch.positions < pads[:, None]))

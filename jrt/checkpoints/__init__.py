@@ -1,1 +1,3 @@
-"""Checkpoints, ours and others': read safely, matched by tables of names, loaded, converted and written."""
+"""Checkpoints: weight files are read safely (`files`), their tensors renamed by tables (`keys`), models loaded
+(`load`), converted (`convert`) and written with their source code (`self_contained`). `names` finds the folder behind a
+name."""

@@ -1,7 +1,7 @@
 """`jrt convert`: a checkpoint in any layout that `jrt.load` reads, written as a Hugging Face folder.
 
-Safetensors in shards of at most 4 GB, the tokenizer if the source has one, and a card that says where the weights came
-from. The folder appears when it is complete, or not at all.
+The folder has safetensors in shards of at most 4 GB, the tokenizer if the source has one, and a README that says where
+the weights came from. It appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jrt.checkpoints.self_contained import make_self_contained
 from jrt.modeling_jrt import JRTForCausalLM
 
 SHARD = "4GB"
-LONG_HASH = 256 << 20  # bytes that take long enough for a progress bar
+LONG_HASH = 256 << 20  # bytes: hashing a larger file shows a progress bar
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,19 +41,20 @@ TOKENIZER_FILES = (
 def convert(
     source: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, self_contained: bool = False
 ) -> Path:
-    """Writes `source` to the folder `out`; `jrt.load(out)` then gives what `jrt.load(source)` gives.
+    """Writes `source` to the folder `out`; `jrt.load(out)` then gives the same model as `jrt.load(source)`.
 
     Args:
         source: anything that `jrt.load` takes: a folder, a hub id, a mini model's name.
         out: a folder that is new or empty.
-        dtype: of the weights in the result; None keeps the source's.
-        self_contained: add the model's source files: the folder then loads with `trust_remote_code=True` where jrt is missing.
+        dtype: of the weights in the result; None: as `jrt.load` gives them (the source's own, float32 for the minis).
+        self_contained: add the model's source files, so that transformers loads the folder with
+            `trust_remote_code=True` where jrt is not installed.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: `out` holds something, the disk is too full, or the source cannot be loaded: nothing is written.
+        ValueError: `out` is not empty, the disk is too full, or the source cannot be loaded. Nothing is written then.
     """
     out = _checked_out(out)
     folder = resolve(source)
@@ -66,7 +67,8 @@ def convert(
         raise ValueError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
     try:
         _check_space(out.parent, model)
-        model.generation_config = GenerationConfig.from_model_config(model.config)  # the source's own is copied
+        # The source's own generation_config.json, if it has one, replaces this one below.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(partial, max_shard_size=SHARD)
         tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
         copied = tokenizer + [name for name in ("generation_config.json",) if (folder / name).is_file()]
@@ -77,8 +79,8 @@ def convert(
         sources = [folder / "config.json", *files(folder), *(folder / name for name in copied)]
         card = _card(model, source, sources, sorted(partial.iterdir()), bool(tokenizer), self_contained)
         (partial / "README.md").write_text(card)
-        partial.chmod(0o755)  # mkdtemp's own mode would hide the result from everybody else
-        os.replace(partial, out)  # also over an empty folder
+        partial.chmod(0o755)  # mkdtemp makes folders that no other user can read
+        os.replace(partial, out)  # `out` may be an empty folder
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -107,13 +109,13 @@ def sha256(file: Path) -> str:
     size, name = file.stat().st_size, f"sha256 {file.name}"
     hidden = True if size < LONG_HASH else None  # None: shown on a terminal
     with open(file, "rb") as opened, tqdm.wrapattr(opened, "read", size, desc=name, disable=hidden) as stream:
-        return sha_fileobj(cast(BinaryIO, stream)).hex()  # it only reads
+        return sha_fileobj(cast(BinaryIO, stream)).hex()  # the wrapper has `read`, and no more is needed
 
 
 def _card(
     model: JRTForCausalLM, source: str | Path, sources: list[Path], results: list[Path], tokenizer: bool, alone: bool
 ) -> str:
-    """The folder's README.md: what it is, how it loads, where it came from."""
+    """The text of the folder's README.md: what the model is, how to load it, where it came from."""
     config, core = model.config, model.config.core
     parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
     name = origin(source)

@@ -1,7 +1,7 @@
-"""Reads weight files without trusting them: names, shapes and dtypes first, then one tensor at a time.
+"""Reads weight files that may be hostile: first names, shapes and dtypes, then one tensor at a time.
 
-Nothing a file says is executed (`weights_only`), and no memory is taken before the caller has compared the shapes with
-the configuration. Tensors that stay on the CPU in their own dtype are mapped, not read.
+No code in a file is executed (`weights_only`). The caller compares the shapes with the configuration before tensors
+take memory. Tensors that stay on the CPU in their own dtype are memory-mapped, not copied.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jrt.system.breaks import first_line
 
-# The first that is there, whole or sharded, is read, as in transformers.
+# The first of these that exists, as one file or as shards, is read; transformers has the same order.
 CHOICE = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 FLOATING = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
-LARGEST_JSON = 16 << 20  # Python objects take up to twenty times the text
-LEGACY_PICKLES = 5  # magic number, version, system, the object, keys of its storages
+LARGEST_JSON = 16 << 20  # bytes; parsed, JSON takes up to twenty times as much memory
+LEGACY_PICKLES = 5  # pickles in a file of torch < 1.6: magic number, version, system, the object, keys of its storages
 
 
-# What unpickling, unzipping and parsing raise on bytes that nobody wrote on purpose.
+# The errors that unpickling, unzipping and parsing raise on corrupted files.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -53,9 +53,9 @@ LONGEST_MESSAGE = 1000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit its configuration; the message says which file and why.
+    """A checkpoint cannot be read, or does not fit its configuration; the message says which file and why.
 
-    One printable line, whatever the names and values are that a file puts into it."""
+    Names and values from a file can stand in the message, so it is cut and made one printable line."""
 
     def __init__(self, message: str) -> None:
         line = "".join(letter if letter.isprintable() else " " for letter in message[: LONGEST_MESSAGE + 1])
@@ -88,10 +88,10 @@ def entries(folder: Path) -> dict[str, Entry]:
 
 
 class Reader:
-    """Reads tensors that `entries` described, one after another, keeping open what it can without keeping memory.
+    """Reads tensors that `entries` described, one after another.
 
-    Tensors that stay on the CPU in their own dtype are views of the mapped file. Others are copies; what was touched of
-    the file is given back after every REOPEN_BYTES, so that at most so much stands in memory beside the copies.
+    Tensors that stay on the CPU in their own dtype are views of the mapped file. Others are copies, and reading them
+    loads parts of the file into memory. So the file is reopened after every REOPEN_BYTES, which releases that memory.
     """
 
     REOPEN_BYTES = 128 << 20
@@ -223,7 +223,7 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
                         _check_pickles(stream, 1, file)
         with FakeTensorMode():
             content = torch.load(file, map_location="cpu", weights_only=True)
-    else:  # before torch 1.6; such files can be read only whole
+    else:  # written by torch < 1.6: the file can only be read whole
         with open(file, "rb") as stream:
             _check_pickles(stream, LEGACY_PICKLES, file)
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -244,7 +244,8 @@ def _torch_entries(file: Path) -> dict[str, Entry]:
 
 
 def _check_pickles(stream: IO[bytes], count: int, file: Path) -> None:
-    """Refuses the one thing that `weights_only` still makes as large as a file asks for."""
+    """Raises CheckpointError for a pickled bytearray: `weights_only` permits it, and it can ask for any amount of
+    memory."""
     for _ in range(count):
         for operation, argument, _ in pickletools.genops(stream):
             if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):

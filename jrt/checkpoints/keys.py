@@ -1,6 +1,7 @@
-"""How other releases name their tensors, and what this package calls them: the tables, then what reads them.
+"""Tables from the tensor names of other releases to those of this package, and the functions that apply them.
 
-Each row is a pattern for the whole name in the file and the name here; the first row that matches decides.
+A row holds a regular expression for the whole name in the file, and the name in this package. The first matching row
+counts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAMBA: Table = (
 # Folders that this package wrote.
 OWN: Table = ((r"model\.(.+)", r"\1"),)
 
-# Counters of the trainer and tables that follow from the configuration: no weights.
+# Tensors that are no weights: counters of the trainer, and tables that follow from the configuration.
 NOT_WEIGHTS = (r".*metrics.*", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.feature_map\..+")
 
 
@@ -44,10 +45,10 @@ def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
     """Looks each name of a file up in a table.
 
     Returns:
-        {name here: name in the file}, and the names that no row knows (NOT_WEIGHTS are neither).
+        {name in this package: name in the file}, and the names that match no row. NOT_WEIGHTS are in neither.
 
     Raises:
-        ValueError: two tensors of the file claim the same name here.
+        ValueError: two tensors of the file have the same name in this package.
     """
     found: dict[str, str] = {}
     unknown = []
@@ -68,9 +69,11 @@ def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
 
 
 def modern_norms(names: list[str]) -> dict[str, str]:
-    """{name in the file: name of the released layout}, for files from before the norms moved in front of the mixers.
+    """{name in the file: name in the released layout}, also for an older layout in which norms belong to the layer
+    before.
 
-    There `ln_0` stood before the first layer and each layer's two norms stood after its mixer and its MLP.
+    There `ln_0` stands before the first layer, and a layer's two norms stand after its mixer and after its MLP. In the
+    released layout each norm stands before the mixer or MLP that reads it, and the last one is `ln_f`.
     """
     plain = {name: name.removeprefix("model.") for name in names}
     present = set(plain.values())

@@ -1,4 +1,4 @@
-"""`jrt.load`: from a name, a folder or a hub id to a model, whatever layout the files are in."""
+"""`jrt.load`: opens a model by name, folder or hub id, in any of the layouts of `jrt.checkpoints.names.Kind`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 from jrt.system.breaks import as_value_error, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-NEOX_SIZES = (50277, 50280, 50288)  # GPT-NeoX's tokenizer, and padded as state-spaces/mamba-* and mamba2-* are
+# Vocabulary sizes of GPT-NeoX's tokenizer: its own, and padded as in state-spaces/mamba-* and mamba2-*.
+NEOX_SIZES = (50277, 50280, 50288)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-Source = tuple[Entry, ...]  # of one tensor; several entries are stacked along the first dimension
+Source = tuple[Entry, ...]  # the entries of one tensor; several are concatenated along the first dimension
 Translate = Callable[[dict, configurations.Shapes, str], JRTConfig]
 TRANSLATIONS: dict[Kind, tuple[keys.Table, Translate]] = {
     Kind.RELEASED_GPT: (keys.GPT, configurations.released_gpt),
@@ -48,20 +49,23 @@ def load(
     """Loads a model in evaluation mode.
 
     Args:
-        name_or_path: a mini model ("mini-jrt"), a folder (ours, a released one, shards, or Mamba's), or a hub id.
-        device: where the weights go; they are never held twice.
-        dtype: of the weights (`torch.bfloat16` or "bfloat16"); None keeps the file's on a released folder, fp32 for the
-            minis (stored in bf16).
-        compat: None computes correctly; "released" as the published numbers were measured; a `jrt.Quirks` picks quirks.
+        name_or_path: a mini model ("mini-jrt"), a folder (ours, of the release, or of Mamba, sharded or not), or a hub
+            id.
+        device: where the weights go. Memory never holds all weights twice.
+        dtype: of the weights (`torch.bfloat16` or "bfloat16"); None keeps the file's, except that the minis (stored in
+            bf16) become fp32.
+        compat: None computes as the paper says, or with the quirks that the folder's configuration has; "released"
+            computes as the published numbers were measured; a `jrt.Quirks` selects single quirks.
         short_prompt: rule for prompts shorter than the encoder (`jrt.short_prompts.SHORT_PROMPTS`); None: the
             checkpoint's own, "pad" for released JRT models.
 
     Returns:
-        The model; `model.config.source` says where it came from. Its `generation_config` is the folder's, if it has one.
+        The model; `model.config.source` says where it came from. Its `generation_config` is the folder's, if there is
+        one.
 
     Raises:
-        ValueError: an unknown name, a checkpoint that cannot be read or does not fit, an unknown option, a device
-            that this machine does not have.
+        ValueError: an unknown name or option, a checkpoint that cannot be read or does not fit its configuration, or a
+            device that this machine does not have.
     """
     check_short_prompt(short_prompt)
     device = checked_device(device)
@@ -85,7 +89,7 @@ def load(
 
 
 def configuration(folder: Path, source: str) -> JRTConfig:
-    """The configuration of a folder that `load` reads; a released folder's shapes are looked at, no weights are read.
+    """The configuration of a folder that `load` can read. No weights are read, only (for other layouts) their shapes.
 
     Raises:
         CheckpointError: as `load`.
@@ -97,10 +101,10 @@ def configuration(folder: Path, source: str) -> JRTConfig:
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, set to pad on the left.
 
-    Where the folder has none it is GPT-2's, or GPT-NeoX's where the vocabulary has that one's size (`state-spaces/*`).
+    If the folder has no tokenizer, it is GPT-2's, or GPT-NeoX's if the vocabulary has its size (`state-spaces/*`).
 
     Raises:
-        ValueError: neither the folder nor the hub nor its cache has it.
+        ValueError: the tokenizer is neither in the folder nor in the hub's cache, nor can it be downloaded.
     """
     folder = resolve(name_or_path)
     options = {"padding_side": "left", "trust_remote_code": False}
@@ -118,15 +122,15 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
                 "its files into the folder"
             ) from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # as the release pads
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(SPACE_TOKEN)  # the release pads with this token
     return tokenizer
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """The device of a name. Raises ValueError for no such name, or one that torch cannot use here."""
+    """The device with this name. Raises ValueError for an unknown name, or a device that torch cannot use here."""
     try:
         found = torch.device(device)
-        torch.zeros(1, device=found).item()  # no number comes back from the device "meta"
+        torch.zeros(1, device=found).item()  # fails on a device that is missing, and on "meta", which holds no numbers
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device {device!r} cannot be used here: expected cpu, cuda or cuda:N; "
@@ -136,7 +140,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype of a name, one that models compute in. Raises ValueError for another."""
+    """The dtype with this name. Raises ValueError unless it is one of DTYPES, in which models compute."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}: expected {', '.join(DTYPES)} (or torch.float32, ...)")
@@ -154,7 +158,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
-    """A folder's configuration, and for each tensor of the model the entries of its files."""
+    """A folder's configuration, and for each tensor of the model the entries of the files that hold it."""
     raw = read_config(folder)
     kind = kind_of(raw)
     if kind is Kind.OTHER:
@@ -170,19 +174,20 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
     table, translate = TRANSLATIONS[kind]
     sources = _matched(_modern(described, raw), table)
     if "embedding.weight" not in sources and "head.weight" in sources:
-        sources["embedding.weight"] = sources.pop("head.weight")  # the other name of a tied tensor
+        sources["embedding.weight"] = sources.pop("head.weight")  # a tied tensor may be saved under either name
     try:
         config = translate(raw, {tensor: _shape(source) for tensor, source in sources.items()}, name)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if config.core.decay_const is None:
-        sources.pop("log_decay", None)  # the release writes it beside mixers that do not use it, too
+        sources.pop("log_decay", None)  # the release also writes it for mixers that do not use it
     return config, sources
 
 
 def _own_config(raw: dict) -> JRTConfig:
     _check_tokens(raw, "config.json")
-    known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}  # transformers' own fields can ask for memory
+    # Fields that only transformers knows are dropped: some of them can make it allocate memory.
+    known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}
     try:
         config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
         Quirks(**config.quirks)
@@ -192,7 +197,8 @@ def _own_config(raw: dict) -> JRTConfig:
 
 
 def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
-    """As transformers reads it: from generation_config.json, or from the configuration where there is none."""
+    """Read as transformers does: from generation_config.json, or from the model's configuration if there is no such
+    file."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return GenerationConfig.from_model_config(config)
@@ -205,7 +211,7 @@ def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
 
 
 def _check_tokens(raw: dict, file: str) -> None:
-    """Raises CheckpointError for a special token that is no id and no list of ids."""
+    """Raises CheckpointError for a special token that is neither an id nor a list of ids."""
     for name in TOKEN_FIELDS:
         value = raw.get(name)
         for token in value if isinstance(value, list) else [value]:
@@ -216,7 +222,7 @@ def _check_tokens(raw: dict, file: str) -> None:
 
 
 def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
-    """Sources under the names of the released layout, from the older layouts."""
+    """Sources under the names of the released layout, for files in an older layout."""
     renames = keys.modern_norms(list(described))
     found: dict[str, Source] = {}
     for name, source in described.items():
@@ -228,7 +234,7 @@ def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
             gate = name.replace(".fc3.", ".fc1.")
             if gate not in found:
                 raise CheckpointError(f"{name} has no {gate} beside it")
-            found[gate] = found.pop(name) + found[gate]  # values above gates
+            found[gate] = found.pop(name) + found[gate]  # one tensor: rows of the values, then rows of the gates
     return found
 
 
@@ -252,7 +258,7 @@ def _shape(source: Source) -> tuple[int, ...]:
 def _built(
     config: JRTConfig, sources: dict[str, Source], device: torch.device, dtype: torch.dtype | None
 ) -> JRTForCausalLM:
-    """Checks names and shapes on the meta device, then fills the model tensor by tensor."""
+    """Builds the model on the meta device (without memory), checks names and shapes, then reads tensor by tensor."""
     core = config.core
     if len(core.pattern) > len(sources):
         raise CheckpointError(f"config.json has {len(core.pattern)} layers and the file {len(sources)} tensors")
@@ -287,7 +293,7 @@ def _built(
 
 
 def _one_dtype(sources: dict[str, Source]) -> torch.dtype | None:
-    """The widest of a file's floating-point dtypes where it mixes them; None where it has one."""
+    """The dtype that holds all of a file's floating-point dtypes, if it mixes them; None if it has only one."""
     stored = {entry.dtype for name, source in sources.items() if name != "log_decay" for entry in source}
     kinds = stored & set(FLOATING)
     return functools.reduce(torch.promote_types, kinds) if len(kinds) > 1 else None

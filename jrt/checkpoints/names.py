@@ -1,4 +1,4 @@
-"""From what a user types to a folder, and from a folder's config.json to the kind of model in it."""
+"""Finds the model folder behind a name, and tells from its config.json what kind of model it holds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jrt.config import presets, releases
 
 MINIS = Path(__file__).parent.parent / "minis"
 DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model")
-RELEASED_FIELDS = ("mixer", "alt_mixer", "alt_mixer_2", "rotary_emb_fraction")  # which stock GPT-2 does not have
+RELEASED_FIELDS = ("mixer", "alt_mixer", "alt_mixer_2", "rotary_emb_fraction")  # fields that stock GPT-2 does not have
 
 
 class Kind(Enum):
-    """Who wrote a folder, which decides how its configuration and its tensors' names are read."""
+    """The program that wrote a folder. It decides how the configuration and the tensors' names are read."""
 
     JRT = "this package"
     RELEASED_GPT = "the original release: JRT, Based and attention"
@@ -43,10 +43,11 @@ def kind_of(raw: dict) -> Kind:
 
 
 def kind_of_model(name: str | Path) -> Kind:
-    """The kind of a named model, from its config.json if that is on this machine; nothing is downloaded.
+    """The kind of a named model, from its config.json if it is on this machine, else from its name. Nothing is
+    downloaded.
 
     Raises:
-        ValueError: the name has two meanings, or the folder's config.json cannot be read.
+        ValueError: the name is ambiguous (see `find`), or the folder's config.json cannot be read.
     """
     folder = find(name)
     if folder is not None:
@@ -57,20 +58,21 @@ def kind_of_model(name: str | Path) -> Kind:
 
 
 def read_config(folder: Path) -> dict:
-    """A folder's config.json. Raises CheckpointError where there is none, or none that can be read."""
+    """A folder's config.json. Raises CheckpointError if there is none or it cannot be read."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: expected a model folder")
     return read_json(folder / "config.json")
 
 
 def find(name_or_path: str | Path) -> Path | None:
-    """The folder behind a name, if it is on this machine: a folder, a shipped model, or the hub's cache of OWNER/NAME.
+    """The folder behind a name, None if it is not on this machine: a folder, a mini model, or OWNER/NAME in the hub's
+    cache.
 
-    A `Path`, or a name with a separator, is a folder before it is anything else. A bare name is a shipped model or a
+    A `Path`, or a name with a separator, is taken as a folder first. A name without separator is a mini model or a
     folder in the working directory.
 
     Raises:
-        ValueError: a bare name is both.
+        ValueError: a name without separator is both.
     """
     folder = _folder(name_or_path)
     if folder is None and _is_hub_id(str(name_or_path)):
@@ -80,10 +82,10 @@ def find(name_or_path: str | Path) -> Path | None:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The folder behind a name, as `find`; a hub id is downloaded unless the hub's cache has it.
+    """The folder behind a name, as in `find`; a hub id is downloaded unless the hub's cache has it.
 
     Raises:
-        ValueError: there is none, or two.
+        ValueError: there is no such model, or the name is ambiguous.
     """
     folder, name = _folder(name_or_path), str(name_or_path)
     if folder is not None:
@@ -97,7 +99,7 @@ def resolve(name_or_path: str | Path) -> Path:
         )
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
-    except OSError as error:  # which the hub's own errors are
+    except OSError as error:  # the hub's own errors are subclasses of it
         raise ValueError(
             f"{name} is neither in the hub's cache nor reachable: download it where there is a network"
         ) from error
@@ -109,13 +111,16 @@ def shipped() -> list[str]:
 
 
 def origin(name_or_path: str | Path) -> str:
-    """A name for records, which tells nothing of this machine's folders: a folder's own name, others as they are."""
+    """A model's name for records, without the paths of this machine: of a folder its last part, other names
+    unchanged."""
     folder = _folder(name_or_path)
     return str(name_or_path) if folder is None else folder.resolve().name
 
 
 def unless_shadowed(name: str, folder: Path) -> Path:
-    """`folder`, where the shipped model `name` lies. Raises ValueError if a folder here has the same name."""
+    """Returns `folder`, which holds the shipped model `name`.
+
+    Raises ValueError if the working directory has another folder with that name."""
     if os.path.isdir(name) and not os.path.samefile(name, folder):
         raise ValueError(
             f"{name} is a shipped model and a folder here: write {os.path.join(os.curdir, name)} for the folder, "
@@ -127,7 +132,8 @@ def unless_shadowed(name: str, folder: Path) -> Path:
 def _folder(name_or_path: str | Path) -> Path | None:
     name = os.path.expanduser(name_or_path)
     bare = os.sep not in name and (os.altsep is None or os.altsep not in name)
-    is_shipped = bare and os.path.isfile(MINIS / name / "config.json")  # False for what cannot be a path
+    # os.path.isfile returns False for an invalid path, where Path.is_file could raise.
+    is_shipped = bare and os.path.isfile(MINIS / name / "config.json")
     if is_shipped and isinstance(name_or_path, str):
         return unless_shadowed(name, MINIS / name)
     if os.path.isdir(name):

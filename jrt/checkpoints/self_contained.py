@@ -1,8 +1,9 @@
-"""Adds a model's own source files to a folder, so that it loads where `jrt` is not installed.
+"""Adds a model's source files to its folder, so that transformers can load it where `jrt` is not installed.
 
-transformers loads such a folder with `trust_remote_code=True`. It copies the file that `auto_map` names, and the files
-beside it that this one imports. So the modules lie flat in the folder, `jrt/mixers/attention.py` as `mixers_attention.py`,
-and their imports of each other are relative; nothing else in them is changed. `jrt/ops/portable.py` is there as `ops.py`.
+transformers loads such a folder with `trust_remote_code=True`. It copies the file that `auto_map` in config.json names,
+and the files in the same folder that this one imports. It does not look into subfolders. So `jrt/mixers/attention.py`
+is written as `mixers_attention.py`, and so on. Only the imports inside jrt are changed, to relative ones. `ops.py` is
+`jrt/ops/portable.py`, which has no compiled kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ HEADER = "# From jrt {version} (Apache-2.0), written by `jrt convert --self-cont
 
 
 def make_self_contained(folder: Path, model_class: type[PreTrainedModel], version: str) -> None:
-    """Writes the files that `model_class` needs into a folder of `save_pretrained`, and names them in its config.json."""
+    """Writes the files that `model_class` needs into a folder of `save_pretrained`, and names them in its
+    config.json."""
     for name, text in source_files(model_class.__module__, version).items():
         (folder / name).write_text(text, encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -34,7 +36,8 @@ def make_self_contained(folder: Path, model_class: type[PreTrainedModel], versio
 
 
 def source_files(module: str, version: str) -> dict[str, str]:
-    """{file name: text} of a module of this package and of all that it imports of the package."""
+    """{file name: text} of a module of this package and of all modules of the package that it imports, directly or
+    not."""
     files: dict[str, str] = {}
     waiting = [module]
     while waiting:
@@ -49,7 +52,7 @@ def source_files(module: str, version: str) -> dict[str, str]:
 
 
 def _flat(module: str) -> str:
-    """The name of a module's file in the folder, without its end."""
+    """The name of a module's file in the folder, without `.py`."""
     return module.removeprefix("jrt.").replace(".", "_")
 
 

@@ -1,6 +1,6 @@
 """The command line: `jrt demo | eval | report | generate | info | convert | data | doctor | lm-eval`.
 
-A user's mistake is one line on stderr and exit status 2; what a command computes comes from the modules it imports.
+A user's mistake becomes one line on stderr and exit status 2. The modules that a command imports do all the computing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ COMMANDS = (
     evaluation.add_data,
     models.add_doctor,
 )
-"""Each adds one command with its options; the command itself is the function that `set_defaults(command=...)` names."""
+"""Functions that add one command with its options. They name the function that runs it by
+`set_defaults(command=...)`."""
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -39,7 +40,9 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _reported(command: Callable[[], int | None], kept: str = "") -> int:
-    """Runs a command; `kept` is what it says of its work when it is interrupted."""
+    """Runs a command and reports its errors. Returns the exit status.
+
+    kept: what to tell the user, after "stopped", about the work of an interrupted command."""
     try:
         return command() or OK
     except ValueError as error:
@@ -48,7 +51,7 @@ def _reported(command: Callable[[], int | None], kept: str = "") -> int:
     except KeyboardInterrupt:
         print(f"jrt: stopped{kept}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         sys.stderr.close()
         return OK
     except OSError as error:  # a folder that cannot be written, a full disk

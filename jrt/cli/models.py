@@ -1,4 +1,4 @@
-"""`jrt generate | info | doctor | convert`: one model at a time."""
+"""The commands for one model: `jrt generate | info | doctor | convert`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if encoded.problem:
         raise ValueError(f"the prompt cannot be read: {encoded.problem}")
     ids, mask = left_padded([encoded.ids], opened.pad_token_id, opened.device)
-    generate: Any = opened.model.generate  # transformers gives it no type of its own
+    generate: Any = opened.model.generate  # transformers does not annotate it
     generate(
         input_ids=ids,
         attention_mask=mask,

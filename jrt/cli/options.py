@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, kinds of values, and the options that say how to compute with a model."""
+"""What the commands share: exit codes, parsers of values, and the options that say how to compute with a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its errors on one line."""
+    """An argparse parser that reports an error on one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -49,7 +49,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_spec(arguments: argparse.Namespace, name: str) -> ModelSpec:
-    """A model as the options of `model_options` say how to compute with it."""
+    """The model `name`, with the settings that the user gave by `model_options`."""
     from jrt.evaluate import ModelSpec
 
     return ModelSpec(name, arguments.device, arguments.dtype, arguments.compat, arguments.short_prompt)

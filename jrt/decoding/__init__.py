@@ -1,10 +1,12 @@
-"""Decoding behind transformers' `generate`: after the prompt is read, one small step a token instead of a `forward` call.
+"""Fast decoding inside transformers' `generate`: after the prompt, a token costs a small step, not a `forward` call.
 
-    loop      transformers' loop of greedy and sampled decoding, around a session
-    session   a step that is ready to run; on a GPU captured as one CUDA graph, with the choice of tokens in it
+    loop      greedy and sampled decoding, with the results of transformers' own loop
+    session   a step that is ready to run; on a GPU it is one CUDA graph, which may include the choice of the token
     choice    how the next token is chosen
-    step      what all steps share; plain: in PyTorch; fused: with the Triton kernels of `jrt.ops.steps`
-    states    what a text leaves, in buffers that are written in place; tables: constants that are looked up
+    step      the interface of a step: one token for each row; plain: in PyTorch; fused: with Triton kernels
+        (`jrt.ops.steps`)
+    states    the layers' states, in buffers that are updated in place
+    tables    constants that a step looks up
 
-`JRTForCausalLM._sample` asks `loop.unsupported` first, and runs transformers' own loop where that names a reason.
+`JRTForCausalLM._sample` asks `loop.unsupported` first, and runs transformers' own loop if that gives a reason.
 """

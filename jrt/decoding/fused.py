@@ -28,11 +28,13 @@ from jrt.ops.steps.products import Taps
 from jrt.ops.steps.stream import Norm, Stream, embed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-Launch = Callable[[], None]  # reads and writes buffers that were bound to it; never the step, which would hold itself
+# Launches a kernel on buffers that it holds. It must not hold the step: that would be a reference cycle, and keep GPU
+# memory.
+Launch = Callable[[], None]
 
 
 def unsupported(model: LanguageModel) -> str | None:
-    """Why the kernels cannot run this model, or None."""
+    """The reason why the kernels cannot run this model; None if they can."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}"
@@ -52,7 +54,8 @@ def unsupported(model: LanguageModel) -> str | None:
 
 
 class FusedStep(Step):
-    """`Step` by Triton kernels. Everything but the token ids lies in buffers of its own: `advance` only launches."""
+    """A `Step` of Triton kernels. All of its tensors but the token ids are buffers that it owns; `advance` only
+    launches."""
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int) -> None:
         super().__init__(model, rows, capacity)
@@ -76,7 +79,8 @@ class FusedStep(Step):
         for launch_one in self.launches:
             launch_one()
         products.project(self.stream, self.norm, [self.model.head.weight], None, self.logits)
-        self.position.column.add_(1)  # an ordinary kernel: the next step starts after it (`launch.after_previous`)
+        # A kernel of PyTorch, which ends before the next step's kernels start (`launch.after_previous` relies on it).
+        self.position.column.add_(1)
         return self.logits
 
     def likeliest(self, logits: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class FusedStep(Step):
         return linear_attention.column_blocks(self.rows, heads, self.model.config.width // heads)
 
     def _row(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A (B, width) buffer that all layers share under this name."""
+        """The (B, width) buffer with this name and width, which all layers share."""
         like = self.model.embedding.weight
         return self.scratch.setdefault((name, width), like.new_zeros(self.rows, width, dtype=dtype))
 

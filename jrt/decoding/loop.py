@@ -1,8 +1,8 @@
-"""transformers' loop of greedy and sampled decoding, around the steps of `jrt.decoding` instead of whole `forward` calls.
+"""transformers' loop of greedy and sampled decoding, with the steps of `jrt.decoding` in place of `forward` calls.
 
-What it returns is what `GenerationMixin._sample` returns: the same tokens, scores and cache. What differs is when the host
-looks: where the whole choice of tokens is captured, end tokens are read every `session.RUN` steps, and what was decoded
-beyond the end is dropped.
+It returns what `GenerationMixin._sample` returns: the same tokens, scores and cache. If the choice of tokens is
+captured in the CUDA graph, the host reads end tokens only every `session.RUN` steps. Tokens decoded after the end are
+dropped.
 
 Shapes: B rows, T prompt columns, L the most columns of the text, V vocabulary rows.
 """
@@ -31,8 +31,8 @@ from jrt.mixers import MIXERS
 from jrt.model import LanguageModel
 from jrt.short_prompts import PADDED_MIXERS
 
-FEWEST = 16  # new tokens for which a capture pays
-STEPPED = {*MIXERS.values(), *PADDED_MIXERS.values()}  # mixers whose next token is what `jrt.decoding` computes
+FEWEST = 16  # with fewer new tokens, capturing a CUDA graph takes longer than it saves
+STEPPED = {*MIXERS.values(), *PADDED_MIXERS.values()}  # the mixers that a `Step` can compute
 # transformers 5.24 gave the cache a new name.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 
@@ -46,7 +46,9 @@ def unsupported(
     model_kwargs: dict[str, Any],
     synced_gpus: bool,
 ) -> str | None:
-    """Why transformers' own loop has to run this call of `_sample`, or None."""
+    """The reason why transformers' own loop has to run this call of `_sample`; None if `decode` can.
+
+    model: the language model inside; sessions: its prepared steps; the other arguments are those of `_sample`."""
     length = criteria.max_length
     if length is None:
         return "no limit to the length: states of a fixed size need one"
@@ -82,14 +84,17 @@ def decode(
     streamer: BaseStreamer | None,
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """`GenerationMixin._sample` for calls that `unsupported` lets pass.
+    """Does what `GenerationMixin._sample` does, for calls for which `unsupported` returns None.
 
     Args:
-        wrapper: the transformers model, a GenerationMixin; reads the prompt.
-        model: the language model inside, whose steps are taken.
-        sessions: those that were prepared for this model before.
+        wrapper: the transformers model, a GenerationMixin, which reads the prompt.
+        model: the language model inside, which decodes.
+        sessions: the steps that earlier calls prepared for this model.
         input_ids: (B, T).
-        processors, criteria, config, streamer, model_kwargs: as `_sample` gets them.
+        processors, criteria, config, streamer, model_kwargs: the arguments of `_sample`.
+
+    Returns:
+        The ids (B, T + new), or with `config.return_dict_in_generate` transformers' output class.
     """
     text = Text(input_ids, processors, criteria, config, streamer)
     is_given = model_kwargs.get(CACHE) is not None
@@ -106,7 +111,7 @@ def decode(
             session.prepare(text.choice if runs_ahead else None)
         session.start(cache.state)
         if not is_kept:
-            cache.state = None  # its memory is not needed any more
+            cache.state = None  # frees its memory: the session has a copy
         if isinstance(session, CapturedSession) and runs_ahead:
             text.run(session)
         else:
@@ -123,7 +128,7 @@ def decode(
 
 
 class Text:
-    """A batch of texts that grows by a token a row at each step."""
+    """A batch of texts, to which each step adds a token a row."""
 
     def __init__(
         self,
@@ -146,13 +151,13 @@ class Text:
         wants = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if wants and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if wants and config.output_logits else None
-        # Only the end tokens and the length end a text: the host need not look at each step.
+        # If only end tokens and the length end a text, the host need not check after each step.
         self.ends_simply = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
         collects = self.scores is not None or self.logits is not None or streamer is not None
         self.can_run_ahead = self.ends_simply and not collects and self.choice.key() is not None
 
     def add(self, logits: Tensor) -> None:
-        """Chooses the next token of each row from its logits (B, V) fp32, which may be changed."""
+        """Chooses the next token of each row from logits (B, V) fp32, which may be overwritten."""
         if self.logits is not None:
             self.logits += (logits.clone(),)
         scores = self.choice.processors(cast(torch.LongTensor, self.sequences()), cast(torch.FloatTensor, logits))
@@ -167,7 +172,7 @@ class Text:
             self.unfinished = self.unfinished & ~self.criteria(self.sequences(), self.scores)
 
     def run(self, session: CapturedSession) -> None:
-        """Decodes to the end, RUN steps between two looks at the end tokens."""
+        """Decodes to the end; the host checks for end tokens after every RUN steps."""
         while not self.is_done():
             steps = min(RUN, self.limit - self.columns)
             tokens, self.unfinished = session.run(self.choice, self.last(), self.unfinished, steps)
@@ -180,7 +185,7 @@ class Text:
             self.columns = self.prompt + int(first.max())
 
     def is_done(self) -> bool:
-        """Whether every row has ended, or the text is as long as it may be."""
+        """Whether all rows have ended, or the length limit is reached."""
         if self.columns >= self.limit:
             return True
         may_end = not self.ends_simply or self.choice.end_tokens is not None

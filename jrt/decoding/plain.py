@@ -1,10 +1,12 @@
-"""One token through the model in plain PyTorch: what a CPU runs, and what a CUDA graph captures where the Triton kernels of
-`jrt.decoding.fused` do not serve (weights in int8, sizes that they do not know).
+"""A step (one token for each row) in plain PyTorch: for CPUs, and on a GPU for models that the Triton kernels of
+`jrt.decoding.fused` cannot run (weights in int8, unsupported sizes).
 
-It computes what `LanguageModel.read` computes for one token, with fewer calls, because on a CPU a step of a small model is
-all calls: no padding, no mask where nothing is hidden, angles and feature indices looked up.
+It computes what `LanguageModel.read` computes for one token, with fewer calls of PyTorch functions. On a CPU, most of a
+small model's time goes into these calls. So masks are left out if they hide nothing, and angles and feature indices
+come from tables.
 
-Shapes: B rows, E width or channels, K taps, H heads, d query/key size, D value or head size, F features, R ring columns.
+Shapes: B rows, E width or channels, K taps, H heads, d query/key size, D value or head size, F features, R ring
+columns.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Layer = Callable[[Tensor, "Moment"], Tensor]  # (B, E) -> (B, E)
 
 
 class Moment:
-    """What the layers of one step share: where the token stands and what it sees."""
+    """What the layers share in one step: the position of the token, and which earlier keys it may see."""
 
     def __init__(self, step: PlainStep) -> None:
         self.position, self.whole, self.padded = step.position, step.whole, step.padded
@@ -39,27 +41,29 @@ class Moment:
             self.partner = step.rotary.partner
 
     def ring(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """(1,) the place of this token's key in a ring, and (B, 1, 1, R) bool for the keys it sees; None: all."""
+        """The place (1,) of this token's key in a ring buffer of R = size columns, and (B, 1, 1, R) bool, True for the
+        keys that it sees; None: it sees all."""
         if size not in self.rings:
             column, seen = self.position.column, None
             place = column % size
             if self.padded:
                 past = torch.arange(self.shown(size), device=column.device)
-                ages = (column - past) % size  # (R,) of the tokens that lie there
+                ages = (column - past) % size  # (R,) how many tokens ago each column was written
                 seen = (ages <= column - self.position.pads[:, None])[:, None, None]
             self.rings[size] = place, seen
         return self.rings[size]
 
     def shown(self, size: int) -> int:
-        """Columns of a ring to look at: those in use, or all where the step must not depend on the host."""
+        """How many columns of a ring to read: those in use, or all, if the step is captured in a CUDA graph."""
         return size if self.whole else min(size, self.position.seen + 1)
 
 
 class PlainStep(Step):
-    """`Step` by PyTorch's own functions."""
+    """A `Step` of PyTorch functions."""
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int, whole: bool) -> None:
-        """As `Step`; whole: look at all columns of the buffers, as a captured step must, instead of those in use."""
+        """Arguments as in `Step`; whole: read all columns of the buffers, as a captured step must, not only those in
+        use."""
         super().__init__(model, rows, capacity)
         self.whole = self.padded = whole
         weight = model.embedding.weight
@@ -85,15 +89,15 @@ class PlainStep(Step):
 
 
 def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What `module` computes; for an nn.Linear without the calls around it."""
+    """The module as a function; for an nn.Linear F.linear itself, without the overhead of a module call."""
     if type(module) is not nn.Linear:
         return module
     weight, bias = module.weight, module.bias
-    return lambda x: F.linear(x, weight, bias)  # by position: torchao's int8 weights take no names
+    return lambda x: F.linear(x, weight, bias)  # positional arguments: torchao's int8 weights accept no keywords
 
 
 def _norm(module: RMSNorm, one_row: bool) -> Callable[[Tensor], Tensor]:
-    """What `module` computes; with one row on a CPU its scale is a Python number, which takes a third of the time."""
+    """The norm as a function. For one row on a CPU its scale is computed as a Python number, in a third of the time."""
     weight, eps, width = module.weight, module.eps, module.weight.shape[0]
 
     def norm_one(x: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ def _block(block: Block, buffers: LayerBuffers, model: LanguageModel, one_row: b
 
 
 def _mixer(mixer: nn.Module, buffers: LayerBuffers, model: LanguageModel) -> Layer:
-    """The step of one mixer."""
+    """The one-token function of a mixer, which updates its buffers in place."""
     if isinstance(mixer, ShortConvolution):
         assert isinstance(buffers, ConvolutionInputs)
         return _short_convolution(mixer, buffers)
@@ -138,7 +142,9 @@ def _mixer(mixer: nn.Module, buffers: LayerBuffers, model: LanguageModel) -> Lay
 
 
 def _convolved(inputs: Tensor, u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of the last inputs (B, K - 1, E) and u (B, E), which joins them; taps (K, E)."""
+    """The convolution (B, E) of the last inputs (B, K - 1, E) and the new one, u (B, E); taps: (K, E).
+
+    u replaces the oldest of the inputs, in place."""
     both = torch.cat([inputs, u[:, None]], 1)
     inputs.copy_(both[:, 1:])
     c = (both * taps).sum(1)

@@ -1,4 +1,4 @@
-"""A step that is ready to run for a number of rows, captured as a CUDA graph on a GPU, and the few that a model keeps.
+"""Sessions: a session is a step with buffers for a fixed number of rows, on a GPU captured as a CUDA graph.
 
 Shapes: B rows, V vocabulary rows.
 """
@@ -21,26 +21,27 @@ from jrt.decoding.plain import PlainStep
 from jrt.decoding.step import Step
 from jrt.model import LanguageModel
 
-RUN = 16  # steps between two looks at the end tokens, each of which waits for the GPU
-KEPT = 2  # sessions that a model keeps, each with states of its own
-ROUND = 1024  # capacities are multiples of this, so that texts of similar lengths share a session
-WARM_UP = 2  # steps before a capture, in which the libraries and Triton set themselves up
+RUN = 16  # steps between two checks for end tokens, each of which waits for the GPU
+KEPT = 2  # sessions that a model keeps; each has its own buffers for states
+ROUND = 1024  # capacities are rounded up to multiples of this, so that texts of similar lengths share a session
+WARM_UP = 2  # steps before a capture: libraries and Triton initialise themselves in them
 
 log = logging.getLogger(__name__)
 
 
 class Session:
-    """A step that is run call by call: what a CPU does."""
+    """A step that is run call by call, on a CPU."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
 
     def start(self, state: ModelState) -> None:
-        """Goes on from `state`, which stays as it is."""
+        """Copies `state` into the step's buffers; the next token continues from there."""
         self.step.load(state)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Reads one token a row (B,); gives the logits (B, V) of the next, good until the next call."""
+        """Reads one token for each row, (B,), and returns the logits (B, V) of the next; the next call overwrites
+        them."""
         logits = self.step.advance(tokens)
         self.step.position.seen += 1
         return logits
@@ -48,30 +49,31 @@ class Session:
 
 @dataclass
 class Graph:
-    """A captured function: replaying it writes `output` again."""
+    """A captured function; a replay overwrites `output`."""
 
     cuda: torch.cuda.CUDAGraph
     output: Tensor
-    choice: Choice | None = None  # whose tensors the graph reads
+    choice: Choice | None = None  # its tensors are inputs of the graph
 
 
 class CapturedSession(Session):
-    """A step as one CUDA graph; where the choice of tokens allows it, the choice is in the graph too."""
+    """A step as one CUDA graph, which also contains the choice of the next token if `Choice.key` allows it."""
 
     def __init__(self, step: Step) -> None:
         super().__init__(step)
         device = step.position.column.device
-        self.tokens = torch.zeros(step.rows, dtype=torch.long, device=device)  # to be read
+        self.tokens = torch.zeros(step.rows, dtype=torch.long, device=device)  # (B,) the tokens to read next
         self.unfinished = torch.ones(step.rows, dtype=torch.bool, device=device)
-        self.chosen = torch.zeros(step.rows, RUN, dtype=torch.long, device=device)  # in this run
-        self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many of them
+        self.chosen = torch.zeros(step.rows, RUN, dtype=torch.long, device=device)  # tokens chosen since `run` began
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many columns of `chosen` are filled
         self.reading: Graph | None = None
         self.choosing: dict[tuple, Graph] = {}
 
     def prepare(self, choice: Choice | None) -> None:
-        """Captures what `run` needs for this choice, or what `read` needs if None, unless it is there already.
+        """Captures the graph that `run` needs for this choice, or that `read` needs if None, unless there is one
+        already.
 
-        Before `start`, because a capture overwrites the states.
+        Call it before `start`, because a capture overwrites the states.
         """
         key = None if choice is None else choice.key()
         if choice is None:
@@ -100,10 +102,11 @@ class CapturedSession(Session):
         return self.reading.output
 
     def run(self, choice: Choice, tokens: Tensor, unfinished: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Reads the tokens (B,) and decodes `steps` more, up to RUN, without a look from the host.
+        """Reads the tokens (B,) and decodes `steps` more, at most RUN, without waiting for the GPU.
 
         Returns:
-            The tokens (B, steps), and which rows are unfinished after them (B,) bool; good until the next call.
+            The new tokens (B, steps), and which rows are unfinished after them, (B,) bool. The next call overwrites
+            both.
         """
         key = choice.key()
         assert key is not None
@@ -117,7 +120,7 @@ class CapturedSession(Session):
         return self.chosen[:, :steps], self.unfinished
 
     def _rewind(self) -> None:
-        """To the start of an empty text, so that the steps before a capture stay inside the buffers."""
+        """Sets the position to the start of a text, so that the steps of a capture stay inside the buffers."""
         self.step.position.load(0, torch.zeros_like(self.tokens))
         self.tokens.zero_()
         self.count.zero_()
@@ -144,7 +147,7 @@ def _own(tensor: Tensor | None) -> Tensor | None:
 
 
 def _capture(function: Callable[[], Tensor], device: torch.device) -> Graph:
-    """A CUDA graph of the function; the random state is left as it was."""
+    """Captures the function as a CUDA graph; the state of the random generator is restored."""
     stream = torch.cuda.Stream(device)
     with torch.random.fork_rng([device]), torch.inference_mode(False), torch.no_grad():
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -159,7 +162,7 @@ def _capture(function: Callable[[], Tensor], device: torch.device) -> Graph:
 
 
 class Sessions:
-    """The sessions that one model keeps, the last used last. A copy of the model starts without any."""
+    """The sessions that one model keeps, the last used one last. A copied or pickled model starts without sessions."""
 
     def __init__(self) -> None:
         self.kept: list[tuple[tuple, Session]] = []
@@ -168,7 +171,9 @@ class Sessions:
         return Sessions, ()
 
     def find(self, model: LanguageModel, rows: int, columns: int) -> Session | None:
-        """A session for so many rows, and texts of so many columns, whose weights are still the model's."""
+        """A kept session for this number of rows and at least `columns` columns; None if there is none.
+
+        Sessions whose weights are no longer the model's are dropped."""
         weights = _addresses(model)
         self.kept = [entry for entry in self.kept if entry[0] == weights]
         for entry in reversed(self.kept):
@@ -182,7 +187,7 @@ class Sessions:
     def make(self, model: LanguageModel, rows: int, columns: int) -> Session:
         """A new session; on a GPU it is kept for later calls."""
         device = model.embedding.weight.device
-        with torch.inference_mode(False), torch.no_grad():  # buffers that calls outside inference mode may write
+        with torch.inference_mode(False), torch.no_grad():  # later calls outside inference mode may write these buffers
             if device.type != "cuda":
                 return Session(PlainStep(model, rows, columns, whole=False))
             self.kept = self.kept[1 - KEPT :]
@@ -204,6 +209,7 @@ def _captured_step(model: LanguageModel, rows: int, capacity: int) -> Step:
 
 
 def _addresses(model: LanguageModel) -> tuple:
-    """Changes when a parameter or buffer is replaced or moved, not when its values change."""
+    """Identifies the memory of all parameters and buffers: it changes if one is replaced or moved, not if its values
+    change."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((id(t), t.dtype, t.data_ptr() if type(t) in (torch.nn.Parameter, Tensor) else 0) for t in tensors)

@@ -1,6 +1,7 @@
-"""The states of a text that is being decoded, in buffers that never move: a captured step writes them in place.
+"""The states of a text during decoding, in buffers with fixed addresses, which a captured step updates in place.
 
-`load` copies from what prefill left (`jrt.cache`), `export` copies back, so that any call can go on from there.
+`load` copies a state of `jrt.cache`, as prefill returns it, into the buffers. `export` copies it back, so that any
+later call can continue from it.
 
 Shapes: B batch, K taps, E channels, H heads, D head size, R columns of a ring, F features, N states a channel.
 """
@@ -23,12 +24,12 @@ from jrt.ops.feature_map import feature_count
 
 @dataclass
 class Position:
-    """Where the next token stands; one for all layers."""
+    """The position of the next token; all layers share it."""
 
     column: Tensor  # (1,) int64: columns read so far, padding included
     pads: Tensor  # (B,) int64: columns before each row's first own token
-    seen: int = 0  # `column` as the host knows it
-    filled: int = 0  # columns that a filled-up prompt has beyond those that `generate` counts (`jrt.short_prompts`)
+    seen: int = 0  # the same number as `column`, on the host
+    filled: int = 0  # columns by which a prompt was filled up (`jrt.short_prompts`); `generate` does not count them
 
     def load(self, seen: int, lengths: Tensor, filled: int = 0) -> None:
         self.seen, self.filled = seen + filled, filled
@@ -55,7 +56,8 @@ class ConvolutionInputs:
 
 
 class LinearSums:
-    """S and z of linear attention; z once for each block of value columns (`jrt.ops.steps.linear_attention`)."""
+    """S and z of linear attention (`jrt.ops.State`). There are `copies` equal copies of z: each program of the Triton
+    kernel updates its own (`jrt.ops.steps.linear_attention`)."""
 
     def __init__(self, rows: int, heads: int, d: int, value_dim: int, copies: int, like: Tensor) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -72,7 +74,7 @@ class LinearSums:
 
 
 class KeyRing:
-    """Keys and values of attention: the token at column t lies at t mod R."""
+    """Keys and values of attention in a ring buffer: the token at column t is stored at column t mod R."""
 
     def __init__(self, rows: int, heads: int, ring: int, head_dim: int, window: int | None, like: Tensor) -> None:
         self.k = like.new_zeros(rows, heads, ring, head_dim)
@@ -81,10 +83,10 @@ class KeyRing:
 
     def load(self, state: LayerState, position: Position) -> None:
         k, v = state
-        count = min(k.shape[1], position.seen)  # what stands before the text is not kept
+        count = min(k.shape[1], position.seen)  # a window's zero columns before the text are not copied
         places = torch.arange(position.seen - count, position.seen, device=k.device) % self.k.shape[2]
         for ring, given in ((self.k, k), (self.v, v)):
-            ring.zero_()  # hidden columns take part in masked sums, where a NaN would show
+            ring.zero_()  # unused columns are multiplied by zero in masked sums, and 0 times NaN would be NaN
             ring.index_copy_(2, places, given[:, k.shape[1] - count :].transpose(1, 2).to(ring.dtype))
 
     def export(self, position: Position) -> KeyValues:

@@ -1,4 +1,4 @@
-"""What every way to read one more token shares: the model, and the states that it writes in place.
+"""The interface of a step, which reads one token for each row: the model, and the states, which it updates in place.
 
 Shapes: B batch rows, V vocabulary rows.
 """
@@ -18,9 +18,10 @@ from jrt.model import Block, LanguageModel
 
 
 class Step(ABC):
-    """A model's next-token computation for a fixed number of rows.
+    """Computes the logits of the next token, for a fixed number of rows.
 
-    Weights are used where they lie, never copied: a step serves until a parameter is replaced by another tensor.
+    Weights are not copied. So a step stays valid if their values change, but not if a parameter is replaced by another
+    tensor.
     """
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int) -> None:
@@ -45,30 +46,32 @@ class Step(ABC):
 
     @abstractmethod
     def advance(self, ids: Tensor) -> Tensor:
-        """Reads one token a row (B,); gives the logits (B, V) of the next, in the dtype of the weights.
+        """Reads one token for each row, (B,), and returns the logits (B, V) of the next, in the dtype of the weights.
 
-        The position on the device moves on, `position.seen` does not: a captured step runs no Python.
+        It advances `position.column` on the device. The caller advances `position.seen`, because a captured step runs
+        no Python code.
         """
 
     def likeliest(self, logits: Tensor) -> Tensor:
-        """(B,) the token with the largest of the logits (B, V), the first of equal ones."""
+        """The tokens (B,) with the largest logits of (B, V); of equal ones, the first."""
         return torch.argmax(logits, dim=-1)
 
     def load(self, state: ModelState) -> None:
-        """Goes on from `state`, which stays as it is."""
+        """Copies `state` into the buffers, to continue from it. Raises ValueError if it is from another model or batch
+        size."""
         state.check(self.model.config, self.rows)
         self.position.load(state.seen, state.lengths, filled_columns(state))
         for buffers, layer in zip(self.buffers, state.layers, strict=True):
             buffers.load(layer, self.position)
 
     def export(self) -> ModelState:
-        """The state after the last token that was read, in tensors of its own."""
+        """The state after the last token that was read, in new tensors."""
         layers: list[LayerState] = [buffers.export(self.position) for buffers in self.buffers]
         seen = self.position.seen - self.position.filled
         return ModelState(self.model.config, layers, seen, self.position.lengths())
 
     def copies_of_z(self) -> int:
-        """How often the denominators of linear attention are kept (`states.LinearSums`)."""
+        """Number of equal copies of linear attention's z that the buffers need (`states.LinearSums`)."""
         return 1
 
     def _buffers(self, mixer: nn.Module) -> LayerBuffers:
@@ -87,5 +90,5 @@ class Step(ABC):
 
 
 def filled_columns(state: ModelState) -> int:
-    """Columns that were read beyond those that the state counts, because its prompt was filled up before."""
+    """By how many columns the state's prompt was filled up: `state.seen` does not count them, `state.lengths` does."""
     return max(0, int(state.lengths.max()) - state.seen)

@@ -1,4 +1,4 @@
-"""Constants that a step looks up instead of computing them.
+"""Tables of constants that a decoding step would otherwise compute again for each token.
 
 Shapes: L positions, D head size, d query/key size of linear attention, F features.
 """
@@ -15,7 +15,7 @@ from jrt.mixers.attention import rotary_angles
 
 
 class Rotary(NamedTuple):
-    """Angles of every position; y = x cos + x[partner] sin rotates a head."""
+    """Rotary angles of all positions. A head's vector x (D,) is rotated by x cos + x[partner] sin."""
 
     cos: Tensor  # (L, D) fp32, 1 where a dimension does not rotate
     sin: Tensor  # (L, D) fp32, 0 where a dimension does not rotate, negative in the first half of those that do
@@ -33,7 +33,8 @@ def rotary_table(length: int, dim: int, head_dim: int, device: torch.device) -> 
 
 
 class Features(NamedTuple):
-    """phi(x)[f] = weight[f] x[row[f]] x[column[f]], where x[d] stands for 1; in the order of `jrt.ops.taylor_features`."""
+    """phi(x)[f] = weight[f] x[row[f]] x[column[f]], where x[d] stands for 1; in the order of
+    `jrt.ops.taylor_features`."""
 
     row: Tensor  # (F,) int64
     column: Tensor  # (F,) int64

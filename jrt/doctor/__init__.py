@@ -1,4 +1,5 @@
-"""`jrt doctor`: what is installed, whether the backends of the ops compute what they should, and what a model gets wrong."""
+"""`jrt doctor`: reports what is installed, whether the backends of `jrt.ops` are correct here, and what a model gets
+wrong."""
 
 from jrt.doctor.examination import Examination, examine
 from jrt.doctor.installed import Installation, inspect_installation

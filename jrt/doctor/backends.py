@@ -1,6 +1,7 @@
 """Runs every backend of every op on small random inputs and compares it with the definition in float64.
 
-A backend may be twice as far from float64 as the definition is in the same dtype, because each sums in another order.
+"The definition" is the backend "reference". Each backend sums in another order, so it may be up to twice as far from
+the float64 result as the definition is when it computes in the same dtype.
 
 Shapes: as in `jrt.ops`; B = 2, T = 130 (no multiple of a chunk), H = 2, d = 16, D = 64.
 """
@@ -15,16 +16,22 @@ from jrt.ops import BACKENDS, State, encode_prefix, linear_attention, selective_
 from jrt.ops.selective_scan import BACKENDS as SCAN_BACKENDS
 
 TIMES = 2.0
-"""The largest error, in errors of the definition in the same dtype."""
+"""The largest error of a backend, as a multiple of the definition's error in the same dtype."""
 STATE_FLOOR = 1e-6
-"""And a little more, where the definition happens to round well: this for states in float32, a quarter of the dtype's
-resolution for outputs."""
+"""Added to the bound of outputs in float32, in case the definition happens to round well. For outputs in half precision
+it is a quarter of the dtype's resolution (eps)."""
 STEPS, HEADS, KEY, VALUE, STATES = 130, 2, 16, 64, 8
 
 
 class BackendCheck(NamedTuple):
-    """error, bound: of that output whose error comes nearest to its bound, as shares of its norm; error None: the backend
-    does not serve the call, as `reason` says."""
+    """The result for one op, backend, device and dtype.
+
+    Args:
+        error: relative error (norm of the difference over norm) of the output that is nearest to its bound; None if the
+            backend cannot serve the call.
+        bound: the largest error that this output may have.
+        reason: why the backend cannot serve the call.
+    """
 
     op: str
     backend: str
@@ -47,7 +54,7 @@ class _Op(NamedTuple):
 
 
 def check_backends() -> list[BackendCheck]:
-    """All ops, backends, devices of this machine, in float32 and bfloat16."""
+    """Checks all ops with all backends, on all kinds of devices of this machine, in float32 and bfloat16."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = []
     for op in _ops():
@@ -84,7 +91,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _attend(S: Tensor, z: Tensor, mask: Tensor | None = None, **call: Any) -> tuple[Tensor, ...]:
-    """o, S and z; o is zero where padding is, because its output means nothing."""
+    """o, S and z of `linear_attention`; o is set to zero at padding, where its value has no meaning."""
     dtype = torch.promote_types(S.dtype, torch.float32)
     o, state = linear_attention(initial_state=State(S.to(dtype), z.to(dtype)), mask=mask, **call)
     return o if mask is None else o * mask[:, :, None, None], state.S, state.z

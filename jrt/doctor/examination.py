@@ -1,4 +1,4 @@
-"""What `jrt doctor MODEL` finds: the probe, and whether the model survives saving, loading and half precision."""
+"""`jrt doctor MODEL`: the probe (`jrt.probe`), and checks of saving, loading and half precision."""
 
 import dataclasses
 import math
@@ -22,13 +22,13 @@ LOADED = {
     "bfloat16": "the model computes in bfloat16, and decoding equals reading again there",
     "float16": "the model computes in float16, and decoding equals reading again there",
 }
-"""What the checks say that load the model again."""
+"""The statements that the checks test which load the model again."""
 ANSWERS = {True: "yes", False: "NO", None: "-"}
 
 
 @dataclass(frozen=True)
 class Examination:
-    """A model's checks. findings: of the probe; loaded: of LOADED."""
+    """All checks of a model. findings: the results of the probe; loaded: the checks of LOADED."""
 
     name: str
     findings: Findings
@@ -40,7 +40,7 @@ class Examination:
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing that was tried failed."""
+        """Whether no check failed. Checks that were not tried do not count."""
         return not any(check.holds is False for check in self.checks)
 
     def text(self) -> str:
@@ -66,7 +66,9 @@ class Examination:
 
 
 def examine(model: PreTrainedModel, name: str, pad_token_id: int = 0) -> Examination:
-    """All checks of a causal language model; it is saved to the temporary folder for a moment."""
+    """Runs all checks on a causal language model. It is saved to a temporary folder, which is removed afterwards.
+
+    name: for the report. pad_token_id: as in `jrt.probe.probe`."""
     return Examination(name, probe(model, pad_token_id), tuple(_loaded(model, pad_token_id)))
 
 

@@ -1,4 +1,5 @@
-"""What is installed, what each optional package is for and how to get it, and whether the ops' backends are right here."""
+"""`jrt doctor` without a model: what is installed, how to get what is missing, and whether the ops' backends are
+correct."""
 
 import importlib.util
 import os
@@ -11,7 +12,7 @@ import torch
 from jrt.checkpoints.names import shipped
 from jrt.doctor.backends import BackendCheck, check_backends
 
-# Names on the package index: what each is used for, and how to get it.
+# (name on the package index, what it is used for, how to install it)
 PACKAGES = (
     ("torch", "everything", "pip install jrt"),
     ("transformers", "models, tokenizers, generation", "pip install jrt"),
@@ -40,14 +41,19 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Installation:
-    """packages: labels and values, devices and folders among them; backends: every backend of every op, tried."""
+    """What was found on this machine.
+
+    Args:
+        packages: (label, value) pairs; devices and folders are among them.
+        backends: the checks of all backends.
+    """
 
     packages: list[tuple[str, str]]
     backends: list[BackendCheck]
 
     @property
     def is_sound(self) -> bool:
-        """Whether no backend that can be used here computes something else than it should."""
+        """Whether all backends that can run here compute correctly."""
         return not any(check.holds is False for check in self.backends)
 
     def text(self) -> str:
@@ -74,7 +80,7 @@ def inspect_installation() -> Installation:
 
 
 def _summary(name: str, checks: list[BackendCheck]) -> tuple[str, str]:
-    """A line of one backend: its largest error against float64 where it runs, or why it does not."""
+    """Label and value for one backend: its largest error against float64, or why it does not run here."""
     tried = [check for check in checks if check.error is not None]
     if not tried:
         return name, f"not here: {checks[0].reason}"
@@ -86,7 +92,7 @@ def _summary(name: str, checks: list[BackendCheck]) -> tuple[str, str]:
 
 
 def installed() -> list[tuple[str, str]]:
-    """Labels and values, in the order in which they are read; what is absent says how to get it."""
+    """(label, value) pairs for versions, devices and folders. The value of an absent package says how to install it."""
     cores, threads = os.cpu_count(), torch.get_num_threads()
     found = [("python", f"{platform.python_version()} on {platform.platform()}, {cores} cores, {threads} threads")]
     for package, purpose, remedy in PACKAGES:

@@ -1,7 +1,8 @@
-"""Recall evaluation: which share of the answers that stand in its context does a model find.
+"""Recall evaluation: the share of questions that a model answers, when the answer stands in the prompt.
 
-`plan` makes a request definite, `run` answers it into a folder, `tables` and `report` make text, figures and pages of what the
-folder holds. Importing `jrt.evaluate.harness` registers our models with lm-eval as `--model jrt`.
+`plan` checks a request and loads its questions. `run` answers them and writes the results to a folder. `tables` and
+`report` turn such a folder into text, figures and an HTML page. Importing `jrt.evaluate.harness` registers our models
+with lm-eval as `--model jrt`.
 """
 
 from jrt.evaluate.folder import Cell, read_run

@@ -1,14 +1,14 @@
 """Greedy answers to prompts, in batches whose rows do not influence each other.
 
-A row's answer does not depend on its batch, so batches may be formed, cut and repeated at will. Three things save time, and
-none of them changes an answer (docs/batching.md has what each is worth):
+A row's answer does not depend on its batch, so prompts may be grouped into batches in any way. Three optimisations save
+time, and none of them changes an answer (docs/batching.md has their measured gains):
 
-- `jrt.evaluate.batches`: prompts that begin alike, or are of like length, are read together;
-- `read_beginnings`: what several prompts begin with is read once, and the state after it is copied to each of them;
-- `decode`: on a CPU, decoding pauses when half of the rows have ended, and goes on with the others.
+- `jrt.evaluate.batches`: prompts with a common beginning, or of similar length, share a batch;
+- `read_beginnings`: a common beginning of several prompts is read once, and the state after it is copied to each;
+- `decode`: on a CPU, decoding stops when half of the rows have ended, and continues with the other rows only.
 
-Shapes: B rows of a batch, T tokens of its longest prompt, G groups of rows that begin alike, P tokens of the longest common
-beginning, R tokens that all rows read after it at once, N tokens that end an answer.
+Shapes: B rows of a batch, T tokens of its longest prompt, G groups of rows that begin alike, P tokens of the longest
+common beginning, R tokens that all rows read after it at once, N tokens that end an answer.
 """
 
 from __future__ import annotations
@@ -38,25 +38,29 @@ from jrt.system.cores import FreeCores
 logger = logging.getLogger(__name__)
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-SAVED = 0.25  # the least part of a batch's tokens that is worth a second call of the model
-STEP = {"cuda": 2e12}  # multiply-adds in the time of one decoding step: on a GPU launches take it, on a CPU it is short
+# Common beginnings are read once only if that saves at least this share of a batch's tokens: it costs a second model
+# call.
+SAVED = 0.25
+# Multiply-adds that a device could do in the time of one decoding step. On a GPU a step's time is that of kernel
+# launches, whatever the model's size. A CPU has no such fixed cost.
+STEP = {"cuda": 2e12}
 
 
 class Encoded(NamedTuple):
-    """A prompt as ids. truncated: tokens that were cut off; problem: why it cannot be asked, empty where it can."""
+    """A prompt as token ids."""
 
     ids: list[int]
-    truncated: int
-    problem: str = ""
+    truncated: int  # tokens that were cut off on the left
+    problem: str = ""  # why the model cannot be asked this prompt; empty if it can
 
 
 class Generation(NamedTuple):
-    """What a model wrote, up to the protocol's stop. finite: False where a logit was NaN; seconds: its share of the batch."""
+    """A model's answer."""
 
-    text: str
-    new_tokens: int
-    finite: bool
-    seconds: float
+    text: str  # up to the first stop string of the protocol
+    new_tokens: int  # decoded tokens, the one that ended the row included
+    finite: bool  # False if a logit was NaN
+    seconds: float  # compute time of the batch, divided by its rows
 
 
 def encode(
@@ -66,13 +70,20 @@ def encode(
     vocabulary: int | None = None,
     shortest: int = 1,
 ) -> list[Encoded]:
-    """Prompts as ids, cut on the left to `limit` tokens.
+    """Encodes prompts, and cuts them on the left to at most `limit` tokens.
 
-    What the tokenizer puts in front of a text (a begin token) stays in front; what it puts behind one (an end token, say)
-    is left out, because the answer comes there. The text of a special token in a document is text.
+    Special tokens that the tokenizer puts before a text (a begin token) are kept. Those that it puts after a text (an
+    end token) are left out, because the answer comes there. A document that spells out a special token, such as "</s>",
+    is read as ordinary text.
 
-    vocabulary: ids that the model has rows for; None: all. shortest: tokens that a prompt has to have. A prompt that cannot
-    be asked says so in its `problem`."""
+    Args:
+        limit: None keeps all tokens.
+        vocabulary: how many token ids the model has embedding rows for; None accepts all ids.
+        shortest: the fewest tokens that a prompt must have.
+
+    Returns:
+        One entry for each prompt; a prompt that cannot be asked has a `problem`.
+    """
     front = _tokens_in_front(tokenizer)
     readable = [prompt if is_text(prompt) else "" for prompt in prompts]
     options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
@@ -112,9 +123,9 @@ def is_text(text: str) -> bool:
 
 
 def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: Sequence[str]) -> bool:
-    """Whether a model with this tokenizer could write any of the answers.
+    """Whether a model with this tokenizer could write at least one of the answers.
 
-    No generation holds a stop string, and none holds a spelling that the tokenizer normalises away."""
+    It cannot write an answer that contains a stop string, nor a spelling that the tokenizer normalises away."""
     for answer in answers:
         if is_text(answer) and not any(ending in answer for ending in stop):
             ids = tokenizer(f"x {answer} x", add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -124,9 +135,10 @@ def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: 
 
 
 def prompt_limit(protocol: Protocol, max_length: int | None) -> int | None:
-    """The most prompt tokens: the protocol's bound and the model's, which has to hold the answer as well.
+    """The most prompt tokens that the protocol allows and that fit into the model beside an answer; None if unbounded.
 
-    Raises ValueError where the model cannot hold an answer of the protocol's length."""
+    max_length: the most tokens that the model reads, prompt and answer together; None: no bound.
+    Raises ValueError if an answer of the protocol's length alone fills it."""
     bounds = [protocol.max_prompt_tokens] if protocol.max_prompt_tokens is not None else []
     if max_length is not None:
         if max_length <= protocol.max_new_tokens:
@@ -139,7 +151,7 @@ def prompt_limit(protocol: Protocol, max_length: int | None) -> int | None:
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and mask, (rows, tokens of the longest); the mask is 1 on a row's own tokens."""
+    """Pads rows on the left to the longest: ids and mask, both (B, T) int64; the mask is 1 on a row's own tokens."""
     texts = [torch.tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(texts, batch_first=True, padding_value=pad_token_id, padding_side="left")
     own = [torch.ones_like(text) for text in texts]
@@ -147,9 +159,10 @@ def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.
 
 
 def answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol) -> list[Generation]:
-    """Greedy continuations of prompts (ids), one for each row.
+    """Greedy continuations of prompts (token ids), one for each row, in their order.
 
-    A batch that does not fit on the GPU is halved and tried again."""
+    A batch that does not fit on the GPU is halved and tried again. Raises ValueError if the code of a model that is not
+    ours failed, and torch.cuda.OutOfMemoryError if a single prompt does not fit."""
     try:
         with model.cores:
             return _answer(model, rows, protocol)
@@ -173,7 +186,8 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
     special = {index for index, token in model.tokenizer.added_tokens_decoder.items() if token.special}
     found = []
     for tokens, finite in decode(model, start, every, protocol.max_new_tokens):
-        # Not skip_special_tokens: the released models pad with an ordinary token, a blank, which answers need.
+        # skip_special_tokens=True would also drop the pad token, which for the released models is the ordinary space
+        # token.
         text = str(model.tokenizer.decode([token for token in tokens if token not in special])) if finite else ""
         for stop in protocol.stop:
             text = text.split(stop, maxsplit=1)[0]
@@ -184,26 +198,29 @@ def _answer(model: OpenModel, rows: Sequence[Sequence[int]], protocol: Protocol)
 
 @lru_cache(maxsize=8)
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
-    """Ids whose own text holds a stop string, (N,).
+    """Token ids whose text contains a stop string, (N,) int64.
 
-    Ending at them saves time only: the answer is cut from the text, also where a stop string spans tokens."""
+    Decoding ends at them only to save time. The answer is cut at the stop string in the text, because a stop string can
+    also span several tokens."""
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
     return torch.tensor([index for index, text in enumerate(texts) if any(s in text for s in stop)], dtype=torch.long)
 
 
 def end_tokens(model: OpenModel) -> set[int]:
-    """Ids at which the model's own `generate` ends a row."""
+    """Token ids at which the model's own `generate` ends a row (its `eos_token_id`)."""
     ends = model.model.generation_config.eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 class Start(NamedTuple):
-    """Where decoding starts.
+    """The arguments with which `generate` starts or continues a batch.
 
     Args:
-        cache: what was read before: the first columns of `ids`, or, where the cache keeps no tokens, a text that `ids` goes
-            on from. None: nothing was read.
-        forced: the rest of each row's prompt, which it reads in the first steps of decoding.
+        cache: the model's state after the tokens that it has already read; None if it has read none. A cache with keys
+            and values covers the first columns of `ids`. A recurrent cache has no token dimension, and `ids` come after
+            it.
+        forced: for each row, the end of its prompt. These tokens are fed in the first steps of decoding, in place of
+            the tokens that the model would choose.
     """
 
     ids: Tensor  # (B, T), padded on the left
@@ -213,17 +230,20 @@ class Start(NamedTuple):
 
 
 def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[int]) -> Start | None:
-    """Reads once what several rows begin with: the questions on one page read the page together.
+    """Reads the common beginning of each group of rows once: several questions on one page share the reading of the
+    page.
 
-    The state after a group's common tokens is copied to each of its rows. Then all rows read as many of their own tokens
-    as the shortest has, and the others are forced on them in the first steps of decoding. So no padding stands inside a
-    text, which recurrent layers could not skip.
+    The state after a group's common tokens is copied to each of its rows. After it, the rows have different numbers of
+    their own tokens. All rows read as many of them as the shortest has in one call; the remaining ones are forced in
+    the first steps of decoding (`Start.forced`). This way no padding stands in the middle of a row, where recurrent
+    layers could not skip it.
 
     Args:
-        ends: tokens at which `generate` ends a row, which therefore cannot be forced.
+        ends: tokens at which `generate` ends a row; a prompt with such a token cannot be forced.
 
     Returns:
-        None where that saves little, a prompt has one token, or the model's states cannot be copied from row to row.
+        None if this saves too little time, if it is not possible for these prompts, or if the model's states cannot be
+        copied from row to row. The caller then reads each prompt whole.
     """
     if not model.mode.sharing:
         return None
@@ -244,7 +264,8 @@ def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[i
         return None
     beginnings = [rows[group.rows[0]][: group.common] for group in found]
     ids, mask = left_padded(beginnings, model.pad_token_id, model.device)  # (G, P)
-    # One step of `generate`, not a forward call: it knows each model's positions under left padding.
+    # One step of `generate` in place of a forward call, because it computes each model's position ids under left
+    # padding.
     cache = _generate(model, ids, mask, max_new_tokens=1)[CACHE]
     row_of = torch.tensor(owner, device=model.device)
     select_rows(cache, row_of)
@@ -255,12 +276,12 @@ def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[i
 
 
 def outweighs(saved: int, steps: int, parameters: int, device: str) -> bool:
-    """Whether reading `saved` tokens fewer is worth more time than `steps` more decoding steps cost."""
+    """Whether reading `saved` fewer tokens saves more time than `steps` additional decoding steps cost."""
     return saved * parameters > steps * STEP.get(device, 0)
 
 
 class NaNWatch(LogitsProcessor):
-    """Notes the rows that ever had a NaN among their logits, without waiting for the GPU."""
+    """Records which rows had a NaN among their logits at any step, on the device, so that no step waits for the GPU."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows = torch.zeros(rows, dtype=torch.bool, device=device)  # (B,)
@@ -271,9 +292,12 @@ class NaNWatch(LogitsProcessor):
 
 
 class Pause(StoppingCriteria):
-    """Ends rows at any of the tokens or their limit, and the call when all have ended, or half of them if `early`.
+    """Ends a row at its end token or length limit, and the `generate` call when all rows have ended.
 
-    Between two steps it looks how many cores are free."""
+    After each step it also adapts the number of threads to the free cores (`FreeCores.look`).
+
+    tokens: (N,) ids that end a row; forced: (B,) how many tokens of each row are forced (they cannot end it); limits:
+    (B,) new tokens after which a row ends; early: end the call as soon as half of the rows have ended."""
 
     def __init__(self, tokens: Tensor, forced: Tensor, limits: Tensor, early: bool, cores: FreeCores) -> None:
         self.tokens, self.forced, self.limits, self.early = tokens, forced, limits, early  # (N,), (B,), (B,)
@@ -292,14 +316,16 @@ class Pause(StoppingCriteria):
 
 
 def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) -> Iterator[tuple[list[int], bool]]:
-    """Each row's greedy continuation, up to one of the tokens `ends` (N,), which is included, or `max_new_tokens`; and
-    whether all of its logits were finite.
+    """Returns for each row its greedy continuation, at most `max_new_tokens`, and whether its logits never held a NaN.
 
-    Half a batch often has its answer after a few tokens while one row goes on to the limit. So on a CPU `generate` pauses
-    when half of its rows have ended, and goes on with the states of the others. A GPU is no faster on fewer rows."""
+    In many batches half of the rows end after a few tokens, while one row continues to the limit. So on a CPU
+    `generate` stops when half of the rows have ended, and is called again with the states of the other rows. A GPU
+    takes as long for fewer rows, so there it runs to the end.
+
+    ends: (N,) token ids that end a row; the continuation includes them."""
     tokens: list[list[int]] = [[] for _ in range(len(start.ids))]
     finite = [True] * len(tokens)
-    rows = list(range(len(tokens)))  # those that go on
+    rows = list(range(len(tokens)))  # the rows that have not ended
     early = model.copies_states and model.device.type == "cpu"
     stops = set(ends.tolist())
     while rows:
@@ -330,9 +356,10 @@ def decode(model: OpenModel, start: Start, ends: Tensor, max_new_tokens: int) ->
 
 
 def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> Start:
-    """The rows that go on, with the states they have. Their cache has read all columns but the last.
+    """The `Start` for the rows that have not ended, given as indices. Their cache covers all columns but the last.
 
-    Where `generate` filled up short prompts, the cache has read more columns than `start` has; any id may stand there."""
+    If `generate` filled up short prompts (`jrt.short_prompts`), the cache covers more columns than `start.ids` has.
+    They are added on the left; their ids are never read again, so any id will do."""
     kept = torch.tensor(rows, device=start.ids.device)
     cache = output[CACHE]
     select_rows(cache, kept)
@@ -350,12 +377,12 @@ def _continued(model: OpenModel, start: Start, output: Any, rows: list[int]) -> 
 
 
 def _generate(model: OpenModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    """transformers' greedy `generate`, with the cache in what it returns.
+    """Calls transformers' `generate` with greedy decoding; the output has `sequences` and the cache.
 
-    Raises ValueError where the code of a model that is not ours fails."""
+    Raises ValueError if the code of a model that is not ours failed."""
     if not model.mode.cache:
         options["use_cache"] = False
-    generate: Any = model.model.generate  # transformers gives it no type of its own
+    generate: Any = model.model.generate  # transformers does not annotate it
     try:
         return generate(
             input_ids=ids,

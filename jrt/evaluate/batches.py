@@ -1,7 +1,7 @@
-"""Which prompts are read together: those that begin alike stand side by side, and lengths differ little within a batch.
+"""Sorts prompts into batches: prompts with a common beginning are neighbours, and lengths within a batch are similar.
 
-A row's answer does not depend on its batch, so only speed is at stake. Where padding changes a model's answers (`jrt.probe`),
-prompts of equal length alone meet.
+A row's answer does not depend on its batch, so the choice affects speed only. If padding changes a model's answers (as
+`jrt.probe` measures), a batch holds only prompts of equal length.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SHARE = 0.5  # the least part of a prompt that all prompts of its group begin with
+SHARE = 0.5  # the common beginning of a group is at least this share of its longest prompt
 
 
 class Limits(NamedTuple):
-    """What a batch may hold.
+    """Limits of one batch.
 
     Args:
-        size: prompts.
-        tokens: to read in a batch of more than one prompt, padding included and common beginnings counted once.
-        alone: a longer prompt only shares a batch with those that begin like it.
-        shares: whether the model can read common beginnings once.
-        pads: whether prompts of unequal length may meet.
+        size: the most prompts.
+        tokens: the most tokens to read in a batch of several prompts, padding included and common beginnings counted
+            once; None: no limit.
+        alone: a prompt of more tokens than this shares a batch only with prompts of its group; None: no such rule.
+        shares: whether the model can read a common beginning once for several prompts.
+        pads: whether a batch may hold prompts of unequal length.
     """
 
     size: int
@@ -31,18 +32,19 @@ class Limits(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Rows (their indices) that begin with the same `common` tokens, and go on with at least one of their own."""
+    """Indices of rows whose first `common` tokens are the same; each row has at least one token after them."""
 
     rows: list[int]
     common: int
 
 
 def batches(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
-    """Indices of `rows` in batches, longest first: a batch that does not fit on the GPU shows at once.
+    """Batches as lists of indices into `rows` (token ids). Rows of one group are neighbours.
 
-    Rows that begin alike stand side by side. A batch ends where the next row would go over a limit."""
+    The longest rows come first, so that a batch that does not fit on the GPU is met at the start of a run. A batch ends
+    where one more row would exceed a limit."""
     found: list[list[int]] = []
-    batch: list[Group] = []  # the open batch: of each group the rows that are in it
+    batch: list[Group] = []  # the batch being filled: for each group, those of its rows that are in the batch
     for group in groups(rows) if limits.shares else _groups_of_one(rows):
         batch.append(Group([], group.common))
         for index in group.rows:
@@ -71,7 +73,9 @@ def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> 
 
 
 def groups(rows: Sequence[Sequence[int]]) -> list[Group]:
-    """All rows in groups with a long common beginning; a group may be a single row. Longest rows first."""
+    """Splits all rows into groups with a long common beginning (SHARE). A group may be a single row.
+
+    The group with the longest row comes first."""
     found: list[Group] = []
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     for place, index in enumerate(order):
@@ -86,11 +90,11 @@ def groups(rows: Sequence[Sequence[int]]) -> list[Group]:
 
 
 def _groups_of_one(rows: Sequence[Sequence[int]]) -> list[Group]:
-    """Each row by itself, longest first: for models that cannot read a common beginning once."""
+    """A group for each row, longest row first: for models that cannot read a common beginning once."""
     return [Group([index], len(rows[index]) - 1) for index in sorted(range(len(rows)), key=lambda i: -len(rows[i]))]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """How many tokens the two rows have in common at their start."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

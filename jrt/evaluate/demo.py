@@ -1,7 +1,7 @@
-"""`jrt demo`: the main question on one screen. Which models find an argument list on a page, once and twice read?
+"""`jrt demo`: the main comparison of this project on one screen: prompts that hold a page once or twice.
 
-The mini models answer the same reference pages with both strategies; SmolLM2-135M, an off-the-shelf Transformer, can
-join through the same code.
+The mini models are asked for an argument list on a page of reference documentation, with the page in the prompt once
+and twice. SmolLM2-135M, an off-the-shelf Transformer, can be compared through the same code.
 """
 
 from pathlib import Path
@@ -16,18 +16,25 @@ MINIS = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt")
 PAGES = "recall_reference_pages_512"
 STRATEGIES = ("once", "twice")
 ITEMS = 160
-REAL_ITEMS = 24  # of a task: SmolLM2 reads some hundred tokens a second on two cores
+REAL_ITEMS = 24  # for each task; few, because SmolLM2 reads only a few hundred tokens a second on two cores
 BATCH = 32
 
 
 def mini_plan(models: tuple[str, ...] = MINIS, limit: int = ITEMS, device: str = "cpu") -> Plan:
-    """The minis on reference pages of 512 tokens."""
+    """Mini models on reference pages of 512 tokens. limit: items for each model and strategy."""
     specs = tuple(ModelSpec(name, device) for name in models)
     return plan(Request(specs, (PAGES,), STRATEGIES, limit=limit))
 
 
 def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu") -> Plan:
-    """SmolLM2 on real passages where a folder is given, else on reference pages."""
+    """SmolLM2 on the passages of a folder, or on reference pages if none is given.
+
+    Args:
+        passages: a folder with at least one of squad.jsonl, nq.jsonl and drop.jsonl.
+
+    Raises:
+        ValueError: the folder holds none of these files.
+    """
     spec = ModelSpec(SMOLLM2, device)
     if passages is None:
         return plan(Request((spec,), (PAGES,), STRATEGIES, limit=limit))
@@ -38,9 +45,9 @@ def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu
 
 
 def demo(chosen: Plan, output: Path, title: str) -> Outcome:
-    """Runs a plan and writes, beside its results, figures (PNG and SVG) and report.html.
+    """Runs a plan and writes its results, figures (PNG and SVG) and report.html to `output`.
 
-    A folder that holds the same demo, whole or in part, is gone on with."""
+    If the folder holds the same demo, finished or not, only what is missing is computed."""
     outcome = run(chosen, LocalPool(), output, BATCH, resume=True)
     manifest = read_run(output)[2]
     records, predictions = outcome.records, outcome.predictions

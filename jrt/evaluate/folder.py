@@ -1,12 +1,12 @@
-"""The folder of one run: a manifest of what was asked, predictions as they come, results at the end.
+"""The output folder of one run of `jrt eval`.
 
-    manifest.json       identity of the run, versions, models' hashes, whether it is complete
-    predictions.jsonl   one line for each item; appended a batch at a time, put in order at the end
-    results.json        one record for each cell
-    comparisons.json    paired differences
-    run.lock            held while a process writes
+    manifest.json       what was asked (the run's identity), versions, models' hashes, whether the run is complete
+    predictions.jsonl   one line for each answered item; appended batch by batch, sorted at the end
+    results.json        one record for each cell: a model, task, strategy and protocol
+    comparisons.json    paired differences between cells
+    run.lock            locked while a process writes
 
-A folder belongs to one run: another run is refused, the same one goes on where it stopped.
+A folder belongs to one run. Another run is refused; the same run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOCK = "run.lock"
 
 
 class Cell(NamedTuple):
-    """One number of a table, by names."""
+    """The names that identify one score: which model answered which task, read how, under which protocol."""
 
     model: str
     task: str
@@ -38,15 +38,16 @@ class Cell(NamedTuple):
 
 
 class RunFolder:
-    """An output folder in use; a context manager that lets go of it.
+    """An output folder that this process writes to. Leaving the context (`with RunFolder(...)`) releases its lock.
 
     Args:
-        path: made if absent, once the run is known to be sound.
-        manifest: `identity` decides whether two runs are the same; the rest is kept for the record.
-        resume: go on with what the folder holds.
+        path: created if absent.
+        manifest: two runs are the same if their manifests' `identity` is the same; other entries are only recorded.
+        resume: continue the run that the folder holds.
 
     Raises:
-        ValueError: the folder holds something else, is in use, or was left by the same run and `resume` is False.
+        ValueError: the folder holds something else, another process writes to it, or it holds the same run and `resume`
+            is False.
     """
 
     def __init__(self, path: Path, manifest: dict, resume: bool) -> None:
@@ -60,7 +61,7 @@ class RunFolder:
         self.rows = _read_predictions(path / PREDICTIONS) if former else []
         self.manifest = {**manifest, "models": (former or {}).get("models", {}), "complete": False}
         write_json(path / MANIFEST, self.manifest)
-        if former:  # a line that a crash cut off is dropped for good
+        if former:  # written again without the last line, if a crash cut that off
             write_text(path / PREDICTIONS, json_lines(self.rows))
         self._stream = (path / PREDICTIONS).open("a", encoding="utf-8", newline="\n")
 
@@ -73,7 +74,7 @@ class RunFolder:
         (self.path / _LOCK).unlink(missing_ok=True)
 
     def note_model(self, info: dict) -> None:
-        """Records what a model is. Raises ValueError where the run was begun with other weights under that name."""
+        """Records a model's description. Raises ValueError if the run began with other weights under that name."""
         known = self.manifest["models"].get(info["name"])
         if known is not None and known["sha256"] != info["sha256"]:
             raise ValueError(
@@ -87,7 +88,7 @@ class RunFolder:
         return {row["id"] for row in self.rows if cell_of(row) == cell}
 
     def append(self, rows: list[dict]) -> None:
-        """Keeps a batch, on disk before anything else happens."""
+        """Adds the predictions of a batch; they are on disk when this returns."""
         self._stream.write(json_lines(rows))
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -96,9 +97,9 @@ class RunFolder:
     def finish(
         self, rows: list[dict], records: list[dict], comparisons: list[dict], failed: dict[Cell, str] | None = None
     ) -> None:
-        """Puts predictions in order and writes the results: the same files whoever answered what and when.
+        """Writes the predictions in order, and the results. The order of answering leaves no trace in these files.
 
-        failed: cells without a number, and why; the manifest keeps them, and the run stays open for them."""
+        failed: cells without a score, with the reason. The manifest records them, and the run counts as unfinished."""
         write_text(self.path / PREDICTIONS, json_lines(rows))
         write_json(self.path / COMPARISONS, comparisons)
         write_json(self.path / RESULTS, records)
@@ -115,7 +116,7 @@ def cell_of(row: dict) -> Cell:
 def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
     """Records, predictions and manifest of a finished run.
 
-    Raises ValueError where the folder holds none, or files that do not belong together."""
+    Raises ValueError if the folder holds no finished run, or files that do not fit together."""
     files = [path / name for name in (RESULTS, PREDICTIONS, MANIFEST)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(
@@ -138,9 +139,9 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
 
 
 def former_manifest(path: Path, identity: dict, resume: bool) -> dict | None:
-    """The manifest of the same run, None for an empty or absent folder.
+    """The manifest that an earlier start of the same run left in the folder; None for an empty or absent folder.
 
-    Raises ValueError where the folder holds something else, or the same run and `resume` is False."""
+    Raises ValueError if the folder holds something else, or the same run and `resume` is False."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: --output names a folder")
     if not path.is_dir() or not any(entry.name != _LOCK for entry in path.iterdir()):
@@ -168,8 +169,8 @@ def former_manifest(path: Path, identity: dict, resume: bool) -> dict | None:
 
 
 def _renamed(rows: list[dict]) -> list[dict]:
-    """Rows under the one name of their task. Version 0.1 wrote `fda` for recall_fda, and `reference_pages` beside the
-    protocol pages-512 for recall_reference_pages_512."""
+    """Rows with today's task names. Version 0.1 wrote `fda` for recall_fda, and `reference_pages` with the protocol
+    pages-512 for recall_reference_pages_512."""
     found = []
     for row in rows:
         task = task_named(row["task"])
@@ -197,7 +198,7 @@ def _locked(path: Path) -> IO[str]:
 
 
 def _read_predictions(file: Path) -> list[dict]:
-    """All whole lines; the last one may have been cut off by a crash."""
+    """The predictions in a file. An incomplete last line, which a crash leaves, is skipped."""
     if not file.is_file():
         return []
     lines = file.read_bytes().split(b"\n")

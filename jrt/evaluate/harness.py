@@ -1,7 +1,7 @@
 """Our models in stock lm-eval: importing this module registers `--model jrt`. Nothing in lm-eval is changed.
 
-lm-eval has no entry points for models, so a program has to import this module. `jrt lm-eval ...` does; otherwise it is
-`lm_eval ...` with the recall tasks on its include path.
+lm-eval does not discover models by entry points, so a program has to import this module. `jrt lm-eval ...` does so,
+puts the recall tasks on lm-eval's include path, and is the command `lm_eval ...` in all other respects.
 """
 
 import inspect
@@ -93,13 +93,15 @@ class JRTHarness(HFLM):
 
 
 def command(given: list[str]) -> int:
-    """`lm_eval` with our models and the recall tasks; returns the exit status."""
+    """Runs `lm_eval` with our models and the recall tasks. given: its command-line arguments. Returns the exit
+    status."""
     command_line(arguments(given), _check_model)
     return 0
 
 
 def _check_model(found: dict[str, Any]) -> None:
-    """Raises ValueError for arguments of `--model jrt` that it does not know, or that leave no room for a prompt."""
+    """Raises ValueError for unknown arguments of `--model jrt`, and for a `max_length` that leaves no room for a
+    prompt."""
     if found.get("model") != "jrt":
         return
     options = settings.as_dict("model_args", found.get("model_args"))

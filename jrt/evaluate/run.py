@@ -1,8 +1,11 @@
-"""A run from a request to results: `plan(request)` says what is asked, `run(plan, pool, output)` answers it into a folder.
+"""A run of `jrt eval`: `plan(request)` loads the questions, `run(plan, pool, output)` answers them into a folder.
 
-Everything that can be wrong with a request is found by `plan`, before a model is opened or a file written. Batches are
-written as they come, and everything else is computed from what was written. So a run that was interrupted, went on
-elsewhere or was spread over workers ends with the same files.
+`plan` checks a request before a model is opened or a file written. `run` writes predictions batch by batch, and
+computes all results from what was written. So the results are the same for a run that was interrupted and resumed, or
+spread over workers.
+
+A cell is one score: a model, a task, a reading strategy (the context once or twice) and a protocol (prompt format and
+limits).
 """
 
 from __future__ import annotations
@@ -29,22 +32,26 @@ from jrt.evaluate.models import ModelSpec, open_tokenizer
 from jrt.evaluate.workers import Failure, Job, Pool
 from jrt.system.provenance import code_sha256, versions
 
-CPU_TOKENS = 8192  # of a batch: more of them no longer fit a processor's caches, and small models read slower
+CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
 ON_CPU = Limits(size=16, tokens=CPU_TOKENS)
-CPU_ALONE = 1024  # tokens: masked attention over longer padded rows costs more than decoding them together saves
-ON_GPU = Limits(size=128)  # halved wherever it does not fit
+# For models with full attention on a CPU (`Limits.alone`): on longer prompts, attention over padding costs more time
+# than decoding them in one batch saves.
+CPU_ALONE = 1024
+ON_GPU = Limits(size=128)  # a batch that does not fit into memory is halved
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for.
+    """What the user asks for: each model answers each task with each strategy, under each protocol.
 
     Args:
-        protocol: a protocol or a family of them, or several; None: each task's default.
-        limit: items for each cell; None: all.
-        data: mirror folder of the published datasets; None: what the environment names.
-        passages: folder of the `qa_*` tasks; None: what the environment names.
-        cut_with: another cutting tokenizer, which renames the protocol.
+        protocol: names of protocols or of families of them (docs/protocols.md); None: each task's default.
+        limit: the most items of a cell; None: all.
+        seed: for the choice of reference pages and of examples, and for bootstrap intervals.
+        data: mirror folder of the published datasets; None: the environment variable JRT_DATA, then the hub.
+        passages: folder of the `qa_*` tasks; None: the environment variable JRT_PASSAGES.
+        cut_with: the tokenizer that cuts documents to the protocol's length, in place of the protocol's own. The
+            protocol then gets another name, because its scores cannot be compared.
     """
 
     models: tuple[ModelSpec, ...]
@@ -60,7 +67,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request made definite: the items of each (task, strategy, protocol), the same for all models."""
+    """A checked request with its questions.
+
+    questions: the items by (task, strategy, protocol); they are the same for all models."""
 
     request: Request
     questions: dict[tuple[str, str, str], TaskItems] = field(default_factory=dict)
@@ -77,7 +86,9 @@ class Plan:
         return list({found.protocol.label(): found.protocol for found in self.questions.values()}.values())
 
     def identity(self) -> dict:
-        """What makes two runs the same run, as plain values. Batches, devices and workers are no part of it."""
+        """Plain values that decide the results: two runs with equal identities are the same run.
+
+        Batch sizes, devices and workers change no result, so they are not included."""
         request = self.request
         return {
             "models": [spec.identity() for spec in request.models],
@@ -90,7 +101,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with; the same as stands in its folder. failed: cells without a number, and why."""
+    """The results of a run, as they stand in its folder. failed: cells without a score, with the reason."""
 
     records: list[dict]
     comparisons: list[dict]
@@ -99,10 +110,10 @@ class Outcome:
 
 
 def plan(request: Request) -> Plan:
-    """Loads the questions of a request.
+    """Checks a request and loads its questions.
 
-    Raises ValueError for unknown or repeated names (models too), a negative seed, a protocol that does not fit a task, and
-    missing datasets."""
+    Raises ValueError for unknown or repeated names (models too), a negative seed, a protocol that does not fit a task,
+    and missing datasets."""
     tasks = [task_named(name) for name in request.tasks]
     strategies = [strategy_named(name) for name in request.strategies]
     named = {
@@ -141,9 +152,9 @@ def _one_name(model: str) -> str:
 
 
 def _first_that_opens(specs: Sequence[ModelSpec], opened: Callable[[ModelSpec], object]) -> None:
-    """Opens one model. Those that cannot be opened beside it are rows of the table with their reason.
+    """Checks that at least one model opens. Others may fail: they become rows of the table with the reason.
 
-    Raises ValueError where none can: there is nothing to run."""
+    Raises ValueError (the first model's) if none opens."""
     problems = []
     for spec in specs:
         try:
@@ -155,7 +166,7 @@ def _first_that_opens(specs: Sequence[ModelSpec], opened: Callable[[ModelSpec], 
 
 
 def _check_folders(request: Request, tasks: list[str]) -> None:
-    """A folder that is not there, or that no task reads, is a mistake in the request."""
+    """Raises ValueError for a folder that does not exist, or that none of the tasks reads."""
     if request.passages is not None:
         if not any(task in PASSAGES for task in tasks):
             raise ValueError("a folder of passages is named, but no task reads it: qa_squad, qa_nq ... do")
@@ -171,10 +182,10 @@ def _check_folders(request: Request, tasks: list[str]) -> None:
 
 
 def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, resume: bool = False) -> Outcome:
-    """Answers all cells of a plan into the folder `output`.
+    """Answers all questions of a plan and writes the results to the folder `output`.
 
-    batch_size: prompts at once; None: as suits the device, on a CPU fewer where prompts are long.
-    Raises ValueError for models that cannot be opened, a batch size below 1, and a folder that holds another run."""
+    batch_size: prompts of a batch; None: chosen for the device and the length of the prompts.
+    Raises ValueError if no model can be opened, the batch size is below 1, or the folder holds another run."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one item, got {batch_size}")
     _first_that_opens(plan.request.models, pool.info)  # before anything is written
@@ -301,7 +312,7 @@ def _predictions(plan: Plan, job: Job, prompts: list[Encoded], generations: list
 
 
 def _ordered(plan: Plan, cells: list[Cell], rows: list[dict]) -> dict[Cell, list[dict]]:
-    """Predictions by cell, in the order of the items; of an item that was answered twice, the first."""
+    """Predictions by cell, in the order of the items. If an item was answered twice, the first answer counts."""
     found: dict[Cell, dict[str, dict]] = {cell: {} for cell in cells}
     for row in rows:
         found.get(cell_of(row), {}).setdefault(row["id"], row)
@@ -309,12 +320,14 @@ def _ordered(plan: Plan, cells: list[Cell], rows: list[dict]) -> dict[Cell, list
 
 
 def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict) -> dict:
-    """The record of one cell. score, low and high lie between 0 and 1; seconds is compute time summed over batches.
+    """The record of one cell, as it stands in results.json.
 
-    truncated: items that lost prompt tokens to a limit; nan: items whose logits had a NaN (they count as wrong);
-    unreachable: items of whose answers the model can write none.
+    Some of its fields: score, low and high (mean and 95% interval) lie between 0 and 1; seconds is compute time summed
+    over batches; truncated counts items whose prompt was cut to a limit; nan counts items with a NaN logit (they score
+    0); unreachable counts items of which the model can write no correct answer.
 
-    measured: state_bytes and unreachable of the cell; beyond_the_model: why prompts could not be asked of this model."""
+    measured: state_bytes and unreachable; beyond_the_model: for each prompt that this model cannot be asked, the
+    reason."""
     found = plan.items(cell)
     interval = bootstrap([row["score"] for row in rows], seed=plan.request.seed)
     longest = max(row["prompt_tokens"] for row in rows)
@@ -347,9 +360,10 @@ def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict)
 
 
 def comparisons(rows: list[dict], seed: int = 0) -> list[dict]:
-    """Paired differences over the same items: strategies of one model, then models under one strategy.
+    """Paired differences over the items that two cells share: two strategies of one model, or two models with one
+    strategy.
 
-    difference = second - first, in score units, with its 95% interval."""
+    difference = second - first, in units of the score (0 to 1), with its 95% bootstrap interval."""
     cells: dict[Cell, dict[str, float]] = {}
     for row in rows:
         cells.setdefault(cell_of(row), {})[row["id"]] = row["score"]

@@ -1,6 +1,6 @@
-"""Who computes: this process (`LocalPool`), or Ray actors on several processes or machines (`RayPool`).
+"""Where answers are computed: in this process (`LocalPool`), or in Ray actors, on one machine or several (`RayPool`).
 
-Both answer the same jobs with the same code. Rows do not depend on who answers them, so the results are the same.
+Both run the same code on the same jobs (batches of prompts), so the results are the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Job:
-    """One batch of one cell: prompts as ids, and which items of the cell they ask."""
+    """One batch of one cell (model, task, strategy and protocol).
+
+    Args:
+        rows: the prompts as token ids.
+        items: for each prompt, the index of its item in the cell.
+    """
 
     spec: ModelSpec
     cell: Cell
@@ -36,13 +41,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """A batch that could not be answered, and why: the model's code failed."""
+    """Stands for the answers of a batch on which the model's code failed; `reason` is the error message."""
 
     reason: str
 
 
 class Pool(Interface):
-    """What a run needs of whoever computes."""
+    """The interface that a run needs: a model's description, its state size, and answers to jobs."""
 
     def info(self, spec: ModelSpec) -> dict: ...
 
@@ -71,13 +76,13 @@ class Worker:
 
     def _opened(self, spec: ModelSpec) -> OpenModel:
         if self._model is None or self._model.spec != spec:
-            self._model = None  # the former model's memory is freed before the next is read
+            self._model = None  # frees the previous model's memory before the next model is loaded
             self._model = open_model(spec)
         return self._model
 
 
 class LocalPool(Worker):
-    """Everything in this process, one job after the other."""
+    """Computes in this process, one job after the other."""
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
         for job in jobs:
@@ -85,17 +90,17 @@ class LocalPool(Worker):
 
 
 class RayPool:
-    """Ray actors with one model copy each; a context manager that ends them.
+    """Ray actors, each with its own copy of the model. Leaving the context (`with RayPool(...)`) ends them.
 
-    A worker that dies is replaced, and its job is asked again.
+    A worker that dies is replaced, and its job is given to another worker.
 
     Args:
-        workers: how many, each with one CPU.
-        address: an existing cluster, on which jrt must be installed; None starts Ray here.
-        gpus: GPUs of each worker.
+        workers: number of actors; each reserves one CPU.
+        address: of a running Ray cluster on which jrt is installed; None starts Ray on this machine.
+        gpus: GPUs that each worker reserves; a fraction lets workers share a GPU.
 
     Raises:
-        ValueError: no worker is asked for, or the cluster cannot be reached.
+        ValueError: fewer than one worker, or the cluster cannot be reached.
     """
 
     def __init__(self, workers: int, address: str | None = None, gpus: float = 0) -> None:
@@ -127,12 +132,14 @@ class RayPool:
         return self._asked("state_bytes", spec, length)
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
-        """Answers as they come; each worker has one job at a time.
+        """Yields jobs with their answers, in the order in which they finish; each worker has one job at a time.
 
-        Raises RuntimeError where a job has ended its worker several times."""
+        Raises:
+            RuntimeError: a job's worker died ATTEMPTS times.
+        """
         coming, again = iter(jobs), deque[Job]()
         failures: dict[int, int] = {}
-        running: dict[Any, tuple[Job, int]] = {}  # by the reference of the answer: the job and its worker's place
+        running: dict[Any, tuple[Job, int]] = {}  # Ray's reference to a result: its job, and the index of the worker
         while True:
             busy = {place for _, place in running.values()}
             for place in range(len(self.actors)):

@@ -1,1 +1,1 @@
-"""What is done to any causal model of transformers: its caches are copied, its saved generation settings set aside."""
+"""Handles models of other projects: chooses rows of their caches, and replaces their saved generation settings."""

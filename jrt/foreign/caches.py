@@ -1,6 +1,7 @@
-"""Rows of the caches that transformers' models decode with: choosing and repeating them.
+"""Chooses and repeats rows of the caches of transformers' models.
 
-A cache holds a layer's keys and values (all, or those in a window), or the states of its recurrence and convolution, or both.
+For each layer a cache holds keys and values (all, or those in a window), states of a recurrence or convolution, or
+both.
 """
 
 import inspect
@@ -15,22 +16,28 @@ from jrt.modeling_jrt import CACHE
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name by which `forward` and `generate` of a model take a cache: Mamba's had one of its own before 5.24."""
+    """The argument by which `forward` and `generate` of a model take a cache. Before transformers 5.24 Mamba had its
+    own."""
     names = inspect.signature(model.forward).parameters
     return "cache_params" if "cache_params" in names and CACHE not in names else CACHE
 
 
 def select_rows(cache: Cache, rows: Tensor) -> None:
-    """Keeps these rows (any number, repeated or not, (K,) int64) of all layers, in that order; changes the cache in place.
+    """Replaces the rows of a cache, in place and in all layers, by those with the given indices.
 
-    Raises ValueError for an object that is no cache of transformers'."""
+    Args:
+        rows: (K,) int64, in any order; an index may be repeated or left out.
+
+    Raises:
+        ValueError: the object is no cache of transformers.
+    """
     if not isinstance(cache, Cache):
         raise ValueError(
             f"the rows of a {type(cache).__name__} cannot be chosen: expected one of transformers' Cache classes"
         )
-    # Layers with a recurrence have no `batch_select_indices` of their own, and those with attention beside it choose the
-    # keys only. All have `reorder_cache`, which takes any choice of rows. A cache class that keeps states outside its
-    # layers says itself how to choose.
+    # Recurrent layers do not implement `batch_select_indices`, and layers with attention and a recurrence apply it to
+    # keys and values only. All implement `reorder_cache`, which accepts any choice of rows. A cache class that
+    # overrides `batch_select_indices` keeps states outside its layers, so its own method is used.
     if type(cache).batch_select_indices is not Cache.batch_select_indices:
         cache.batch_select_indices(rows)
     else:
@@ -38,8 +45,8 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
 
 
 def keeps_no_tokens(cache: Cache) -> bool:
-    """Whether the cache does not know how many tokens it has read, because no layer keeps them.
+    """Whether all layers are recurrent, so that the cache does not know how many tokens it has read.
 
-    On top of such a cache, `generate` reads all it is given, so it must be given the unread tokens only; on top of any other,
-    it is given rows from their start and reads what the cache has not."""
+    With such a cache, `generate` reads all ids that it gets, so they must be the unread tokens only. With any other
+    cache, `generate` must get the rows from their start, and skips the tokens that the cache holds."""
     return len(cache.is_linear) > 0 and all(cache.is_linear)

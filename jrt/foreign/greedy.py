@@ -1,7 +1,8 @@
-"""Greedy decoding means the likeliest token at each step, whatever a checkpoint's generation_config.json asks for.
+"""Plain greedy decoding: the most likely token at each step, whatever a checkpoint's generation_config.json says.
 
-Saved settings can change greedy answers (penalties, suppressed or forced tokens, minimum lengths, guidance ...) or how they
-are computed (another cache, several returned sequences, an assistant). An evaluation sets all of them aside and says so.
+Saved settings can change greedy answers (penalties, suppressed or forced tokens, minimum lengths, guidance ...) or how
+they are computed (another cache, several returned sequences, an assistant). An evaluation replaces all of them and
+reports which.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from transformers.utils import cached_file
 
 FILE = "generation_config.json"
 
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # what a model's tokens mean: kept
-# Without effect on greedy answers whose length the caller gives: not worth a word. The rest is.
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # the settings that are kept
+# Settings that have no effect on greedy answers of a given length. They are replaced without a report.
 _SAMPLING = "do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits"
 _LENGTHS = "max_length max_new_tokens"
 _OUTPUTS = "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate"
@@ -27,10 +28,13 @@ SILENT = frozenset(" ".join((_SAMPLING, _LENGTHS, _OUTPUTS, _RECORDS)).split())
 
 
 def saved_settings(name: str) -> dict[str, Any] | None:
-    """What the generation_config.json of a folder or hub id says, read as plain JSON: transformers refuses to load models
-    whose settings contradict each other, though nothing here would use them. None: there is no such file.
+    """The generation_config.json of a folder or hub id, as plain JSON; None if there is no such file.
 
-    Raises ValueError where the file holds no JSON object."""
+    transformers itself refuses to load a model whose settings contradict each other, even if nobody uses them.
+
+    Raises:
+        ValueError: the file holds no JSON object.
+    """
     file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
@@ -44,7 +48,7 @@ def saved_settings(name: str) -> dict[str, Any] | None:
 
 
 def plain_settings(saved: Mapping[str, Any]) -> GenerationConfig:
-    """Greedy settings that share nothing with the saved ones but the end, begin and pad tokens."""
+    """Plain greedy settings, with the special tokens (TOKENS) of the saved settings."""
     kept = {name: saved.get(name) for name in TOKENS}
     return GenerationConfig(**{name: value for name, value in kept.items() if _is_token(value)})
 
@@ -52,10 +56,11 @@ def plain_settings(saved: Mapping[str, Any]) -> GenerationConfig:
 def set_aside(model: PreTrainedModel, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Gives the model plain greedy settings.
 
-    saved: what a file says; None: the settings that the model has.
+    Args:
+        saved: the settings from a file; None: those that the model has now.
 
     Returns:
-        The saved settings that could have changed greedy answers or the way to them, by name. Empty: there were none.
+        The replaced settings, by name, that could have changed greedy answers or how they are computed.
     """
     saved = vars(model.generation_config) if saved is None else saved
     plain = plain_settings(saved)
@@ -79,10 +84,11 @@ def _is_token(value: object) -> bool:
 
 
 class ForcedTokens(LogitsProcessor):
-    """Lets each row of `generate` go on with given tokens before it chooses any itself; for one call."""
+    """Makes each row of `generate` take given tokens first, before it chooses its own. An object serves one call."""
 
     def __init__(self, forced: Sequence[Sequence[int]]) -> None:
-        self.forced, self.steps = forced, 0  # not read off input_ids: short prompts may have been filled up
+        # Steps are counted here, because filled-up prompts change the width of input_ids.
+        self.forced, self.steps = forced, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step, self.steps = self.steps, self.steps + 1
@@ -96,15 +102,15 @@ class ForcedTokens(LogitsProcessor):
 
 
 def _matters(name: str, value: object) -> bool:
-    """Whether a saved setting says something else than transformers' default for greedy decoding."""
+    """Whether a saved setting could change greedy answers or how they are computed."""
     if name in TOKENS:
-        return value is not None and not _is_token(value)  # such an end token ends nothing
+        return value is not None and not _is_token(value)  # such as an end token that is no id: it never ends a row
     if name in SILENT or value is None:
         return False
     return name not in _DEFAULTS or value != _DEFAULTS[name]
 
 
-# What each setting does nothing at. `use_cache` false is slow and no different, and it is set aside like the others.
+# The value at which each setting has no effect. `use_cache` false only costs time, but is replaced and reported too.
 _DEFAULTS: dict[str, object] = {
     "assistant_confidence_threshold": 0.4,
     "assistant_lookbehind": 10,

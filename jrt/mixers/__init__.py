@@ -1,8 +1,8 @@
-"""The layers that mix tokens: one class a pattern letter.
+"""The mixers: layers that combine the vectors of different tokens. There is one class for each letter of a pattern.
 
-Every mixer is made as `Mixer(config, layer)` and called as `mixer(x, batch, state) -> (y, state)`: x and y are
-(B, T, E), batch is a `TokenBatch`, and the state is None at the start of a text, later a tensor or a tuple of tensors
-whose first dimension is B.
+A mixer is made as `Mixer(config, layer)`, where layer is its index in the pattern. It is called as `mixer(x, batch,
+state) -> (y, state)`: x and y are (B, T, E), batch is a `TokenBatch`, and the state is None at the start of a text,
+else a tensor or a tuple of tensors whose first dimension is B.
 """
 
 from torch import nn
@@ -26,9 +26,15 @@ __all__ = ["MIXERS", "Prefix", "TokenBatch", "register"]
 
 
 def register(letter: str, meaning: str, mixer: type[nn.Module]) -> None:
-    """Makes `mixer` the layer that `letter` stands for in patterns; raises ValueError for a letter that is taken.
+    """Adds a mixer class under a new letter of patterns (how to write one: docs/architecture.md).
 
-    `meaning` is what the error message for an unknown letter says of it.
+    Args:
+        letter: one character that no mixer has.
+        meaning: a short description, shown in error messages and by `jrt info`.
+        mixer: the class; its interface is described at the top of this file.
+
+    Raises:
+        ValueError: the letter is taken, or not one character.
     """
     if len(letter) != 1 or letter in LETTERS:
         raise ValueError(f"letter {letter!r}: expected one character that is not among {', '.join(LETTERS)}")

@@ -1,6 +1,6 @@
-"""A, full attention, and S, attention in a sliding window; rotary positions in both.
+"""A, full attention, and S, sliding-window attention; both with rotary positions.
 
-Shapes: B batch, T tokens, K keys, H heads, D head size, W earlier keys that a window shows, N blocks of queries.
+Shapes: B batch, T tokens, K keys, H heads, D head size, W earlier keys in a window. A row's own tokens are not padding.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from jrt.config import Config
 from jrt.mixers.batch import TokenBatch
 
-MIN_BLOCK = 64  # fewer queries a block waste the matrix units on small windows
+MIN_BLOCK = 64  # least queries of a block: matrix products with fewer use a GPU poorly
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of the tokens before, the newest last; a window keeps W columns, zeros before the first token."""
+    """Keys and values of earlier tokens, the newest last. A window always keeps W columns; those before the text are
+    zero."""
 
     k: Tensor  # (B, K, H, D), rotated
     v: Tensor  # (B, K, H, D)
@@ -42,12 +43,12 @@ class Attention(nn.Module):
         q, k, v = self.rotated(x, batch)
         if state is not None:
             k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, K, H, D)
-        is_whole = batch.mask is None and state is None  # a text without padding from its start: every key counts
+        is_whole = batch.mask is None and state is None  # a whole text without padding: all keys are valid
         o = full_attention(q, k, v, None if is_whole else own_keys(batch, k.shape[1]), self.scale)
         return self.out_proj(o.flatten(2)), KeyValues(k, v)
 
     def rotated(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys with their positions, and values: (B, T, H, D) each."""
+        """Queries and keys, rotated by their positions, and values: (B, T, H, D) each."""
         qkv = self.Wqkv(x).unflatten(-1, (3 * self.heads, -1))  # (B, T, 3 H, D)
         qk, v = qkv.split([2 * self.heads, self.heads], dim=2)
         if batch.rotary is not None:
@@ -57,7 +58,7 @@ class Attention(nn.Module):
 
 
 class WindowAttention(Attention):
-    """Softmax attention over the row's last W + 1 tokens, its own included."""
+    """Softmax attention over a query's own token and the W tokens before it."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__(config, layer)
@@ -77,7 +78,8 @@ class WindowAttention(Attention):
 
 
 def own_keys(batch: TokenBatch, keys: int) -> Tensor:
-    """(B, K) bool, True for the row's own tokens among the last K keys: whatever is not stands before them."""
+    """(B, K) bool, True where one of the last K keys belongs to the row's own tokens. These are always the newest
+    keys."""
     own = batch.positions[:, -1:] + 1  # (B, 1) own tokens up to now
     return torch.arange(keys, device=own.device) >= keys - own
 
@@ -108,9 +110,9 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale:
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int, scale: float) -> Tensor:
-    """Softmax attention of query t over keys t .. t + W of a list that starts W before the first query.
+    """Softmax attention of query t over keys t to t + W; the keys begin W columns before the first query.
 
-    Queries go in blocks, each against the keys of its block and the W before: memory is linear in T.
+    Queries are computed in blocks, each with the keys of its block and the W before. So memory is linear in T.
 
     Args:
         q: (B, T, H, D); k, v: (B, W + T, H, D); valid: (B, W + T) bool.
@@ -136,8 +138,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int
 
 
 def compiled_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """`window_attention` of a whole text without padding, for training under torch.compile: FlexAttention, which torch
-    compiles to a kernel that skips the blocks outside of the window (`python benchmarks/layers.py` times it).
+    """As `window_attention`, for a whole text without padding, in training under torch.compile.
+
+    FlexAttention becomes a kernel that skips blocks outside of the window (`python benchmarks/layers.py` times it).
 
     Args:
         q, k, v: (B, T, H, D).
@@ -158,7 +161,7 @@ def compiled_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scal
 
 
 def _last_columns(x: Tensor, count: int) -> Tensor:
-    """The last `count` columns of x (B, T, H, D), zeros before the first."""
+    """The last `count` columns of x (B, T, H, D); zeros come first if it has fewer."""
     missing = max(0, count - x.shape[1])
     return F.pad(x[:, max(0, x.shape[1] - count) :], (0, 0, 0, 0, missing, 0))
 
@@ -171,7 +174,8 @@ def rotary_angles(positions: Tensor, dim: int, base: float = 10_000.0) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first half of the rotated dimensions against the second; the rest passes through."""
+    """Rotates x (B, T, H, D): dimension i with dimension i + half, for i below half; the other dimensions stay as they
+    are."""
     half = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

@@ -1,4 +1,4 @@
-"""What a mixer knows of the tokens it is given besides their vectors.
+"""What a mixer gets to know about its tokens besides their vectors: positions, padding, and the prefix.
 
 Shapes: B batch, T tokens of this call, M columns that the prefix encoder is given (at most its length).
 """
@@ -15,13 +15,11 @@ class Prefix(NamedTuple):
     """The columns that the prefix encoder reads in this call."""
 
     length: int  # M, a Python number, so that no shape depends on the contents of a tensor
-    columns: (
-        Tensor | None
-    )  # (B, M) int64: each row's columns, where padding shifts them; None: the first M of every row
+    columns: Tensor | None  # (B, M) int64: the columns of each row, if padding shifts them; None: the first M
     mask: Tensor | None  # (B, M) bool, True: part of the row's prefix; None: all are
 
     def of(self, x: Tensor) -> Tensor:
-        """These columns of x (B, T, E), as (B, M, E)."""
+        """The prefix's columns (B, M, E) of x (B, T, E)."""
         if self.columns is None:
             return x[:, : self.length]
         return x.take_along_dim(self.columns[..., None], dim=1)

@@ -13,7 +13,7 @@ from jrt.ops import gated_convolution_linear
 
 
 class ShortConvolution(nn.Module):
-    """Gated short convolution; its state is the last K - 1 inputs (B, K - 1, E) of the convolution."""
+    """Gated short convolution. Its state, (B, K - 1, E), holds the last K - 1 inputs of the convolution."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()

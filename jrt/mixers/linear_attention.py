@@ -13,7 +13,7 @@ from jrt.ops import State, encode_prefix, linear_attention
 
 
 class LinearAttention(nn.Module):
-    """Based's mixer: queries, keys and values without rotation, the Taylor feature map, no softmax."""
+    """Based's mixer (arXiv 2402.18668): linear attention with the Taylor feature map, without rotary positions."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LinearAttention(nn.Module):
         log_decay = batch.log_decay if self.has_decay else None
         o, state = linear_attention(q, k, v, initial_state=state, mask=batch.mask, log_decay=log_decay)
         if self.has_decay:
-            o = o * self.decay_proj(x)[..., None]  # a gain per head and token belongs to the decay
+            o = o * self.decay_proj(x)[..., None]  # (B, T, H, 1): with decay, each head and token has an output gain
         return self.out_proj(o.flatten(2)), state
 
     def project(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,10 @@ class LinearAttention(nn.Module):
 
 
 class PrefixLinearAttention(LinearAttention):
-    """Linear attention whose first state is a non-causal reading of the prefix, by its own keys and values (eq. 3)."""
+    """Linear attention that starts from the state of a prefix encoder (paper, equation 3).
+
+    The encoder reads the prefix without a causal mask, by keys and values from projections of its own.
+    """
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__(config, layer)

@@ -17,14 +17,14 @@ from jrt.ops import selective_scan, silu_convolution
 
 
 class MambaState(NamedTuple):
-    """What one Mamba layer keeps of a row."""
+    """The state of a Mamba layer."""
 
-    conv: Tensor  # (B, K - 1, E)
-    ssm: Tensor  # (B, E, N) fp32
+    conv: Tensor  # (B, K - 1, E), the last inputs of the convolution
+    ssm: Tensor  # (B, E, N) fp32, the state of the selective scan
 
 
 class Mamba(nn.Module):
-    """Convolution, selective scan and gate; replaces attention and MLP both."""
+    """Convolution, selective scan and gate; a block with this mixer has no MLP."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()

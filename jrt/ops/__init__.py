@@ -1,9 +1,11 @@
-"""The two functions that all models here are built on, and the choice of who computes them.
+"""The functions that the models are built on. Each has several backends, of which the fastest that can serve a call is
+used.
 
-Prefix linear attention is causal linear attention that starts from a state which is not zero: `encode_prefix` reads the
-prefix into a state, `linear_attention` goes on from any state, and one more token is the same call with T = 1.
+Prefix linear attention is causal linear attention that starts from a state that is not zero: `encode_prefix` turns the
+prefix into a state, `linear_attention` continues from any state, and decoding a token is the same call with T = 1.
 
-Shapes: B batch, N packed sequences, T tokens, M prefix tokens, H heads, d query/key size, D value size, F = 1 + d + d (d + 1) / 2 features.
+Shapes: B batch, N packed sequences, T tokens, M prefix tokens, H heads, d query/key size, D value size, F = 1 + d + d
+(d + 1) / 2 features.
 """
 
 from __future__ import annotations
@@ -55,16 +57,17 @@ def linear_attention(
     Args:
         q, k: (B, T, H, d), before the feature map.
         v: (B, T, H, D).
-        initial_state: what was read before, from `encode_prefix` or an earlier call; None: nothing.
-        mask: (B, T) bool, False where a token is padding: its key and value may hold anything and leave no trace, its
-            own output means nothing.
-        log_decay: (H,) log of the numerator's decay per token (the released Based-360M); None: no decay.
+        initial_state: the state after earlier tokens, from `encode_prefix` or an earlier call; None: zero.
+        mask: (B, T) bool, False where a token is padding. Its key and value may hold anything, even NaN, and change
+            nothing. Its output has no meaning. None: no padding.
+        log_decay: (H,) log of the factor by which the numerator's sum is multiplied at each token (the released
+            Based-360M); None: no decay.
         normalize: divide by the denominator; False gives the numerator.
         cu_seqlens: (N + 1,) int32 or int64, for N sequences packed into one row (B = 1): sequence n has the tokens
-            cu_seqlens[n] to cu_seqlens[n + 1] - 1. States are then (N, H, F, D) and (N, H, F). On a GPU the numbers
-            are not looked at; "chunked" copies them to the host.
-        backend: "cuda" (Hopper kernels), "triton" (any GPU), "chunked" (PyTorch, any device) or "reference" (T^2, the
-            definition); None takes the first of these that supports the call.
+            cu_seqlens[n] to cu_seqlens[n + 1] - 1. States are then (N, H, F, D) and (N, H, F). On a GPU its values are
+            not checked; the backends "chunked" and "reference" copy them to the host.
+        backend: "cuda" (Hopper kernels), "triton" (any GPU), "chunked" (PyTorch, any device) or "reference" (the
+            definition, with memory in T^2); None takes the first of these that can serve the call.
 
     Returns:
         o (B, T, H, D) in the dtype of `v`, and the State after the last token, in fp32 (fp64 for fp64 inputs).
@@ -92,12 +95,14 @@ def encode_prefix(
     cu_seqlens: Tensor | None = None,
     backend: Backend | None = None,
 ) -> State:
-    """The first reading: the state that a prefix leaves, every token seen by every later query.
+    """Encodes a prefix into the state from which `linear_attention` starts (paper equation 3, encoder sums).
+
+        S = sum_j phi(k_j) v_j^T,  z = sum_j phi(k_j)
 
     Args:
         k: (B, M, H, d), before the feature map.
         v: (B, M, H, D).
-        mask: (B, M) bool, False where a token is not part of the prefix.
+        mask: (B, M) bool, False where a token is not part of the prefix; None: all are.
         cu_seqlens: (N + 1,), for N prefixes packed into one row, as in `linear_attention`.
         backend: as in `linear_attention`.
 

@@ -2,7 +2,7 @@
 
 A backend is a module with
 
-    unsupported(call) -> str | None           why it cannot serve the call; None: it can
+    unsupported(call) -> str | None           the reason why it cannot serve the call; None if it can
     linear_attention(call) -> (o, State)
     encode_prefix(call) -> State
 

@@ -10,7 +10,7 @@ from jrt.ops.feature_map import State
 
 
 class Call(NamedTuple):
-    """Checked arguments of `jrt.ops.linear_attention`, or without `q` of `jrt.ops.encode_prefix`."""
+    """Checked arguments of `jrt.ops.linear_attention`; with q = None, those of `jrt.ops.encode_prefix`."""
 
     q: Tensor | None  # (B, T, H, d)
     k: Tensor  # (B, T, H, d)
@@ -22,12 +22,12 @@ class Call(NamedTuple):
     cu_seqlens: Tensor | None = None  # (N + 1,)
 
     def tensors(self) -> list[Tensor]:
-        """All that are floating-point and given."""
+        """All floating-point tensors that are not None."""
         given = (self.q, self.k, self.v, *(self.initial_state or ()), self.log_decay)
         return [x for x in given if x is not None]
 
     def without_padding(self) -> Call:
-        """Keys and values of padding, which may hold anything, become zero: 0 times NaN would be NaN."""
+        """The call with keys and values of padding set to zero. They may hold NaN, and 0 times NaN would be NaN."""
         if self.mask is None:
             return self
         padding = ~self.mask[:, :, None, None]

@@ -1,4 +1,4 @@
-"""What linear attention may be called with; each function raises ValueError with what was expected.
+"""Checks of the arguments of linear attention. Each function raises ValueError with what was expected.
 
 Shapes: B batch, T tokens, H heads, d query/key size, D value size, F features.
 """

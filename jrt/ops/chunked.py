@@ -1,8 +1,8 @@
-"""Linear attention in chunks: linear time and memory, plain PyTorch, any device, differentiable.
+"""Backend "chunked": linear attention in chunks of tokens, in plain PyTorch. Time and memory are linear in T.
 
-Inside a chunk the scores 1 + s + s^2 / 2 come from q.k itself (a C x C product of d-vectors); features are built only
-to read and write the state between chunks. Matrix products run in the inputs' dtype on a GPU and at least in fp32 on
-a CPU; states are always summed in fp32 or wider.
+Inside a chunk the scores 1 + s + s^2 / 2 are computed from s = q.k / sqrt(d) (a C x C matrix); features are computed
+only for the state between chunks. Matrix products run in the inputs' dtype on a GPU, and at least in fp32 on a CPU.
+States are always summed in fp32 or wider.
 
 Shapes: B batch, T tokens, H heads, d query/key size, D value size, F features, N chunks of C tokens.
 """
@@ -17,16 +17,17 @@ from jrt.ops.feature_map import State, taylor_features
 from jrt.ops.packing import attend_apart, encode_apart
 
 CHUNK = 128
-# Chunks of a segment are computed side by side, segments one after another: the states between them may take this.
+# A segment is several chunks that are computed in parallel; segments follow one after another. This bounds a segment's
+# length: the bytes that the states between its chunks may take.
 SEGMENT_STATE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 
 
 def unsupported(call: Call) -> None:
-    """PyTorch serves every call."""
+    """None: this backend serves every call."""
 
 
 def encode_prefix(call: Call) -> State:
-    """The state that a prefix leaves; no scores, no order, no queries (equation 3, encoder sums)."""
+    """The state of a prefix (equation 3, encoder sums), summed segment by segment; no scores are needed."""
     if call.cu_seqlens is not None:
         return encode_apart(encode_prefix, call)
     _, k, v, _, mask, *_ = call.without_padding()
@@ -45,7 +46,7 @@ def encode_prefix(call: Call) -> State:
 
 
 def linear_attention(call: Call) -> tuple[Tensor, State]:
-    """The function of `reference.linear_attention`, in T / C steps."""
+    """Computes what `reference.linear_attention` does, in T / C chunks."""
     if call.cu_seqlens is not None:
         return attend_apart(linear_attention, call)
     q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
@@ -58,7 +59,7 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
     length = q.shape[1]
     if length == 1:
         return _step(q, k, v, state, mask, log_decay, normalize, dtype)
-    # Decay ties each chunk's state to the one before, so chunks cannot be summed side by side.
+    # With decay, each chunk's state depends on the one before by a factor, so the parallel sum (cumsum) cannot be used.
     segment = CHUNK if log_decay is not None else _segment_tokens(k, v)
     outputs, start = [], 0
     while start < length:
@@ -74,7 +75,8 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
 
 
 def _step(q, k, v, state, mask, log_decay, normalize, dtype):
-    """One token: the state moves on and the query reads it, in as few calls as possible (decoding)."""
+    """One token: updates the state, then the query reads it. Few calls, because in decoding their number decides the
+    time."""
     wide = _state_dtype(k)
     phi_q, phi_k = taylor_features(torch.stack([q[:, 0], k[:, 0]]).to(wide))  # (B, H, F) each
     if mask is not None:
@@ -93,7 +95,7 @@ def _step(q, k, v, state, mask, log_decay, normalize, dtype):
 
 
 def _segment(q, k, v, state, mask, log_decay, normalize):
-    """One segment of whole chunks (or one short chunk) on top of the state before it."""
+    """Outputs of one segment (whole chunks, or one short chunk) and the state after it, from the state before it."""
     length, d = q.shape[1], q.shape[3]
     chunk = min(CHUNK, length)
     wide = _state_dtype(k)
@@ -121,7 +123,7 @@ def _segment(q, k, v, state, mask, log_decay, normalize):
     # 2. What each chunk adds to the state, and the state before each chunk.
     dS = (grown.transpose(-1, -2) @ v).to(wide)  # (B, N, H, F, D)
     dz = phi_k.sum(-2, dtype=wide)  # (B, N, H, F)
-    if log_decay is not None:  # one chunk
+    if log_decay is not None:  # N = 1 then
         fade = (rate * (steps + 1)[:, None]).exp()  # (H, C, 1)
         before = None if state is None else State(state.S[:, None], state.z[:, None])
         S = dS[:, 0] if state is None else dS[:, 0] + fade[:, -1:] * state.S
@@ -146,7 +148,8 @@ def _segment(q, k, v, state, mask, log_decay, normalize):
 
 
 def _shifted(S: Tensor, z: Tensor, state: State | None) -> State | None:
-    """The states before each chunk, out of those after it; None where there is nothing before."""
+    """The states before each chunk, from the states after each chunk; None if there is one chunk and no state before
+    it."""
     if state is None and S.shape[1] == 1:
         return None
     first = State(torch.zeros_like(S[:, 0]), torch.zeros_like(z[:, 0])) if state is None else state
@@ -154,7 +157,7 @@ def _shifted(S: Tensor, z: Tensor, state: State | None) -> State | None:
 
 
 def _to_compute_dtype(x: Tensor) -> Tensor:
-    """A CPU multiplies half precision slowly and rounds between steps, so it computes in fp32."""
+    """On a CPU at least fp32: there, half precision is slow and is rounded between steps."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == "cpu" else x
 
 

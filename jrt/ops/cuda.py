@@ -1,9 +1,10 @@
-"""Hopper kernels for linear attention as torch operators: prefill, prefix encoder, decode step.
+"""Backend "cuda": Hopper kernels for linear attention as torch operators (prefill, prefix encoder, decode step).
 
-The backward of the first two is that of `jrt.ops.triton`, which needs nothing of the forward but its output.
+Gradients of prefill and encoder come from `jrt.ops.triton`, which needs only the inputs and the output of the forward
+pass.
 
 The kernels live in the extension module `jrt_kernels` (kernels/, built by JRT_BUILD_KERNELS=1); this file checks what
-they can serve, allocates, and passes addresses. Where they cannot, `unsupported` says why.
+they can serve (`unsupported`), allocates tensors, and passes addresses.
 
 Shapes: B batch, T tokens, H heads, d = 16 query/key size, D value size, F = 153 features.
 """
@@ -26,14 +27,15 @@ from jrt.ops.triton import gradients_of_call, gradients_of_prefix, save_call, sa
 
 DIM = 16
 FEATURES = feature_count(DIM)
-INTERFACE = 3  # of jrt_kernels
-LONGEST = 2**30  # tokens: kernels count them in 32 bits
-VECTOR_BYTES = 16  # copies and decoding move these at once
+INTERFACE = 3  # the version of jrt_kernels' interface that this file calls
+LONGEST = 2**30  # most tokens: the kernels count them in 32 bits
+VECTOR_BYTES = 16  # addresses must be multiples of this: the kernels load and store so many bytes at a time
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 def unsupported(call: Call) -> str | None:
-    """Why the kernels cannot serve this call, or None. Safe without CUDA and without the extension."""
+    """The reason why the kernels cannot serve this call; None if they can. Works without CUDA and without the
+    extension."""
     q, k, v, mask = call.k if call.q is None else call.q, call.k, call.v, call.mask
     if q.device.type != "cuda":
         return f"tensors are on {q.device}; expected a CUDA device"
@@ -63,7 +65,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def linear_attention(call: Call) -> tuple[Tensor, State]:
-    """`jrt.ops.linear_attention` for calls that `unsupported` lets pass."""
+    """`jrt.ops.linear_attention`, for calls for which `unsupported` returns None."""
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in call.tensors())
     S, z = (None, None) if call.initial_state is None else call.initial_state
     one_token = call.k.shape[1] == 1 and not wants_gradient
@@ -73,16 +75,17 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
 
 
 def encode_prefix(call: Call) -> State:
-    """`jrt.ops.encode_prefix` for calls that `unsupported` lets pass."""
+    """`jrt.ops.encode_prefix`, for calls for which `unsupported` returns None."""
     return State(*torch.ops.jrt.encode_prefix(call.k, call.v, call.mask))
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool = True) -> Tensor:
-    """One token on top of `state`, which is updated in place.
+    """Linear attention for one token after `state`, which is updated in place.
 
     Args:
         q, k: (B, 1, H, 16); v: (B, 1, H, D).
-        state: contiguous fp32.
+        state: contiguous, fp32.
+        normalize: as in `jrt.ops.linear_attention`.
 
     Returns:
         o (B, 1, H, D).
@@ -190,10 +193,10 @@ torch.library.register_autograd("jrt::encode_prefix", _encode_gradients, setup_c
 
 
 def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """With zeros where the mask is False: the tensor cores would carry a NaN on, 0 times NaN being NaN.
+    """x with zeros at padding, where it may hold NaN: in a matrix product, 0 times NaN would be NaN.
 
-    Made here, inside the operators, so that training keeps the inputs and not their copies: the backward kernels read
-    no padding.
+    This happens inside the operators, so that autograd saves the inputs and not these copies. The backward kernels do
+    not read padding.
     """
     return x if mask is None else x.masked_fill(~mask[:, :, None, None], 0)
 
@@ -238,7 +241,7 @@ def _empty_state(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _view(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Address, and strides of batch, token and head."""
+    """Address, and strides (in elements) of batch, token and head."""
     if x is None:
         return 0, 0, 0, 0
     batch, token, head, _ = x.stride()
@@ -251,17 +254,17 @@ def _mask_view(mask: Tensor | None) -> tuple[int, int]:
 
 
 def _contiguous_rows(mask: Tensor | None) -> Tensor | None:
-    """A mask as the kernels read it: the tokens of a row side by side, offsets in 32 bits."""
+    """The mask with a row's tokens contiguous and offsets below 2^31, as the kernels expect; copied if necessary."""
     if mask is None or ((mask.stride(1) == 1 or mask.shape[1] == 1) and mask.shape[0] * mask.stride(0) < 2**31):
         return mask
     return mask.contiguous()
 
 
 def _no_gradient(call: Call) -> str | None:
-    """Why the derivative that is wanted cannot be had."""
+    """The reason why a derivative that the call asks for cannot be computed; None if there is no problem."""
     if not torch.is_grad_enabled():
         return None
-    # The compiler cannot trace this question, and compiles no forward-mode derivatives.
+    # torch.compile cannot trace `unpack_dual`, and does not compile forward-mode derivatives.
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in call.tensors()):
         return "a forward-mode derivative is wanted and the kernels have none"
     if not triton.INSTALLED and any(x.requires_grad for x in call.tensors()):
@@ -270,7 +273,7 @@ def _no_gradient(call: Call) -> str | None:
 
 
 def _aligned(x: Tensor | None) -> Tensor | None:
-    """A tensor that begins where the copies can: at a multiple of 16 bytes. What a slice leaves elsewhere is copied."""
+    """The tensor, copied if its address is no multiple of VECTOR_BYTES, as that of a slice may be."""
     return x if x is None or x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
 
 
@@ -292,11 +295,12 @@ def _unsuitable_layout(name: str, x: Tensor) -> str | None:
 
 
 def _missing(device: int) -> str | None:
-    """Why the kernels cannot run on this device at all."""
+    """The reason why the kernels cannot run on this device at all; None if they can."""
     return _probe(device)
 
 
-# torch.compiler.assume_constant_result, less its import of the compiler: torch.compile cannot trace the probing.
+# Does what torch.compiler.assume_constant_result does, without importing the compiler: torch.compile cannot trace
+# `_probe`.
 vars(_missing)["_dynamo_marked_constant"] = True
 
 

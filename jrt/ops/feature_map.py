@@ -12,18 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALL = 256  # vectors: below this the number of calls costs more than what they compute
+SMALL = 256  # for at most so many vectors, the number of PyTorch calls decides the time
 
 
 class State(NamedTuple):
-    """What linear attention remembers of a text: the two sums of the paper's equation 3."""
+    """The state of linear attention after a text: the two sums of the paper's equation 3."""
 
     S: Tensor  # (B, H, F, D) fp32: sum of phi(k) v^T
     z: Tensor  # (B, H, F) fp32: sum of phi(k)
 
 
 def feature_count(d: int) -> int:
-    """Features of the symmetric map; the released full map has 1 + d + d^2 with the same inner products."""
+    """F, the number of features for vectors of size d. The released code has 1 + d + d^2, with the same inner
+    products."""
     return 1 + d + d * (d + 1) // 2
 
 
@@ -44,15 +45,16 @@ def taylor_features(x: Tensor) -> Tensor:
     rows, columns, weights = _pairs(d, x.device, x.dtype)
     if x.numel() <= SMALL * d:
         pairs = first.index_select(-1, rows) * first.index_select(-1, columns)  # (..., d (d + 1) / 2)
-    else:  # slices read memory in order, and their backward pass is no scatter
+    else:  # slices read memory in order, and their backward pass needs no scattered additions
         pairs = torch.cat([first[..., i : i + 1] * first[..., i:] for i in range(d)], dim=-1)
     return torch.cat([torch.ones_like(x[..., :1]), first, pairs * weights], dim=-1)  # (..., F)
 
 
 @lru_cache(maxsize=64)
 def _pairs(d: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column of each pair i <= j, and its weight beside the two factors d^-1/4 that `first` carries."""
-    with torch.inference_mode(False):  # constants that a later call may use with autograd
+    """Row i and column j of each pair i <= j, and its weight; the factor d^-1/2 is already in the products of
+    `first`."""
+    with torch.inference_mode(False):  # the cached tensors may later be used with autograd
         rows, columns = torch.triu_indices(d, d, device=device).unbind()
         weights = rows.new_ones(rows.shape, dtype=dtype).masked_fill(rows == columns, math.sqrt(0.5))
         return rows, columns, weights  # (d (d + 1) / 2,) each

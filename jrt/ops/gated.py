@@ -1,9 +1,9 @@
-"""What follows a projection to twice the channels, up to the next projection: SwiGLU, and the gated short convolution.
+"""Element-wise operations fused with the projection after them: SwiGLU, and the gated short convolution.
 
-A training step spends a third of its time on such element-wise work when each multiplication reads and writes memory by
-itself. On a GPU, whole texts that are trained on go through Triton kernels that read each input once, forward and
-backward. They keep the input alone: the backward kernel makes the product again, which the gradient of the next
-projection's weight needs. All other calls are plain PyTorch (`gated_pytorch`).
+As separate PyTorch operations, each of which reads and writes memory, they take a third of a training step. So in
+training on a GPU they are Triton kernels that read each input once, forward and backward. Only the input is saved for
+the backward pass, which computes the product with the gate again for the gradient of the projection's weight. All other
+calls are plain PyTorch (`gated_pytorch`).
 
 Shapes: B batch, T tokens, E channels, M hidden units, K taps, N = B x T tokens, O outputs of the next projection.
 """
@@ -29,7 +29,7 @@ def swiglu_linear(x: Tensor, linear: nn.Module) -> Tensor:
 
     Args:
         x: (..., 2 M).
-        linear: the projection from M units; its own hooks and subclasses are respected.
+        linear: the projection from M units; if it has hooks or is a subclass of nn.Linear, it is called as a module.
     """
     if not (_fuses(x) and _is_plain(linear)):
         return gated_pytorch.swiglu_linear(x, linear)
@@ -49,9 +49,12 @@ def gated_convolution_linear(
     Args:
         x: (B, T, 2 E).
         weight: (E, K) taps; bias: (E,) or None.
-        linear: the projection from E channels; its own hooks and subclasses are respected.
+        linear: the projection from E channels; if it has hooks or is a subclass of nn.Linear, it is called as a module.
         state: (B, K - 1, E) inputs before x; None: zeros.
         mask: (B, T) bool, False where a token is padding; None: no padding.
+
+    Returns:
+        The outputs (B, T, O), and the last K - 1 inputs of the convolution (B, K - 1, E).
     """
     if state is not None or mask is not None or not (_fuses(x) and _is_plain(linear)):
         return gated_pytorch.gated_convolution_linear(x, weight, bias, linear, state, mask)
@@ -62,32 +65,32 @@ def gated_convolution_linear(
 def silu_convolution(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """silu(conv(u)) (B, T, E) for u (B, T, E), and the state after the last token; arguments as above."""
+    """silu(conv(u)) (B, T, E) for u (B, T, E), and the state; other arguments as in `gated_convolution_linear`."""
     if state is not None or mask is not None or not _fuses(u):
         return gated_pytorch.silu_convolution(u, weight, bias, state, mask)
     return torch.ops.jrt.silu_convolution(u, weight, bias), _last_inputs(u, weight.shape[1])
 
 
 def _fuses(x: Tensor) -> bool:
-    """Whether the kernels serve this input: a training step's, on a GPU. Never imports triton."""
+    """Whether the Triton kernels serve this input: in training, on a GPU. Never imports triton."""
     on_device = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     return INSTALLED and on_device and x.dtype in DTYPES and x.requires_grad and torch.is_grad_enabled()
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is `F.linear` and nothing else."""
+    """Whether the module is an nn.Linear without hooks, so that it can be replaced by `F.linear`."""
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in the dtype of x, which under autocast is the narrow one."""
+    """Weight and bias in the dtype of x, which under autocast is the half-precision one."""
     assert isinstance(linear, nn.Linear)
     bias = linear.bias
     return linear.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 def _last_inputs(u: Tensor, taps: int) -> Tensor:
-    """The last `taps` - 1 inputs (B, taps - 1, E), zeros before the first token."""
+    """The last `taps` - 1 inputs (B, taps - 1, E); zeros come first if the text is shorter."""
     return F.pad(u[:, max(0, u.shape[1] - taps + 1) :], (0, 0, max(0, taps - 1 - u.shape[1]), 0))
 
 

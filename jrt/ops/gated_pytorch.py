@@ -1,4 +1,4 @@
-"""What follows a projection to twice the channels, in plain PyTorch: SwiGLU, and the gated short convolution.
+"""SwiGLU and the gated short convolution, with the projection after them, in plain PyTorch (see `jrt.ops.gated`).
 
 Shapes: B batch, T tokens, E channels, M hidden units, K taps.
 """
@@ -28,7 +28,7 @@ def gated_convolution_linear(
     """
     u, gate = x.chunk(2, dim=-1)  # (B, T, E) each
     c, state = silu_convolution(u, weight, bias, state, mask)
-    return linear(c * gate), state  # the gate itself is linear
+    return linear(c * gate), state  # no activation on the gate
 
 
 def silu_convolution(

@@ -1,7 +1,7 @@
-"""Triton kernels of `gated`: each reads its inputs once and computes in fp32.
+"""Triton kernels of `jrt.ops.gated`. Each reads its inputs once and computes in fp32.
 
-The sums over tokens in the taps' gradients go through partial sums in memory, never atomics, so that results repeat bit
-for bit.
+The gradients of the taps are sums over tokens. Programs write partial sums to memory, which are then added in a fixed
+order; there are no atomic additions, so that results are bit for bit reproducible.
 
 Shapes: B batch, T tokens, E channels, K taps, M hidden units, N = B x T rows, S segments of a text.
 """
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, UNITS = 4, 512  # of a SwiGLU program
-STEPS, CHANNELS = 8, 128  # of a convolution program's tile
-SEGMENT = 256  # steps that one program of the backward sums over
+ROWS, UNITS = 4, 512  # rows and hidden units of one SwiGLU program
+STEPS, CHANNELS = 8, 128  # steps and channels of a tile of the convolution
+SEGMENT = 256  # steps over which one program of the backward pass sums
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, is_gated: bool) ->
 def convolution_backward(
     x: Tensor, taps: Tensor, bias: Tensor | None, dy: Tensor, is_gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, and in fp32 of taps and bias; with a gate also what `convolution` gave, else None."""
+    """Gradients of x, taps and bias (the latter two in fp32); and with a gate the result of `convolution` again, else
+    None."""
     x, dy, (channels, count) = _rows(x), dy.contiguous(), taps.shape
     batch, steps, taps = x.shape[0], x.shape[1], taps.mT.contiguous()
     segments = triton.cdiv(steps, SEGMENT)
@@ -84,7 +85,7 @@ def _swiglu_grid(rows: int, units: int) -> tuple[int, int]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x (B, T, .) as rows of equal distance, which a slice of a wider tensor has already."""
+    """x (B, T, .) with one stride between all its B T rows, as a slice of a wider tensor has; copied if necessary."""
     if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1):
         return x
     return x.contiguous()
@@ -96,7 +97,7 @@ def _given(x: Tensor | None, other: Tensor) -> Tensor:
 
 @triton.jit
 def _swiglu_place(rows, units, R: tl.constexpr, W: tl.constexpr):
-    """Offsets (R, W) of a program's values in y and in x, and which exist."""
+    """Offsets (R, W) of a program's elements in y and in x, and a mask of those inside the tensors."""
     row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
     unit = (tl.program_id(1) * W + tl.arange(0, W))[None, :]
     return row * units + unit, row * (2 * units) + unit, (row < rows) & (unit < units)
@@ -166,7 +167,8 @@ def _convolution_backward_kernel(
     x, taps, bias, dy, dx, y, partial, T, E, S, SEGMENT, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: each tile computes the gradients dc of the K - 1 steps after it as well."""
+    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: each tile computes the gradients dc of the K - 1 steps after it as
+    well."""
     e = tl.program_id(0) * W + tl.arange(0, W)
     segment = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(2).to(tl.int64) * T

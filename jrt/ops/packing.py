@@ -1,4 +1,5 @@
-"""Packed sequences for the backends that read one text a row: the sequences are taken apart and read one by one."""
+"""Packed sequences for backends that read one text in each row: the sequences are split, and computed one after
+another."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from jrt.ops.feature_map import State, feature_count
 
 
 def attend_apart(attend: Callable[[Call], tuple[Tensor, State]], call: Call) -> tuple[Tensor, State]:
-    """`attend` on every sequence: outputs in a row again, states (N, H, F, D) and (N, H, F)."""
+    """Applies `attend` to each sequence; returns packed outputs (1, T, H, D), and states (N, H, F, D) and (N, H, F)."""
     results = [
         attend(part) if part.k.shape[1] else (part.v, part.initial_state or _nothing(part)) for part in _apart(call)
     ]
@@ -22,7 +23,7 @@ def attend_apart(attend: Callable[[Call], tuple[Tensor, State]], call: Call) -> 
 
 
 def encode_apart(encode: Callable[[Call], State], call: Call) -> State:
-    """`encode` on every prefix: states (N, H, F, D) and (N, H, F)."""
+    """Applies `encode` to each prefix; returns states (N, H, F, D) and (N, H, F)."""
     return _together([encode(part) if part.k.shape[1] else _nothing(part) for part in _apart(call)])
 
 

@@ -1,7 +1,8 @@
-"""The ops without a choice of backend: plain PyTorch, any device, nothing compiled and nothing registered.
+"""The functions of `jrt.ops` in plain PyTorch, without a choice of backend and without registered operators.
 
-This file is `jrt.ops` in a self-contained folder (`jrt.checkpoints.self_contained`), which must load anywhere, and more
-than once in a process. It computes what `jrt.ops` computes on a CPU; shapes and errors are told there.
+This file takes the place of `jrt.ops` in a self-contained folder (`jrt.checkpoints.self_contained`), which must load on
+any machine, and more than once in a process. It computes what `jrt.ops` computes on a CPU; arguments are documented
+there, and not checked here.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ def linear_attention(
     normalize: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """Causal linear attention with the Taylor feature map, from an optional state."""
+    """As `jrt.ops.linear_attention`."""
     return chunked_attention(Call(q, k, v, initial_state, mask, log_decay, normalize, cu_seqlens))
 
 
 def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> State:
-    """The state that a prefix leaves, every token of it seen by every later query."""
+    """As `jrt.ops.encode_prefix`."""
     return chunked_prefix(Call(None, k, v, mask=mask, cu_seqlens=cu_seqlens))
 
 
@@ -62,7 +63,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba's recurrence."""
+    """As `jrt.ops.selective_scan`."""
     if delta_bias is not None:
         delta = F.softplus(delta.to(state_dtype(u, delta, A, B, C, D, delta_bias, initial_state)) + delta_bias)
     inputs = (u, delta, A, B, C, D, initial_state)
@@ -70,7 +71,7 @@ def selective_scan(
 
 
 class ChunkedScan(torch.autograd.Function):
-    """The scan in chunks; only the states between chunks are kept for the backward."""
+    """The scan in chunks; only the states between chunks are saved for the backward pass."""
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Prefix linear attention as the paper writes it: the definition that every other backend is held to.
+"""Backend "reference": prefix linear attention as the paper writes it. All other backends are tested against it.
 
 Shapes: B batch, T tokens, M prefix tokens, H heads, d query/key size, D value size, F features.
 """
@@ -14,7 +14,7 @@ from jrt.ops.feature_map import State, taylor_features
 
 
 def unsupported(call: Call) -> None:
-    """The definition serves every call."""
+    """None: this backend serves every call."""
 
 
 def encode_prefix(call: Call) -> State:

@@ -2,11 +2,11 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = C_t . h_t + D u_t
 
-Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk.
-Four backends compute it: "reference" is the loop above and the truth, "chunked" is PyTorch with memory bounded in T,
-"triton" and "cuda" are the GPU kernels of `selective_scan_triton` and `selective_scan_cuda`. The last three are one
-custom operator each way, so that torch.compile sees a single node; they keep only the states between chunks and compute
-the rest again in the backward.
+Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk. Four backends compute it:
+"reference" is the loop over t and the definition; "chunked" is PyTorch with scratch memory that does not grow with T;
+"triton" and "cuda" are the GPU kernels of `selective_scan_triton` and `selective_scan_cuda`. The last three are custom
+operators, so that torch.compile sees a single node. They save only the states between chunks, and compute the others
+again in the backward pass.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and read y_t = C_t . h_t + D u_t (arXiv 2312.00752, eq. 2).
+    """Computes h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t + D u_t (arXiv 2312.00752, eq. 2).
 
     Args:
         u: input `(B, T, E)`.
@@ -87,7 +87,7 @@ def selective_scan(
 
 
 def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
-    """Why the Triton kernels cannot serve these inputs, or None when they can. Never imports triton."""
+    """The reason why the Triton kernels cannot serve these inputs; None if they can. Never imports triton."""
     if not TRITON_INSTALLED:
         return "triton is not installed; use 'chunked'"
     if any(x is not None and x.dtype == torch.float64 for x in inputs):

@@ -1,7 +1,8 @@
-"""The selective scan's CUDA kernels (kernels/selective_scan.cu) as torch operators, forward and backward.
+"""The CUDA kernels of the selective scan (kernels/selective_scan.cu) as torch operators, forward and backward.
 
-The step sizes' softplus is computed inside, so that they are read in the inputs' dtype. The backward keeps the states
-between chunks of 16 steps and computes the rest again. Results repeat bit for bit.
+The kernels compute the softplus of the step sizes themselves, so that they can read these in the inputs' dtype. The
+states between chunks of 16 steps are saved for the backward pass, which computes the others again. Results are bit for
+bit reproducible.
 
 Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels.
 """
@@ -18,13 +19,15 @@ from jrt.ops import cuda
 from jrt.ops.registration import register
 
 STATES, STEPS, WIDTH = 16, 16, 128  # N; steps of a chunk; channels of a block
-FORWARD_BLOCKS = 5  # that a multiprocessor holds at a time
-BACKWARD_BLOCKS = 6  # it holds 3 of the gradients' blocks: two rounds, so that the pass before them is spread wider
+# Blocks for each multiprocessor, into which the texts are cut. It holds 5 of the forward kernel at a time, and 3 of the
+# gradients' kernel. The latter gets two rounds of blocks, because its first pass then uses more of the GPU.
+FORWARD_BLOCKS = 5
+BACKWARD_BLOCKS = 6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
-    """Why the kernels cannot serve (u, delta, A, B, C, D, delta_bias, initial_state), or None."""
+    """The reason why the kernels cannot serve (u, delta, A, B, C, D, delta_bias, initial_state); None if they can."""
     u, delta, A, B, C, *_ = inputs
     assert u is not None and delta is not None and A is not None and B is not None and C is not None
     if u.device.type != "cuda":
@@ -58,19 +61,22 @@ def selective_scan(
     initial_state: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`jrt.ops.selective_scan` for inputs that `unsupported` lets pass; `keep`: a gradient will be wanted."""
+    """`jrt.ops.selective_scan`, for inputs for which `unsupported` returns None.
+
+    keep: save the states between chunks, because a gradient will be computed."""
     y, state, _ = torch.ops.jrt.selective_scan_cuda(u, delta, A, B, C, D, delta_bias, initial_state, keep)
     return y, state
 
 
 def segments(u: Tensor, blocks: int) -> int:
-    """Parts into which each text is cut, so that all together make `blocks` blocks for each multiprocessor."""
+    """Number of segments into which each text is cut, so that there are about `blocks` blocks for each
+    multiprocessor."""
     count = torch.cuda.get_device_properties(u.device).multi_processor_count * blocks
     return max(1, min(count // (u.shape[0] * slices(u)), -(-u.shape[1] // STEPS)))
 
 
 def slices(u: Tensor) -> int:
-    """P, the slices of channels."""
+    """P, the number of slices of channels."""
     return -(-u.shape[2] // WIDTH)
 
 
@@ -133,7 +139,10 @@ def _backward_fake(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tup
 
 
 class _Launch:
-    """The arguments that both directions share, and their tensors, which must live until the work is queued."""
+    """The arguments that forward and backward kernels share.
+
+    It holds the tensors whose addresses are passed, so that they are not freed before the kernels are launched. As a
+    context manager it selects their device."""
 
     def __init__(self, u, delta, A, B, C, D, delta_bias, blocks: int) -> None:
         rates = (A.float() * math.log2(math.e)).mT.contiguous()  # (N, E): exp(delta A) = exp2(delta rate)
@@ -164,13 +173,13 @@ class _Launch:
 
 
 def _between(u: Tensor, keep: bool) -> Tensor:
-    """States before each chunk (B, K, N, E) in fp32; empty where none are kept."""
+    """An uninitialised fp32 tensor for the states before each chunk, (B, K, N, E); K = 0 unless `keep`."""
     chunks = -(-u.shape[1] // STEPS) if keep else 0
     return torch.empty(u.shape[0], chunks, STATES, u.shape[2], dtype=torch.float32, device=u.device)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """B or C with the states of a step side by side."""
+    """B or C with the N numbers of a step contiguous; copied if necessary."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 

@@ -1,4 +1,5 @@
-"""The selective scan in plain PyTorch: step by step, which is the definition, and in chunks with memory bounded in T.
+"""The selective scan in plain PyTorch: step by step (the definition), and in chunks with scratch memory independent of
+T.
 
 Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 32  # steps between two states kept for the backward
+CHUNK = 32  # steps of a chunk; the state before each is saved for the backward pass
 
 
 def state_dtype(*inputs: Tensor | None) -> torch.dtype:
@@ -21,7 +22,7 @@ def _cast(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def stepwise(u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
-    """The definition, step by step; autograd gives its gradients."""
+    """The definition, step by step; its gradients are autograd's."""
     dtype = u.dtype
     u, delta, A, B, C, D, h = _cast(u, delta, A, B, C, D, initial_state)
     if h is None:
@@ -37,15 +38,15 @@ def stepwise(u, delta, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
     return y.to(dtype), h
 
 
-# ---- "chunked": as many chunks as fit a budget run side by side as lanes, each from zero, position by position; then the
-# states are carried from lane to lane and added. Products are of decays only, so that every factor lies in [0, 1] and
-# nothing is ever divided by a product that may have vanished.
+# ---- "chunked": several chunks, called lanes, run in parallel, each from a zero state. Then the true state at each
+# lane's start, multiplied by the decays since then, is added. Products are of decays only, which lie in [0, 1]. Nothing
+# is divided by such a product, which could underflow to zero.
 
 LANE_ELEMENTS = 1 << 21  # states (B x L x E x N) that the lanes of one segment may hold
 
 
 def _lanes(batch: int, A: Tensor, steps: int) -> int:
-    """Chunks that run side by side: whole ones, at least one."""
+    """Number of whole chunks that run in parallel, at least one."""
     length = CHUNK
     return max(1, min(LANE_ELEMENTS // (batch * length * A.numel()), steps // length))
 
@@ -59,7 +60,7 @@ def _scan_forwards(decay: Tensor, value: Tensor, h: Tensor, lanes: int) -> Tenso
     if lanes > 1:
         for t in range(1, value.shape[2]):
             decay[:, :, t] *= decay[:, :, t - 1]
-        for k in range(1, lanes):  # what each lane has to add at its end is all that the next one waits for
+        for k in range(1, lanes):  # the true state at each lane's end, one lane after another; the rest is parallel
             value[:, k, -1].addcmul_(decay[:, k, -1], value[:, k - 1, -1])
         value[:, 1:, :-1].addcmul_(decay[:, 1:, :-1], value[:, :-1, -1:])
     return value.flatten(1, 2)
@@ -137,6 +138,7 @@ def chunked_backward(u, delta, A, B, C, D, between, dy, dstate) -> tuple[Tensor,
 
 
 def between_shape(u: Tensor, A: Tensor, chunk: int, keep: bool) -> tuple[int, ...]:
-    """(B, K, N, E): the state before each chunk, channels last so that the GPU reads it in whole lines."""
+    """Shape (B, K, N, E) of the states before each chunk; channels are last, so that the GPU reads contiguous
+    memory."""
     chunks = -(-u.shape[1] // chunk) if keep else 0
     return u.shape[0], chunks, A.shape[1], A.shape[0]

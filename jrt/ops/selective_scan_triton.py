@@ -1,14 +1,14 @@
-"""Triton kernels of the selective scan: T is cut into short chunks that run at the same time, forward and backward.
+"""Triton kernels of the selective scan: T is cut into short chunks that run in parallel, forward and backward.
 
-Forward: (1) the state that each chunk would reach from zero; (2) from those, chunk after chunk, the state that each
-one really starts from; (3) the outputs. Backward: the same three with g, the gradient of the loss by the states,
-running from the last chunk to the first. Only the states between chunks are kept for the backward, which computes the
-others again.
+Forward has three kernels: (1) the state that each chunk would reach from zero; (2) from these, chunk after chunk, the
+state from which each chunk really starts; (3) the outputs. Backward has the same three for g, the gradient of the loss
+with respect to the states, from the last chunk to the first. Only the states between chunks are saved for the backward
+pass, which computes the others again.
 
-A thread owns two channels, takes the states n one after the other and steps through its chunk in registers: the
-recurrence as it is written, with no shuffles between threads except the sums over channels in dB and dC. (An
-associative scan over a tile of steps and channels compiled to four times the instructions.) dA, dB, dC and dD are
-summed through partial sums in memory, never atomics, so that results repeat bit for bit. All arithmetic is fp32.
+A thread has two channels. It takes the N states one after the other, and computes the recurrence of its chunk in
+registers. Threads exchange numbers only for the sums over channels in dB and dC. (An associative scan over a tile of
+steps and channels compiled to four times the instructions.) dA, dB, dC and dD are summed from partial sums in memory
+without atomic additions, so that results are bit for bit reproducible. All arithmetic is fp32.
 
 Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk, W channels of a program.
 """
@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDTH = 64  # channels of a program, one warp: the sums over channels stay inside it, two channels a thread share them
-CARRY_WIDTH = 128  # recurrences of a program in step (2)
-CARRY_AHEAD = 8  # chunks that it reads before it needs them
+# Channels of a program, which is one warp with two channels a thread: sums over channels stay inside the warp.
+WIDTH = 64
+CARRY_WIDTH = 128  # pairs of channel and state of a program of kernel (2)
+CARRY_AHEAD = 8  # chunks that such a program loads at once, ahead of their use
 
 
 def forward(
@@ -78,7 +79,7 @@ def backward(
     u, delta, dy = (x.contiguous() for x in (u, delta, dy))
     writes, reads = (_whole_chunks(x, chunks * length) for x in (B, C))
     rates, start = _rates(A), dstate.float().contiguous()
-    dbetween = torch.empty_like(between)  # by the state that a chunk hands on
+    dbetween = torch.empty_like(between)  # gradient with respect to the state after each chunk
     span = rates.new_empty(batch, chunks, channels)
     dinitial = torch.empty_like(start)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
@@ -151,7 +152,7 @@ def _sum(x, L: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "K"])
 def _chunk_state_kernel(u, delta, rates, B, between, span, T, E, K, N: tl.constexpr, L: tl.constexpr, W: tl.constexpr):
-    """State that a chunk reaches from zero."""
+    """The state that a chunk reaches from zero, and the sum of its step sizes."""
     e, first, b, chunk = _place(E, K, L, W)
     step = _load_steps(delta + b * T * E, first, e, T, E, L)
     x = _multiply(step, _load_steps(u + b * T * E, first, e, T, E, L), L)
@@ -169,7 +170,7 @@ def _chunk_state_kernel(u, delta, rates, B, between, span, T, E, K, N: tl.conste
 def _chunk_gradient_kernel(
     dy, delta, rates, C, dbetween, span, T, E, K, N: tl.constexpr, L: tl.constexpr, W: tl.constexpr
 ):
-    """Gradient by the state before a chunk through the chunk's own outputs."""
+    """The gradient with respect to the state before a chunk, through the chunk's own outputs."""
     e, first, b, chunk = _place(E, K, L, W)
     step = _load_steps(delta + b * T * E, first, e, T, E, L)
     out = _load_steps(dy + b * T * E, first, e, T, E, L)
@@ -188,7 +189,8 @@ def _carry_kernel(
     between, span, rates, start, end, E, K, N: tl.constexpr,
     REVERSE: tl.constexpr, AHEAD: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Turn what each chunk adds into what enters it, from the first chunk to the last, or back."""
+    """Replaces, in place, each chunk's own contribution by the state before it (with REVERSE: the gradient after
+    it)."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * W + tl.arange(0, W)  # n * E + e
     n = i // E
@@ -241,9 +243,10 @@ def _gradient_kernel(
     u, delta, rates, B, C, D, between, dy, dbetween, du, ddelta, dA, dB, dC, dD,
     T, E, K, N: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """The chunk's states again, then g_t = C_t dy_t + a_{t+1} g_{t+1} backwards, a_t = exp(delta_t A).
+    """Computes the chunk's states again, then backwards g_t = C_t dy_t + a_{t+1} g_{t+1} with a_t = exp(delta_t A).
 
-    By delta_t A the gradient is g_t a_t h_{t-1}, by delta_t u_t it is g_t B_t, each summed over the states n.
+    The gradient with respect to delta_t A is g_t a_t h_{t-1}, and with respect to delta_t u_t the sum of g_t B_t over
+    n.
     """
     e, first, b, chunk = _place(E, K, L, W)
     step = _load_steps(delta + b * T * E, first, e, T, E, L)

@@ -1,4 +1,4 @@
-"""A causal depthwise convolution over a few taps, with the state that lets it go on.
+"""A causal depthwise convolution over a few taps, with the state from which it can continue.
 
 Shapes: B batch, T tokens, E channels, K taps.
 """
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def short_convolution(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """c_t = bias + sum_j weight[:, j] u_{t - K + 1 + j}, a sum of K shifted products (faster here than conv1d).
+    """c_t = bias + sum_j weight[:, j] u_{t - K + 1 + j}, as a sum of K shifted products (faster than conv1d for few
+    taps).
 
     Args:
         u: (B, T, E); padding must be zero already.

@@ -1,7 +1,8 @@
-"""Whether a model's output for a row depends on anything but the row: measured, on its own weights.
+"""Measures on a model's own weights whether its output for a row of tokens depends on anything but that row.
 
-An evaluation pads prompts, asks several at once, reads a page that they share once, and copies states. All of this is right
-for a model that masks padding and keeps its rows apart, and silently wrong for one that does not.
+An evaluation pads prompts, puts several into a batch, reads a page that they share once, and copies states between
+rows. All of this is correct for a model that masks padding and keeps its rows apart. For another model it gives wrong
+answers without an error.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from jrt.probe.findings import CHECKS, Check, Findings, RunMode
 from jrt.probe.trials import LENGTH, STATES, Trials, read_row
 
 PASSES = 20
-"""The most calls of a model's `forward` that a probe makes."""
+"""The most calls of the model's `forward` in one probe."""
 
 __all__ = [
     "CHECKS",
@@ -32,9 +33,13 @@ __all__ = [
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, pad_token_id: int = 0) -> Findings:
-    """Tries a causal model in at most PASSES calls of at most LENGTH tokens a row; the model is left as it was.
+    """Runs all checks on a causal language model, in at most PASSES calls of at most LENGTH tokens a row.
 
-    pad_token_id: the id in padded columns, as the model will be run with."""
+    The model and its generation settings are left as they were. A check that fails is part of the result, not an error.
+
+    Args:
+        pad_token_id: the id in padded columns; it should be the one with which the model will be run.
+    """
     training = model.training
     model.eval()
     with _plain_settings(model), _counted(model) as calls:
@@ -46,7 +51,7 @@ def probe(model: PreTrainedModel, pad_token_id: int = 0) -> Findings:
 
 @contextmanager
 def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
-    """The model with plain greedy settings, and then with its own again."""
+    """Gives the model plain greedy generation settings inside the context, and its own settings after it."""
     own, config = model.generation_config, dict(vars(model.config))
     set_aside(model)
     try:
@@ -58,7 +63,7 @@ def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _counted(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Counts calls of `forward`, in a list of one number."""
+    """Counts calls of `forward` inside the context; the count is the only element of the list."""
     calls = [0]
 
     def count(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What a probe of a model found, and how the model has to be run because of it."""
+"""The results of probing a model, and the ways of running it that follow from them."""
 
 import dataclasses
 import math
@@ -15,15 +15,21 @@ CHECKS = {
     "single tokens": "a prompt read token by token equals one call",
     "shared state": "states of a padded batch's rows are repeated and gone on from",
 }
-"""What each check says."""
+"""The statement that each check tests. "Reading again" is one call on the whole row without a cache."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. deviation: of logits from those of the row alone, as a share of the largest logit; infinite where a
-    logit is NaN or the model raised an error; None: not tried.
+    """The result of one check.
 
-    where: the token at which it is largest; reason: the model's error, or why the check was not tried."""
+    Args:
+        name: a key of CHECKS.
+        deviation: largest difference to the logits of the row read alone, divided by the largest logit; infinite if a
+            logit is NaN or the model raised an error; None if the check was not tried.
+        bound: the largest deviation that rounding explains.
+        where: the token with the largest deviation.
+        reason: the model's error, or why the check was not tried.
+    """
 
     name: str
     deviation: float | None
@@ -38,10 +44,15 @@ class Check:
 
 @dataclass(frozen=True)
 class RunMode:
-    """How a model may be run: by default in every way.
+    """The ways in which a model can be run without changing its answers; by default all of them.
 
-    cache: decode with a cache; batches: several rows at once; padding: rows of unequal length among them; sharing: a common
-    beginning read once, its state copied to the rows that go on from it; one_token: prompts of a single token."""
+    Args:
+        cache: decoding with a cache.
+        batches: several rows at once.
+        padding: rows of unequal length in a batch.
+        sharing: a common beginning of several rows is read once, and the state after it is copied to each of them.
+        one_token: prompts of a single token.
+    """
 
     cache: bool = True
     batches: bool = True
@@ -50,7 +61,7 @@ class RunMode:
     one_token: bool = True
 
     def sentences(self) -> list[str]:
-        """What is done otherwise than usual, for people. Empty: nothing is."""
+        """Sentences for the user on what the model is not run with, and why; empty if there are no restrictions."""
         said = []
         if not self.cache:
             said.append("decoded without a cache: with one, its answers differ from those of reading again")
@@ -67,19 +78,19 @@ class RunMode:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a probe found. dtype: of the weights; passes: calls of `forward`."""
+    """All results of a probe. dtype: of the weights; passes: calls of `forward` that were made."""
 
     checks: tuple[Check, ...]
     dtype: str
     passes: int
 
     def holds(self, name: str) -> bool:
-        """False for a check that failed or was not tried."""
+        """Whether a check was tried and held."""
         return any(check.name == name and check.holds for check in self.checks)
 
     @property
     def mode(self) -> RunMode:
-        """How the model has to be run so that its answers are those of one prompt at a time."""
+        """The ways of running the model that leave its answers as they are for one prompt at a time."""
         batches = self.holds("neighbours")
         padding = batches and self.holds("padding")
         sharing = padding and all(map(self.holds, ("decode", "two calls", "state copy", "shared state")))
@@ -87,7 +98,7 @@ class Findings:
         return RunMode(self.holds("decode"), batches, padding, sharing, one_token)
 
     def to_dict(self) -> dict:
-        """Plain values for JSON; an infinite deviation is None with its reason beside it."""
+        """Plain values for JSON. JSON has no infinity, so an infinite deviation becomes None; `holds` is then False."""
         return {
             "dtype": self.dtype,
             "passes": self.passes,

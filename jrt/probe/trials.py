@@ -1,5 +1,5 @@
-"""The trials of a probe: random tokens, read in different ways and compared with the same row read alone, unpadded and
-without a cache.
+"""The trials of a probe: a row of random tokens is read in different ways, and each time its logits are compared with
+those of the row read alone, without padding and without a cache.
 
 Shapes: B rows, T tokens of a row, N new tokens, K positions compared, V vocabulary rows.
 """
@@ -27,22 +27,23 @@ from jrt.system.breaks import BREAKS, one_line
 LENGTH = 64
 """Tokens of the longest row."""
 SHARE = 1e-4
-"""Largest deviation in float32, as a share of the largest logit."""
+"""The largest deviation in float32 that counts as rounding, as a share of the largest logit."""
 SPREADS = 4.0
-"""Largest deviation in half precision, in spreads of the same row over the rows of a batch."""
+"""The same in half precision, as a multiple of the spread of one row's logits over a batch of copies
+(`Trials._bound`)."""
 
-TEXT = 24  # tokens of the row that is measured; the other columns of a padded batch are padding
-HALF = 16  # of them, read in a first call
-STEPS = 4  # tokens that are decoded, or read one at a time
-ROWS = 4  # of the batch that shows how far rounding goes in half precision
-MOVED = 64  # one in so many values of its second half is rounded to the other side
+TEXT = 24  # prompt tokens of the measured row; the longer row beside it has LENGTH
+HALF = 16  # tokens of this prompt that are read in a first call, where a check makes two
+STEPS = 4  # tokens that are decoded after the prompt
+ROWS = 4  # copies of the row in the batch that measures rounding in half precision
+MOVED = 64  # in the second half of these rows, one in so many embedding values is moved to a neighbouring number
 
 STATES = (CACHE, "cache_params", "state")
-"""What transformers' models call the state that `forward` returns and takes."""
+"""The names under which `forward` of transformers' models returns and takes its state."""
 
 
 class Compared(NamedTuple):
-    """Logits of consecutive positions, both (K, V), that should be the same; the first is that of token `start`."""
+    """Logits that should be equal, both (K, V), at K consecutive positions from `start` on."""
 
     logits: Tensor
     truth: Tensor
@@ -50,19 +51,19 @@ class Compared(NamedTuple):
 
 
 class Trials:
-    """The checks on one model, and the rows that they share."""
+    """Runs the checks on one model. All of them use the same random rows."""
 
     def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
         self.model, self.pad = model, pad_token_id
         row, self.longer, self.other = _random_rows(model, 3)  # (LENGTH,) each
         self.row = row[: TEXT + STEPS]
         self.cache = True
-        self.state: dict[str, Any] = {}  # after the first HALF tokens
-        self.rest: Tensor | None = None  # logits of the tokens after it
+        self.state: dict[str, Any] = {}  # a copy of the state after the first HALF tokens
+        self.rest: Tensor | None = None  # logits (K, V) of the tokens after them, read on top of the original state
         self.bound = SHARE
 
     def checks(self) -> Iterator[Check]:
-        """All checks, in the order of CHECKS; those that make no sense after another failed are not tried."""
+        """All checks, in the order of CHECKS. Checks that mean nothing after an earlier failure are not tried."""
         try:
             self.truth = self.read(self.row[None])[0]  # (TEXT + STEPS, V)
             self.longer_truth = self.read(self.longer[None], prompt=LENGTH)[0]  # (LENGTH, V)
@@ -142,10 +143,10 @@ class Trials:
         logits, _ = self._go_on(ids, mask, cache=cache, new=1)
         return [self._of_row(logits[2], TEXT)]
 
-    # What they do it with.
+    # Helpers of the trials.
 
     def _padded(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and mask (2, T) of the longer row and, under it, `text` with padding to its left."""
+        """Ids and mask (2, T): the longer row first, then `text` with padding on its left."""
         width = LENGTH - (TEXT - len(text))  # room for what is read later
         ids = torch.stack([self.longer[:width], torch.full_like(self.longer[:width], self.pad)])
         mask = torch.ones_like(ids)
@@ -153,36 +154,37 @@ class Trials:
         return ids, mask
 
     def _of_row(self, logits: Tensor, read: int) -> Compared:
-        """Logits (K, V) after the first `read` tokens of the measured row, beside what they should be."""
+        """Pairs logits (K, V) that follow the first `read` tokens of the measured row with the true ones."""
         return Compared(logits, self.truth[read - 1 : read - 1 + len(logits)], read - 1)
 
     def read(self, ids: Tensor, prompt: int = TEXT) -> Tensor:
-        """Logits (B, T, V) of whole rows without a cache: what everything else is compared with.
+        """Logits (B, T, V) of whole rows in one call without a cache, with which all others are compared.
 
-        prompt: tokens before those that are decoded, which an encoder may read both ways."""
+        prompt: how many first tokens are the prompt, which a prefix encoder reads without a causal mask."""
         options = {}
         if _reads_ahead(self.model):
             options["prefix_length"] = torch.full((len(ids),), prompt, device=ids.device)
         return self.model(input_ids=ids, use_cache=False, **options).logits
 
     def _rest(self, state: dict[str, Any]) -> Tensor:
-        """Logits (K, V) of the tokens after the first HALF, read on top of their state."""
+        """Logits (K, V) of the tokens after the first HALF, read on top of the state after those."""
         ids = self.row[None, HALF:]
-        if "position_ids" in inspect.signature(self.model.forward).parameters:  # `generate` gives them too
+        if "position_ids" in inspect.signature(self.model.forward).parameters:  # `generate` passes them too
             state = state | {"position_ids": torch.arange(HALF, len(self.row), device=ids.device)[None]}
         return self.model(input_ids=ids, use_cache=True, **state).logits[0]
 
     def _go_on(
         self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None, new: int = 1, read: int = TEXT
     ) -> tuple[Tensor, Cache]:
-        """Reads ids (B, T) and goes on with `new` tokens of the measured row, of which `read` were read.
+        """Reads ids (B, T) by `generate`, as an evaluation does, then feeds `new` tokens of the measured row one by
+        one.
 
-        Returns logits (B, new, V) and the cache, as the models are run: by `generate`."""
+        read: how many tokens of the measured row come before these. Returns logits (B, new, V) and the cache."""
         options: dict[str, Any] = {} if cache is None else {cache_argument(self.model): cache}
         if _reads_ahead(self.model):
             options["short_prompt"] = "none"
         forced = ForcedTokens([self.row[read : read + new].tolist()] * len(ids))
-        output = self.model.generate(  # type: ignore[operator]  # of the mixin that all causal models have
+        output = self.model.generate(  # type: ignore[operator]  # all causal models have GenerationMixin
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
             max_new_tokens=new,
@@ -205,16 +207,17 @@ class Trials:
         largest, where = -1.0, 0
         for logits, truth, start in compared:
             found = (_difference(logits, truth) / scale).amax(1)  # (K,)
-            if not float(found.max()) <= largest:  # a NaN is the largest
+            if not float(found.max()) <= largest:  # this form is also true for a NaN
                 largest, where = float(found.max()), start + int(found.argmax())
         reason = "" if math.isfinite(largest) else "logits are not finite"
         return Check(name, largest if math.isfinite(largest) else math.inf, self.bound, f"token {where + 1}", reason)
 
     def _bound(self) -> float:
-        """The largest deviation that is taken for rounding, as a share of the largest logit.
+        """The largest deviation that counts as rounding, as a share of the largest logit.
 
-        In half precision, how far the row's logits spread over the rows of a batch. A CPU gives each batch size the same
-        logits, and still rounds differently in other shapes; so half of the rows start from a slightly different rounding.
+        In half precision it is measured: SPREADS times the largest difference between the logits of the row alone and
+        of its copies in a batch. On a CPU all copies would round alike, though other shapes round differently. So the
+        embeddings of half of the copies are changed by about one rounding error here and there (`_rounded_otherwise`).
         """
         if self.model.dtype in (torch.float32, torch.float64):
             return SHARE
@@ -225,7 +228,8 @@ class Trials:
 
 @contextmanager
 def _rounded_otherwise(embedding: torch.nn.Module) -> Iterator[None]:
-    """One value of MOVED that the embedding gives to the second half of a batch becomes its neighbour in that dtype."""
+    """Inside the context, about one in MOVED embedding values of a batch's second half becomes the next number of its
+    dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def move(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ def _rounded_otherwise(embedding: torch.nn.Module) -> Iterator[None]:
 
 
 def _random_rows(model: PreTrainedModel, count: int) -> list[Tensor]:
-    """Rows (LENGTH,) of ordinary tokens, always the same; none that the configuration gives a meaning."""
+    """`count` rows (LENGTH,) of random tokens, the same at each call; without special tokens of the configuration."""
     settings = (model.config, model.config.get_text_config(), model.generation_config)
     special = {token for one in settings for token in _special(one)}
     weight = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
@@ -261,7 +265,7 @@ def _special(config: object) -> Iterator[int]:
 
 
 def _state(output: ModelOutput) -> dict[str, Any]:
-    """The state that a call of `forward` returned, under the name by which the next call takes it."""
+    """The state that a call of `forward` returned, as a keyword argument for the next call."""
     for name in STATES:
         if output.get(name) is not None:
             return {name: output[name]}
@@ -273,13 +277,13 @@ def _reads_ahead(model: PreTrainedModel) -> bool:
 
 
 def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """|first - second| in float32; two equal infinities differ by 0, and any NaN by infinity."""
+    """|first - second| in float32. Two equal infinities differ by 0; a NaN differs from everything by infinity."""
     first, second = first.float(), second.float()
     return torch.where(first == second, 0.0, (first - second).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 @torch.no_grad()
 def read_row(model: PreTrainedModel) -> Tensor:
-    """Logits (T, V) in float32 of the row that all trials read, alone and without a cache."""
+    """Logits (T, V) in float32 of the row that the trials measure, read alone and without a cache."""
     trials = Trials(model, 0)
     return trials.read(trials.row[None])[0].float()

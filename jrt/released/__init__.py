@@ -1,1 +1,2 @@
-"""The original release: its configurations, and what it computes otherwise than the paper says."""
+"""The original release of the paper's code: its configurations, and where it computes something else than the paper
+says."""

@@ -1,8 +1,8 @@
-"""Turns the configurations of other packages into a `JRTConfig`: the eight released checkpoints and their older layouts,
-and state-spaces/mamba as its authors and as transformers write it (docs/released.md).
+"""Turns the configurations of other packages into a `JRTConfig`: the eight released checkpoints and their older
+layouts, and state-spaces/mamba as its authors and as transformers write it (docs/released.md).
 
-What the files' own shapes tell (MLP width, optional biases, vocabulary rows) is taken from there, within the bounds
-that the configuration allows, so that a file can never ask for more memory than its configuration does.
+MLP width, optional biases and vocabulary rows are read off the shapes of the tensors. They must lie within bounds that
+the configuration sets, so that the tensors cannot ask for more memory than the configuration does.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ CLASSES = (
     ("MHA", "A"),
     ("MultiheadAttention", "A"),
 )
-# GPT2Config's other names of the same fields; where a configuration has both, the alias counts, as in transformers.
+# GPT2Config's second names of some fields; if a configuration has both, the second name counts, as in transformers.
 ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-# Fields and their allowed values: with any other value the same weights would compute something else. A field that is null
-# counts as not given, in all tables here.
+# Fields with their allowed values. With any other value the same weights would compute something that is not
+# implemented here. In all tables, a field that is null counts as not given, and an empty tuple allows no value at all.
 GPT_FIXED: Fixed = {
     "activation_function": ("swiglu",),
     "mlp_type": ("base", "alt"),
@@ -51,7 +51,8 @@ GPT_FIXED: Fixed = {
     "word_embed_proj_dim": (),
     "quantization_config": (),
 }
-# Fields of flash-attn's own GPT, the class of the attention models; the release's class of the others does not have them.
+# Fields of flash-attn's GPT, the class of the attention models. The class of the release's other models does not have
+# them.
 ATTENTION_FIXED: Fixed = {
     "use_alibi": (False,),
     "window_size": ([-1, -1],),
@@ -65,7 +66,8 @@ ATTENTION_FIXED: Fixed = {
 MAMBA_SSM_FIXED: Fixed = {"rms_norm": (True,), "d_intermediate": (0,), "attn_layer_idx": ([],)}
 SSM_FIXED: Fixed = {"layer": ("Mamba1", "Mamba"), "conv_bias": (True,), "bias": (False,)}
 SSM_SIZES = ("d_state", "d_conv", "expand", "dt_rank")
-SSM_WITHOUT_EFFECT = ("use_fast_path", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")  # once it is trained
+# Fields that matter for initialisation or speed only.
+SSM_WITHOUT_EFFECT = ("use_fast_path", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
 MAMBA_TRANSFORMERS_FIXED: Fixed = {
     "hidden_act": ("silu", "swish"),
     "use_bias": (False,),
@@ -74,7 +76,7 @@ MAMBA_TRANSFORMERS_FIXED: Fixed = {
 }
 MLP_ROUNDING = 256  # flash-attn rounded hidden sizes up to 256, later to 128
 VOCABULARY_ROUNDING = 128
-GPT2_END = 50256  # GPT-2's end of text, which the release's configurations may leave out
+GPT2_END = 50256  # GPT-2's end-of-text token: the default if a configuration of the release names none
 
 
 def released_gpt(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
@@ -86,7 +88,7 @@ def released_gpt(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
         source: where it came from, kept for the record.
 
     Raises:
-        ValueError: something that no released model has; the message names it.
+        ValueError: the configuration asks for something that no released model has; the message names the field.
     """
     raw = raw | {name: raw[alias] for alias, name in ALIASES.items() if raw.get(alias) is not None}
     _check_fixed(raw, GPT_FIXED)
@@ -101,7 +103,7 @@ def released_gpt(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
     letters = [_letter(mixer) for mixer in mixers]
     pattern = "".join(letters)
     for mixer, letter in zip(mixers, letters, strict=True):
-        if letter == "A" and mixer:  # flash-attn's class itself, which takes nothing from the fields around it
+        if letter == "A" and mixer:  # flash-attn's class, which does not use the model's other fields
             given = {"causal": False, "num_heads": None, "rotary_emb_dim": 0} | mixer
             _check_fixed(given, {"causal": (True,), "num_heads": (heads,), "rotary_emb_dim": (head_rotary,)}, "mixer.")
     linear, conv = _the_one(mixers, pattern, "PL"), _the_one(mixers, pattern, "C")
@@ -142,9 +144,9 @@ def released_gpt(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
 
 
 def mamba_ssm(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
-    """As `released_gpt`, for Mamba as its authors' package and the release write it: `d_model` and `ssm_cfg`.
+    """As `released_gpt`, for Mamba in the layout of its authors' package and of the release (`d_model`, `ssm_cfg`).
 
-    The release's class saves fields of its GPT models beside them (n_embd, n_head, n_positions), which Mamba does not use.
+    The release also saves fields of its GPT models there (n_embd, n_head, n_positions). Mamba does not use them.
     """
     settings = _part(raw, "ssm_cfg")
     if settings.get("layer") == "Mamba2":
@@ -170,7 +172,7 @@ def mamba_ssm(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
 
 
 def mamba_transformers(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
-    """As `released_gpt`, for Mamba as transformers writes it, whose own defaults stand where a field is not given."""
+    """As `released_gpt`, for Mamba in transformers' layout; a field that is not given has transformers' default."""
     _check_fixed(raw, MAMBA_TRANSFORMERS_FIXED)
     width, expand = _count_or(raw, "hidden_size") or 768, _count_or(raw, "expand") or 2
     _check_fixed(raw, {"intermediate_size": (expand * width,)})
@@ -268,7 +270,7 @@ def _rank(fields: dict, name: str) -> int | None:
 
 
 def _token(raw: dict, name: str, default: int, core: Config) -> int | list[int] | None:
-    """A token id, or a list of them as transformers allows; ids that the embedding does not have are left out."""
+    """A token id, or a list of ids, which transformers allows too. Ids beyond the embedding's rows are left out."""
 
     def is_valid(value: object) -> bool:
         return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
@@ -288,7 +290,7 @@ def _check_layers(layers: int, shapes: Shapes) -> None:
 
 
 def _mixers(raw: dict, layers: int) -> list[dict]:
-    """Each layer's mixer, {} for plain attention: the first of alt_mixer_2, alt_mixer and mixer that claims the layer."""
+    """Each layer's mixer, {} for plain attention: alt_mixer_2 or alt_mixer if it lists the layer, else mixer."""
     mixer, first, second = (_part(raw, name) for name in ("mixer", "alt_mixer", "alt_mixer_2"))
     in_first, in_second = (set(_layer_numbers(raw, f"{name}_layers")) for name in ("alt_mixer", "alt_mixer_2"))
     return [second if layer in in_second else first if layer in in_first else mixer for layer in range(layers)]
@@ -306,7 +308,7 @@ def _letter(mixer: dict) -> str:
 
 
 def _the_one(mixers: Sequence[dict], pattern: str, letters: str) -> dict:
-    """The mixer of these letters, {} where there is none."""
+    """The configuration that all mixers with one of these letters share; {} if there are none."""
     found = [mixer for mixer, letter in zip(mixers, pattern, strict=True) if letter in letters]
     if any(mixer != found[0] for mixer in found):
         raise ValueError(f"config.json has two different mixers of the kinds {letters}; the released models have one")
@@ -318,12 +320,13 @@ def _first_rows(shapes: Shapes, end: str) -> int | None:
 
 
 def _expand(conv: dict, width: int, shapes: Shapes) -> int:
-    """`expand_proj`; where it is not given, the file's own rows tell."""
+    """`expand_proj`, or if it is not given, the rows of the projection divided by the width."""
     return _count_or(conv, "expand_proj") or max(1, (_first_rows(shapes, "mixer.in_proj.weight") or 0) // width)
 
 
 def _linear_sizes(linear: dict, width: int, shapes: Shapes) -> tuple[int, int]:
-    """Heads and feature dimension of linear attention; where one is not given, the file's queries tell."""
+    """Heads and feature dimension of linear attention; if one is not given, it follows from the query projection's
+    rows."""
     heads, feature_dim = _count_or(linear, "num_heads"), _count_or(linear, "feature_dim")
     rows = _first_rows(shapes, "mixer.proj_q.weight")
     if rows is not None:
@@ -337,7 +340,7 @@ def _window(mixer: dict, layer: int) -> int:
     """Earlier keys that a query sees: half of `window_size`."""
     size = _count_or(mixer, "window_size") or 128  # the release's own default
     if size == 4096 and layer in (7, 17):
-        size = 256  # the release replaces this one size on these two layers
+        size = 256  # the release's code replaces 4096 by 256 on these two layers
     return size // 2
 
 
@@ -351,7 +354,8 @@ def _rows(shapes: Shapes, tokens: int) -> int:
 
 
 def _mlp_width(raw: dict, width: int, shapes: Shapes) -> int:
-    """The file's own width, if it is what the configuration asks for rounded up as some flash-attn did."""
+    """Hidden units of the MLP: the file's, which must be the configured number rounded up as a version of flash-attn
+    did."""
     least = _count_or(raw, "n_inner") or int(8 * width / 3)
     if raw.get("mlp_type") == "alt":
         least = int(2 * width * (_count_or(raw, "ff_mult") or 4) / 3)

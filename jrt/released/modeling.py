@@ -1,6 +1,7 @@
-"""Models that compute as the release did, one quirk at a time (docs/released.md tells the quirks).
+"""Models that compute as the release did. Each quirk can be switched on alone (docs/released.md explains them).
 
-`JRTForCausalLM(config)` makes the class here where the configuration has quirks; `jrt.configuration_jrt` imports it.
+`JRTForCausalLM(config)` returns a `ReleasedForCausalLM` if the configuration has quirks. `jrt.configuration_jrt`
+imports this module with the first configuration.
 
 Shapes: B batch, T tokens of a call, H heads, d query/key size, D value size, F features.
 """
@@ -32,7 +33,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedBatch(PaddedBatch):
-    """Tokens, and the quirks that they are computed with; the mixers here compute any other batch correctly."""
+    """Tokens with the quirks by which they are computed. The mixers here compute any other batch without quirks."""
 
     quirks: Quirks
 
@@ -48,13 +49,13 @@ class ReleasedLinearAttention(LinearAttention):
         if not isinstance(batch, ReleasedBatch):
             return super().forward(x, batch, state)
         q, k, v = self.project(x, batch)
-        step = state if x.shape[1] == 1 else None  # what a one-token step goes on from
+        step = state if x.shape[1] == 1 else None  # the state before a one-token step; None in the parallel form
         if batch.quirks.double_add and step is not None:
             state = added_once_more(k, v, step)
         in_state = batch.log_decay if self.has_decay or batch.quirks.decay_in_steps else None
         in_output = in_state if self.has_decay or step is not None else None
         o, after = linear_attention(q, k, v, initial_state=state, mask=batch.mask, log_decay=in_output)
-        if in_state is not in_output:  # a decay without a gain: the parallel form decays the state only
+        if in_state is not in_output:  # a decay without a decay projection: the parallel form decays the state only
             _, after = linear_attention(q, k, v, initial_state=state, mask=batch.mask, log_decay=in_state)
         if self.has_decay or (batch.quirks.decay_in_steps and step is not None and self.has_gain):
             o = o * self.decay_proj(x)[..., None]
@@ -62,7 +63,8 @@ class ReleasedLinearAttention(LinearAttention):
 
 
 class ReleasedPrefixLinearAttention(PaddedPrefixLinearAttention):
-    """Prefix linear attention with `half_states`, and with the keys that `blank_padding` zeroes."""
+    """Prefix linear attention with `half_states` and `blank_padding`. Its parent class zeroes the keys of blank
+    tokens."""
 
     def forward(self, x: Tensor, batch: TokenBatch, state: State | None) -> tuple[Tensor, State]:
         y, after = super().forward(x, batch, state)
@@ -70,13 +72,16 @@ class ReleasedPrefixLinearAttention(PaddedPrefixLinearAttention):
 
 
 def added_once_more(k: Tensor, v: Tensor, state: State) -> State:
-    """The state with the token of k (B, 1, H, d) and v (B, 1, H, D) added to S, but not to z."""
+    """The state before a step, with the step's token already added to S but not to z: the step then adds it again.
+
+    k: (B, 1, H, d), v: (B, 1, H, D), the token."""
     phi = taylor_features(k[:, 0].to(state.S.dtype))  # (B, H, F)
     return State(state.S + phi[..., None] * v[:, 0].to(state.S.dtype)[..., None, :], state.z)
 
 
 def stored(state: State, x: Tensor, quirks: Quirks) -> State:
-    """The state as it is kept for the next call: under `half_states`, rounded to the dtype of x if that is half."""
+    """The state as it is kept for the next call. Under `half_states` it is rounded to the dtype of x if that has 16
+    bits."""
     if not quirks.half_states or x.dtype not in HALF:
         return state
     return State(state.S.to(x.dtype).to(state.S.dtype), state.z.to(x.dtype).to(state.z.dtype))
@@ -85,8 +90,8 @@ def stored(state: State, x: Tensor, quirks: Quirks) -> State:
 class ReleasedForCausalLM(JRTForCausalLM):
     """A JRTForCausalLM with the quirks of its configuration.
 
-    Under `blank_padding`, `forward` takes the release's masks: any (B, T), 0 where keys are zeroed, or (B, 1, T, T) to
-    add to scores.
+    Under `blank_padding`, `forward` takes the masks that the release's code takes: (B, T) with 0 anywhere, where keys
+    are zeroed; or (B, 1, T, T) additive, 0 where a key is visible.
     """
 
     computes_quirks: ClassVar[bool] = True
@@ -107,12 +112,13 @@ class ReleasedForCausalLM(JRTForCausalLM):
         prefix_length: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in JRTForCausalLM; under `ignore_batch_padding` every column counts."""
+        """As in JRTForCausalLM; under `ignore_batch_padding` the mask is ignored, and every column is read as a
+        token."""
         mask = None if self.quirks.ignore_batch_padding else attention_mask
         return super().generate(inputs, mask, short_prompt, prefix_length, **kwargs)
 
     def token_batch(self, prompt: Prompt, state: ModelState | None) -> ReleasedBatch:
-        """As in JRTForCausalLM, with the quirks."""
+        """As in JRTForCausalLM; the batch carries the quirks to the mixers."""
         if self.quirks.blank_padding and state is None:
             batch, blank = self._padding_read(prompt)
         else:
@@ -122,14 +128,16 @@ class ReleasedForCausalLM(JRTForCausalLM):
         return ReleasedBatch(**vars(batch) | {"blank": blank}, quirks=self.quirks)
 
     def _padding_read(self, prompt: Prompt) -> tuple[TokenBatch, Tensor | None]:
-        """The batch in which padding counts as tokens, and which tokens have zero keys, (B, T) bool."""
+        """For `blank_padding`: the batch in which padding is read as tokens, and (B, T) bool, True where keys are zero.
+
+        The second is None if no key is zeroed."""
         ids, lengths = prompt.input_ids, prompt.prefix_length
         keep = released_mask(prompt.attention_mask, ids)
         self.check_lengths(prompt, keep)
         batch = self.model.token_batch(ids, None, None, None)
         if batch.prefix is None:
             return batch, None
-        start = 0 if keep is None else keep.long().argmax(1, keepdim=True)  # (B, 1) the first token that is no padding
+        start = 0 if keep is None else keep.long().argmax(1, keepdim=True)  # (B, 1) first column that is no padding
         own = batch.positions - start
         if lengths is not None:
             columns = batch.prefix.length
@@ -138,15 +146,15 @@ class ReleasedForCausalLM(JRTForCausalLM):
             return batch, None
         if prompt.blank_length is not None:
             return batch, (own >= 0) & (own < prompt.blank_length[:, None])
-        if keep is None or ids.shape[1] > self.core.enc_length:  # a mask that is longer than the encoder is dropped
+        if keep is None or ids.shape[1] > self.core.enc_length:  # the release ignores a mask longer than the encoder
             return batch, None
         return batch, ~keep
 
 
 def released_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """(B, T) bool, False where keys are zeroed; None where the release looks at no mask, or nothing is masked.
+    """The mask that the release applies: (B, T) bool, False where keys are zeroed; None if it applies none.
 
-    It looks at none that is longer than the text, and at none for a single token.
+    The release ignores a mask that is longer than the text, and every mask of a single token.
     """
     batch, length = input_ids.shape
     if attention_mask is None or length == 1:

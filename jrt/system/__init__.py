@@ -1,1 +1,2 @@
-"""What the package needs of its surroundings: files, errors of other projects' code, versions, the processor."""
+"""Helpers for the machine and for other projects' code: writing files, catching errors, recording versions, free
+cores."""

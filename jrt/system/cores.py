@@ -1,8 +1,8 @@
-"""How many threads PyTorch computes with on a processor that other programs use at the same time.
+"""Sets the number of PyTorch's threads to the number of cores that other programs leave free.
 
-The threads of one operation wait for each other, and they wait by running: a thread that another program has pushed aside
-holds up all others, and those that wait take processor time from it. Two threads beside one busy program on two cores are
-several times slower than one thread. On an idle machine more threads are faster, and waiting by sleeping is slower
+The threads of one operation wait for each other in a busy loop. If another program takes a core from one of them, all
+others wait for it, and take processor time while they wait. So on two cores with one busy program, two threads are
+several times slower than one. On an idle machine more threads are faster. Waiting asleep instead would be slower there
 (benchmarks/busy_machine.py).
 """
 
@@ -14,11 +14,11 @@ import psutil
 import torch
 
 PERIOD = 0.5
-"""Seconds between two looks at the machine."""
+"""Seconds between two measurements."""
 
 
 class _Reading(NamedTuple):
-    """Seconds since the machine or the process started: on the clock, not used by anyone (all cores), used by this process."""
+    """A measurement, in seconds: the clock, the idle time of all cores together, the processor time of this process."""
 
     clock: float
     idle: float
@@ -26,13 +26,13 @@ class _Reading(NamedTuple):
 
 
 class FreeCores:
-    """Threads for the cores that other programs leave free. As a context manager: inside, PyTorch computes with so many.
+    """A context manager: inside, PyTorch has as many threads as there are free cores, and after it its former number.
 
-    Where OMP_NUM_THREADS is set, its number is kept."""
+    If the environment variable OMP_NUM_THREADS is set, nothing is changed."""
 
     def __init__(self) -> None:
         self._changes = "OMP_NUM_THREADS" not in os.environ
-        self._outside: list[int] = []  # PyTorch's threads before each `with` that is open
+        self._outside: list[int] = []  # PyTorch's number of threads before each open `with`, which may be nested
         self._share = torch.get_num_threads()
         self._last = STARTED
 
@@ -45,9 +45,9 @@ class FreeCores:
         torch.set_num_threads(self._outside.pop())
 
     def look(self) -> None:
-        """Sets PyTorch's threads to what was free in the last PERIOD seconds; a new look is taken when they have passed.
+        """Measures again if PERIOD seconds have passed, and sets the number of PyTorch's threads.
 
-        For each step of a long computation, in the thread that computes, inside `with`."""
+        Call it after each step of a long computation, inside `with`, in the thread that computes."""
         if not self._changes:
             return
         most = self._outside[0]
@@ -61,12 +61,12 @@ class FreeCores:
 
 
 def threads(idle: float, own: float, most: int) -> int:
-    """The nearest number to the cores that are idle or this process's own, from 1 to `most`."""
+    """Number of threads, from 1 to `most`: cores that were idle plus cores that this process used, rounded."""
     return max(1, min(most, round(idle + own)))
 
 
 def _read() -> _Reading:
-    """The process's processor time counts all its threads; cores are those that it may run on."""
+    """Measures now. Only cores on which this process may run are counted; its own time includes all its threads."""
     cores = psutil.cpu_times(percpu=True)
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
@@ -75,4 +75,5 @@ def _read() -> _Reading:
 
 
 STARTED = _read()
-"""When this module was imported. Loading a model takes seconds, in which the machine shows how busy it is."""
+"""The measurement at import, with which the first `look` compares: loading a model takes long enough for a good
+estimate."""

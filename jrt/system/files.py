@@ -1,4 +1,4 @@
-"""Small files that are never half written: each is written beside its place and then moved there in one step."""
+"""Writes small files atomically: to a temporary file in the same folder, which is then renamed in one step."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Writes a file in one step: a reader sees the former content or the new one, also after a crash."""
+    """Writes a file atomically: a reader sees either the former content or the new one, also after a crash."""
     partial = file.with_name(file.name + ".partial")
     with partial.open("wb") as stream:
         stream.write(content)
@@ -22,10 +22,11 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: object) -> None:
-    """Indented JSON. NaN is a ValueError, because other readers would refuse it."""
+    """As `write_bytes`, for a value as indented JSON. Raises ValueError for NaN and infinity, which JSON does not
+    have."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def json_lines(rows: Iterable[dict]) -> str:
-    """One JSON object a line."""
+    """The rows as text in JSON Lines: one object a line. Raises ValueError for NaN and infinity."""
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, commit, device, and the sources that ran."""
+"""Records where a result comes from: versions of packages, commit, device, and a hash of the source code."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Python, the platform, and those of PACKAGES that are installed."""
+    """Versions of Python, of the platform, and of those PACKAGES that are installed."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """The GPU, or the processor and how many threads PyTorch uses of it."""
+    """The name of the GPU if there is one, else of the processor with PyTorch's number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
@@ -45,9 +45,9 @@ def device_name() -> str:
 
 
 def commit(folder: Path) -> str:
-    """The commit of the checkout that holds `folder`, "+changes" where files differ from it; "unknown" outside a checkout.
+    """The git commit of `folder`, followed by "+changes" if tracked files differ from it; "unknown" outside a checkout.
 
-    The environment variable JRT_COMMIT comes first: it names the commit of a copy on another machine."""
+    If the environment variable JRT_COMMIT is set, its value is returned: it names the commit of a copy without git."""
     if told := os.environ.get("JRT_COMMIT"):
         return told
     head, changes = (
@@ -59,7 +59,8 @@ def commit(folder: Path) -> str:
 
 
 def code_sha256(*packages: ModuleType) -> str:
-    """sha256 over the Python and task files of packages, by their paths within them: it names the very sources that ran."""
+    """sha256 over the paths and contents of all .py and .yaml files of the packages: it identifies the code that
+    ran."""
     digest = hashlib.sha256()
     for package in packages:
         root = Path(str(package.__file__)).parent
@@ -70,7 +71,7 @@ def code_sha256(*packages: ModuleType) -> str:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What a git command prints; None where it fails or git is not installed."""
+    """The output of a git command; None if it fails or git is not installed."""
     try:
         done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:

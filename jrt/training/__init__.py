@@ -1,1 +1,2 @@
-"""What a training step computes besides the model: the objective, its loss, and the operations that a token costs."""
+"""What a training step computes besides the model: `objective` makes labels, `loss` the loss, `flops` counts
+operations."""

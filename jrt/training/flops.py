@@ -1,4 +1,5 @@
-"""What a token costs to train, and what a device can do: the two sides of model FLOP utilisation (MFU)."""
+"""Operations that training costs for each token, and the peak rates of devices: both are needed for model FLOP
+utilisation."""
 
 from __future__ import annotations
 
@@ -11,11 +12,17 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 40
 
 
 def flops_per_token(config: Config, parameters: int, length: int) -> tuple[int, int]:
-    """Training FLOPs a token: 6N, and 6N with what the mixers compute besides their projections.
+    """Training FLOPs for each token, in two counts: 6 N for N parameters; and 6 N plus the mixers' work beside
+    projections.
 
-    Multiply-adds count 2 and a backward pass twice its forward pass. A token and layer costs forward: A, 2 x 2 x T/2 x E for
-    scores and sums; S, 2 x 2 x window x E; P and L, 2 x 2 x F x (E + H) for writing and reading the state (P once more for
-    the prefix's share, left out here); M, about 9 x N x E'; C, 2 x taps x channels.
+    A multiply-add counts 2, and a backward pass twice its forward pass. Forward, a token costs in a layer of kind A 2 x
+    2 x T/2 x E (scores and sums); S 2 x 2 x window x E; P and L 2 x 2 x F x (E + H) (writing and reading the state; the
+    encoder's writing is left out); M about 9 x states x channels; C 2 x taps x channels.
+
+    Args:
+        config: the architecture, with width E, H heads and F features of linear attention.
+        parameters: N.
+        length: T, tokens of a training sequence.
     """
     simple = 6 * parameters
     forward = 0
@@ -35,7 +42,7 @@ def flops_per_token(config: Config, parameters: int, length: int) -> tuple[int, 
 
 
 def peak_flops(device: torch.device) -> float:
-    """Dense bf16 FLOP/s of the device; nan where it is not known."""
+    """Peak rate of the device for dense bf16 products, in FLOP/s; nan if it is not in PEAKS."""
     if device.type != "cuda":
         return float("nan")
     name = torch.cuda.get_device_name(device)

@@ -1,6 +1,7 @@
-"""The model with its loss, as one module: what data parallelism wraps. Logits of all tokens are never held at once.
+"""The model together with its loss, as one module for data parallelism. The logits of all tokens are never in memory at
+once.
 
-Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places.
+Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places (a place is one token position of one row).
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from torch.utils.checkpoint import checkpoint
 from jrt.model import LanguageModel
 from jrt.training.objective import IGNORED, Objective, Targets, greedy_answers
 
-CHUNK = 2048  # places whose logits are held at a time
+CHUNK = 2048  # places whose logits are in memory at a time
 ChunkSum = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-SPREAD = 8  # standard deviations that the room for masked places has above their mean
+SPREAD = 8  # `room_for` leaves room for this many standard deviations more masked places than their mean
 
 
 class ModelWithLoss(nn.Module):
-    """Gives (4,) sums: cross-entropies of next tokens and of masked ones, answers that are right, and answers. The loop divides
-    them by the whole batch's counts.
+    """Returns (4,) sums over a batch: cross-entropy of next tokens, cross-entropy of masked tokens, correct answers,
+    answers.
+
+    The training loop divides them by the counts of the whole batch, which may be spread over devices and passes.
 
     Args:
-        model: any pattern.
-        recovers: whether the objective hides tokens of the prefix.
+        model: a language model with any pattern.
+        recovers: whether the objective masks tokens of the prefix, which the model has to recover.
     """
 
     def __init__(self, model: LanguageModel, recovers: bool) -> None:
@@ -37,15 +40,18 @@ class ModelWithLoss(nn.Module):
         self.chunk_sum: ChunkSum = _chunk_sum
 
     def compile_parts(self, fullgraph: bool = False) -> None:
-        """Compiles the model block by block (equal blocks share one graph, so a model costs as many compilations as it has
-        kinds of layers) and the loss of a chunk."""
+        """Compiles each block of the model, and the loss of a chunk.
+
+        Blocks of the same kind share one compiled graph, so there are as many compilations as kinds of layers."""
         torch._dynamo.config.recompile_limit = 64  # kinds of layers x lengths
         for block in self.model.blocks:
             block.forward = torch.compile(block.forward, dynamic=False, fullgraph=fullgraph)
         self.chunk_sum = torch.compile(_chunk_sum, dynamic=False)
 
     def checkpoint_blocks(self) -> None:
-        """Keeps only each block's input for the backward pass, which computes the rest again. Comes after `compile_parts`."""
+        """Saves memory: only each block's input is kept, and the backward pass computes the rest again.
+
+        Call it after `compile_parts`."""
         for block in self.model.blocks:
             block.forward = _checkpointed(block.forward)
 
@@ -59,7 +65,8 @@ class ModelWithLoss(nn.Module):
         room: tuple[int, int],
         answers: Tensor | None = None,
     ) -> Tensor:
-        """Arguments as in `jrt.training.objective.Targets`; `room` as `room_for` gives it; `answers` as in `greedy_answers`."""
+        """The four sums; arguments as in `jrt.training.objective.Targets`, room: the result of `room_for`, answers: (B,
+        T) as in `greedy_answers`, None for a training step, whose counts of answers are then 0."""
         hidden, _ = self.model.read(input_ids, prefix_length=prefix_length)
         hidden, labels, masked = hidden.flatten(0, 1), labels.flatten(), masked.flatten()  # (N, E), (N,), (N,)
         weights = None if weights is None else weights.flatten()
@@ -75,10 +82,11 @@ class ModelWithLoss(nn.Module):
 
 
 def room_for(objective: Objective, rows: int, length: int, prefix: int | None) -> tuple[int, int]:
-    """Places of a (rows, length) batch that at most carry a next-token label and a masked label.
+    """The most places of a (rows, length) batch that have a next-token label, and the most that have a masked label.
 
-    It is a Python number, so that choosing places does not wait for the device. The number of masked places is drawn: the
-    bound lies SPREAD standard deviations above its mean. `prefix` None: prefixes differ, and any place may count.
+    These are Python numbers, so that shapes are known without waiting for the device. The number of masked places is
+    random; its bound lies SPREAD standard deviations above its mean. prefix: tokens of every row's prefix; None if rows
+    differ, and any place may have a label.
     """
     if prefix is None:
         return rows * length, rows * length
@@ -91,7 +99,7 @@ def room_for(objective: Objective, rows: int, length: int, prefix: int | None) -
 def _sum_where(
     hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None, room: int, chunk_sum: ChunkSum
 ) -> Tensor:
-    if room < len(labels):  # the places that count come first, as many as there is room for
+    if room < len(labels):  # take the first `room` places, after sorting those with a label to the front
         chosen = (labels == IGNORED).int().argsort(stable=True)[:room]
         hidden, labels = hidden[chosen], labels[chosen]
         weights = None if weights is None else weights[chosen]
@@ -112,17 +120,17 @@ def summed_cross_entropy(
     weights: Tensor | None = None,
     chunk_sum: ChunkSum = _chunk_sum,
 ) -> Tensor:
-    """Sum of (weighted) cross-entropies of the logits hidden @ head.T, as an fp32 scalar, a few logits at a time.
+    """Sum of the (weighted) cross-entropies of the logits hidden @ head.T, fp32 scalar.
 
-    On a GPU liger-kernel computes it where it is installed and no weights are given; else chunks are computed again in the
-    backward pass.
+    The logits of at most CHUNK places are in memory at a time; the backward pass computes them again. On a GPU,
+    liger-kernel does this if it is installed and no weights are given.
 
     Args:
         hidden: (N, E).
         head: (V, E).
-        labels: (N,) ids, IGNORED where nothing counts.
+        labels: (N,) ids, IGNORED where there is no label.
         weights: (N,) fp32; None: all weigh 1.
-        chunk_sum: the same for a few places, from their logits; compiled, for example.
+        chunk_sum: the function for one chunk, for instance a compiled one.
     """
     if weights is None and hidden.is_cuda and has_liger():
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -146,7 +154,9 @@ def has_liger() -> bool:
 
 
 def loss_of(sums: Tensor, totals: Tensor, objective: Objective) -> Tensor:
-    """The scalar of equation 5 out of (2,) summed cross-entropies and (2,) totals of the whole batch."""
+    """The loss of the paper's equation 5 (see `Objective` for its scale).
+
+    sums: (2,) summed cross-entropies of next and of masked tokens; totals: (2,) their weights, over the whole batch."""
     means = sums / totals.clamp(min=1e-9)
     return means[0] + objective.masked_weight * means[1]
 
@@ -159,7 +169,7 @@ def _checkpointed(forward: Callable) -> Callable:
 
 
 def split_rows(targets: Targets, rows: int) -> list[Targets]:
-    """Targets of a device's whole share as passes of `rows` rows."""
+    """Splits targets into parts of at most `rows` rows, for gradient accumulation."""
 
     def part(tensor: Tensor | None, i: int) -> Tensor | None:
         return None if tensor is None else tensor[i : i + rows]

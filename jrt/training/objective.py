@@ -1,10 +1,11 @@
-"""The training objective, once for all models: predict the next token, and recover hidden tokens of the prefix (equation 5).
+"""The training objective of all models: predict the next token, and recover masked tokens of the prefix (paper,
+equation 5).
 
-Three names of it fit any layer pattern:
+It has three kinds:
 
     causal      the next token everywhere
     prefix-lm   the next token after the prefix
-    jrt         the next token after the prefix, and hidden tokens inside it
+    jrt         the next token after the prefix, and masked tokens inside it
 
 Shapes: B rows, T tokens of a row, V vocabulary rows.
 """
@@ -25,16 +26,16 @@ KINDS = ("causal", "prefix-lm", "jrt")
 
 @dataclass(frozen=True)
 class Targets:
-    """What a model reads and what it has to say."""
+    """The model's inputs, and the labels that it has to predict."""
 
-    input_ids: Tensor  # (B, T) with hidden tokens replaced
-    labels: Tensor  # (B, T) the token to predict at each place, IGNORED where nothing counts
-    masked: Tensor  # (B, T) bool: the label is the place's own hidden token, not the next one
+    input_ids: Tensor  # (B, T), masked tokens replaced by the objective's mask token
+    labels: Tensor  # (B, T) the token to predict at each place, IGNORED where there is none
+    masked: Tensor  # (B, T) bool, True: the label is the masked token of this place; False: the next token
     prefix_length: Tensor | None  # (B,) for the model's encoder; None: the model has none
     weights: Tensor | None = None  # (B, T) fp32 weight of each next-token label; None: all weigh 1
 
     def totals(self) -> Tensor:
-        """(2,) fp32 weight of all next-token labels, and number of all masked labels."""
+        """(2,) fp32: the summed weight of all next-token labels, and the number of masked labels."""
         counted = self.labels != IGNORED
         following = counted & ~self.masked
         weight = following.sum() if self.weights is None else (self.weights * following).sum()
@@ -43,19 +44,19 @@ class Targets:
 
 @dataclass(frozen=True)
 class Objective:
-    """How targets are made of token ids.
+    """Makes targets from token ids.
 
-    The loss is the mean over next-token labels plus `masked_weight` times the mean over masked labels. The paper divides
-    that sum by 1 + `masked_weight`; its released code, and this one, do not.
+    The loss is the mean over next-token labels plus `masked_weight` times the mean over masked labels. The paper
+    divides that sum by 1 + `masked_weight`; its released code, and this one, do not.
     """
 
     kind: str  # one of KINDS
-    mask_token: int  # id that stands for every hidden token
+    mask_token: int  # id that replaces every masked token
     masked_weight: float = 0.25
     masked_share: float = 0.15  # of a prefix's tokens; 0 leaves the masked loss out (the paper's Table 11)
-    masked_rows: float = 1.0  # share of rows with hidden tokens
-    predicts_first: bool = False  # the prefix's last place predicts the first token after it
-    ignored_token: int | None = None  # id that is hidden but never a masked label; the release's code skips id 0
+    masked_rows: float = 1.0  # share of rows with masked tokens
+    predicts_first: bool = False  # whether the prefix's last place predicts the first token after the prefix
+    ignored_token: int | None = None  # id that is masked but never a label; the release's code does this to id 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,7 +75,7 @@ class Objective:
         first_row: int = 0,
         all_rows: int | None = None,
     ) -> Targets:
-        """Draws what is hidden, on the device of `ids`.
+        """Chooses the tokens to mask at random, and makes the targets, on the device of `ids`.
 
         Args:
             ids: (B, T + 1) consecutive tokens.
@@ -99,7 +100,7 @@ class Objective:
     def targets(
         self, ids: Tensor, prefix_length: Tensor | None, hidden: Tensor | None, weights: Tensor | None = None
     ) -> Targets:
-        """The same with the hidden places given: `hidden` (B, T) bool, read inside the prefix only."""
+        """As `__call__`, with given places to mask: hidden (B, T) bool; places outside of the prefix are ignored."""
         inputs, labels = ids[:, :-1], ids[:, 1:]  # (B, T)
         nothing = torch.zeros_like(inputs, dtype=torch.bool)
         if self.kind == "causal" or prefix_length is None:
@@ -122,7 +123,8 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
         config: the model; with P in its pattern, the prefix follows from it.
         kind: one of KINDS.
         length: tokens of a training sequence.
-        prefix_length: for patterns without P, which have no encoder to ask; or a shorter prefix.
+        prefix_length: the prefix of patterns without P, which have no encoder; with P, a prefix shorter than
+            enc_length.
 
     Raises:
         ValueError: model, objective and lengths contradict each other.
@@ -156,12 +158,12 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
 
 
 def mean_loss(logits: Tensor, labels: Tensor, items: int | Tensor | None = None) -> Tensor:
-    """Cross-entropy over the labels that count, in fp32; 0 where none does.
+    """Mean cross-entropy over all labels that are not IGNORED, fp32 scalar; 0 if there are none.
 
     Args:
         logits: (..., V).
-        labels: (...), IGNORED where nothing counts.
-        items: what the sum is divided by; None: the number of labels that count.
+        labels: (...) ids, IGNORED where there is no label.
+        items: the divisor of the sum; None: the number of labels.
     """
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     counted = (labels != IGNORED).sum() if items is None else torch.as_tensor(items, device=total.device)
@@ -169,10 +171,10 @@ def mean_loss(logits: Tensor, labels: Tensor, items: int | Tensor | None = None)
 
 
 def greedy_answers(likeliest: Tensor, targets: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Would greedy decoding be right? Returns (correct, total): answers whose tokens are all argmax, and all answers.
+    """Counts answers that greedy decoding would give: (correct, total), int64 scalars.
 
-    With the right beginning given, every token of an answer is the likeliest one exactly when greedy decoding gives
-    that answer, so one pass over prompt and answer is enough.
+    Greedy decoding gives an answer exactly if each of its tokens is the most likely one after the prompt and the
+    answer's tokens before it. So one pass over prompt and answer is enough, and no decoding is needed.
 
     Args:
         likeliest: (B, T) argmax of the logits at each place.

@@ -25,16 +25,16 @@ FILES = (
 
 
 class Collected:
-    """Records and predictions of several runs, as one. Raises ValueError where two runs hold the same cell."""
+    """Records and predictions of several runs together. Raises ValueError if two runs hold the same cell."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.records: list[dict] = []
         self.predictions: list[dict] = []
-        self.failed: dict[Cell, str] = {}  # cells without a number, and why
+        self.failed: dict[Cell, str] = {}  # cells without a score, with the reason
         protocols: dict[tuple[str, int], dict] = {}
         manifests: dict[str, dict] = {}
         self.settings: dict[Cell, mixtures.Settings] = {}
-        """How each cell was computed."""
+        """For each cell, the dtype and package versions with which it was computed."""
         for folder in folders:
             records, predictions, manifest = read_run(folder)
             labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}
@@ -57,7 +57,7 @@ class Collected:
 
 
 def _label(model: dict) -> str:
-    """A model's name with what else decides its scores."""
+    """A model's name, with the other settings that decide its scores in brackets: "mini-jrt [pad, bfloat16]"."""
     extras = [model[key] for key in ("short_prompt", "compat") if model[key]]
     if model["dtype"] != "float32":
         extras.append(model["dtype"])
@@ -65,7 +65,9 @@ def _label(model: dict) -> str:
 
 
 def runs_in(folders: Sequence[Path]) -> list[Path]:
-    """The folders themselves where they hold results, else the runs below them."""
+    """The folders of finished runs: each given folder if it is one, else all runs below it.
+
+    Raises ValueError for a folder without any."""
     found = []
     for folder in folders:
         below = [folder] if (folder / RESULTS).is_file() else sorted(file.parent for file in folder.rglob(RESULTS))
@@ -78,10 +80,10 @@ def runs_in(folders: Sequence[Path]) -> list[Path]:
 
 
 def collect(folders: Sequence[Path], output: Path, layout: str | None = None) -> tuple[str, tuple[str, ...]]:
-    """Writes tables, figures and a page to `output`; returns the tables as text, and the files' names.
+    """Writes tables, figures and an HTML page to `output`; returns the tables as text, and the names of the files.
 
-    folders: runs, or folders that hold runs. layout: one of the paper's tables; None: tables of what was measured.
-    Raises ValueError where a folder holds no finished run, or two runs the same cell."""
+    folders: runs, or folders with runs below them. layout: a key of TITLES, one of the paper's tables; None: all that
+    was measured. Raises ValueError if a folder holds no finished run, or two runs hold the same cell."""
     if layout is not None and layout not in TITLES:
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TITLES)}")
     if layout in layouts.FROM_FILES:
@@ -106,9 +108,10 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
 
 
 def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
-    """Title, rows, and what stands below: the reason of each mark, and the runs that are missing.
+    """One of the paper's tables: its title, its rows, and the lines below it (reasons of marks, commands of missing
+    runs).
 
-    Raises ValueError where no run holds a cell of the table."""
+    Raises ValueError if no run holds a cell of the table."""
     if layout == "mean-gain":
         rows, below = layouts.mean_gain(found.records)
         return TITLES[layout], rows, [*below, *mixtures.unlike(found.settings)]
@@ -122,7 +125,7 @@ def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
 
 
 def _from_files(layout: str, folders: Sequence[Path], output: Path) -> tuple[str, tuple[str, ...]]:
-    """A table that is made of no run of `jrt eval`, as text; written as LaTeX and CSV."""
+    """A table that is made from other files than runs of `jrt eval`: written as LaTeX and CSV, returned as text."""
     (header, rows), below = layouts.FROM_FILES[layout](folders)
     folder = output.parent if output.is_file() else output
     folder.mkdir(parents=True, exist_ok=True)

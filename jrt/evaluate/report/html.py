@@ -1,6 +1,6 @@
-"""One HTML page for a run or several: tables, figures, and items to read with the found answer marked.
+"""An HTML page for one run or several: tables, figures, and single items with the correct answer marked in their text.
 
-The page needs no other file. Its template escapes all text that came from a dataset or a model.
+The page needs no other file. Its template escapes all text that comes from a dataset or a model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write_page(
 ) -> None:
     """Writes report.html and the figures, each as PNG and SVG, to `output`.
 
-    paper: a table of the paper with its title. failed: cells without a number, and why."""
+    paper: title and rows of one of the paper's tables. failed: cells without a score, with the reason."""
     figures = plots.draw(records, predictions)
     plots.save(figures, output)
     text = page(title, records, compared, predictions, manifest, figures.values(), paper, failed)
@@ -63,7 +63,7 @@ def page(
     failed: Mapping[Cell, str] = MappingProxyType({}),
     items: int = SHOWN_ITEMS,
 ) -> str:
-    """The page's text. items: how many questions are shown with all their answers."""
+    """The page's HTML. items: how many questions are shown with all answers; other arguments as in `write_page`."""
     from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -86,7 +86,8 @@ def page(
 
 
 def _tables(records: Sequence[dict], manifest: dict, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
-    """For each task and protocol: what stands above and below its table, its records by model, and the cells without one."""
+    """For each task and protocol: the lines above and below its table, its records by model, and its cells without a
+    score."""
     described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
     groups: dict[tuple[str, str], dict[str, list[dict]]] = {(cell.task, cell.protocol): {} for cell in failed}
     for record in records:
@@ -107,9 +108,9 @@ def _tables(records: Sequence[dict], manifest: dict, failed: Mapping[Cell, str])
 
 
 def _chosen_items(predictions: Sequence[dict], count: int) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """Items with all their answers, how many there are, and the tasks.
+    """The first `count` items with all their answers, the number of all items, and the tasks.
 
-    The tasks take turns, and each gives first the items on which its cells disagree."""
+    Tasks alternate. Within a task, the items on which the cells disagree come first."""
     tasks: dict[str, dict[tuple[str, str], list[dict]]] = {}
     for row in predictions:
         tasks.setdefault(row["task"], {}).setdefault((row["protocol"], row["id"]), []).append(row)
@@ -126,9 +127,10 @@ def _shown(rows: list[dict]) -> dict[str, Any]:
 
 
 def split_question(prompt: str) -> tuple[str, str]:
-    """Context and question of a prompt read once: its last line where that is short, else what follows its last full stop."""
+    """Splits a prompt into context and question: the question is the last line, or, if that is long, the last
+    sentence."""
     context, line_end, last = prompt.rpartition("\n")
-    if last == "Answer:":  # the passages' form, where the question has a line of its own
+    if last == "Answer:":  # the format of the qa_ tasks: the question stands on the line before
         context, line_end, asked = context.rpartition("\n")
         last = f"{asked} {last}"
     if line_end and len(last) <= 300:
@@ -138,7 +140,7 @@ def split_question(prompt: str) -> tuple[str, str]:
 
 
 def marked(text: str, answers: Sequence[str]) -> Markup:
-    """`text` escaped, with the first answer that stands in it marked at each of its places."""
+    """`text` as escaped HTML. Of the first answer that occurs in it, every occurrence is marked."""
     for answer in answers:
         parts = re.split(f"({re.escape(answer)})", text, flags=re.IGNORECASE) if answer else [text]
         if len(parts) > 1:

@@ -1,6 +1,6 @@
-"""Figures of a run: accuracy by reading strategy, against state bytes, and against where the answer stands.
+"""Figures of a run: accuracy by reading strategy, against the size of the state, and against the answer's place.
 
-Each function makes a matplotlib Figure (no global state); `draw` renders all of them, for files and for a page.
+Each function returns a matplotlib Figure; pyplot, with its global state, is not used. `draw` renders all of them.
 """
 
 import io
@@ -45,7 +45,7 @@ def by_strategy(records: Sequence[dict]) -> Figure:
 
 
 def by_state(records: Sequence[dict]) -> Figure:
-    """Points: accuracy against the bytes that a sequence leaves behind, a line through a model's strategies."""
+    """Points: accuracy against the bytes of the state after the prompt, with a line through each model's strategies."""
     models, strategies = _unique(records, "model"), _unique(records, "strategy")
     figure, panels = _panels(records)
     for axis, found in panels:
@@ -69,7 +69,7 @@ def by_state(records: Sequence[dict]) -> Figure:
 
 
 def by_position(predictions: Sequence[dict]) -> Figure:
-    """Lines: accuracy against the answer's place in the context read (0: start, 1: end), in five equal bins."""
+    """Lines: accuracy against the answer's place in the context (0 start, 1 end), in POSITION_BINS equal bins."""
     rows = [row for row in predictions if row["position"] is not None]
     models, strategies = _unique(rows, "model"), _unique(rows, "strategy")
     figure, panels = _panels(rows)
@@ -99,7 +99,7 @@ class Drawn(NamedTuple):
 
 
 def draw(records: Sequence[dict], predictions: Sequence[dict]) -> dict[str, Drawn]:
-    """All figures of a run by their file names; drawing takes seconds, so once is enough."""
+    """All figures of a run, by file name without ending. Drawing takes seconds, so files and page share the result."""
     return {
         "accuracy": _drawn("Accuracy by reading strategy", by_strategy(records)),
         "state": _drawn("Accuracy against state", by_state(records)),
@@ -108,7 +108,8 @@ def draw(records: Sequence[dict], predictions: Sequence[dict]) -> dict[str, Draw
 
 
 def by_recall(records: Sequence[dict]) -> dict[str, Drawn]:
-    """The paper's Figure 3 from the records of `perplexity`: hits by distance and by frequency, a line for each model."""
+    """The paper's Figure 3 from the records of `jrt.evaluate.perplexity`: the perplexity of recall hits by distance and
+    by frequency, a line for each model."""
     panels = (
         ("distance", "tokens since the pair stood before"),
         ("frequency", "times the pair stands in other sequences"),
@@ -143,7 +144,7 @@ def save(drawn: dict[str, Drawn], folder: Path) -> None:
 def _drawn(heading: str, figure: Figure) -> Drawn:
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=150)
-    figure.set_layout_engine("none")  # the layout stands
+    figure.set_layout_engine("none")  # keeps the layout of the PNG
     figure.savefig(svg, format="svg")
     text = svg.getvalue()
     return Drawn(heading, png.getvalue(), text[text.index("<svg") :])
@@ -171,7 +172,7 @@ def _panels(rows: Sequence[dict]) -> tuple[Figure, list[tuple[Axes, list[dict]]]
 
 
 def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """One legend below all panels: a model or a strategy looks the same in each."""
+    """One legend below all panels, in which a model or a strategy has the same color and marker."""
     if handles:
         inches = 0.55 + 0.07 * max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(4, len(handles), int(figure.get_figwidth() / inches)))

@@ -1,7 +1,7 @@
-"""The paper's tables from what was measured: recall (1 to 4, 13, 14), the mean gain, latency (5) and datasets (7).
+"""The paper's tables with measured values: recall (Tables 1 to 4, 13, 14), the mean gain, latency (5) and datasets (7).
 
-Published values are those of arXiv 2407.05483, version of July 9, 2024, in parentheses beside the measured ones.
-SuperGLUE's tables are in `super_glue`.
+The paper's own values (arXiv 2407.05483, version of July 9, 2024) stand in parentheses beside the measured ones. The
+tables of SuperGLUE are in `super_glue`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from jrt.evaluate.tables.super_glue import padding, super_glue
 from jrt.short_prompts import SHORT_PROMPTS
 
 PROFILE = "lin_attn_profile.json"
-_WIDE = 9  # a table of more columns is printed with models as columns
+_WIDE = 9  # a table with more columns is printed transposed: a column for each model
 
-# Table 7: examples, mean tokens of a document. The paper's NQ is whole articles; nq_512 ... are cut beforehand.
+# The paper's Table 7: examples, mean tokens of a document. It has whole articles for NQ; nq_512 ... are cut, so no mean
+# here.
 _DOCUMENTS = {
     "fda": (1102, 1999.9),
     "swde": (1111, 1036.1),
@@ -40,9 +41,10 @@ _DOCUMENTS = {
 
 
 def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
-    """Table 5 from the file that `benchmarks/lin_attn_profile.py` wrote, with notes.
+    """Table 5, from the file that `benchmarks/lin_attn_profile.py` wrote; and the notes below it.
 
-    Raises ValueError for several files or none: timings of two runs do not stand in one table."""
+    paths: that file, or its folder. Raises ValueError unless there is exactly one file: timings of two runs are not
+    mixed."""
     files = [path / PROFILE if path.is_dir() else path for path in paths]
     if len(files) != 1 or not files[0].is_file():
         raise ValueError(
@@ -84,9 +86,10 @@ def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
 
 
 def datasets(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
-    """Table 7 from a mirror of the published datasets, with notes. Nothing published stands beside generated documents.
+    """Table 7, from a mirror folder of the published datasets; and the notes below it.
 
-    Raises ValueError for no mirror, and for one without any dataset."""
+    Generated documents get no published value beside them. Raises ValueError if `paths` is not one mirror with a
+    dataset."""
     if len(paths) != 1 or not (paths[0] / data.MANIFEST).is_file():
         raise ValueError(
             f"{TITLES['table7']} is made of the datasets' mirror: name one folder that `jrt data fetch --folder FOLDER` made"
@@ -109,10 +112,11 @@ def datasets(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
 
 
 def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
-    """The paper's headline from runs of Table 1: mean and standard deviation over models, with notes.
+    """The gain in accuracy from reading twice, averaged over the tasks of Table 1, for each model; and the notes below
+    it.
 
-    A model counts where all twelve cells of Table 1 were measured. Raises ValueError where none does, and says what is
-    missing."""
+    The last row has mean and standard deviation over models. A model counts if all twelve of its cells of Table 1 were
+    measured. Raises ValueError, with the missing runs, if no model counts."""
     table = published_tables()["table1"]
     scores = {cell_of(record): 100 * record["score"] for record in records}
     generated = any(record["source"].startswith(GENERATED) for record in records)
@@ -146,7 +150,7 @@ def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation; of one value, the value."""
+    """Mean and sample standard deviation as text; for one value, the value alone."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
@@ -155,10 +159,10 @@ def spread(values: Sequence[float]) -> str:
 def layout_rows(
     table: Table, records: Sequence[dict], predictions: Sequence[dict], mixed: Mixture = NOTHING_MIXED
 ) -> Rows:
-    """One of the paper's tables of recall from measured cells; wide tables have models as columns.
+    """One of the paper's tables of recall, with measured values; wide tables have a column for each model.
 
-    mixed: marks for cells that were not measured as the others. Published values never stand beside generated documents, nor
-    beside cells of another protocol."""
+    mixed: marks for cells that were not measured like the others. A published value stands only beside a cell of the
+    same protocol and of published documents."""
     of_cell = {cell_of(record): record for record in records}
     answered: dict[Cell, list[dict]] = {}
     for row in predictions:
@@ -198,7 +202,7 @@ def layout_rows(
 
 
 def _measured(column: Column, record: Mapping | None, rows: Sequence[dict]) -> float | None:
-    """Percent: a cell's score, or the share of its answers that are wrong in one way."""
+    """A cell's value in percent: its score, or the share of its answers with the column's kind of error."""
     if record is None:
         return None
     if column.measure == "score":
@@ -207,9 +211,9 @@ def _measured(column: Column, record: Mapping | None, rows: Sequence[dict]) -> f
 
 
 def missing_runs(table: Table, records: Sequence[dict]) -> list[str]:
-    """For each model in a table of recall, the cells that no run holds, with the commands that make them.
+    """For each model in a table of recall, the commands that measure the cells that no run holds.
 
-    A cell that was run under another protocol is missing, too: it stands in the table with a mark."""
+    A cell that was only measured under another protocol, and stands in the table with a mark, counts as missing."""
     run = {cell_of(record) for record in records}
     asked = {(column.task, column.strategy) for column in table.columns}
     models = dict.fromkeys(record["model"] for record in records if (record["task"], record["strategy"]) in asked)
@@ -227,7 +231,7 @@ def missing_runs(table: Table, records: Sequence[dict]) -> list[str]:
 
 
 def _options(model: str) -> str:
-    """`NAME --short-prompt pad --dtype bfloat16` of a model's label, `NAME [pad, bfloat16]`."""
+    """Turns a model's label, `NAME [pad, bfloat16]`, into options: `NAME --short-prompt pad --dtype bfloat16`."""
     name, _, label = model.partition(" [")
     words = label.rstrip("]").split(", ") if label else []
     options = {**dict.fromkeys(SHORT_PROMPTS, "--short-prompt"), "released": "--compat"}
@@ -235,7 +239,7 @@ def _options(model: str) -> str:
 
 
 def _missing_rules(table: Table, models: set[str]) -> list[str]:
-    """Of a table with a row for each rule for short prompts (Table 4): the rules that no run of the model has."""
+    """For Table 4, which has a row for each rule for short prompts: the rules with which a model was not run."""
     rules = dict.fromkeys(name.partition("[")[2].rstrip("]") for name, _ in table.rows if "[" in name)
     found: dict[str, set[str]] = {}
     for model in models if rules else ():
@@ -256,4 +260,5 @@ FROM_FILES: dict[str, Callable[[Sequence[Path]], tuple[Rows, list[str]]]] = {
     "table9": lambda folders: super_glue(published_tables()["table9"], folders),
     "table10": padding,
 }
-"""The layouts that are made of other files than runs of `jrt eval`; each gives its rows and the lines below them."""
+"""The tables that are made from other files than runs of `jrt eval`: functions from paths to rows and lines below
+them."""

@@ -1,6 +1,8 @@
-"""Cells of one table that were not measured alike: each gets a letter, and each letter a reason below the table.
+"""Marks for the cells of a table that were not measured like the others: a letter in the cell, its reason below the
+table.
 
-Numbers from other protocols, versions or dtypes may differ for that reason alone, so they never stand side by side unmarked.
+Another protocol, package version or dtype can change a score by itself. So such scores stand side by side only with a
+mark.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a table has to say about its cells.
+    """The marks of a table.
 
     Args:
         substitutes: for a cell of the table that was not run, the cell that was run under another protocol.
@@ -37,13 +39,13 @@ NOTHING_MIXED = Mixture()
 
 
 def settings_of(manifest: dict) -> dict[str, dict[str, str]]:
-    """By model, how the cells of a run were computed."""
+    """For each model of a run, the dtype and package versions with which its cells were computed."""
     versions = {name: str(value) for name, value in manifest.get("versions", {}).items() if name != "platform"}
     return {model["name"]: {"dtype": model["dtype"], **versions} for model in manifest["identity"]["models"]}
 
 
 def mixture(table: Table, records: Sequence[dict], settings: Mapping[Cell, Settings]) -> Mixture:
-    """Compares the cells of a table with each other. The settings that most cells have are those the others differ from."""
+    """Compares the cells of a table. A cell gets a mark if its settings are not those that most cells have."""
     run = {cell_of(record) for record in records}
     own = {(column.task, column.strategy, column.protocol) for column in table.columns}
     substitutes: dict[Cell, Cell] = {}
@@ -71,7 +73,7 @@ def mixture(table: Table, records: Sequence[dict], settings: Mapping[Cell, Setti
 
 
 def differences(settings: Mapping[Key, Settings]) -> dict[Key, list[str]]:
-    """For each cell, what of its settings is not as in most cells."""
+    """For each cell, a line for each setting that differs from the most common settings."""
     counted = Counter(tuple(sorted(found.items())) for found in settings.values())
     usual = dict(counted.most_common(1)[0][0]) if counted else {}
     return {
@@ -85,7 +87,9 @@ def differences(settings: Mapping[Key, Settings]) -> dict[Key, list[str]]:
 
 
 def marked(said: Mapping[Key, Sequence[str]], reasons: dict[str, str]) -> dict[Key, str]:
-    """The letter of each cell of which something is said. reasons: letters by reason, to which new ones are added."""
+    """A letter for each cell that has lines in `said`; equal lines share a letter.
+
+    reasons: letters by reason; new ones are added to it."""
     return {cell: reasons.setdefault("; ".join(lines), _letter(len(reasons))) for cell, lines in said.items() if lines}
 
 
@@ -95,7 +99,7 @@ def explained(reasons: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def unlike(settings: Mapping[Cell, Settings]) -> list[str]:
-    """For tables of all that was measured: a line for each group of cells that was not computed as most were."""
+    """For tables without marks: a line for each group of cells that was not computed like most cells."""
     groups: dict[str, list[str]] = {}
     for cell, said in differences(settings).items():
         if said:
@@ -104,7 +108,7 @@ def unlike(settings: Mapping[Cell, Settings]) -> list[str]:
 
 
 def _short(value: str | None) -> str:
-    return "unknown" if value is None else value[:16]  # enough of a hash
+    return "unknown" if value is None else value[:16]  # 16 letters tell two hashes apart
 
 
 def _letter(number: int) -> str:

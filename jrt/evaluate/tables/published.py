@@ -1,9 +1,9 @@
-"""The paper's tables: their columns, and the values that it prints.
+"""The columns and printed values of the paper's tables.
 
-`published.csv` holds the values (arXiv 2407.05483, version of July 9, 2024) as printed, in percent. A model is named there by
-the last part of its hub id where the authors released one (`hazyresearch/JRT-360M-30B`, `fla-hub/gla-1.3B-100B`,
-`state-spaces/mamba-1.4b`), in lower case. Only the paper's own tasks, windows and metric may stand beside these values: never
-`qa_*` tasks, generated documents, reference pages, or the mini models.
+`published.csv` holds the values (arXiv 2407.05483, version of July 9, 2024) as printed, in percent. A model is named
+there by the last part of its hub id, in lower case, if its authors released it (`hazyresearch/JRT-360M-30B`,
+`fla-hub/gla-1.3B-100B`, `state-spaces/mamba-1.4b`). These values may be compared only with the paper's own tasks,
+prompt lengths and metric: never with `qa_*` tasks, generated documents, reference pages, or the mini models.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SUPER_GLUE_SIZES = {
     "wic": 638,
     "wsc": 104,
 }
-"""Documents of SuperGLUE's validation splits."""
+"""Number of documents in the validation split of each SuperGLUE task."""
 
 
 class Column(NamedTuple):
@@ -55,7 +55,8 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of the paper: its columns, and percentages by model (SuperGLUE: by model and shots) in their order."""
+    """A table of the paper. rows: by (model, shots), the percentages in the order of `columns`; shots is "" for
+    recall."""
 
     title: str
     columns: tuple[Column, ...]
@@ -80,9 +81,10 @@ def published_tables() -> dict[str, Table]:
 
 
 def published_row(table: Table, model: str, shots: str = "") -> tuple[float, ...] | None:
-    """The paper's numbers for a model by hub id or folder, None where the paper has none.
+    """The paper's numbers for a model, in the order of the table's columns; None if the paper has none.
 
-    A label in brackets says how it was computed; the rule for short prompts in it chooses the row where a table has several."""
+    model: hub id or folder, with settings in brackets as `jrt report` labels it. In a table with a row for each rule
+    for short prompts, the rule in the brackets selects the row."""
     name, _, label = model.partition(" [")
     name = name.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-hf")
     for word in label.rstrip("]").split(", "):

@@ -1,4 +1,5 @@
-"""Records and paired differences as text: what `jrt eval` and `jrt demo` print, and the rows of a page's tables."""
+"""Records and paired differences as text: the tables that `jrt eval` and `jrt demo` print, and the rows of the HTML
+page."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ Rows = tuple[tuple[str, ...], list[list[str]]]
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left, the others to the right."""
+    """A table as text: the first column is aligned to the left, the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     texts = []
@@ -63,9 +64,9 @@ def protocols_of(manifest: dict) -> list[Protocol]:
 def results_text(
     records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str] | None = None
 ) -> str:
-    """One table for each task and protocol, with the protocol in words and the counts that the scores rest on.
+    """One table for each task and protocol, below a description of the protocol and the numbers of items.
 
-    failed: cells without a number, which are rows with their reason below the table."""
+    failed: cells without a score; they are rows of the table, with their reason below it."""
     described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
     parts = []
 
@@ -94,13 +95,14 @@ def results_text(
 
 
 def not_run(failed: Mapping[Cell, str], task: str, protocol: str) -> dict[Cell, str]:
-    """The cells of one task and protocol that have no number, each with `not run: ` and the reason on one line."""
+    """The cells of one task and protocol that have no score, each with `not run: ` and the reason on one line."""
     own = {cell: why for cell, why in failed.items() if (cell.task, cell.protocol) == (task, protocol)}
     return {cell: f"not run: {' '.join(why.split())}" for cell, why in own.items()}
 
 
 def notes(records: Sequence[dict]) -> list[str]:
-    """What has to be said below a table of one task and protocol: NaN logits, long prompts, models run otherwise."""
+    """The lines below a table of one task and protocol: NaN logits, prompts beyond training, models run in a special
+    way."""
     found = []
     if any(record["nan"] for record in records):
         counted = ", ".join(f"{r['model']} {r['strategy']}: {r['nan']}" for r in records if r["nan"])
@@ -112,7 +114,7 @@ def notes(records: Sequence[dict]) -> list[str]:
 
 
 def counts_line(record: dict) -> str:
-    """What happened to a task's documents."""
+    """One line on a task's documents: how many became items, and why others did not."""
     unreachable = record.get("unreachable", 0)
     told = f", {unreachable} unreachable (no generation of the model can hold an answer)" if unreachable else ""
     return (
@@ -139,7 +141,7 @@ def comparisons_text(comparisons: Sequence[dict]) -> str:
 
 
 def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A booktabs table."""
+    """The table in LaTeX; needs the package booktabs."""
     import pandas
 
     frame = pandas.DataFrame(rows, columns=list(header))
@@ -147,12 +149,12 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean, None where a value is missing."""
+    """The mean; None if any value is None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def beside(measured: float | None, published: float | None, letter: str = "") -> str:
-    """A cell: the measured value, its mark, and the published value in parentheses."""
+    """The text of a cell: the measured value ("-" for None), its mark, and the published value in parentheses."""
     text = "-" if measured is None else f"{measured:.1f}{letter and ' ' + letter}"
     return text if published is None else f"{text} ({published:.1f})"

@@ -1,4 +1,4 @@
-"""What a model scores under several protocols, one column each, and how far the answers to equal prompts agree."""
+"""Scores of the same task under several protocols, a column for each, and how often equal prompts got equal answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Row = tuple[str, str, str]  # model, task, strategy
 
 
 def protocols_side_by_side(records: Sequence[dict], predictions: Sequence[dict]) -> str:
-    """The table as text; empty where no task was run under several protocols.
+    """The table as text; empty if no task was run under several protocols.
 
-    Scores of two columns answer different questions. Below the table stands, for each pair of columns, how many items had the
-    same prompt and to how many of those the model gave the same answer."""
+    Scores of two columns come from different prompts. So the lines below the table say for each pair of protocols how
+    many items had the same prompt, and for how many of these the model gave the same answer."""
     scores: dict[Row, dict[str, float]] = {}
     for record in records:
         row = record["model"], record["task"], record["strategy"]

@@ -1,4 +1,4 @@
-"""Tables 8, 9 and 10: SuperGLUE, from what lm-eval wrote of it."""
+"""The paper's Tables 8, 9 and 10 (SuperGLUE), from the result files of lm-eval."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _TABLE_10_NOTE = (
 
 
 def super_glue(table: Table, folders: Sequence[Path]) -> tuple[Rows, list[str]]:
-    """A table of SuperGLUE, and below it the reason of each mark and the runs that are missing.
+    """Table 8 or 9, and the lines below it: the reason of each mark, and the commands of missing runs.
 
-    Raises ValueError where no folder holds results of SuperGLUE."""
+    folders: where lm-eval wrote its results. Raises ValueError if none of them holds results of SuperGLUE."""
     results = _results(folders)
     letters, reasons = _marks(table, results)
     return super_glue_rows(table, results, letters), [*reasons, *_missing(table, results)]
 
 
 def padding(folders: Sequence[Path]) -> tuple[Rows, list[str]]:
-    """Table 10: 5-shot runs, and below them as in `super_glue`. Raises ValueError where there is none."""
+    """Table 10: runs with 5 examples, and the lines below it. Raises ValueError if there is no such run."""
     results = [found for found in _results(folders) if _shots(found) == 5]
     if not results:
         raise ValueError(
@@ -45,9 +45,9 @@ def padding(folders: Sequence[Path]) -> tuple[Rows, list[str]]:
 def super_glue_rows(
     table: Table, results: Sequence[dict], letters: Mapping[tuple[int, int], str] = MappingProxyType({})
 ) -> Rows:
-    """A row for each model and number of examples, in their order. letters: marks by the places of row and column.
+    """A row for each model and number of examples. letters: marks, by (row, column).
 
-    Published values stand only beside a whole validation split: generated documents have other numbers of them."""
+    A published value stands only beside a score on the whole validation split. Generated documents have other sizes."""
     rows = []
     for number, found in enumerate(sorted(results, key=_order)):
         paper = published_row(table, found["model_name"], str(_shots(found)))
@@ -62,7 +62,8 @@ def super_glue_rows(
 
 
 def _marks(table: Table, results: Sequence[dict]) -> tuple[dict[tuple[int, int], str], tuple[str, ...]]:
-    """Letters of cells whose dtype, package or task version is not that of most cells of their column; and the reasons."""
+    """Marks by (row, column) for cells whose dtype, package or task version is not the most common one of their column;
+    and the lines that explain the marks."""
     letters: dict[tuple[int, int], str] = {}
     reasons: dict[str, str] = {}
     rows = list(enumerate(sorted(results, key=_order)))
@@ -77,7 +78,7 @@ def _marks(table: Table, results: Sequence[dict]) -> tuple[dict[tuple[int, int],
 
 
 def _results(folders: Sequence[Path]) -> list[dict]:
-    """What lm-eval wrote of SuperGLUE. Raises ValueError where it wrote none."""
+    """The contents of lm-eval's result files that hold SuperGLUE. Raises ValueError if there are none."""
     files = (file for folder in folders for file in sorted(folder.rglob("results_*.json")))
     contents = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     results = [found for found in contents if SUPER_GLUE_SIZES.keys() & found.get("results", {}).keys()]
@@ -88,7 +89,7 @@ def _results(folders: Sequence[Path]) -> list[dict]:
 
 
 def _score(found: dict, column: Column) -> float | None:
-    """A cell in percent; None where the run does not have it."""
+    """A cell's score in percent; None if the run does not have it."""
     value = found["results"].get(column.task, {}).get(f"{column.measure},none")
     return None if value is None else 100 * value
 
@@ -102,7 +103,7 @@ def _shots(found: dict) -> int:
 
 
 def _options(found: dict) -> dict[str, str]:
-    """What else than the model decides its scores."""
+    """The options of a run that change a model's scores."""
     given = found["config"]["model_args"]
     return {name: given[name] for name in ("short_prompt", "compat") if given.get(name)}
 
@@ -113,7 +114,7 @@ def _row_name(found: dict) -> str:
 
 
 def _settings(found: dict, task: str) -> dict[str, str]:
-    """How a cell was computed, as far as lm-eval's file says it."""
+    """The dtype and versions with which a cell was computed, as far as lm-eval's file has them."""
     said = {
         "dtype": found["config"].get("model_dtype"),
         "lm-eval": found.get("lm_eval_version"),

@@ -1,5 +1,6 @@
-"""Triton kernels of one decoding step, a few a layer. `jrt.decoding.fused` puts them together; nothing else calls them.
+"""Triton kernels of one decoding step, a few for each layer. Only `jrt.decoding.fused` calls them.
 
-A step at batch 1 reads every weight once and computes almost nothing, so each kernel is a matrix-vector product that
-streams its weights, with what comes before (RMSNorm) and after (gate, convolution, residual) done on chip.
+With one row, a step reads every weight once and does little arithmetic, so its time is that of reading the weights.
+Therefore most kernels are a matrix-vector product together with the operations before it (RMSNorm) and after it (gate,
+convolution, residual), whose intermediate results never go to memory.
 """

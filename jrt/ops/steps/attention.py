@@ -1,10 +1,11 @@
-"""One token of softmax attention over a cache of keys, for a window as for all tokens; rotary positions are applied here.
+"""Softmax attention of one token over cached keys, in a window or over all tokens, with rotary positions.
 
-The cache is a ring of R columns: the token at column t (padding counted) lies at t mod R. A window of W earlier keys has
-R = W + 1, full attention an R that is never used up. Of a row, only columns from its first own token on are seen.
+The cache is a ring buffer of R columns: the token at column t (padding counts) is stored at t mod R. For a window of W
+earlier keys, R = W + 1. For full attention, R is at least the length of the text. Keys of padding are not seen.
 
-A program takes one head of one row and one of C parts of the ring. Program 0 also rotates the new key, attends to it and
-writes it; no other reads that column. With C > 1 a second kernel puts the parts together.
+A program computes one head of one row over one of C parts of the ring. The program of part 0 also rotates the new key,
+attends to it, and writes it to the ring; no other program reads that column. With C > 1, a second kernel combines the
+parts.
 
 Shapes: B batch, H heads, D head size, R columns of the ring, C parts.
 """
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from jrt.ops.steps.launch import after_previous, early, release_next
 
-PART = 256  # fewest columns of a part
-PROGRAMS = 264  # programs beyond which more parts do not help
-WHOLE = 256  # columns of a ring that few programs fetch at once, so that a window costs one trip to memory
-MANY = 1024  # programs that keep the memory busy, each with a small block of columns at a time
+PART = 256  # a part has at least so many columns
+PROGRAMS = 264  # with so many programs, more parts make nothing faster
+WHOLE = 256  # a ring of at most so many columns is loaded in one block, so that a window costs one memory latency
+MANY = 1024  # so many programs saturate the memory, even if each loads only a small block at a time
 
 
 def parts(rows: int, heads: int, ring: int) -> int:
@@ -32,15 +33,15 @@ def attention_step(
     qkv: Tensor, keys: Tensor, values: Tensor, column: Tensor, pads: Tensor,
     rotary: tuple[Tensor, Tensor, int] | None, scale: float, partial: Tensor, o: Tensor,
 ) -> None:  # fmt: skip
-    """Writes o (B, H D) for the token whose queries, keys and values stand in `qkv`, and its key and value in the ring.
+    """Writes o (B, H D) for the token with the queries, keys and values in `qkv`, and its key and value to the ring.
 
     Args:
         qkv: (B, 3 H D).
         keys, values: (B, H, R, D), updated in place.
         column: (1,) int64 columns before this token.
         pads: (B,) int64 columns before each row's first own token.
-        rotary: cos and sin (L, D) fp32 of all positions, 1 and 0 where nothing rotates, sin negative in the first half of
-            those that do, and how many that half has; None: no rotation.
+        rotary: cos and sin (L, D) fp32 of L positions as in `jrt.decoding.tables.Rotary`, and half the number of
+            rotated dimensions; None: no rotation.
         scale: factor of the scores.
         partial: (B, H, C, D + 2) fp32 scratch.
         o: (B, H D).
@@ -82,7 +83,7 @@ def _block(keys, values, start, end, R, e, inside, D: tl.constexpr, BR: tl.const
     """Keys and values (BR, BD) of the tokens from column `start` on, and which of them (BR,) come before `end`."""
     i = tl.arange(0, BR)
     r = start % R + i
-    r = tl.where(r >= R, r - R, r)  # once is enough: fewer than R tokens are seen
+    r = tl.where(r >= R, r - R, r)  # a cheaper modulo: r < 2 R, because fewer than R tokens are seen
     seen = start + i < end
     at = r[:, None] * D + e[None, :]
     read = seen[:, None] & inside[None, :]

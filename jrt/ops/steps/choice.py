@@ -1,4 +1,4 @@
-"""The likeliest token of each row.
+"""The most likely token of each row.
 
 Shapes: B batch rows, V vocabulary rows, C blocks of the vocabulary.
 """
@@ -15,12 +15,12 @@ BLOCK = 4096  # logits of a program
 
 
 def blocks(vocabulary: int) -> int:
-    """C."""
+    """C, the number of blocks."""
     return triton.cdiv(vocabulary, BLOCK)
 
 
 def likeliest(logits: Tensor, largest: Tensor, places: Tensor, tokens: Tensor) -> None:
-    """Writes the place of the largest logit of each row, the first of equal ones; NaN counts as infinite.
+    """Writes to `tokens` the index of each row's largest logit; of equal ones the first. NaN counts as infinity.
 
     Args:
         logits: (B, V).

@@ -1,4 +1,4 @@
-"""What the kernels of a step share: tile sizes, and the start of a kernel while the one before it still runs."""
+"""Shared by the kernels of a step: tile sizes, and the early start of a kernel while the one before it still runs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 import triton
 import triton.language as tl
 
-ELEMENTS = 16_384  # weights that one program fetches at once when there is one row
-PROGRAMS = 132  # programs that a product should have at least, about one a multiprocessor
-LONGEST = 16_384  # inputs of a product that one program can hold
-LARGE = 8192  # outputs from which weights have to be read once, for all rows together
-MOST_SPLITS = 8  # parts that the sum over a product's inputs is cut into
+ELEMENTS = 16_384  # most weights that one program loads at once, with one row
+PROGRAMS = 132  # a product should have at least so many programs, about one for each multiprocessor
+LONGEST = 16_384  # most inputs of a product that one program can hold
+# With so many outputs and more than 64 rows, a product's tiles have more rows, so that weights are read less often.
+LARGE = 8192
+MOST_SPLITS = 8  # most parts into which the sum over a product's inputs is cut
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of a product's tiles: BM rows, BN outputs, BK inputs at a time; ROWS is 1 or 2, which means more."""
+    """Sizes of a product's tiles: BM rows, BN outputs, BK inputs at a time. rows: 1 for one row, 2 for several."""
 
     rows: int
     BM: int
@@ -62,7 +63,7 @@ def _power_below(number: int) -> int:
 
 @functools.cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels may start early there (programmatic dependent launch, Hopper and later)."""
+    """Whether kernels on this device can start early (programmatic dependent launch, PDL: Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -75,8 +76,8 @@ def early(device: torch.device) -> dict[str, bool]:
 def after_previous(PDL: tl.constexpr):
     """Waits until the kernel before this one has ended.
 
-    Before that a kernel may read weights, and states that it alone writes: those of the last token are complete, because a
-    step ends with an ordinary kernel, which nothing overtakes.
+    Before this call, a kernel may read weights, and states that no other kernel writes. Those states are complete: the
+    step before ends with a kernel that does not allow an early start.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -84,6 +85,7 @@ def after_previous(PDL: tl.constexpr):
 
 @triton.jit
 def release_next(PDL: tl.constexpr):
-    """Lets the next kernel start, fetch its weights and wait; called as soon as this one has asked for its own weights."""
+    """Allows the next kernel to start early, load its weights and wait. Call it once this kernel's own loads are
+    issued."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,7 +1,8 @@
-"""One token of linear attention, for all heads, the state updated in place.
+"""Linear attention of one token, for all heads; the state is updated in place.
 
-S = gamma S + phi(k) v^T, z = z + phi(k), o = gain (phi(q) S) / (phi(q) z); the features are built on chip. A program
-takes one head and a block of value columns, and keeps a copy of z of its own, so that none reads what another writes.
+S = gamma S + phi(k) v^T, z = z + phi(k), o = gain (phi(q) S) / (phi(q) z). Features are computed in registers. A
+program has one head and a block of value columns. It also has its own copy of z, so that no program reads what another
+one writes.
 
 Shapes: B batch, H heads, d query/key size, D value size, F features, C blocks of BD value columns.
 """
@@ -14,23 +15,24 @@ from torch import Tensor
 
 from jrt.ops.steps.launch import after_previous, early, release_next
 
-MANY = 1024  # programs that keep the memory busy, each with a small block of features at a time
+MANY = 1024  # so many programs saturate the memory, even if each loads only a small block of features at a time
 
 
 def column_blocks(rows: int, heads: int, value_dim: int) -> int:
-    """C: more blocks where there are few heads to share the work."""
+    """C, the number of blocks; larger if there are few heads, so that the GPU has enough programs."""
     return triton.cdiv(value_dim, 16 if rows * heads < 128 else 64)
 
 
 def linear_attention_step(
     qkv: Tensor, S: Tensor, z: Tensor, table: tuple[Tensor, Tensor, Tensor], d: int, gain: float, decay: Tensor | None, o: Tensor
 ) -> None:  # fmt: skip
-    """Writes o (B, H D) for the token whose queries, keys and values stand in `qkv`, and moves S and z on.
+    """Writes o (B, H D) for the token with the queries, keys and values in `qkv`, and updates S and z.
 
     Args:
-        qkv: (B, 2 H d + H D [+ H]): queries, keys, values and, where there is a decay projection, gains of the heads.
+        qkv: (B, 2 H d + H D [+ H]): queries, keys, values and, with a decay projection, the output gains of the heads.
         S: (B, H, F, D) fp32; z: (B, H, C, F) fp32, C equal copies. Both are updated in place.
-        table: row, column and weight (F,) of each feature, phi(x)[f] = weight x[row] x[column] with x[d] = 1; weight fp32.
+        table: row, column and weight (F,) of each feature, phi(x)[f] = weight x[row] x[column] with x[d] = 1; weight
+            fp32.
         d: query and key size.
         gain: factor of queries and keys before the feature map.
         decay: (H,) gamma of S; None: 1.
@@ -39,7 +41,7 @@ def linear_attention_step(
     batch, heads, features, value_dim = S.shape
     copies = z.shape[2]
     BD = triton.next_power_of_2(-(-value_dim // copies))
-    few = batch * heads * copies < MANY  # a program then fetches its whole state at once
+    few = batch * heads * copies < MANY  # a program then loads its whole state at once
     BF, warps = (triton.next_power_of_2(features), 8) if few else (32, 1)
     has_gains = qkv.shape[1] > heads * (2 * d + value_dim)
     _linear_attention_kernel[(batch * heads, copies)](
@@ -100,6 +102,6 @@ def _linear_attention_kernel(
 
 @triton.jit
 def _factor(x, index, gain, d: tl.constexpr, DTYPE: tl.constexpr):
-    """x[index], times the gain rounded as the mixer rounds it; 1 where the index is d."""
+    """x[index] * gain, rounded to DTYPE as in the mixer; 1 where the index is d."""
     value = tl.load(x + index, mask=index < d, other=0.0).to(tl.float32) * gain
     return tl.where(index < d, value.to(DTYPE).to(tl.float32), 1.0)

@@ -1,4 +1,4 @@
-"""One token of the selective scan: time step, state in place, skip and gate.
+"""The selective scan of one token, with step size, skip and gate; the state is updated in place.
 
 delta = softplus(W r + b), h = exp(delta A) h + delta u B, y = (h C + D u) silu(gate) (arXiv 2312.00752, equation 2).
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from jrt.ops.steps.launch import after_previous, early, release_next
 
-CHANNELS = 32  # of a program
+CHANNELS = 32  # channels of one program
 
 
 def selective_step(
     u: Tensor, gate: Tensor, selected: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, h: Tensor, y: Tensor
 ) -> None:  # fmt: skip
-    """Writes y (B, E) and moves the state h (B, E, N) fp32 on in place.
+    """Writes y (B, E), and updates the state h (B, E, N) fp32 in place.
 
     Args:
-        u: (B, E) the scan's input; gate: (B, E), already through silu.
-        selected: (B, R + 2 N) rank, B and C of this token.
-        weight, bias: (E, R) and (E,) of the time step's projection.
+        u: (B, E), the scan's input; gate: (B, E), after silu.
+        selected: (B, R + 2 N), the outputs of x_proj: r (the low-rank step size), B and C of this token.
+        weight, bias: (E, R) and (E,), of dt_proj.
         A_log, D: (E, N) and (E,).
     """
     batch, channels, states = h.shape

@@ -1,11 +1,12 @@
 """Triton kernels of `jrt.ops.steps.products`.
 
-With one row a program fetches its whole tile of weights at once, and norms what it multiplies (ROWS = 1). With more rows,
-tiles along K go to the matrix units. No two programs add into one place, so results repeat bit for bit: where the sum over
-K is cut into parts, each part is written on its own (`jrt.ops.steps.stream` adds them).
+With one row (ROWS = 1), a program loads its whole tile of weights at once, and applies the RMSNorm to its input itself.
+With more rows, tiles along K go to the tensor cores. No two programs add to the same address, so results are bit for
+bit reproducible: if the sum over K is cut into parts, each part is written separately (`jrt.ops.steps.stream` adds
+them).
 
-Weights are constant, so with one row a program asks for its own before the kernel before it has ended. With more rows that
-does not pay: bringing them into the L2 cache early made a layer an eighth slower.
+Weights do not change, so with one row a program loads its weights before the previous kernel has ended. With more rows
+this does not help: loading them into the L2 cache early made a layer an eighth slower.
 
 Shapes: B batch rows, K inputs, N outputs, E channels, P partial sums of squares of the row, S parts of K, T taps.
 A program has BM rows, BN outputs and BK inputs at a time.
@@ -31,7 +32,8 @@ def _weights(w, n, k, N, K):
 
 @triton.jit
 def _weights_ahead(w, n, second, K, N, PAIR: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):
-    """All weights of outputs `n` and `second` where there is one row; BK >= K. For more rows nothing."""
+    """With one row, all weights of outputs `n` and (if PAIR) `second`; needs BK >= K. With more rows, zeros as
+    placeholders."""
     first_w, second_w = 0, 0
     if ROWS == 1:
         k = tl.arange(0, BK)
@@ -47,7 +49,7 @@ def _sums_of_one_row(
     x, norm, squares, first_w, second_w, K, P, eps,
     NORM: tl.constexpr, PAIR: tl.constexpr, BK: tl.constexpr, PP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """fp32 sums (1, BN) for the outputs whose weights are given, and for the second ones where PAIR."""
+    """fp32 sums (1, BN) for the outputs with the given weights, and (if PAIR) for the second ones."""
     k = tl.arange(0, BK)
     release_next(PDL)
     after_previous(PDL)
@@ -70,7 +72,7 @@ def _sums_of_rows(
 ):  # fmt: skip
     """fp32 sums (BM, BN) over inputs `start` to `end` for outputs `n`, and for outputs `second` where PAIR."""
     after_previous(PDL)
-    release_next(PDL)  # not earlier: the next kernel's programs would crowd those of this one
+    release_next(PDL)  # not earlier, or the next kernel's programs would take multiprocessors from this kernel
     first = tl.zeros((row.shape[0], n.shape[0]), tl.float32)
     other = first
     for k0 in tl.range(start, end, BK, num_stages=STAGES):
@@ -177,7 +179,9 @@ def gated_kernel(
 
 @triton.jit
 def _older_inputs(place, taps, e, E, inside, channel, T: tl.constexpr):
-    """The convolution (BM, BN) of the last T - 1 inputs, which then move up by one; `place` is that of the oldest."""
+    """The part (BM, BN) of the convolution from the T - 1 earlier inputs, which are then shifted by one in memory.
+
+    place: the addresses of the oldest input."""
     c = tl.zeros(inside.shape, tl.float32)
     inputs = ()
     for tap in tl.static_range(T - 1):

@@ -1,4 +1,4 @@
-"""Products of a few vectors with one weight matrix, with the norm before them and the activation after them.
+"""Products of a few rows with a weight matrix, together with the norm before and the activation after them.
 
 Shapes: B batch rows, W width, K inputs, N outputs, E channels, T taps of a convolution.
 """
@@ -26,7 +26,9 @@ class Taps(NamedTuple):
 
 
 def project(stream: Stream, norm: Norm, weights: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> None:
-    """out (B, N) = norm(x) times each of up to four weights (N_i, W), side by side. A bias goes with one weight only."""
+    """out (B, N) = norm(x) times up to four weights (N_i, W), concatenated; N is the sum of the N_i.
+
+    bias: (N,), with a single weight only. All products here take the residual stream x (B, W) from `stream`."""
     x, left = _normed(stream, norm)
     _launch_project(x, stream, left, weights, bias, out)
 
@@ -37,9 +39,9 @@ def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _normed(stream: Stream, norm: Norm) -> tuple[Tensor, Norm | None]:
-    """What a product reads, and the norm that is left for it to do."""
+    """The input of a product, and the norm that its kernel still has to apply to it (None: it is normed already)."""
     if stream.x.shape[0] == 1:
-        return stream.x, norm  # with more rows, a norm in every program costs more than one of its own
+        return stream.x, norm  # with more rows, a norm in every program costs more than a kernel for the norm
     return add_and_norm(stream, norm), None
 
 
@@ -70,7 +72,8 @@ def convolution(stream: Stream, norm: Norm, weight: Tensor, bias: Tensor | None,
 
 
 def mamba_inputs(stream: Stream, norm: Norm, weight: Tensor, taps: Taps, out: Tensor, gate: Tensor) -> None:
-    """out = silu(convolution(a)) and gate = silu(b), (B, E) each, of the halves a and b of norm(x) times weight (2 E, W)."""
+    """out = silu(convolution(a)) and gate = silu(b), (B, E) each, of the halves a and b of norm(x) times weight (2 E,
+    W)."""
     _launch_gated(2, stream, norm, weight, None, taps, out, gate)
 
 
@@ -93,9 +96,9 @@ def _launch_gated(
 
 
 def add_product(h: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream) -> None:
-    """x += h (B, K) times weight (W, K) + bias, rounded to the dtype of the weights before it is added.
+    """Adds h (B, K) times weight (W, K), plus bias, to the residual stream, rounded to the dtype of the weights.
 
-    With more than one row only the product is computed here; the next norm adds it.
+    With more than one row only the product is computed here; `add_and_norm` adds it later.
     """
     batch, width = stream.x.shape
     sizes = tiles(batch, width, weight.shape[1], weight.element_size(), may_split=True)

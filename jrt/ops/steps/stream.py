@@ -1,8 +1,9 @@
-"""The residual stream of a step: where it starts, what is added to it, and the RMSNorm that each product begins with.
+"""The residual stream of a step: the embedding, the additions to it, and the RMSNorm before each product.
 
-The stream x is fp32. With one row, whoever writes x also writes the sums of squares of its columns, and the next product
-adds these up and norms what it reads. With more rows, a product leaves S partial sums of its output, each over a part of
-its inputs; a kernel of its own adds them to x, norms the rows and writes them in the dtype of the weights.
+The stream x is fp32. With one row, each kernel that writes x also writes partial sums of x^2; the next product adds
+these up and applies the norm to its input. With more rows, a product writes S partial sums of its output, each over a
+part of its inputs. A separate kernel then adds them to x, applies the norm, and writes the result in the dtype of the
+weights.
 
 Shapes: B batch rows, W width, P partial sums of squares a row, S partial sums of a product.
 """
@@ -24,19 +25,19 @@ BLOCK = 256  # columns that one program of `embed` writes
 
 @dataclass
 class Stream:
-    """The residual stream, and what was said about it but not yet done."""
+    """The residual stream, with additions that are still to be made."""
 
     x: Tensor  # (B, W) fp32
-    squares: Tensor  # (B, W) fp32; of a row, the first `parts` are partial sums of x^2
-    partial: Tensor  # (MOST_SPLITS, B, W) fp32; the first `splits` have to be added to x
-    normed: Tensor  # (B, W) in the dtype of the weights
+    squares: Tensor  # (B, W) fp32; in each row, the first `parts` are partial sums of x^2
+    partial: Tensor  # (MOST_SPLITS, B, W) fp32, with one row (1, B, W); the first `splits` have yet to be added to x
+    normed: Tensor  # (B, W) in the dtype of the weights, the result of `add_and_norm`
     parts: int = 0
     splits: int = 0
     bias: Tensor | None = None  # (W,) to be added with the partial sums
 
     @classmethod
     def empty(cls, rows: int, width: int, like: Tensor) -> Stream:
-        """A stream of so many rows for weights such as `like`."""
+        """A stream of zeros; like: a weight, for dtype and device."""
         x = torch.zeros(rows, width, device=like.device)
         splits = 1 if rows == 1 else MOST_SPLITS
         return cls(x, torch.zeros_like(x), x.new_zeros(splits, rows, width), like.new_zeros(rows, width))
@@ -60,7 +61,8 @@ def embed(ids: Tensor, table: Tensor, stream: Stream) -> None:
 
 
 def add_and_norm(stream: Stream, norm: Norm) -> Tensor:
-    """Adds what has to be added; gives norm(x) (B, W) in the dtype of the weights, good until the next call."""
+    """Adds the partial sums and the bias to x; returns norm(x) (B, W) in the dtype of the weights. The next call
+    overwrites it."""
     batch, width = stream.x.shape
     BW = triton.next_power_of_2(width)
     _norm_kernel[(batch,)](

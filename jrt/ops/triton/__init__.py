@@ -1,8 +1,10 @@
-"""Linear attention in Triton: forward, backward, prefix and decode step on any GPU that Triton compiles for.
+"""Backend "triton": linear attention forward and backward, prefix encoder and decode step, on any GPU that Triton
+supports.
 
-This module says what the kernels can serve and makes them operators that PyTorch's compiler knows. Triton itself is
-imported with the first call. `features` has the map in tiles, `places` where a program reads and writes, `forward`,
-`backward`, `sums` and `decode` the kernels, `launch` sizes and launches.
+This module checks whether the kernels can serve a call, and registers them as operators. Triton itself is imported with
+the first call. The kernels are in `forward`, `backward`, `sums` and `decode`. Their common parts are in `features` (the
+feature map in tiles), `state` (the state in registers) and `places` (addresses). `launch` chooses sizes and launches
+them.
 
 Shapes: B batch, N sequences (B, or those packed into one row), T tokens, H heads, d query/key size, D value size,
 F features.
@@ -27,7 +29,7 @@ LONGEST = 2**30  # tokens: kernels count them in 32 bits
 
 
 def unsupported(call: Call) -> str | None:
-    """Why the kernels cannot serve this call, or None. Never imports triton."""
+    """The reason why the kernels cannot serve this call; None if they can. Never imports triton."""
     if not INSTALLED:
         return "triton is not installed"
     k, D = call.k, call.v.shape[-1]
@@ -49,7 +51,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def linear_attention(call: Call) -> tuple[Tensor, State]:
-    """`jrt.ops.linear_attention` for calls that `unsupported` lets pass."""
+    """`jrt.ops.linear_attention`, for calls for which `unsupported` returns None."""
     S, z = (None, None) if call.initial_state is None else (x.float() for x in call.initial_state)
     o, S, z = torch.ops.jrt.linear_attention_triton(
         call.q, call.k, call.v, S, z, call.mask, call.log_decay, call.cu_seqlens, call.normalize
@@ -58,7 +60,7 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
 
 
 def encode_prefix(call: Call) -> State:
-    """`jrt.ops.encode_prefix` for calls that `unsupported` lets pass."""
+    """`jrt.ops.encode_prefix`, for calls for which `unsupported` returns None."""
     return State(*torch.ops.jrt.encode_prefix_triton(call.k, call.v, call.mask, call.cu_seqlens))
 
 
@@ -138,7 +140,7 @@ def _empty_state(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tenso
 
 
 def save_call(ctx, inputs, output) -> None:
-    """What the gradients of `linear_attention` need; the rest is computed again."""
+    """Saves inputs and output of `linear_attention` for its gradients; all else is computed again."""
     *tensors, ctx.normalize = inputs
     ctx.save_for_backward(*tensors, output[0])
 

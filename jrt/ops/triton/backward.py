@@ -1,8 +1,9 @@
-"""Gradients of one piece of a sequence: dq forward in time, dk and dv backward in time.
+"""Gradients of linear attention for one piece of a sequence: dq forward in time, dk and dv backward in time.
 
-With den the denominator of a token, w = 1 / den and c = -(do . o) / den, the numerator's gradient is w do and the
-denominator's is c. Both kernels walk over a piece as the forward does. `queries_kernel` holds the state S, z and finds
-den again; `keys_kernel` holds its gradient R, the sum of phi(q) (w do)^T over later queries, and r, that of c phi(q).
+With den the denominator of a token, w = 1 / den and c = -(do . o) / den, the gradient of the numerator is w do and that
+of the denominator is c. Both kernels go over a piece chunk by chunk, as the forward kernel does. `queries_kernel` keeps
+the state S, z in registers and computes den again. `keys_kernel` keeps the gradient of the state: R, the sum of phi(q)
+(w do)^T over later queries, and r, the sum of c phi(q).
 
     P = 1 + s + s^2 / 2,  dP = w (do v^T) + c,  ds = dP (1 + s) / sqrt(d)         inside a chunk
     dphi(q) = w do S^T + c z,  dphi(k) = v R^T + r,  dv = P^T w do + phi(k) R     between chunks
@@ -45,7 +46,7 @@ def queries_kernel(
     o += (row * T * H + h) * D
     do += row * do_batch + h * do_head
     dq += tl.program_id(1).to(tl.int64) * dq_tile + (row * T * H + h) * d
-    once = tl.where(tl.program_id(1) == 0, 1.0, 0.0)  # c belongs to one tile of columns
+    once = tl.where(tl.program_id(1) == 0, 1.0, 0.0)  # the terms with c are added by one tile of columns only
     columns = own_columns(D, DV)
     dims = tl.arange(0, DK)
     step = tl.arange(0, C)
@@ -135,7 +136,8 @@ def keys_kernel(
 ):  # fmt: skip
     """dk (column tiles, B, T, H, d), dv (B, T, H, D), and the gradient of the initial state.
 
-    Without queries (a prefix) every token meets the gradient of the final state, which is then one a sequence.
+    Without queries (for a prefix) all tokens use the gradient of the final state, of which there is one for each
+    sequence.
     """
     p = tl.program_id(0) // H
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -152,7 +154,7 @@ def keys_kernel(
     v += row * v_batch + h * v_head
     dk += tl.program_id(1).to(tl.int64) * dk_tile + (row * T * H + h) * d
     dv += (row * T * H + h) * D
-    once = tl.where(tl.program_id(1) == 0, 1.0, 0.0)  # r belongs to one tile of columns
+    once = tl.where(tl.program_id(1) == 0, 1.0, 0.0)  # the terms with c and r are added by one tile of columns only
     columns = own_columns(D, DV)
     dims = tl.arange(0, DK)
     step = tl.arange(0, C)
@@ -176,7 +178,7 @@ def keys_kernel(
         if HAS_DECAY:
             to_query, to_end, whole = fades(rate, tl.minimum(C, end - first), C)
 
-        # what queries of the same chunk ask for
+        # gradients through queries of the same chunk
         dk_c = tl.zeros((C, DK), tl.float32)
         dv_c = tl.zeros((C, DV), tl.float32)
         if HAS_QUERIES:
@@ -198,7 +200,7 @@ def keys_kernel(
             ds = tl.where(causal, (dP + c[None, :] * once) * (1.0 + s), 0.0) * (1.0 / d**0.5)
             dk_c = tl.dot(ds.to(WIDE), q_c.to(WIDE), dk_c, input_precision=PRECISION)
 
-        # what later queries, or all of them, ask for
+        # gradients through later queries, or, for a prefix, through all
         for i in tl.static_range(PAIR_TILES + 1):
             a, b = factors(k_c, i, zero, d, DK, PAIR_TILES, PAIR_ROWS, REST_ROWS, PRECISION)  # (C, R)
             r = tl.arange(0, a.shape[1])[None, :]

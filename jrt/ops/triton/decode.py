@@ -1,4 +1,4 @@
-"""One token on top of a state: the state moves on and the query reads it, in one pass over the state.
+"""Linear attention of one token: the state is updated and the query reads it, in one pass over the state.
 
 Shapes: d query/key size, D value size (DV columns of a program), F features, R rows read at a time.
 """

@@ -1,4 +1,4 @@
-"""The features of the Taylor map inside a kernel, in tiles of rows, and the chain rule back through them.
+"""The features of the Taylor map inside a kernel, in tiles of rows, and their derivatives.
 
 A state has F = 1 + d + d (d + 1) / 2 rows. They are held in PAIR_TILES tiles of PAIR_ROWS rows, which hold the pairs
 i < j and the constant, and one tile of REST_ROWS rows, which holds the first order and the squares. At d = 16 that is
@@ -18,11 +18,13 @@ import triton.language as tl
 
 @triton.jit
 def zero_of(first, x, d: tl.constexpr):
-    """Zero, which for large d or for x in fp32 is known only when running, from the (never negative) number of a token.
+    """Zero; for large d, or for x in fp32, the compiler cannot know this, because it is computed from a token's number.
 
-    The compiler keeps what does not change from chunk to chunk: the pickers. Where these are small, that saves time. For
-    large d they would fill the shared memory, in fp32 the registers, so their numbers are made to look as if they
-    changed. `x` points at queries or keys.
+    The compiler keeps in memory what does not change from chunk to chunk: the matrices of `picker`. If they are small,
+    this saves time. But for large d they would fill the shared memory, and in fp32 the registers. Adding this zero to
+    their indices makes them look different in each chunk, so that they are computed again.
+
+    first: the number of a chunk's first token, never negative. x: the pointer to queries or keys.
     """
     if d > 16 or x.dtype.element_ty == tl.float32:
         zero = first >> 31
@@ -36,7 +38,7 @@ def row_pairs(
     t: tl.constexpr, zero, d: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
     REST_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """i and j (R,) of tile t, -1 where a row has none. `zero` is that of `zero_of`."""
+    """The indices i and j (R,) of the pairs in tile t, -1 for rows without a pair; zero: the result of `zero_of`."""
     if t < PAIR_TILES:
         r = t * PAIR_ROWS + tl.arange(0, PAIR_ROWS) + zero
         real = r < d * (d - 1) // 2
@@ -52,7 +54,8 @@ def row_pairs(
 def row_places(
     t: tl.constexpr, d: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr
 ):
-    """Place and weight in memory (R,) of tile t's rows, and whether a row is real."""
+    """For the rows of tile t, (R,) each: their index in the state in memory, their weight there, and whether they
+    exist."""
     pairs: tl.constexpr = d * (d - 1) // 2
     if t < PAIR_TILES:
         r = t * PAIR_ROWS + tl.arange(0, PAIR_ROWS)
@@ -97,7 +100,7 @@ def products(a, b, r, t: tl.constexpr, d: tl.constexpr, PAIR_TILES: tl.constexpr
 
 @triton.jit
 def weighted(phi, r, t: tl.constexpr, d: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr):
-    """Features of queries out of bare ones: with the weights of both sides."""
+    """Features of queries, from bare products: multiplied by the weights of both sides."""
     if t < PAIR_TILES:
         weights = 1.0 / d
         if (t + 1) * PAIR_ROWS > d * (d - 1) // 2:
@@ -152,7 +155,7 @@ def features_gradient(
     dphi, a, b, dx, t: tl.constexpr, zero, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr,
     PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx (C, DK) plus what dphi (C, R), by bare features, says of it."""
+    """dx (C, DK) plus the gradient of x that follows from dphi (C, R), the gradient of tile t's bare features."""
     i, j = row_pairs(t, zero, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
     like = tl.zeros((1, 1), WIDE)
     if t < PAIR_TILES:

@@ -1,7 +1,8 @@
-"""Outputs of one piece of a sequence, chunk by chunk, on top of the state before it.
+"""Outputs of one piece of a sequence, chunk by chunk, from the state before the piece.
 
-A chunk's scores 1 + s + s^2 / 2 come from q.k; what was read before the chunk comes from the state, whose rows stay in
-registers for the whole piece. Both sums are divided once, at the end.
+Inside a chunk, the scores 1 + s + s^2 / 2 are computed from s = q.k / sqrt(d). Earlier tokens are read through the
+state, which stays in registers for the whole piece. The numerator is divided by the denominator once, at the end of a
+chunk.
 
 Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), R rows of a state
 tile.

@@ -1,6 +1,7 @@
-"""From tensors to kernels: sizes of tiles, pieces of sequences, scratch memory, launches.
+"""Launches the kernels: chooses sizes of tiles, cuts sequences into pieces that run in parallel, allocates scratch
+memory.
 
-Nothing here chooses by trying: the sizes follow from d, D and the dtype by a table that was measured once.
+There is no autotuning: the sizes follow from d, D and the dtype by a table that was measured once.
 
 Shapes: B batch, N sequences (B, or those packed into one row), T tokens, H heads, P pieces of all sequences together,
 d query/key size, D value size, F features.
@@ -23,30 +24,31 @@ from jrt.ops.triton.decode import decode_kernel
 from jrt.ops.triton.forward import forward_kernel
 from jrt.ops.triton.sums import piece_kernel, scan_kernel
 
-PRODUCTS_FP32 = "tf32x3"  # three products in TF32: 22 bits of each factor
-TOGETHER = 1.35  # two programs on a multiprocessor take this times one alone; from times on an H100, as the next
-SUMMING = {"forward": 0.6, "backward": 0.26}  # time of the sums of pieces, as a part of what follows them
-LEAST_CHUNKS = 4  # of a piece: a shorter one costs more in states than it gains
-SCAN_BLOCK, SCAN_AHEAD = 256, 8
-MOST_TILES = 5  # of a state, see `state_tiles`
+PRODUCTS_FP32 = "tf32x3"  # an fp32 product as three TF32 products: 22 bits of each factor
+# The next two are ratios of times measured on an H100, for `piece_count`.
+TOGETHER = 1.35  # time of two programs on one multiprocessor over that of one alone
+SUMMING = {"forward": 0.6, "backward": 0.26}  # time of summing the pieces over that of the pass after it
+LEAST_CHUNKS = 4  # chunks of a piece: for a shorter one, its state costs more time than running in parallel saves
+SCAN_BLOCK, SCAN_AHEAD = 256, 8  # numbers of a state that a program of the scan has; pieces that it loads at once
+MOST_TILES = 5  # most tiles of a state, see `state_tiles`
 
 
 class Tiles(NamedTuple):
-    """How a kernel holds its data: chunk, columns and rows of the state, and the threads that hold them."""
+    """Sizes of a kernel's tiles."""
 
-    C: int
-    DV: int
-    rows: int  # of a tile of pairs, at most
+    C: int  # tokens of a chunk
+    DV: int  # value columns of a program
+    rows: int  # most rows of a tile of the state
     warps: int
     stages: int
 
 
 class Pieces(NamedTuple):
-    """Pieces of the sequences; the tables are there for packed sequences only."""
+    """How the sequences are cut into pieces. The four tensors are for packed sequences only."""
 
     number: int  # P
-    a_sequence: int  # pieces of each sequence, where all are equally long
-    tokens: int
+    a_sequence: int  # pieces of each sequence; 0 for packed sequences, which have different numbers
+    tokens: int  # tokens of a piece; the last one of a sequence may be shorter
     sequence: Tensor | None  # (P,) int32, -1 where there is no such piece
     start: Tensor | None  # (P,) int32
     end: Tensor | None  # (P,) int32
@@ -56,8 +58,8 @@ class Pieces(NamedTuple):
 def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
     """Sizes for "forward", "sums", "queries", "keys" or "prefix keys", measured on an H100.
 
-    On GPUs that have no more (sm_86, sm_89) the kernels take at most 99 KB of shared memory. The chunk is the same for
-    all kernels of a text, so that pieces are whole chunks to each.
+    With these sizes the kernels fit into the 99 KB of shared memory of smaller GPUs (sm_86, sm_89). C is the same for
+    the kernels that work on the same pieces, so that a piece is a whole number of chunks for each of them.
     """
     columns = max(16, triton.next_power_of_2(D))
     narrow = kernel in ("queries", "keys", "prefix keys")  # the gradients need more registers beside the state
@@ -73,10 +75,14 @@ def choose_tiles(kernel: str, d: int, D: int, dtype: torch.dtype) -> Tiles:
 
 
 def piece_count(programs: int, chunks: int, device: torch.device, direction: str) -> int:
-    """Pieces of a sequence, where all sequences uncut give `programs` programs of `chunks` steps.
+    """The number of pieces into which each sequence is cut: the fastest by a simple model of the pass.
 
-    The fastest by a model of the passes "forward" or "backward": up to two programs share a multiprocessor, and pieces
-    have to be summed first.
+    In the model, up to two programs share a multiprocessor, and the states of pieces have to be summed before the pass.
+
+    Args:
+        programs: programs of all sequences if none is cut.
+        chunks: chunks of a sequence.
+        direction: "forward" or "backward".
     """
     multiprocessors = _multiprocessors(device)
 
@@ -134,7 +140,7 @@ def backward(
     dz: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the initial state, which has the shape of the final one."""
+    """Gradients of q, k, v and of the initial state S (N, H, F, D) and z (N, H, F)."""
     q, k, v, do, o = _rows(q), _rows(k), _rows(v), _rows(do), o.contiguous()
     mask, cu_seqlens = _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
@@ -187,7 +193,7 @@ def prefix(k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
 def prefix_backward(
     k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, dS: Tensor, dz: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v; the tokens of a prefix have no order, so pieces need no sums."""
+    """Gradients of k and v. A prefix has no causal order, so the pieces are independent of each other."""
     k, v, mask, cu_seqlens = _rows(k), _rows(v), _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
     tiles = choose_tiles("prefix keys", d, D, k.dtype)
@@ -224,14 +230,15 @@ def _decode(q, k, v, S, z, mask, log_decay, normalize, o) -> tuple[Tensor, Tenso
 
 
 def _states_before(k, v, S, z, mask, log_decay, cu_seqlens, pieces) -> tuple[Tensor | None, Tensor | None]:
-    """The state before each piece, (P, H, F, D) and (P, H, F); None where that is nothing."""
+    """The state before each piece, (P, H, F, D) and (P, H, F); None if no sequence is cut and none has an initial
+    state."""
     if pieces.number == _sequences(k, cu_seqlens):
         return _whole(S), _whole(z)
     return _scanned(k, v, _whole(S), _whole(z), mask, log_decay, cu_seqlens, pieces, weights=None)
 
 
 def _scanned(x, u, S, z, mask, log_decay, cu_seqlens, pieces, weights) -> tuple[Tensor, Tensor]:
-    """What enters each piece: from the front, or with `weights` (a gradient) from the end."""
+    """The state before each piece, or, with `weights`, the gradient of the state after each piece."""
     piece_S, piece_z = _sums(x, u, mask, log_decay, cu_seqlens, pieces, every=False, weights=weights)
     reverse = weights is not None
     _scan((piece_S, piece_z), (S, z), (None, None), log_decay, pieces, x, cu_seqlens, reverse)
@@ -253,7 +260,7 @@ def _sums(x, u, mask, log_decay, cu_seqlens, pieces, every, weights=None) -> tup
 
 
 def _scan(parts, starts, totals, log_decay, pieces, k, cu_seqlens, reverse) -> None:
-    """In place in the pieces' S (P, H, F, D) and z (P, H, F)."""
+    """Launches `scan_kernel`, which works in place on the pieces' S (P, H, F, D) and z (P, H, F)."""
     sequences, T, H = _sequences(k, cu_seqlens), k.shape[1], k.shape[2]
     F, D = parts[0].shape[2:]
     programs = triton.cdiv(F * D, SCAN_BLOCK) + triton.cdiv(F, SCAN_BLOCK)
@@ -340,7 +347,7 @@ def _empty_state(v: Tensor, count: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With a last dimension side by side in memory."""
+    """x with a contiguous last dimension; copied if necessary."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -349,13 +356,13 @@ def _whole(x: Tensor | None) -> Tensor | None:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Of batch, token and head."""
+    """The strides of batch, token and head."""
     batch, token, head, _ = x.stride()
     return batch, token, head
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
-    """A mask with the tokens of a row side by side, a byte each."""
+    """The mask as bytes, with the tokens of a row contiguous."""
     if mask is None:
         return None
     return (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)

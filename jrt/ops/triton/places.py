@@ -1,7 +1,8 @@
-"""Where a program reads and writes: pieces of sequences, rows of tokens, states.
+"""Addresses: which piece of a sequence a program has, and where it loads and stores rows of tokens.
 
-A sequence is cut into pieces that run side by side. Uncut sequences of equal lengths need no table; packed ones have
-three: `piece_sequence`, `piece_start` and `piece_end`, with -1 as the sequence of a piece that does not exist.
+A sequence is cut into pieces that run in parallel. For sequences of equal lengths, a piece follows from the program's
+number. For packed sequences there are three tables: `piece_sequence` (-1 for a piece that does not exist),
+`piece_start`, `piece_end`.
 
 Shapes: C tokens of a chunk, DK and DV columns of a tile, R rows of a tile, F features, D value size.
 """
@@ -12,7 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def find_piece(p, T, PIECES, PIECE_TOKENS, piece_sequence, piece_start, piece_end, cu_seqlens, PACKED: tl.constexpr):
-    """Sequence, batch row, first token, end, and whether the piece is its sequence's first and last."""
+    """Of piece p: its sequence and batch row, its first token, the token after its last, and whether it is the first
+    and whether it is the last piece of its sequence."""
     if PACKED:
         sequence = tl.load(piece_sequence + p)
         row = 0

@@ -1,7 +1,8 @@
-"""The state that a program holds in registers: a tuple of tiles of S and one of z.
+"""The state that a program keeps in registers: a tuple of tiles of S, and a tuple of tiles of z.
 
-In memory S is (F, D) and z (F,), fp32, with the weights and the order of `taylor_features`. A state that keys fill is
-read without its weights. The gradient by a state, which queries fill, has them the other way round.
+In memory S is (F, D) and z (F,), fp32, with the weights and the order of `taylor_features`. In registers, a state has
+no weights, because features of keys have none inside the kernels (see `features`): it is divided by them when it is
+read. The gradient with respect to a state (GRADIENT), a sum of features of queries, is multiplied by them instead.
 
 Shapes: C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), R rows of a tile.
 """
@@ -19,7 +20,7 @@ def start_state(
     S, z, which, columns, HAS_START: tl.constexpr, GRADIENT: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     F: tl.constexpr, DV: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles (R, DV) and sums (R,) of state number `which` in memory, or of zeros."""
+    """Tiles (R, DV) of S and (R,) of z, read from state number `which` in memory; zeros unless HAS_START."""
     tiles = ()
     sums = ()
     for t in tl.static_range(PAIR_TILES + 1):
@@ -43,7 +44,7 @@ def write_state(
     S, z, tiles, sums, which, columns, with_z, GRADIENT: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     F: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The reverse; only one program of those that share a sequence writes z."""
+    """Writes the state to memory: the reverse of `start_state`. with_z: whether this program also writes z."""
     for t in tl.static_range(PAIR_TILES + 1):
         place, weight, real = row_places(t, d, PAIR_TILES, PAIR_ROWS, REST_ROWS)
         if GRADIENT:
@@ -55,7 +56,8 @@ def write_state(
 
 @triton.jit
 def fades(rate, length, C: tl.constexpr):
-    """How much decays between a query and the state before its chunk, a key and the state after it, and over the chunk."""
+    """Factors of decay: from the state before a chunk to each query (C,), from each key to the state after the chunk
+    (C,), and over the whole chunk. length: tokens of the chunk, which may be fewer than C."""
     step = tl.arange(0, C)
     to_query = tl.exp(rate * (step + 1))
     to_end = tl.exp(rate * tl.maximum(length - 1 - step, 0))
@@ -68,10 +70,10 @@ def add_chunk(
     HAS_DECAY: tl.constexpr, d: tl.constexpr, DK: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr,
     REST_ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state with phi(x) u^T and phi(x) of a chunk added, x transposed (DK, C), u (C, DV).
+    """The state after a chunk: phi(x) u^T is added to S, and phi(x) to z. xT: x transposed, (DK, C); u: (C, DV).
 
-    With GRADIENT x are queries. Tokens count by `by_one` (C,) in z and, if SCALED, by `by_value` (C,) in S, of which
-    `whole` is left if it decays.
+    x are keys, or queries if GRADIENT. Tokens are weighted by `by_one` (C,) in z and, if SCALED, by `by_value` (C,) in
+    S. With decay, the old S is first multiplied by `whole`.
     """
     new_tiles = ()
     new_sums = ()

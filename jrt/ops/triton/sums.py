@@ -1,7 +1,8 @@
-"""What pieces of a sequence add to a state, and the state before (or after) each piece.
+"""The sums that pieces of a sequence add to a state, and from them the state before (or the gradient after) each piece.
 
-`piece_kernel` sums phi(x) u^T over one piece: keys and values in the forward direction, queries and gradients of the
-outputs in the backward one. `scan_kernel` turns what each piece adds into what enters it.
+`piece_kernel` sums phi(x) u^T over one piece: of keys and values in the forward pass, of queries and gradients of the
+outputs in the backward pass. `scan_kernel` replaces each piece's sum by the sum over all pieces before it (backward:
+after it).
 
 Shapes: P pieces, C tokens of a chunk, d query/key size (DK padded), D value size (DV columns of a program), F features.
 """
@@ -26,9 +27,10 @@ def piece_kernel(
     C: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Without GRADIENT: x keys, u values. With it: x queries, u gradients of outputs, `weight` and `sum_weight` (B, T, H).
+    """Without GRADIENT: x keys, u values. With it: x queries, u gradients of outputs, `weight` and `sum_weight` (B, T,
+    H).
 
-    Unless ALL, the piece that no other piece waits for is left out: the last, or with GRADIENT the first.
+    Unless ALL, the piece on which no other piece depends is left out: the last, or with GRADIENT the first.
     """
     p = tl.program_id(0) // H
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -122,7 +124,7 @@ def scan_kernel(
     HAS_START: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DECAY: tl.constexpr, REVERSE: tl.constexpr,
     PACKED: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """In place: the state that enters each piece, out of what each adds. `total` is what leaves them all.
+    """Replaces, in place, each piece's own sum by the state before it; `total` gets the state after all pieces.
 
     The first programs of a sequence and head take S, the last ones z, which does not decay.
     """
