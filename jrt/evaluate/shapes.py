@@ -5,12 +5,14 @@ A field that an older version did not write may be absent. One that is there has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
+Kinds = dict[str, type | tuple[type, ...]]
+
 NUMBER, NAME = (int, float), (str, type(None))
-CELL = {"model": str, "task": str, "strategy": str, "protocol": str}
-RECORD = CELL | {
+CELL: Kinds = {"model": str, "task": str, "strategy": str, "protocol": str}
+RECORD: Kinds = CELL | {
     "score": NUMBER,
     "low": NUMBER,
     "high": NUMBER,
@@ -31,7 +33,7 @@ RECORD = CELL | {
     "version": int,
     "notes": list,
 }
-PREDICTION = CELL | {
+PREDICTION: Kinds = CELL | {
     "id": str,
     "prompt": str,
     "answers": list,
@@ -45,12 +47,10 @@ PREDICTION = CELL | {
     "finite": bool,
     "seconds": NUMBER,
 }
-MANIFEST = {"identity": dict, "versions": dict, "models": dict, "failed": (list, dict)}
-MODEL = {"name": str, "dtype": str, "compat": NAME, "short_prompt": NAME}
-PROTOCOL = {"name": str, "version": int, "stop": list}
-FAILED = CELL | {"reason": str}
-
-Kinds = Mapping[str, type | tuple[type, ...]]
+MANIFEST: Kinds = {"identity": dict, "versions": dict, "models": dict, "failed": (list, dict)}
+MODEL: Kinds = {"name": str, "dtype": str, "compat": NAME, "short_prompt": NAME}
+PROTOCOL: Kinds = {"name": str, "version": int, "stop": list}
+FAILED: Kinds = CELL | {"reason": str}
 
 
 def check(place: str, value: Any, kinds: Kinds, needed: Iterable[str] = ()) -> None:
