@@ -101,7 +101,18 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Raises ValueError for an embedding of another width. One with other rows changes the vocabulary; a tied head goes
+        with it, any other head is set by `set_output_embeddings`."""
+        weight = getattr(value, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != self.core.width:
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(value).__name__
+            raise ValueError(f"the embedding is {shape}; expected rows of width {self.core.width}")
         self.model.embedding = value
+        if len(weight) != self.core.vocab_rows:
+            self.config.vocab_size = self.config.vocab_tokens = self.token_rows = len(weight)
+            self.core = self.model.config = self.config.core
+            if self.core.tied:
+                self.tie_weights()
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.head
@@ -113,9 +124,11 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> torch.nn.Embedding:
         """As in transformers; afterwards `generate` may choose any of the `new_num_tokens` tokens."""
+        if new_num_tokens is not None and new_num_tokens < 1:
+            raise ValueError(f"a vocabulary has at least one token, got {new_num_tokens}")
+        tokens = self.token_rows if new_num_tokens is None else new_num_tokens
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            self.config.vocab_tokens = self.token_rows = new_num_tokens
+        self.config.vocab_tokens = self.token_rows = tokens
         self.core = self.model.config = self.config.core
         return embedding
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from jrt.inputs import INTEGERS, check_tensor
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -62,6 +64,14 @@ def documents_of(
     """
     rows, length = input_ids.shape
     starts = []
+    for name, given in (("position_ids", position_ids), ("cu_seq_lens_q", cu_seq_lens_q), ("seq_idx", seq_idx)):
+        if given is not None:
+            check_tensor(name, given, "a tensor of integers")
+            if given.dtype not in INTEGERS or given.numel() == 0 or given.ndim not in (1, 2):
+                shape = tuple(given.shape)
+                raise ValueError(
+                    f"{name} is {given.dtype} of shape {shape}; expected integers, int64 or int32, of 1 or 2 dimensions"
+                )
     if position_ids is not None:
         positions = position_ids.expand(rows, -1) if position_ids.ndim == 1 or len(position_ids) == 1 else position_ids
         if _count_own_tokens(_checked("position_ids", positions, input_ids), mask, past):

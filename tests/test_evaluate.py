@@ -280,6 +280,7 @@ def test_two_runs_into_one_folder_at_once_are_refused(pages, tmp_path):
         ({"tasks": ("squat",)}, "unknown task 'squat'"),
         ({"strategies": ("thrice",)}, "unknown strategy"),
         ({"strategies": ("once", "once")}, "named twice"),
+        ({"protocol": ()}, "name at least one protocol"),
         ({"strategies": ("0-shot",)}, "1 to 16 examples"),
         ({"passages": Path("/nowhere")}, "no task reads it"),
         ({"data": Path("/nowhere")}, "no task reads it"),

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from jrt.cli import main
 from jrt.evaluate import ModelSpec, open_model
 from jrt.evaluate.answering import encode
-from jrt.evaluate.folder import Cell
+from jrt.evaluate.folder import Cell, former_manifest, read_run
+from jrt.evaluate.harness import _check_model
 from jrt.evaluate.models import position_bound
 from jrt.evaluate.report import page
 
@@ -319,3 +320,50 @@ def test_a_device_without_numbers_is_one_line(tmp_path, folder_of_passages, caps
     given = ["eval", "--model", save_random_model(tmp_path, "CL"), "--tasks", "qa_squad", "--device", "meta"]
     assert main([*given, "--passages", str(folder_of_passages), "--output", str(tmp_path / "run")]) == 2
     assert "device 'meta' cannot be used" in capsys.readouterr().err
+
+
+def damaged(text: str, change) -> str:
+    rows = json.loads(text)
+    change(rows[0] if isinstance(rows, list) else rows)
+    return json.dumps(rows)
+
+
+def test_damaged_files_of_a_run_are_one_line(folder_of_passages, tmp_path, capsys):
+    model, folder = save_random_model(tmp_path / "model", "CL"), tmp_path / "run"
+    given = ["eval", "--model", model, "--tasks", "qa_squad", "--passages", str(folder_of_passages), "--limit", "1"]
+    given += ["--output", str(folder)]
+    assert main(given) == 0
+    kept = {name: (folder / name).read_text() for name in ("results.json", "manifest.json", "predictions.jsonl")}
+    identity = json.loads(kept["manifest.json"])["identity"]
+    assert read_run(folder) and former_manifest(folder, identity, resume=True)
+    wrong = [(name, text) for name in kept for text in ("[1]", "5", "null", '{"a": 1}', '"x"', "[{}]", "\0\n\0")]
+    fields = {
+        "results.json": [{"score": None}, {"task": None}, {"version": "2"}, {"notes": None}, {"protocol": "w9-a1"}],
+        "manifest.json": [{"identity": None}, {"models": None}, {"versions": None}, {"failed": None}, {"failed": [1]}],
+        "predictions.jsonl": [{"task": None}, {"answers": None}, {"prediction": None}, {"prompt_tokens": None}],
+    }
+    wrong += [
+        (name, damaged(kept[name], lambda rows, one=one: rows.update(one))) for name in fields for one in fields[name]
+    ]
+    for name, text in wrong:
+        (folder / name).write_text(text + "\n")
+        with pytest.raises(ValueError, match=f"{name}|of the results"):
+            read_run(folder)
+        (folder / name).write_text(kept[name])
+    (folder / "manifest.json").write_text("[1]")
+    for command in (["report", str(folder)], [*given, "--resume"]):
+        assert main(command) == 2
+        assert "manifest.json is damaged" in capsys.readouterr().err
+
+
+def test_a_folder_under_two_spellings_is_one_model(folder_of_passages, tmp_path, capsys):
+    model = save_random_model(tmp_path / "model", "CL")
+    given = ["eval", "--tasks", "qa_squad", "--passages", str(folder_of_passages), "--output", str(tmp_path / "run")]
+    assert main([*given, "--model", f"{model},{model}/"]) == 2
+    assert "the same model is named twice" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [5, True, ["a"], "", None])
+def test_a_model_of_lm_eval_is_named_by_a_string(name):
+    with pytest.raises(ValueError, match="pretrained=NAME"):
+        _check_model({"model": "jrt", "model_args": {"pretrained": name}})

@@ -6,6 +6,7 @@ import json
 import pytest
 from jrt_recall import cut, prompt
 from jrt_recall.prompts import SWDE_SUMMARY
+from jrt_recall.tokenizers import cutting_tokenizer, model_tokenizer, shipped_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -130,3 +131,34 @@ def test_special_tokens_in_a_document_are_text_that_decoding_leaves_out(gpt2):
 def test_bad_input_is_named(task, doc, window, room, said, words):
     with pytest.raises(ValueError, match=said):
         cut(task, doc, words, window, room)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"alt_answers": [None]},
+        {"alt_answers": [3]},
+        {"alt_answers": 5},
+        {"alt_answers": "w40"},
+        {"alt_answers": {"a": 1}},
+        {"tok_pos": "3"},
+        {"tok_pos": 2.5},
+        {"tok_pos": [1]},
+        {"tok_pos": -5},
+        {"tok_pos": True},
+    ],
+)
+def test_fields_that_only_some_documents_have_make_one_invalid(words, field):
+    doc = {"context": passage(60), "question": "q", "answers": ["absent"]}
+    with pytest.raises(ValueError, match=next(iter(field))):
+        cut("nq", doc | field, words, 20, 0)
+    assert cut("nq", doc | {"alt_answers": None, "tok_pos": None}, words, 20, 0) is not None
+
+
+@pytest.mark.parametrize("content", ["{}", "[1", "5", '{"added_tokens": 1}'])
+def test_a_cutting_tokenizer_with_a_broken_file_is_one_line(content, tmp_path):
+    shipped_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        cutting_tokenizer(str(tmp_path))
+    assert model_tokenizer(str(tmp_path)) is None

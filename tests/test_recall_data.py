@@ -122,3 +122,21 @@ def test_passages_take_the_published_shapes(shared):
         run = items(task, "twice", data=shared / "qa")
         assert run.protocol.name == "full" and run.lost == run.absent == 0
         assert all(item.position is not None for item in run.items)
+
+
+@pytest.mark.parametrize(
+    "entry", [[], {}, None, {"rows": 1, "columns": 3, "sha256": "x", "source": "t"}, {"sha256": 5}]
+)
+def test_a_damaged_entry_of_the_manifest_is_one_line(entry, tmp_path):
+    (tmp_path / "squad.jsonl").write_text("{}\n")
+    (tmp_path / "manifest.json").write_text(json.dumps({"squad": entry}))
+    for read in (lambda: data.verify(["squad"], tmp_path), lambda: data.load("squad", tmp_path)):
+        with pytest.raises(ValueError, match=r"manifest.json is damaged.*'squad'"):
+            read()
+
+
+def test_a_manifest_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "squad.jsonl").write_text("{}\n")
+    (tmp_path / "manifest.json").write_bytes("{}".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"manifest.json.*UTF-16"):
+        data.verify(["squad"], tmp_path)

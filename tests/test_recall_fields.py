@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jrt_recall import data, items
 from jrt_recall.fields import answers_in
-from jrt_recall.harness.settings import as_dict, check, names_of, whole_number
+from jrt_recall.harness.hooks import documents
+from jrt_recall.harness.settings import as_dict, check, names_of, response_cache, whole_number
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
 
@@ -29,6 +30,8 @@ CLOZE = {"context": "The valve opens at noon.", "question": "The valve opens at"
         ({"text": "a"}, ("a",)),
         ([{"text": "a"}, "b"], ("a", "b")),
         ({"value": "a", "aliases": ["b"]}, ("a", "b")),
+        ({"value": "a", "aliases": None}, ("a",)),
+        ([{"value": "a", "aliases": ["b"]}, {"text": ["c"]}], ("a", "b", "c")),
         ([" a "], (" a ",)),
     ],
 )
@@ -104,6 +107,13 @@ def test_any_answer_counts_and_the_window_lies_around_the_first_that_stands(tmp_
     assert "w300" in narrow.doc["text"] and "w20 " not in narrow.doc["text"] and not narrow.lost
 
 
+def test_text_of_a_special_token_stays_in_a_window(tmp_path):
+    row = PASSAGE | {"context": "before <|endoftext|> after", "answers": ["<|endoftext|>"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(row) + "\n")
+    (item,) = items("qa_squad", protocol="w40-a2", tokenizer="shipped", data=tmp_path).items
+    assert "before <|endoftext|> after" in item.prompt and not item.lost
+
+
 def test_answers_with_a_line_feed_are_counted_as_unreachable(tmp_path):
     rows = [PASSAGE | {"answers": answers} for answers in (["open_valve\n("], ["a\nb", "angle"], ["angle"])]
     assert passages(tmp_path, rows).unreachable == 1
@@ -161,6 +171,23 @@ def test_a_lone_surrogate_goes_through_a_mirror_and_makes_one_document_invalid(t
     data.import_file("drop", file, tmp_path / "mirror")
     found = items("drop", protocol="full", data=tmp_path / "mirror")
     assert len(found.items) == 1 and "surrogate" in found.invalid[0]
+
+
+def test_each_model_has_its_own_cache_of_responses():
+    args = [{"pretrained": "a"}, "pretrained=b", "pretrained=b,dtype=bfloat16", None]
+    found = [
+        response_cache({"use_cache": "c", "model": name, "model_args": one}) for name in ("jrt", "hf") for one in args
+    ]
+    assert len(set(found)) == 8 and all(name.startswith("c-") for name in found)
+    assert response_cache({"use_cache": "c", "model": "jrt", "model_args": "pretrained=a"}) == found[0]
+    assert response_cache({"model": "jrt", "model_args": "pretrained=a"}) is None
+
+
+def test_a_model_without_room_for_an_answer_is_refused(tmp_path):
+    (tmp_path / "squad.jsonl").write_text(json.dumps(PASSAGE | {"answers": "angle"}) + "\n")
+    for length in (40, "48"):
+        with pytest.raises(ValueError, match="leaves no prompt beside the 48"):
+            documents("qa_squad", "once", data=str(tmp_path), max_length=length)
 
 
 # Whatever a user may have: no error but ValueError.

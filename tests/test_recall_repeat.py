@@ -12,7 +12,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from jrt_recall.harness.repeat import repeated_template, repeating, write_repeated
+from jrt_recall.harness.repeat import repeated_template, repeating, run, write_repeated
 from jrt_recall.tokenizers import shipped_tokenizer
 from lm_eval.tasks import TaskManager
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -150,3 +150,9 @@ def test_the_command_runs_repeated_tasks_end_to_end(made, tmp_path):
         prompts[file.name.split("_2x")[0]] = sample["arguments"]["gen_args_0"]["arg_0"]
     assert prompts["samples_made_long"].count("The key is blue.\nThe key is blue.\n") == 1
     assert prompts["samples_made_code"] == "Page: The key is blue. Key?\nPage: The key is blue. Key?"
+
+
+@pytest.mark.parametrize("more", [["--task", "b"], ["--tas=b"]])
+def test_a_second_list_of_tasks_is_refused(more):
+    with pytest.raises(ValueError, match="write --tasks in full"):
+        run(["--repeat", "2", "--tasks", "a", *more])

@@ -145,3 +145,51 @@ def test_hidden_states_lead_to_the_logits_and_have_gradients(pattern):
     output.logits.sum().backward()
     assert output.hidden_states[0].grad.abs().sum() > 0
     assert model(ids).hidden_states is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": [0, 1, 0]},
+        {"position_ids": torch.arange(3.0)[None]},
+        {"position_ids": torch.arange(3)[None, None]},
+        {"position_ids": torch.tensor(3)},
+        {"cu_seq_lens_q": [0, 1, 3]},
+        {"cu_seq_lens_q": torch.tensor([], dtype=torch.int32)},
+        {"cu_seq_lens_q": torch.tensor([0.0, 1.0, 3.0])},
+        {"seq_idx": [[0, 0, 1]]},
+    ],
+)
+def test_descriptions_of_documents_that_are_no_integers_are_refused(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        tiny("CL")(torch.tensor([[5, 6, 7]]), **given)
+
+
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_a_batch_in_which_nothing_counts_has_the_loss_zero(items):
+    ids = torch.tensor([[5, 6, 7]])
+    loss = tiny("CL")(ids, labels=torch.full_like(ids, -100), num_items_in_batch=items).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_a_vocabulary_without_tokens_is_refused_before_anything_changes(tokens):
+    model = tiny("CL")
+    with pytest.raises(ValueError, match="at least one token"):
+        model.resize_token_embeddings(tokens)
+    assert model.generate(torch.tensor([[5]]), max_new_tokens=2).shape == (1, 3)
+
+
+@pytest.mark.parametrize("rows", [40, 80])
+def test_another_embedding_changes_the_vocabulary_of_a_tied_model(rows, tmp_path):
+    model, ids = tiny("CL", tied=True), torch.tensor([[5, rows - 1]])
+    model.set_input_embeddings(torch.nn.Embedding(rows, 32))
+    logits = model(ids, labels=ids).logits
+    assert logits.shape == (1, 2, rows) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    model.resize_token_embeddings(None, pad_to_multiple_of=64)
+    assert model.config.vocab_tokens == rows
+    with pytest.raises(ValueError, match="width 32"):
+        model.set_input_embeddings(torch.nn.Embedding(rows, 7))

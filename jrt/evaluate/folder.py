@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 from jrt_recall import task_named
 from jrt_recall.protocols import PAGES
 
+from jrt.evaluate.shapes import CELL, PREDICTION, RECORD, check, check_each, check_finished, check_manifest
 from jrt.system.files import json_lines, write_json, write_text
 
 MANIFEST, PREDICTIONS, RESULTS, COMPARISONS = "manifest.json", "predictions.jsonl", "results.json", "comparisons.json"
@@ -121,7 +122,11 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
         raise ValueError(
             f"{path} holds no finished run ({', '.join(missing)} absent): go on with `jrt eval ... --resume`"
         )
-    records, manifest = _renamed(_read_json(files[0])), _read_json(files[2])
+    found, manifest = read_json(files[0]), read_json(files[2])
+    check_each(str(files[0]), found, RECORD, (*CELL, "score", "n"))
+    check_manifest(str(files[2]), manifest)
+    records = _renamed(found)
+    check_finished(str(files[2]), manifest, records)
     predictions = _read_predictions(files[1])
     counted = Counter(map(cell_of, predictions))
     for record in records:
@@ -146,9 +151,12 @@ def former_manifest(path: Path, identity: dict, resume: bool) -> dict | None:
         raise ValueError(
             f"{path} is not empty and holds no run of `jrt eval` ({MANIFEST} absent): choose another folder"
         )
-    former = _read_json(file)
-    known = former.get("identity", {})
-    known = {**known, "cells": _renamed(known.get("cells", []))}
+    former = read_json(file)
+    check_manifest(str(file), former)
+    known = former["identity"]
+    cells = known.get("cells", [])
+    check_each(f"{file}, cells", cells, CELL, ("task", "protocol"))
+    known = {**known, "cells": _renamed(cells)}
     identity = json.loads(json.dumps(identity))
     if different := [key for key in identity if known.get(key) != identity[key]]:
         raise ValueError(f"{path} holds another run (it differs in {', '.join(different)}): choose another folder")
@@ -172,11 +180,11 @@ def _renamed(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error.msg}): choose another folder") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
+        raise ValueError(f"{file} is damaged ({error}): choose another folder") from error
 
 
 def _locked(path: Path) -> IO[str]:
@@ -193,13 +201,16 @@ def _read_predictions(file: Path) -> list[dict]:
     """The predictions in a file. An incomplete last line, which a crash leaves, is skipped."""
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines):
         try:
-            if line:
-                rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8")) if line else None
+        except (ValueError, RecursionError) as error:
             if number + 1 < len(lines):
-                raise ValueError(f"{file}, line {number + 1}: not JSON ({error.msg})") from error
+                raise ValueError(f"{file}, line {number + 1}: not JSON ({error})") from error
+            continue
+        if line:
+            check(f"{file}, line {number + 1}", row, PREDICTION, (*CELL, "id", "score"))
+            rows.append(row)
     return _renamed(rows)

@@ -110,7 +110,7 @@ def _check_model(found: dict[str, Any]) -> None:
         raise ValueError(f"--model_args: --model jrt has no {', '.join(unknown)}; expected {', '.join(known)}")
     if twice := sorted({"batch_size", "max_batch_size", "device"} & options.keys()):
         raise ValueError(f"--model_args: {twice[0]} is an option of its own: give --{twice[0]}")
-    if "pretrained" not in options:
+    if not isinstance(options.get("pretrained"), str) or not options["pretrained"]:
         raise ValueError("--model_args: name the model with pretrained=NAME")
     if options.get("max_length") is not None:
         length = settings.whole_number("max_length", options["max_length"], least=1)

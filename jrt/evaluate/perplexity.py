@@ -10,7 +10,6 @@ Shapes: B sequences, T their tokens, V vocabulary rows.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import jrt
-from jrt.evaluate.folder import MANIFEST, former_manifest
+from jrt.evaluate.folder import MANIFEST, former_manifest, read_json
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
+from jrt.evaluate.shapes import check_each
 from jrt.evaluate.tables.results import aligned
 from jrt.system.files import write_json
 from jrt.system.provenance import code_sha256, commit, device_name, versions
@@ -84,7 +84,8 @@ def run(
     }
     records: list[dict] = []
     if former_manifest(output, identity, resume) is not None and (output / RESULT).is_file():
-        records = json.loads((output / RESULT).read_text(encoding="utf-8"))
+        records = read_json(output / RESULT)
+        check_each(str(output / RESULT), records, {"model": str}, ("model",))
     kept = {
         "identity": identity,
         "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},

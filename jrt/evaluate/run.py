@@ -10,6 +10,7 @@ limits).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -116,7 +117,7 @@ def plan(request: Request) -> Plan:
     tasks = [task_named(name) for name in request.tasks]
     strategies = [strategy_named(name) for name in request.strategies]
     named = {
-        "model": [spec.name for spec in request.models],
+        "model": [_one_name(spec.name) for spec in request.models],
         "task": tasks,
         "strategy": [strategy.name for strategy in strategies],
     }
@@ -130,6 +131,8 @@ def plan(request: Request) -> Plan:
     _check_folders(request, tasks)
     named_protocols = request.protocol if isinstance(request.protocol, tuple) else (request.protocol,)
     wanted = [(task, one) for task in request.tasks for name in named_protocols for one in protocols_of(name, task)]
+    if not wanted:
+        raise ValueError("name at least one protocol")
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"the same protocol is named twice: {', '.join(map(str, named_protocols))}")
     _first_that_opens(request.models, lambda spec: open_tokenizer(spec.name))
@@ -140,6 +143,12 @@ def plan(request: Request) -> Plan:
             found = items(task, strategy, protocol, request.cut_with, request.limit, request.seed, folder)
             questions[found.task, found.strategy, found.protocol.name] = found
     return Plan(request, questions)
+
+
+def _one_name(model: str) -> str:
+    """A folder's one name, however it is written; any other name as it is."""
+    folder = os.path.expanduser(model)
+    return os.path.realpath(folder) if os.path.isdir(folder) else model
 
 
 def _first_that_opens(specs: Sequence[ModelSpec], opened: Callable[[ModelSpec], object]) -> None:

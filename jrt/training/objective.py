@@ -166,7 +166,8 @@ def mean_loss(logits: Tensor, labels: Tensor, items: int | Tensor | None = None)
         items: the divisor of the sum; None: the number of labels.
     """
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)
+    counted = (labels != IGNORED).sum() if items is None else torch.as_tensor(items, device=total.device)
+    return total / counted.clamp(min=1)
 
 
 def greedy_answers(likeliest: Tensor, targets: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:

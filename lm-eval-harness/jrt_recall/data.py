@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE, PASSAGES_VARIABLE = "JRT_DATA", "JRT_PASSAGES"
 MANIFEST = "manifest.json"
+_ENTRY = {"rows": int, "columns": list, "sha256": str, "source": str}  # what is read of a dataset's entry
 
 
 class MissingDataset(ValueError):
@@ -54,6 +55,14 @@ class Checked(NamedTuple):
 def text_field(task: str, doc: dict, field: str) -> str:
     """Returns doc[field]. If it is missing or not text, the ValueError names the task and the field."""
     return checked_text(f"{task}: field {field!r}", _field(task, doc, field))
+
+
+def whole_field(task: str, doc: dict, field: str) -> int:
+    """doc[field], a whole number of at least 0. Raises ValueError that names the task and the field."""
+    value = _field(task, doc, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{task}: field {field!r} must be a whole number of at least 0, got {value!r:.40}")
+    return value
 
 
 def answers_of(task: str, doc: dict) -> tuple[str, ...]:
@@ -380,7 +389,16 @@ def _named(folder: str | Path | None) -> Path:
 
 def _manifest(mirror: Path) -> dict:
     file = mirror / MANIFEST
-    return _json_object(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    manifest = _json_object(_read_text(file), str(file))
+    for name, entry in manifest.items():
+        kinds = {field: type(entry.get(field)) for field in _ENTRY} if isinstance(entry, dict) else {}
+        if kinds != _ENTRY:
+            raise ValueError(
+                f"{file} is damaged: expected {', '.join(_ENTRY)} in its entry {name!r}; remove it and bring the data again"
+            )
+    return manifest
 
 
 def _write(file: Path, text: str) -> None:

@@ -50,11 +50,11 @@ def _spread(place: str, value: Any) -> list:
             return _strings(place, value["text"])
         case Mapping() if "value" in value or "aliases" in value:
             first = [value["value"]] if "value" in value else []
-            return [*first, *_strings(place, value.get("aliases", []))]
+            return [*first, *_strings(place, value.get("aliases") or [])]
         case list() | tuple():
             spread = []
             for one in value:
-                spread += _strings(place, one["text"]) if isinstance(one, Mapping) and "text" in one else [one]
+                spread += _spread(place, one) if isinstance(one, Mapping) else [one]
             return spread
     raise ValueError(f"{place} must be a string or a list of strings, got {kind(value)}")
 

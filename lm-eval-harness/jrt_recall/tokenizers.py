@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field
+from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field, whole_field
+from .fields import checked_text, kind
 from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, published_task
 from .scoring import first_hit
 
@@ -91,9 +92,10 @@ def is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(tokenizer) == _GPT2_ENTRIES and token_ids(tokenizer, text) == ids
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of the whole text: no special tokens, no truncation."""
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_is_text: bool = False) -> list[int]:
+    """Token ids of the whole text: no special tokens, no truncation. special_is_text: nor one that the text spells."""
+    options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+    return list(tokenizer(text, **options, split_special_tokens=special_is_text)["input_ids"])
 
 
 def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, answer_room: int) -> dict | None:
@@ -134,11 +136,12 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
             return None
         position = _answer_position(spec, doc, context, needles)
 
-    ids = token_ids(tokenizer, context)
+    special_is_text = task in PASSAGES  # the published windows lose such text
+    ids = token_ids(tokenizer, context, special_is_text)
     # If no answer was found, position is -1 and the slice is "all but the last character". The published code does so.
-    before = len(token_ids(tokenizer, context[:position]))
-    if position == -1 and "tok_pos" in doc and before > desired:
-        before = doc["tok_pos"]
+    before = len(token_ids(tokenizer, context[:position], special_is_text))
+    if position == -1 and doc.get("tok_pos") is not None and before > desired:
+        before = whole_field(task, doc, "tok_pos")
     start = max(0, before - desired // 2)
     end = min(len(ids), before + desired - (before - start))
     # Without clean-up of spaces, so that the window is a piece of the document.
@@ -160,8 +163,11 @@ def _answer_position(spec: PublishedTask, doc: dict, context: str, needles: list
     hits = [hit for needle in needles if (hit := first_hit(needle, context)) >= 0]
     if hits:
         return min(hits)
-    alternatives = (first_hit(alternative, context) for alternative in doc.get("alt_answers") or ())
-    return next((hit for hit in alternatives if hit >= 0), -1)
+    alternatives = doc.get("alt_answers") or []
+    if not isinstance(alternatives, list | tuple):
+        raise ValueError(f"{spec.name}: field 'alt_answers' must be a list of strings, got {kind(alternatives)}")
+    texts = [checked_text(f"{spec.name}: one of 'alt_answers'", text) for text in alternatives]
+    return next((hit for text in texts if (hit := first_hit(text, context)) >= 0), -1)
 
 
 @cache
@@ -170,7 +176,11 @@ def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError) as error:  # its files hold other things than a tokenizer's
+        raise ValueError(f"the tokenizer {name!r} cannot be read: {type(error).__name__} {error}") from error
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+            raise  # the tokenizers package raises the class Exception itself
         raise ValueError(
             f"the cutting tokenizer {name!r} is neither here nor on the hub. With network, load it once "
             f"(transformers keeps it); without, put its folder at ${FOLDER_VARIABLE}/{GPT2} or name another tokenizer, "

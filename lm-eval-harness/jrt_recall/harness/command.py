@@ -97,4 +97,6 @@ def command_line(
     settings.check(found)
     if check_model is not None:
         check_model(found)
+    if (cache := settings.response_cache(found)) is not None:
+        namespace.use_cache = cache
     parser.execute(namespace)

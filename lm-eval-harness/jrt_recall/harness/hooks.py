@@ -130,7 +130,14 @@ def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int] | list[None
 def _limit(protocol: Protocol, arguments: dict) -> int | None:
     """Most prompt tokens that lm-eval keeps, or None if the model's arguments do not give `max_length`."""
     length = arguments.get("max_length")
-    return None if length is None else whole_number("max_length", length) - protocol.max_new_tokens
+    if length is None:
+        return None
+    room = whole_number("max_length", length) - protocol.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_length={length} leaves no prompt beside the {protocol.max_new_tokens} new tokens of {protocol.name}"
+        )
+    return room
 
 
 def _counts(found: TaskItems) -> str:

@@ -156,6 +156,9 @@ def run(given: list[str]) -> None:
     parser.add_argument("--context")
     parser.add_argument("--include_path")
     own, rest = parser.parse_known_args([word for word in given if word != "run"])
+    for word in (word.split("=", maxsplit=1)[0] for word in rest):
+        if len(word) > 3 and "--tasks".startswith(word):  # lm-eval would take it for a second --tasks, not repeated
+            raise ValueError(f"{word}: write --tasks in full, once, where contexts are repeated")
     if not 2 <= own.repeat <= 64:
         raise ValueError(f"--repeat takes 2 to 64, got {own.repeat}")
     names = [name for words in own.tasks for name in words.split(",") if name]

@@ -6,6 +6,8 @@ and a key=value string are treated alike."""
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +64,17 @@ def check(settings: Mapping[str, Any]) -> None:
     unknown = [str(key) for key in metadata if key not in (*METADATA, *OF_MODELS)]
     if unknown and of_recall and len(of_recall) == len(tasks):  # other tasks in the same run may read other keys
         raise ValueError(f"--metadata: unknown key {', '.join(unknown)}; expected {', '.join(METADATA)}")
+
+
+def response_cache(settings: Mapping[str, Any]) -> str | None:
+    """Where lm-eval keeps responses for --use_cache: a name of its own for each model and its arguments.
+
+    lm-eval tells responses apart by their prompts alone, so two models with one file would share their answers."""
+    if not settings.get("use_cache"):
+        return None
+    model = [settings.get("model"), as_dict("model_args", settings.get("model_args"))]
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{settings['use_cache']}-{digest[:12]}"
 
 
 def is_recall(task: str) -> bool:

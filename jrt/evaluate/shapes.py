@@ -1,0 +1,92 @@
+"""The shapes of what a run's files hold, checked when they are read back: a file that was cut or edited is one line.
+
+A field that an older version did not write may be absent. One that is there has its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+Kinds = dict[str, type | tuple[type, ...]]
+
+NUMBER, NAME = (int, float), (str, type(None))
+CELL: Kinds = {"model": str, "task": str, "strategy": str, "protocol": str}
+RECORD: Kinds = CELL | {
+    "score": NUMBER,
+    "low": NUMBER,
+    "high": NUMBER,
+    "n": int,
+    "documents": int,
+    "dropped": int,
+    "invalid": int,
+    "lost": int,
+    "unreachable": int,
+    "absent": int,
+    "truncated": int,
+    "nan": int,
+    "prompt_tokens": NUMBER,
+    "seconds": NUMBER,
+    "state_bytes": int,
+    "beyond_training": bool,
+    "source": str,
+    "version": int,
+    "notes": list,
+}
+PREDICTION: Kinds = CELL | {
+    "id": str,
+    "prompt": str,
+    "answers": list,
+    "prediction": str,
+    "score": NUMBER,
+    "position": (int, float, type(None)),
+    "lost": bool,
+    "prompt_tokens": int,
+    "truncated": int,
+    "new_tokens": int,
+    "finite": bool,
+    "seconds": NUMBER,
+}
+MANIFEST: Kinds = {"identity": dict, "versions": dict, "models": dict, "failed": (list, dict)}
+MODEL: Kinds = {"name": str, "dtype": str, "compat": NAME, "short_prompt": NAME}
+PROTOCOL: Kinds = {"name": str, "version": int, "stop": list}
+FAILED: Kinds = CELL | {"reason": str}
+
+
+def check(place: str, value: Any, kinds: Kinds, needed: Iterable[str] = ()) -> None:
+    """Raises ValueError that begins with `place` unless `value` is an object whose known fields have their kinds.
+
+    needed: fields that may not be absent."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is damaged: expected an object, got {value!r:.40}")
+    if missing := [name for name in needed if name not in value]:
+        raise ValueError(f"{place} is damaged: {', '.join(missing)} absent")
+    for name, kind in kinds.items():
+        if name in value and not isinstance(value[name], kind):
+            raise ValueError(f"{place} is damaged: {name} is {value[name]!r:.40}")
+
+
+def check_each(place: str, values: Any, kinds: Kinds, needed: Iterable[str] = ()) -> None:
+    """The same for each member of a list."""
+    if not isinstance(values, list):
+        raise ValueError(f"{place} is damaged: expected a list, got {values!r:.40}")
+    for number, value in enumerate(values):
+        check(f"{place}, entry {number}", value, kinds, needed)
+
+
+def check_manifest(place: str, manifest: Any) -> None:
+    """A run's manifest, as far as every reader needs it."""
+    check(place, manifest, MANIFEST, ("identity",))
+    check_each(f"{place}, models", manifest["identity"].get("models"), MODEL, ("name", "dtype"))
+
+
+def check_finished(place: str, manifest: dict, records: list[dict]) -> None:
+    """A finished run's manifest: it describes all models and protocols of the records."""
+    identity = manifest["identity"]
+    check_each(f"{place}, protocols", identity.get("protocols"), PROTOCOL, PROTOCOL)
+    check_each(f"{place}, failed", list(manifest.get("failed", ())), FAILED, FAILED)
+    models = {model["name"] for model in identity["models"]}
+    protocols = {protocol["name"] for protocol in identity["protocols"]}
+    for record in [*records, *manifest.get("failed", ())]:
+        if record["model"] not in models or record["protocol"] not in protocols:
+            raise ValueError(f"{place} is damaged: it lacks {record['model']} or {record['protocol']} of the results")
