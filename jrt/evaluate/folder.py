@@ -202,7 +202,7 @@ def _read_predictions(file: Path) -> list[dict]:
     if not file.is_file():
         return []
     lines = file.read_bytes().split(b"\n")
-    rows = []
+    rows: list[dict] = []
     for number, line in enumerate(lines):
         try:
             row = json.loads(line.decode("utf-8")) if line else None
