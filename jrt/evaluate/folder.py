@@ -205,7 +205,7 @@ def _read_predictions(file: Path) -> list[dict]:
     rows: list[dict] = []
     for number, line in enumerate(lines):
         try:
-            row = json.loads(line.decode("utf-8")) if line else None
+            row = json.loads(line.decode("utf-8")) if line else {}
         except (ValueError, RecursionError) as error:
             if number + 1 < len(lines):
                 raise ValueError(f"{file}, line {number + 1}: not JSON ({error})") from error
