@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .fields import answers_in, checked_text, kind
+from .fields import kind
 from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
 
 logger = logging.getLogger(__name__)
@@ -50,36 +50,6 @@ class Checked(NamedTuple):
     task: str
     ok: bool
     message: str
-
-
-def text_field(task: str, doc: dict, field: str) -> str:
-    """Returns doc[field]. If it is missing or not text, the ValueError names the task and the field."""
-    return checked_text(f"{task}: field {field!r}", _field(task, doc, field))
-
-
-def whole_field(task: str, doc: dict, field: str) -> int:
-    """doc[field], a whole number of at least 0. Raises ValueError that names the task and the field."""
-    value = _field(task, doc, field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{task}: field {field!r} must be a whole number of at least 0, got {value!r:.40}")
-    return value
-
-
-def answers_of(task: str, doc: dict) -> tuple[str, ...]:
-    """Returns the answers of a document; a right generation contains any of them.
-
-    They are the field `value` for swde, fda and squad, else the field `answers`. Raises ValueError if the field is
-    missing or holds no answer."""
-    field = "answers" if task in PASSAGES else published_task(task).labels
-    if field == "value":
-        return answers_in(f"{task}: field {field!r}", text_field(task, doc, field))
-    return answers_in(f"{task}: field {field!r}", _field(task, doc, field))
-
-
-def _field(task: str, doc: dict, field: str) -> Any:
-    if field not in doc:
-        raise ValueError(f"{task}: the document has no field {field!r} (it has {', '.join(map(str, doc)) or 'none'})")
-    return doc[field]
 
 
 def mirror_folder(folder: str | Path | None = None) -> Path | None:

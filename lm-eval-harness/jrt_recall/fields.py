@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .protocols import PASSAGES, published_task
+
 
 def checked_text(place: str, value: object) -> str:
     """Returns `value` if it is a string that UTF-8 can encode.
@@ -78,3 +80,33 @@ def kind(value: object) -> str:
         dict: "an object",
     }
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def text_field(task: str, doc: dict, field: str) -> str:
+    """Returns doc[field]. If it is missing or not text, the ValueError names the task and the field."""
+    return checked_text(f"{task}: field {field!r}", _field(task, doc, field))
+
+
+def whole_field(task: str, doc: dict, field: str) -> int:
+    """doc[field], a whole number of at least 0. Raises ValueError that names the task and the field."""
+    value = _field(task, doc, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{task}: field {field!r} must be a whole number of at least 0, got {value!r:.40}")
+    return value
+
+
+def answers_of(task: str, doc: dict) -> tuple[str, ...]:
+    """Returns the answers of a document; a right generation contains any of them.
+
+    They are the field `value` for swde, fda and squad, else the field `answers`. Raises ValueError if the field is
+    missing or holds no answer."""
+    field = "answers" if task in PASSAGES else published_task(task).labels
+    if field == "value":
+        return answers_in(f"{task}: field {field!r}", text_field(task, doc, field))
+    return answers_in(f"{task}: field {field!r}", _field(task, doc, field))
+
+
+def _field(task: str, doc: dict, field: str) -> Any:
+    if field not in doc:
+        raise ValueError(f"{task}: the document has no field {field!r} (it has {', '.join(map(str, doc)) or 'none'})")
+    return doc[field]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import data as documents_data
 from . import reference_pages
+from .fields import answers_of, text_field
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, prompt, strategy_named
 from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
 from .scoring import contains, first_hit
@@ -263,7 +264,7 @@ def _as_read(task: str, row: dict) -> dict:
     if "problem" in row:
         raise ValueError(f"{task}: {row['problem']}")
     if PASSAGES.get(task) == "squad":
-        passage, question = (documents_data.text_field(task, row, field) for field in ("context", "question"))
+        passage, question = (text_field(task, row, field) for field in ("context", "question"))
         return {**row, "text": f"{passage}\nQuestion: {question}\nAnswer:"}
     if published_task(task).name == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
@@ -272,7 +273,7 @@ def _as_read(task: str, row: dict) -> dict:
 
 def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
     """Returns the answers as the protocol compares them: `lm-eval-v1` strips them."""
-    answers = tuple(map(LM_EVAL.get(protocol.name, str), documents_data.answers_of(task, doc)))
+    answers = tuple(map(LM_EVAL.get(protocol.name, str), answers_of(task, doc)))
     if not all(answers):
         raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
     return answers

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .data import text_field
+from .fields import text_field
 from .protocols import LM_EVAL, Protocol, protocol_named, published_task
 
 SWDE_SUMMARY = "Summary of information above..."

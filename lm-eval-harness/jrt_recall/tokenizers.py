@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .data import FOLDER_VARIABLE, answers_of, mirror_folder, text_field, whole_field
-from .fields import checked_text, kind
+from .data import FOLDER_VARIABLE, mirror_folder
+from .fields import answers_of, checked_text, kind, text_field, whole_field
 from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, published_task
 from .scoring import first_hit
 
@@ -179,10 +179,11 @@ def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
     except (AttributeError, LookupError, TypeError) as error:  # its files hold other things than a tokenizer's
         raise ValueError(f"the tokenizer {name!r} cannot be read: {type(error).__name__} {error}") from error
     except Exception as error:
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
-            raise  # the tokenizers package raises the class Exception itself
-        raise ValueError(
-            f"the cutting tokenizer {name!r} is neither here nor on the hub. With network, load it once "
-            f"(transformers keeps it); without, put its folder at ${FOLDER_VARIABLE}/{GPT2} or name another tokenizer, "
-            f"such as {SHIPPED!r}, which gives the protocol another name"
-        ) from error
+        if type(error) is Exception or isinstance(error, OSError | ValueError):
+            # The tokenizers package raises the class Exception itself.
+            raise ValueError(
+                f"the cutting tokenizer {name!r} is neither here nor on the hub. With network, load it once "
+                f"(transformers keeps it); without, put its folder at ${FOLDER_VARIABLE}/{GPT2} or name another "
+                f"tokenizer, such as {SHIPPED!r}, which gives the protocol another name"
+            ) from error
+        raise
