@@ -12,7 +12,6 @@ Shapes: B batch, N tokens, H heads, d query/key size, D value size, C tokens of 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import record
 import torch
-from kernel_counters import COUNTERS, SCALE, STALL, number
+from kernel_counters import COUNTERS, counted
 from op_training import median_ms
 
 from jrt import ops
@@ -48,27 +47,6 @@ def launch() -> None:
         o, _ = ops.linear_attention(q, k, v, backend="triton")
         o.backward(torch.randn_like(o))
     torch.cuda.synchronize()
-
-
-def counted(page: Path) -> list[dict]:
-    """Reads ncu's raw page. Returns one row for each launch, in order."""
-    with open(page, newline="") as file:
-        lines = [line for line in file if line.startswith('"')]
-    units, *launches = csv.DictReader(lines)
-    rows = []
-    for line in launches:
-        name = KERNEL.search(line["Kernel Name"])
-        assert name is not None
-        row: dict = {"method": name[0]}
-        for mine, theirs in COUNTERS.items():
-            row[mine] = number(line[theirs]) * SCALE.get(units[theirs], 1)
-        found = ((STALL.match(column or ""), value) for column, value in line.items())
-        stalls = {match[1]: number(value) for match, value in found if match and value and not match[2]}
-        total = sum(stalls.values()) or 1
-        largest = sorted(stalls.items(), key=lambda item: -item[1])[:6]
-        row["stall_percent"] = {name: round(100 * value / total, 1) for name, value in largest}
-        rows.append(row)
-    return rows
 
 
 def rates() -> tuple[float, float]:
@@ -100,7 +78,7 @@ def main() -> None:
     command += [sys.executable, __file__, "--launch"]
     with open(arguments.page, "w") as page:
         subprocess.run(command, stdout=page, check=True)
-    rows = counted(arguments.page)
+    rows = counted(arguments.page, KERNEL)
     ends = [i for i, row in enumerate(rows) if row["method"] == "keys_kernel"]  # the last kernel of a shape
     for i, row in enumerate(rows):
         batch, tokens = SHAPES[sum(end < i for end in ends)]

@@ -4,14 +4,12 @@ import copy
 import dataclasses
 import gc
 import logging
-import os
-import subprocess
-import sys
 import weakref
 from unittest import mock
 
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter
 from transformers import GenerationMixin
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -19,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.decoding.plain import PlainStep
 from jrt.decoding.session import CapturedSession, Sessions
-from jrt.modeling_jrt import CACHE
+from jrt.recurrent_cache import CACHE
 
 DEBUG = dataclasses.replace(presets()["debug"], vocab_rows=64)
 BIASES = ("conv.projections", "conv.filter", "attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
@@ -269,16 +267,8 @@ def test_a_step_that_is_dropped_is_gone_at_once(name, kernels):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_triton_kernels_in_the_interpreter(rows, monkeypatch):
     """Triton looks for its interpreter once: a process of its own."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_triton_kernels_in_the_interpreter[{rows}]"],
-            env=os.environ | {"TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
+    if not INTERPRETED:
+        pass_in_the_interpreter(f"{__file__}::test_triton_kernels_in_the_interpreter[{rows}]")
         return
     from jrt.decoding.fused import FusedStep
     from jrt.ops.steps import launch

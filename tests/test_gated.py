@@ -1,16 +1,12 @@
 """SwiGLU and the gated short convolution, each with the projection after it: kernels against fp64; when they run."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter
 from torch import nn
 
 from jrt.ops import gated_convolution_linear, gated_pytorch, silu_convolution, swiglu_linear
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # In the interpreter these run within `test_kernels_in_the_interpreter`.
 kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter")
@@ -156,12 +152,4 @@ def test_a_projection_that_is_more_than_a_linear_is_called():
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_kernels_in_the_interpreter():
     """Triton looks for its interpreter once: a process of its own."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+    pass_in_the_interpreter(__file__)

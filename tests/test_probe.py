@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from jrt.cli import main
 from jrt.foreign.caches import keeps_no_tokens, select_rows
 from jrt.foreign.greedy import set_aside
-from jrt.modeling_jrt import CACHE
 from jrt.probe import CHECKS, LENGTH, PASSES, RunMode, probe
+from jrt.recurrent_cache import CACHE
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from tiny_models import CONTROLS, tiny_model

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter
 from torch.nn import functional as F
 
 import jrt
@@ -311,17 +312,8 @@ def test_a_call_on_the_cpu_loads_neither_triton_nor_dynamo():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 def test_triton_kernels_in_the_interpreter(monkeypatch):
     """Two slices of channels, two chunks, a ragged end. Triton looks for its interpreter once: a process of its own."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        me = f"{__file__}::test_triton_kernels_in_the_interpreter"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", me],
-            env=os.environ | {"TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
+    if not INTERPRETED:
+        pass_in_the_interpreter(f"{__file__}::test_triton_kernels_in_the_interpreter")
         return
     x = make_inputs(batch=2, steps=6, channels=66, states=2, dtype=torch.float32)
     monkeypatch.setitem(sys.modules["jrt.ops.selective_scan"].CHUNK, "triton", 4)

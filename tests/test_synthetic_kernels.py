@@ -2,14 +2,11 @@
 
 Without a GPU they run in Triton's interpreter."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter
 from torch import Tensor, nn
 
 from synthetics.convolution import gated_convolution
@@ -21,7 +18,6 @@ from synthetics.taylor import taylor_attention, weighted_sums
 from synthetics.training import Training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies no matrices in bf16
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the relative error
 
@@ -32,18 +28,7 @@ kernels = pytest.mark.skipif(
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
 def test_the_kernels_run_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        assert os.environ.get("CI") != "true", "triton is missing: install the extra 'dev'"
-        pytest.skip("triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    pass_in_the_interpreter(__file__)
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:

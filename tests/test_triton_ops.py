@@ -8,7 +8,6 @@ Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D valu
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -16,6 +15,7 @@ import sys
 
 import pytest
 import torch
+from interpreter import INTERPRETED, pass_in_the_interpreter, require_triton
 from torch import Tensor
 
 from jrt.ops import State, encode_prefix, linear_attention
@@ -23,7 +23,6 @@ from jrt.ops import triton as backend
 from jrt.ops.call import Call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FACTOR = 2.0
 KERNELS = ("forward", "sums", "queries", "keys", "prefix keys")
 
@@ -32,25 +31,9 @@ kernels = pytest.mark.skipif(
 )
 
 
-def require_triton() -> None:
-    """Skips the test where triton is not installed, which is an error in CI."""
-    if importlib.util.find_spec("triton") is None:
-        assert os.environ.get("CI") != "true", "triton is missing: install the extra 'dev'"
-        pytest.skip("triton is not installed")
-
-
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
 def test_the_kernels_run_in_the_interpreter():
-    require_triton()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    pass_in_the_interpreter(__file__, "-m", "not gpu and not slow")
 
 
 @pytest.fixture

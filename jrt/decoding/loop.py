@@ -9,7 +9,6 @@ Shapes: B rows, T prompt columns, L the most columns of the text, V vocabulary r
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, cast
 
 import torch
@@ -29,12 +28,12 @@ from jrt.decoding.session import RUN, CapturedSession, Sessions
 from jrt.decoding.step import filled_columns
 from jrt.mixers import MIXERS
 from jrt.model import LanguageModel
+from jrt.recurrent_cache import CACHE
 from jrt.short_prompts import PADDED_MIXERS
 
 FEWEST = 16  # with fewer new tokens, capturing a CUDA graph takes longer than it saves
 STEPPED = {*MIXERS.values(), *PADDED_MIXERS.values()}  # the mixers that a `Step` can compute
 # transformers 5.24 gave the cache a new name.
-CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 
 
 def unsupported(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from jrt.modeling_jrt import CACHE
+from jrt.recurrent_cache import CACHE
 
 
 def cache_argument(model: PreTrainedModel) -> str:

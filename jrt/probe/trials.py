@@ -20,8 +20,9 @@ from transformers.utils import ModelOutput
 
 from jrt.foreign.caches import cache_argument, keeps_no_tokens, select_rows
 from jrt.foreign.greedy import ForcedTokens
-from jrt.modeling_jrt import CACHE, JRTForCausalLM
+from jrt.modeling_jrt import JRTForCausalLM
 from jrt.probe.findings import Check
+from jrt.recurrent_cache import CACHE
 from jrt.system.breaks import BREAKS, one_line
 
 LENGTH = 64
