@@ -192,6 +192,18 @@ def test_perplexity_of_the_other_models_is_measured_where_one_cannot_be_opened(t
     assert main([*given, "--model", str(bad), "--output", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
 
+    (bad / "config.json").unlink()
+    shutil.copytree(good, bad, dirs_exist_ok=True)
+    resumed = [*given, "--model", f"{bad},{good}", "--output", str(tmp_path / "run"), "--resume"]
+    assert main(resumed) == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["complete"] is True and not manifest["failed"]
+    capsys.readouterr()
+    (tmp_path / "run" / "perplexity.json").write_text('[{"slice": "all"}]')
+    assert main(resumed) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "perplexity.json" in told and "model absent" in told
+
 
 def test_a_cell_that_no_model_answered_is_in_the_page():
     cell = Cell("a/b", "qa_squad", "once", "full")

@@ -27,6 +27,11 @@ def template_of(file: str) -> str:
     return yaml.safe_load(lines[0])["doc_to_text"]
 
 
+def test_a_named_column_that_is_shown_twice_is_refused():
+    with pytest.raises(ValueError, match="shows the column 'page' 2 times"):
+        repeated_template("{{page}}\n{{page}}\n{{question}}", 2, "page")
+
+
 def test_the_context_is_repeated_where_the_task_names_it():
     assert repeated_template(LONGBENCH, 2) == (LONGBENCH.replace("{{context}}", "{{context}}\n{{context}}"), "context")
     text, what = repeated_template(template_of("longbench/2wikimqa.yaml"), 3)

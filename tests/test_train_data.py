@@ -317,6 +317,10 @@ def test_text_that_cannot_be_read_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=told):
             prepare(str(path), out / name)
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    with pytest.raises(ValueError, match=r"null.parquet, row 2: 'text' is a NoneType; expected text"):
+        prepare(str(tmp_path / "null.parquet"), out / "null")
     with pytest.raises(ValueError, match="nothing at"):
         prepare(str(tmp_path / "none"), out / "x")
     (tmp_path / "empty").mkdir()

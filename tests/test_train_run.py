@@ -367,3 +367,5 @@ def test_debug_runs_on_a_fresh_clone_without_a_home(tmp_path):
         p.name for p in (tmp_path / "run").iterdir()
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    told = json.loads((tmp_path / "run" / "training.json").read_text())["command"]
+    assert told == "python train/run.py experiment=debug hydra.run.dir=PATH trainer.max_steps=2"

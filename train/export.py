@@ -64,6 +64,12 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
     write_text(folder / "README.md", card(record))
 
 
+def _without_path(argument: str) -> str:
+    """An argument of the command, with PATH in place of a folder of this machine."""
+    name, _, value = argument.partition("=")
+    return f"{name}=PATH" if "/" in value and name != "experiment" else argument
+
+
 def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict:
     progress = loop.progress
     return {
@@ -71,13 +77,7 @@ def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase |
         "pattern": loop.config.pattern,
         "parameters": sum(p.numel() for p in loop.model.parameters()),
         "objective": loop.objective.kind,
-        "command": " ".join(
-            [
-                "python",
-                "train/run.py",
-                *(a for a in sys.argv[1:] if "/" not in a.partition("=")[2] or a.startswith("experiment=")),
-            ]
-        ),
+        "command": " ".join(["python", "train/run.py", *map(_without_path, sys.argv[1:])]),
         "seed": config.seed,
         "steps": progress.step,
         "tokens": progress.tokens,

@@ -99,9 +99,13 @@ def _field(line: str, column: str, path: Path, row: int) -> str:
         raise ValueError(
             f"{path}, row {row}: expected a JSON object with the field {column!r} (--column names another)"
         ) from error
-    if not isinstance(text, str):
-        raise ValueError(f"{path}, row {row}: {column!r} is a {type(text).__name__}; expected text")
-    return text
+    return _text(text, column, str(path), row)
+
+
+def _text(value: object, column: str, source: str, row: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{source}, row {row}: {column!r} is a {type(value).__name__}; expected text")
+    return value
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
@@ -114,8 +118,9 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise ValueError(f"{path} is no Parquet file, or is cut short: {str(error).splitlines()[0]}") from error
     if column not in file.schema_arrow.names:
         raise ValueError(f"{path} has columns {file.schema_arrow.names}; expected {column!r} (--column names another)")
-    for batch in file.iter_batches(batch_size=1000, columns=[column]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
+    values = (value for batch in file.iter_batches(batch_size=1000, columns=[column]) for value in batch.column(0))
+    for row, value in enumerate(values, 1):
+        yield _text(value.as_py(), column, str(path), row)
 
 
 def _indexed(path: Path) -> Documents:
@@ -148,11 +153,11 @@ def _hub(name: str, column: str, split: str) -> Documents:
         raise ValueError(f"dataset {path}: {error}") from error
 
     def start(number: int) -> Iterator[str]:
-        for row in dataset.skip(number) if number else dataset:
+        for place, row in enumerate(dataset.skip(number) if number else dataset, number + 1):
             if column not in row:
                 raise ValueError(
                     f"dataset {path} has columns {list(row)}; expected {column!r} (--column names another)"
                 )
-            yield row[column] or ""
+            yield _text(row[column], column, f"dataset {path}", place)
 
     return Documents([{"name": f"{HUB}{name}", "split": split}], start)

@@ -35,7 +35,7 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
         The new template, and what was repeated: "context" or "whole prompt".
 
     Raises:
-        ValueError: the named column is not in the template.
+        ValueError: the template does not show the named column, or shows it more than once.
     """
 
     def places(name: str) -> list[str]:
@@ -43,6 +43,10 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
 
     if column is not None and not places(column):
         raise ValueError(f"the template {template[:80]!r} does not show the column {column!r}: name another --context")
+    if column is not None and (shown := len(places(column))) > 1:
+        raise ValueError(
+            f"the template {template[:80]!r} shows the column {column!r} {shown} times: name another --context"
+        )
     candidates = [column] if column else [*CONTEXT_COLUMNS, *(["input"] if places("question") else [])]
     for name in candidates:
         found = places(name)
