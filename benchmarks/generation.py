@@ -10,7 +10,10 @@ it is and with a static cache, which transformers compiles.
 
 One row of each method (batch 16) also counts the bf16 tokens that differ from those of transformers' own loop. In fp32
 none differ (tests/test_decoding.py). After the first difference the two texts go apart, so `first_difference` has its
-position.
+position. `error` and `loop_error` say how far the logits of the second token are from those of the same weights in
+fp32, here and in transformers' loop (the size of the difference over the size of the logits). `gap` is the difference
+between the two largest fp32 logits, in the same unit, median over rows: where it is smaller than the errors, rounding
+decides which token is chosen.
 
 `cold_start_s` is the time from the start of a Python process to the end of its first answer: imports, loading a
 safetensors checkpoint, reading a prompt of 1,024 tokens and generating 32, without compiled kernels in any cache.
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import os
 import statistics
@@ -71,6 +75,9 @@ class Row:
     compared_tokens: int | None = None
     differing_tokens: int | None = None
     first_difference: int | None = None
+    error: float | None = None
+    loop_error: float | None = None
+    gap: float | None = None
     reason: str = ""
 
 
@@ -80,19 +87,27 @@ class Method:
 
     name: str
     repeats: int = 1  # times the prompt is read
-    arguments: dict[str, str] = dataclasses.field(default_factory=dict)  # more arguments of `generate`
+    arguments: dict = dataclasses.field(default_factory=dict)  # more arguments of `generate`
     loop: bool = False
     shapes: int = len(SHAPES)  # how many of the shapes, from the first on
     most: int | None = None  # new tokens at most
 
     def generate(self, model: PreTrainedModel, ids: Tensor, new: int) -> Tensor:
         """(B, new) new tokens, greedy; nothing ends early."""
+        return self._call(model, ids, new, self.arguments)[:, ids.shape[1] :]
+
+    def second(self, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) the first new token, and (B, vocabulary) the logits of the second, fp32."""
+        keep = {"return_dict_in_generate": True, "output_logits": True}
+        out = self._call(model, ids, 2, self.arguments | keep)
+        return out.sequences[:, ids.shape[1]], out.logits[1].float()
+
+    def _call(self, model: PreTrainedModel, ids: Tensor, new: int, arguments: dict):
         own = mock.patch.object(JRTForCausalLM, "_sample", GenerationMixin._sample)
         with own if self.loop else contextlib.nullcontext():
-            out = model.generate(
-                ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, **self.arguments
+            return model.generate(
+                ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, **arguments
             )
-        return out[:, ids.shape[1] :]
 
 
 def methods(name: str) -> list[Method]:
@@ -216,11 +231,24 @@ def compare(model: PreTrainedModel, row: Row, method: Method, new: int) -> None:
     """Writes into `row` how many tokens differ between this method and transformers' own loop."""
     ids = torch.randint(0, model.config.vocab_size, (row.shape["B"], row.shape["N"])).to(model.device)
     ids = ids.repeat(1, method.repeats)
+    loop = dataclasses.replace(method, loop=True)
     ours = method.generate(model, ids, new)
-    theirs = dataclasses.replace(method, loop=True).generate(model, ids, new)
+    theirs = loop.generate(model, ids, new)
     differs = (ours != theirs).any(0)
     row.compared_tokens, row.differing_tokens = ours.numel(), int((ours != theirs).sum())
     row.first_difference = int(differs.int().argmax()) if bool(differs.any()) else None
+
+    firsts, logits = zip(method.second(model, ids), loop.second(model, ids), strict=True)
+    free(model)
+    exact = copy.deepcopy(model).float()
+    first, truth = loop.second(exact, ids)
+    same = (firsts[0] == first) & (firsts[1] == first)
+    if bool(same.any()):
+        truth = truth[same]
+        row.error, row.loop_error = (float((x[same] - truth).norm() / truth.norm()) for x in logits)
+        size = truth.pow(2).mean(-1).sqrt()
+        best = truth.topk(2).values
+        row.gap = float(((best[:, 0] - best[:, 1]) / size).median())
 
 
 def cold_start(name: str, device: str) -> float:

@@ -1,11 +1,6 @@
-"""Mamba-2 in its authors' layout, compared with an fp64 loop written from the paper; models of flash-linear-attention.
+"""Mamba-2 in its authors' layout, compared with an fp64 loop written from the paper.
 
-The tests need no network. They use folders with random weights in the layout of `state-spaces/mamba2-*` and
-`fla-hub/gla-*`."""
-
-import importlib.util
-import json
-import shutil
+The tests need no network. They use folders with random weights in the layout of `state-spaces/mamba2-*`."""
 
 import pytest
 import torch
@@ -92,36 +87,3 @@ def test_without_tokenizer_files_the_size_names_gpt_neox(tmp_path, monkeypatch):
 def test_what_it_cannot_compute_is_refused(tmp_path, settings, changes, said):
     with pytest.raises(CheckpointError, match=said):
         open_mamba2(save_random_mamba2(tmp_path / "mamba2", None, changes, **settings), torch.float32)
-
-
-def gla_folder(folder, tokenizer):
-    """As fla-hub/gla-1.3B-100B has it, smaller: the fields of its config.json that matter."""
-    folder.mkdir()
-    fields = {"model_type": "gla", "architectures": ["GLAForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2}
-    fields |= {"num_heads": 2, "vocab_size": 50257, "expand_k": 0.5, "expand_v": 1, "hidden_act": "swish"}
-    (folder / "config.json").write_text(json.dumps(fields))
-    for file in tokenizer.iterdir():
-        shutil.copy(file, folder)
-    return folder
-
-
-@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed")
-def test_without_the_package_one_line_names_it(tmp_path, shared):
-    with pytest.raises(ValueError, match=r"'gla'.*pip install flash-linear-attention") as told:
-        open_model(ModelSpec(str(gla_folder(tmp_path / "gla", shared / "gpt2"))))
-    assert "\n" not in str(told.value)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention")
-def test_gla_opens_where_the_package_is_installed(tmp_path, shared):
-    from jrt.evaluate.others import register_architecture
-
-    folder = gla_folder(tmp_path / "gla", shared / "gpt2")
-    register_architecture(str(folder))
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
-    opened = open_model(ModelSpec(str(folder), device="cuda", dtype="bfloat16"))
-    ids = torch.arange(20, device="cuda")[None]
-    assert torch.isfinite(opened.model(ids).logits.float()).all()
