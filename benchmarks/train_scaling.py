@@ -1,14 +1,18 @@
-"""Measures training on several GPUs of one machine: speed, memory and losses of `train/run.py`, started as users do.
+"""Measures training on several GPUs of one machine: speed, memory and losses of `train/run.py`.
 
-    python benchmarks/train_scaling.py --gpus 1 2                   # both models, DDP and FSDP2, to results/train_scaling.json
-    python benchmarks/train_scaling.py --gpus 1 2 --resume          # a run that changes from 2 GPUs to 1 and back
+    python benchmarks/train_scaling.py --gpus 1 2 4                 # both models, DDP and FSDP2, to results/train_scaling.json
+    python benchmarks/train_scaling.py --gpus 1 4 --resume          # a run that changes from 4 GPUs to 1 and back
     python benchmarks/train_scaling.py --gpus 1 2 --cpu --presets debug --steps 6 --length 128     # tries the script
 
 Tokens are synthetic. In "weak" scaling each GPU has the same number of rows in a step, so the batch grows with the
 number of GPUs. In "strong" scaling the batch is always the same, and fewer GPUs split it into more passes; then the
-losses must agree.
+losses must agree. Runs that measure only speed have SPEED_STEPS steps.
 
     efficiency = tokens/s of N GPUs / (N x tokens/s of the same rows or batch on one)
+
+One process is started for each GPU, as torchrun does. Runs that need fewer GPUs than the largest one share the machine:
+they run side by side, each on GPUs of its own. A row's `beside` is the largest number of other GPUs that trained during
+the run.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,20 +36,22 @@ from record import write
 
 from jrt.config import presets
 
-RUN = Path(__file__).resolve().parents[1] / "train" / "run.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "train" / "run.py"
 ROWS = {"jrt-360m": 16, "jrt-1.3b": 8}  # of a pass on one GPU; other presets: 4
 STRATEGIES = ("ddp", "fsdp")
+SPEED_STEPS = 15
 TOLERANCE = 1e-3  # between the losses of one GPU and of several, relative
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: how a batch of `batch` rows is divided among the GPUs."""
+    """One run: how a batch of `batch` rows is divided among the GPUs, and the step where the run ends."""
 
     preset: str
     strategy: str
     gpus: int
     batch: int
+    steps: int
 
     @property
     def rows(self) -> int:
@@ -56,65 +65,145 @@ class Setting:
         return ["weak"] * weak + ["strong"] * strong
 
 
-def settings(names: list[str], strategies: list[str], gpus: list[int]) -> list[Setting]:
+def settings(options: argparse.Namespace) -> list[Setting]:
     """Returns every run once. On one GPU all strategies are the same, so only one of them is run."""
     found = []
-    for preset in names:
-        rows, most = ROWS.get(preset, 4), max(gpus)
-        for count in gpus:
-            for strategy in strategies if count > 1 else strategies[:1]:
-                for batch in sorted({count * rows, most * rows}):
-                    found.append(Setting(preset, strategy, count, batch))
+    for preset in options.presets:
+        rows, most = ROWS.get(preset, 4), max(options.gpus)
+        for count in sorted(options.gpus):
+            for strategy in options.strategies if count > 1 else options.strategies[:1]:
+                for batch in sorted({count * rows, most * rows} if "strong" in options.scaling else {count * rows}):
+                    compared = batch == most * rows and "strong" in options.scaling
+                    steps = options.steps if compared else min(options.steps, SPEED_STEPS)
+                    found.append(Setting(preset, strategy, count, batch, steps))
     return found
 
 
 def make_text(folder: Path, length: int, vocabulary: int) -> None:
-    """Writes token files of 2,000 windows of random ids, more than any run here reads."""
+    """Writes token files of random ids, more windows than any run here reads."""
     generator = np.random.default_rng(0)
-    for split, windows in (("train", 2000), ("validation", 8)):
+    for split, windows in (("train", 4000), ("validation", 8)):
         ids = generator.integers(0, vocabulary, windows * length + 1, dtype=np.uint16)
         ids.tofile(folder / f"{split}.bin")
     (folder / "manifest.json").write_text(json.dumps({"dtype": "uint16"}), encoding="utf-8")
 
 
-def run(setting: Setting, text: Path, output: Path, options: argparse.Namespace, *more: str) -> list[dict[str, float]]:
-    """Trains, and returns the rows of metrics.csv.
+class Run:
+    """A training run that was started: one process for each GPU.
 
-    Raises:
-        SystemExit: the run failed. The message has its output.
+    Args:
+        devices: the GPUs, by their numbers among those that this process sees.
+        more: further arguments of train/run.py.
     """
-    command = [sys.executable, str(RUN), f"preset={setting.preset}", "name=scaling", f"steps={options.steps}"]
-    command += [f"output={output}", f"data.folder={text}", f"data.length={options.length}", "export=false"]
-    command += [f"trainer={'cpu' if options.cpu else 'gpu'}", f"trainer.devices={setting.gpus}"]
-    command += [f"trainer.strategy={setting.strategy}", f"trainer.global_batch={setting.batch}"]
-    command += [f"trainer.rows={setting.rows}", f"trainer.log_every={options.every}", "task.schedule.warmup=10"]
-    command += ["trainer.validate_every=1000000", "data.validation_windows=1", "trainer.checkpoint_every=0", *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{setting}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    with (output / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+    def __init__(
+        self, setting: Setting, devices: list[int], text: Path, output: Path, options: argparse.Namespace, *more: str
+    ) -> None:
+        self.setting, self.devices, self.output = setting, devices, output
+        self.start, self.beside = time.monotonic(), 0
+        command = [sys.executable, str(SCRIPT), f"preset={setting.preset}", "name=scaling", f"steps={options.steps}"]
+        command += [f"output={output}", f"data.folder={text}", f"data.length={options.length}", "export=false"]
+        command += [f"trainer={'cpu' if options.cpu else 'gpu'}", f"trainer.devices={setting.gpus}"]
+        command += [f"trainer.strategy={setting.strategy}", f"trainer.global_batch={setting.batch}"]
+        command += [f"trainer.rows={setting.rows}", f"trainer.log_every={options.every}", "task.schedule.warmup=10"]
+        command += ["trainer.validate_every=1000000", "data.validation_windows=1", "trainer.checkpoint_every=0"]
+        command += [f"trainer.max_steps={setting.steps}", *more]
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [seen[device] if device < len(seen) and seen[0] else str(device) for device in devices]
+        shared = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+        if setting.gpus > 1:
+            shared |= {"WORLD_SIZE": str(setting.gpus), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        self._processes, self._logs = [], []
+        for rank in range(setting.gpus):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if setting.gpus > 1 else {}
+            self._logs.append(output.with_name(f"{output.name}-{rank}.log"))
+            with self._logs[-1].open("w") as log:
+                self._processes.append(
+                    subprocess.Popen(command, env=shared | own, stdout=log, stderr=subprocess.STDOUT)
+                )
+
+    def ended(self) -> bool:
+        """Whether all processes have ended.
+
+        Raises:
+            SystemExit: one of them failed. The message has its output.
+        """
+        codes = [process.poll() for process in self._processes]
+        for code, log in zip(codes, self._logs, strict=True):
+            if code:
+                raise SystemExit(f"{self.setting}: exit code {code}\n{log.read_text(errors='replace')[-6000:]}")
+        return all(code == 0 for code in codes)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Returns the rows of metrics.csv."""
+        with (self.output / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+    def measured(self, options: argparse.Namespace) -> dict:
+        """Returns the run's row of the results."""
+        setting, rows = self.setting, self.metrics()
+        steady = rows[len(rows) // 2 :]  # compiling is over
+        memory = [row["train/memory_gib"] for row in rows if "train/memory_gib" in row]
+        mfu = [row["train/mfu"] for row in steady if "train/mfu" in row]
+        return {
+            "method": setting.preset,
+            "strategy": setting.strategy if setting.gpus > 1 else "one device",
+            "gpus": setting.gpus,
+            "shape": {"B": setting.batch, "T": options.length},
+            "rows_a_pass": setting.rows,
+            "steps": setting.steps,
+            "scaling": setting.scaling(max(options.gpus)),
+            "tokens_per_s": round(statistics.median(row["train/tokens_per_s"] for row in steady), 1),
+            "mfu": round(statistics.median(mfu), 4) if mfu else None,
+            "memory_gib": round(max(memory), 2) if memory else None,
+            "losses": {str(int(row["step"])): row["train/loss"] for row in rows},
+            "beside": self.beside,
+            "seconds": round(time.monotonic() - self.start, 1),
+        }
 
 
-def measured(setting: Setting, text: Path, output: Path, options: argparse.Namespace, most: int) -> dict:
-    start = time.monotonic()
-    rows = run(setting, text, output, options)
-    steady = rows[len(rows) // 2 :]  # compiling is over
-    memory = [row["train/memory_gib"] for row in rows if "train/memory_gib" in row]
-    mfu = [row["train/mfu"] for row in steady if "train/mfu" in row]
-    return {
-        "method": setting.preset,
-        "strategy": setting.strategy if setting.gpus > 1 else "one device",
-        "gpus": setting.gpus,
-        "shape": {"B": setting.batch, "T": options.length},
-        "rows_a_pass": setting.rows,
-        "scaling": setting.scaling(most),
-        "tokens_per_s": round(statistics.median(row["train/tokens_per_s"] for row in steady), 1),
-        "mfu": round(statistics.median(mfu), 4) if mfu else None,
-        "memory_gib": round(max(memory), 2) if memory else None,
-        "losses": {int(row["step"]): row["train/loss"] for row in rows},
-        "seconds": round(time.monotonic() - start, 1),
-    }
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def side_by_side(wanted: list[Setting], text: Path, folder: Path, options: argparse.Namespace) -> Iterator[Run]:
+    """Runs all settings, several at once where they fit on the GPUs together, and yields them as they end."""
+    free, waiting, running = list(range(max(options.gpus))), list(enumerate(wanted)), list[Run]()
+    try:
+        while waiting or running:
+            for number, setting in list(waiting):
+                if setting.gpus <= len(free):
+                    devices, free = free[: setting.gpus], free[setting.gpus :]
+                    running.append(Run(setting, devices, text, folder / f"run-{number}", options))
+                    waiting.remove((number, setting))
+            busy = sum(len(run.devices) for run in running)
+            for run in running:
+                run.beside = max(run.beside, busy - len(run.devices))
+            time.sleep(0.1)
+            for run in [run for run in running if run.ended()]:
+                running.remove(run)
+                free = sorted(free + run.devices)
+                yield run
+    finally:
+        for run in running:
+            run.kill()
+
+
+def completed(run: Run) -> Run:
+    """Waits for a run that has the machine to itself."""
+    try:
+        while not run.ended():
+            time.sleep(0.1)
+    finally:
+        run.kill()
+    return run
 
 
 def compare(rows: list[dict]) -> None:
@@ -131,33 +220,45 @@ def compare(rows: list[dict]) -> None:
             row["losses_agree"] = row["loss_difference"] <= TOLERANCE
 
 
-def difference(losses: dict[int, float], expected: dict[int, float]) -> float:
-    """Returns the largest relative difference."""
+def difference(losses: dict[str, float], expected: dict[str, float]) -> float:
+    """Returns the largest relative difference. The keys are steps."""
     if losses.keys() != expected.keys():
-        raise ValueError(f"losses of steps {sorted(losses)} and {sorted(expected)} cannot be compared")
+        raise ValueError(f"losses of steps {list(losses)} and {list(expected)} cannot be compared")
     return max(abs(losses[step] - value) / abs(value) for step, value in expected.items())
+
+
+def losses_on_one_gpu(preset: str, text: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Returns the losses of the whole batch on one GPU: from `options.alone` if it names a file, else from a new run."""
+    batch = max(options.gpus) * ROWS.get(preset, 4)
+    expected = {"method": preset, "gpus": 1, "shape": {"B": batch, "T": options.length}, "steps": options.steps}
+    if options.alone is None:
+        setting = Setting(preset, options.strategies[0], 1, batch, options.steps)
+        return completed(Run(setting, [0], text, folder / "alone", options)).measured(options)["losses"]
+    for row in json.loads(options.alone.read_text(encoding="utf-8"))["rows"]:
+        if expected.items() <= row.items():
+            return row["losses"]
+    raise SystemExit(f"{options.alone} has no run with {expected}: leave out --alone")
 
 
 def resumed(preset: str, strategy: str, text: Path, folder: Path, options: argparse.Namespace) -> dict:
     """Compares a run on one GPU with a run that changes: a third on many GPUs, a third on one, a third on many."""
     most, third = max(options.gpus), options.steps // 3
     batch = most * ROWS.get(preset, 4)
-    alone = run(Setting(preset, strategy, 1, batch), text, folder / "alone", options)
+    alone = losses_on_one_gpu(preset, text, folder, options)
     kept = "trainer.checkpoint_every=1000000"  # at the end of each part
     changes = ((most, third), (1, 2 * third), (most, options.steps))
     for gpus, last in changes:
-        setting = Setting(preset, strategy, gpus, batch)
-        changed = run(setting, text, folder / "changed", options, kept, f"trainer.max_steps={last}")
-    losses = {int(row["step"]): row["train/loss"] for row in alone}
-    others = {int(row["step"]): row["train/loss"] for row in changed if int(row["step"]) in losses}
-    found = difference(others, losses)
+        setting = Setting(preset, strategy, gpus, batch, last)
+        run = completed(Run(setting, list(range(gpus)), text, folder / "changed", options, kept))
+    losses = {step: loss for step, loss in run.measured(options)["losses"].items() if step in alone}
+    found = difference(losses, alone)
     return {
         "method": preset,
         "strategy": strategy,
         "shape": {"B": batch, "T": options.length},
         "gpus_until_step": {str(last): gpus for gpus, last in changes},
-        "losses_of_one_gpu": losses,
-        "losses": others,
+        "losses_of_one_gpu": alone,
+        "losses": losses,
         "loss_difference": found,
         "losses_agree": found <= TOLERANCE,
     }
@@ -168,32 +269,38 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--presets", nargs="+", default=list(ROWS), choices=list(presets()), metavar="PRESET")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--scaling", nargs="+", default=["weak", "strong"], choices=("weak", "strong"))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--every", type=int, default=5, help="steps between two figures")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--resume", action="store_true", help="change the number of GPUs on the way instead")
+    parser.add_argument("--alone", type=Path, help="with --resume: results of this script that have the run on one GPU")
     parser.add_argument("--cpu", action="store_true", help="processes on the CPU (gloo) instead of GPUs")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if options.steps < 2 * options.every or (options.resume and options.steps % 3):
+    if min(options.steps, SPEED_STEPS) < 2 * options.every or (options.resume and options.steps % 3):
         parser.error("expected at least two figures a run (--steps, --every), and with --resume a multiple of 3 steps")
     name = "train_resume" if options.resume else "train_scaling"
-    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         vocabulary = min(presets()[preset].vocab_rows for preset in options.presets) - 1
         make_text(folder, options.length, min(50257, vocabulary))
         if options.resume:
+            rows: list[dict] = []
             for preset in options.presets:
                 for strategy in options.strategies:
-                    rows.append(resumed(preset, strategy, folder, folder / f"{preset}-{strategy}", options))
+                    place = folder / f"{preset}-{strategy}"
+                    place.mkdir()
+                    rows.append(resumed(preset, strategy, folder, place, options))
                     print(rows[-1], flush=True)
                     write(name, rows, options.output)
             return
-        for number, setting in enumerate(settings(options.presets, options.strategies, sorted(options.gpus))):
-            rows.append(measured(setting, folder, folder / f"run-{number}", options, max(options.gpus)))
+        wanted, found = settings(options), dict[Setting, dict]()
+        for run in side_by_side(wanted, folder, folder, options):
+            found[run.setting] = run.measured(options)
+            print({key: value for key, value in found[run.setting].items() if key != "losses"}, flush=True)
+            rows = [found[setting] for setting in wanted if setting in found]
             compare(rows)
-            print({key: value for key, value in rows[-1].items() if key != "losses"}, flush=True)
             path = write(name, rows, options.output, tolerance=TOLERANCE)
     print(path)
 

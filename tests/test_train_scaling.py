@@ -1,5 +1,6 @@
 """The scaling benchmark, with two processes on the CPU: its losses agree with those of one process."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,6 +11,11 @@ import pytest
 pytest.importorskip("hydra")
 
 from train_runs import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import train_scaling
+from train_scaling import Setting
 
 
 def scaled(output: Path, *options: str) -> list[dict]:
@@ -34,6 +40,7 @@ def test_scaling_on_two_processes(tmp_path):
     for row in rows[2:]:
         assert row["losses_agree"] and row["weak_efficiency"] > 0 and row["strong_efficiency"] > 0
     assert rows[0]["losses"] != rows[1]["losses"]
+    assert [row["beside"] for row in rows] == [1, 1, 0, 0]
 
 
 @pytest.mark.slow
@@ -41,3 +48,34 @@ def test_a_run_that_changes_its_devices(tmp_path):
     (row,) = scaled(tmp_path / "resume.json", "--resume", "--strategies", "fsdp")
     assert row["gpus_until_step"] == {"2": 2, "4": 1, "6": 2} and row["losses_agree"]
     assert len(row["losses"]) == 6
+
+
+def options(**fields: object) -> argparse.Namespace:
+    known = {"presets": ["jrt-360m"], "gpus": [1, 2, 4], "strategies": ["ddp", "fsdp"], "scaling": ["weak", "strong"]}
+    return argparse.Namespace(**known | {"steps": 50, "every": 5, "length": 128, "alone": None, "cpu": True} | fields)
+
+
+def test_only_runs_whose_losses_are_compared_have_all_steps():
+    found = train_scaling.settings(options())
+    assert len(found) == 2 + 4 + 2
+    assert {setting.batch: setting.steps for setting in found} == {16: 15, 32: 15, 64: 50}
+    weak = train_scaling.settings(options(scaling=["weak"]))
+    assert [(setting.gpus, setting.batch) for setting in weak] == [(1, 16), (2, 32), (2, 32), (4, 64), (4, 64)]
+    assert {setting.steps for setting in weak} == {15}
+
+
+def test_losses_of_one_gpu_can_come_from_a_file(tmp_path):
+    row = {"method": "jrt-360m", "gpus": 1, "shape": {"B": 64, "T": 128}, "steps": 50, "losses": {"5": 9.0}}
+    (tmp_path / "scaling.json").write_text(json.dumps({"rows": [{**row, "gpus": 4, "losses": {}}, row]}))
+    chosen = options(alone=tmp_path / "scaling.json")
+    assert train_scaling.losses_on_one_gpu("jrt-360m", tmp_path, tmp_path, chosen) == {"5": 9.0}
+    with pytest.raises(SystemExit, match="has no run with"):
+        train_scaling.losses_on_one_gpu("jrt-1.3b", tmp_path, tmp_path, chosen)
+
+
+@pytest.mark.slow
+def test_a_failing_run_stops_the_runs_beside_it(tmp_path):
+    train_scaling.make_text(tmp_path, 128, 1000)
+    wanted = [Setting("debug", "ddp", 1, 4, 10**6), Setting("no-such-size", "ddp", 1, 4, 6)]
+    with pytest.raises(SystemExit, match=r"no-such-size.*exit code 2[\s\S]*unknown preset"):
+        list(train_scaling.side_by_side(wanted, tmp_path, tmp_path, options(gpus=[1, 2], steps=10**6)))
