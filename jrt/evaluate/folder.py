@@ -1,6 +1,7 @@
 """The output folder of one run of `jrt eval`.
 
-    manifest.json       what was asked (the run's identity), versions, models' hashes, whether the run is complete
+    manifest.json       what was asked (the run's identity), versions, models' hashes, how fast the last start of the run
+                        answered (see `jrt.evaluate.workers.Throughput`), whether the run is complete
     predictions.jsonl   one line for each answered item; appended batch by batch, sorted at the end
     results.json        one record for each cell: a model, task, strategy and protocol
     comparisons.json    paired differences between cells
@@ -95,7 +96,12 @@ class RunFolder:
         self.rows.extend(rows)
 
     def finish(
-        self, rows: list[dict], records: list[dict], comparisons: list[dict], failed: dict[Cell, str] | None = None
+        self,
+        rows: list[dict],
+        records: list[dict],
+        comparisons: list[dict],
+        throughput: dict[str, float],
+        failed: dict[Cell, str],
     ) -> None:
         """Writes the predictions in order, and the results. The order of answering leaves no trace in these files.
 
@@ -103,7 +109,8 @@ class RunFolder:
         write_text(self.path / PREDICTIONS, json_lines(rows))
         write_json(self.path / COMPARISONS, comparisons)
         write_json(self.path / RESULTS, records)
-        self.manifest["failed"] = [{**cell._asdict(), "reason": reason} for cell, reason in (failed or {}).items()]
+        self.manifest["throughput"] = throughput
+        self.manifest["failed"] = [{**cell._asdict(), "reason": reason} for cell, reason in failed.items()]
         self.manifest["complete"] = not failed
         write_json(self.path / MANIFEST, self.manifest)
 

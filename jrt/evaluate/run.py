@@ -29,7 +29,7 @@ from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit, re
 from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.folder import Cell, RunFolder, cell_of
 from jrt.evaluate.models import ModelSpec, open_tokenizer
-from jrt.evaluate.workers import Failure, Job, Pool
+from jrt.evaluate.workers import Failure, Job, Pool, Throughput
 from jrt.system.provenance import code_sha256, versions
 
 CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
@@ -245,13 +245,15 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
                     if cell in failed:
                         break
 
+    throughput = Throughput(pool.workers)
     with tqdm(total=sum(map(len, missing.values())), unit="item", smoothing=0.05) as progress:
-        for job, generations in pool.answers(jobs()):
+        for job, generations, worker in pool.answers(jobs()):
             progress.set_description(f"{job.cell.model} {job.cell.task} {job.cell.strategy}", refresh=False)
             if isinstance(generations, Failure):
                 failed[job.cell] = generations.reason
                 continue
             folder.append(_predictions(plan, job, prompts[job.cell], generations))
+            throughput.note(worker, len(generations))
             progress.update(len(generations))
 
     done = [cell for cell in cells if cell not in failed]
@@ -266,7 +268,7 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
         records.append(record(plan, cell, rows[cell], models[cell.model], more))
     every = [row for cell in done for row in rows[cell]]
     compared = comparisons(every, plan.request.seed)
-    folder.finish(every, records, compared, failed)
+    folder.finish(every, records, compared, throughput.as_dict(), failed)
     return Outcome(records, compared, every, failed)
 
 

@@ -1,17 +1,21 @@
 """Where answers are computed: in this process (`LocalPool`), or in Ray actors, on one machine or several (`RayPool`).
 
-Both run the same code on the same jobs (batches of prompts), so the results are the same.
+Both run the same code on the same jobs (batches of prompts), so the results are the same. `Throughput` measures how fast
+answers arrive.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from typing import Protocol as Interface
 
+import torch
 from jrt_recall import Protocol
 
 from jrt.evaluate.answering import Generation, answer
@@ -21,6 +25,7 @@ from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+AHEAD = 2  # jobs that a worker is given at a time, so that it does not wait for the next one
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,24 @@ class Failure:
     reason: str
 
 
+class Answered(NamedTuple):
+    """The answers to a job, and the number of the worker that gave them (from 0)."""
+
+    job: Job
+    answers: list[Generation] | Failure
+    worker: int
+
+
 class Pool(Interface):
     """The interface that a run needs: a model's description, its state size, and answers to jobs."""
+
+    workers: int
 
     def info(self, spec: ModelSpec) -> dict: ...
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int: ...
 
-    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]: ...
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]: ...
 
 
 class Worker:
@@ -61,6 +76,11 @@ class Worker:
 
     def __init__(self) -> None:
         self._model: OpenModel | None = None
+
+    def open(self, spec: ModelSpec) -> None:
+        """Opens a model before its first job. Of a model that cannot be opened, `info` says why."""
+        with suppress(ValueError):
+            self._opened(spec)
 
     def info(self, spec: ModelSpec) -> dict:
         return asdict(self._opened(spec).info())
@@ -84,15 +104,26 @@ class Worker:
 class LocalPool(Worker):
     """Computes in this process, one job after the other."""
 
-    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
+    workers = 1
+
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]:
         for job in jobs:
-            yield job, self.answer(job)
+            yield Answered(job, self.answer(job), 0)
+
+
+class _Given(NamedTuple):
+    """A job that was given to a worker: the worker's number, and the actor that had this number then."""
+
+    job: Job
+    worker: int
+    actor: Any
 
 
 class RayPool:
     """Ray actors, each with its own copy of the model. Leaving the context (`with RayPool(...)`) ends them.
 
-    A worker that dies is replaced, and its job is given to another worker.
+    All workers open the model at the same time, and a worker is given jobs once it has opened it. A worker that dies is
+    replaced, and its jobs are given to others.
 
     Args:
         workers: number of actors; each reserves one CPU.
@@ -100,7 +131,8 @@ class RayPool:
         gpus: GPUs that each worker reserves; a fraction lets workers share a GPU.
 
     Raises:
-        ValueError: fewer than one worker, or the cluster cannot be reached.
+        ValueError: fewer than one worker, more workers than this machine has GPUs for, or the cluster cannot be
+            reached.
     """
 
     def __init__(self, workers: int, address: str | None = None, gpus: float = 0) -> None:
@@ -108,16 +140,27 @@ class RayPool:
 
         if workers < 1:
             raise ValueError(f"at least one worker is needed, got {workers}")
-        options: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        options: dict[str, Any] = {}
+        if address is None:
+            there = torch.cuda.device_count() if gpus else 0
+            if workers * gpus > there:
+                raise ValueError(
+                    f"{workers} workers need {workers * gpus:g} GPUs, and this machine has {there}: ask for fewer workers"
+                )
+            options = {"num_cpus": workers, "num_gpus": there, "include_dashboard": False}
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except ConnectionError as error:
             raise ValueError(
                 f"no Ray cluster answers at {address!r}; one that asks for a token needs RAY_AUTH_MODE=token here, too"
             ) from error
+        self.workers = workers
         self._ray = ray
         self._actor_class: Any = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
         self.actors = [self._actor_class.remote() for _ in range(workers)]
+        self._spec: ModelSpec | None = None  # the model that was asked for last
+        self._opening: dict[Any, int] = {}  # the workers that are opening it, by Ray's reference to the end of that
+        self._deaths = 0  # of workers that were opening it, since one succeeded
 
     def __enter__(self) -> RayPool:
         return self
@@ -126,43 +169,74 @@ class RayPool:
         self._ray.shutdown()
 
     def info(self, spec: ModelSpec) -> dict:
+        """A model's description, from the first worker. The others open the model meanwhile."""
+        if spec != self._spec:
+            self._spec = spec
+            for worker in range(self.workers):
+                self._open(worker)
         return self._asked("info", spec)
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
         return self._asked("state_bytes", spec, length)
 
-    def answers(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Generation] | Failure]]:
-        """Yields jobs with their answers, in the order in which they finish; each worker has one job at a time.
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]:
+        """Yields jobs with their answers, in the order in which they finish.
 
         Raises:
-            RuntimeError: a job's worker died ATTEMPTS times.
+            RuntimeError: ATTEMPTS workers died of the same job, or one after the other while they opened a model.
         """
         coming, again = iter(jobs), deque[Job]()
-        failures: dict[int, int] = {}
-        running: dict[Any, tuple[Job, int]] = {}  # Ray's reference to a result: its job, and the index of the worker
+        deaths = Counter[int]()  # of workers, by the id of the job
+        given: dict[Any, _Given] = {}  # by Ray's reference to the answers, oldest first
         while True:
-            busy = {place for _, place in running.values()}
-            for place in range(len(self.actors)):
-                if place in busy:
-                    continue
+            for worker in self._free(given.values()):
                 job = again.popleft() if again else next(coming, None)
+                if job is None and not given:
+                    return
                 if job is None:
                     break
-                running[self.actors[place].answer.remote(job)] = (job, place)
-            if not running:
-                return
-            (done,), _ = self._ray.wait(list(running), num_returns=1)
-            job, place = running.pop(done)
-            try:
-                found = self._ray.get(done)
-            except self._ray.exceptions.RayActorError as error:
-                failures[id(job)] = failures.get(id(job), 0) + 1
-                if failures[id(job)] >= ATTEMPTS:
-                    raise RuntimeError(f"{ATTEMPTS} workers died of the same {len(job.rows)} prompts") from error
-                self._replace(place)
-                again.append(job)
+                actor = self.actors[worker]
+                given[actor.answer.remote(job)] = _Given(job, worker, actor)
+            (done,), _ = self._ray.wait([*given, *self._opening], num_returns=1)
+            if done in self._opening:
+                self._has_opened(done)
                 continue
-            yield job, found
+            job, worker, actor = given[done]
+            try:
+                answers = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
+                lost = [given.pop(other).job for other in list(given) if given[other].actor is actor]
+                deaths[id(lost[0])] += 1  # a worker answers its jobs in their order, so it died of the oldest
+                if deaths[id(lost[0])] == ATTEMPTS:
+                    raise RuntimeError(f"{ATTEMPTS} workers died of the same {len(lost[0].rows)} prompts") from error
+                again.extend(lost)
+                if self.actors[worker] is actor:
+                    self._replace(worker)
+                continue
+            del given[done]
+            yield Answered(job, answers, worker)
+
+    def _free(self, given: Iterable[_Given]) -> list[int]:
+        """The workers that can be given jobs now, once for each job; those with the fewest jobs come first."""
+        jobs = Counter(one.worker for one in given)
+        opening = set(self._opening.values())
+        ready = [worker for worker in range(self.workers) if worker not in opening]
+        return [worker for count in range(AHEAD) for worker in ready if jobs[worker] <= count]
+
+    def _open(self, worker: int) -> None:
+        self._opening = {reference: other for reference, other in self._opening.items() if other != worker}
+        self._opening[self.actors[worker].open.remote(self._spec)] = worker
+
+    def _has_opened(self, reference: Any) -> None:
+        worker = self._opening.pop(reference)
+        try:
+            self._ray.get(reference)
+            self._deaths = 0
+        except self._ray.exceptions.RayActorError as error:
+            self._deaths += 1
+            if self._deaths == ATTEMPTS:
+                raise self._died_opening() from error
+            self._replace(worker)
 
     def _asked(self, method: str, spec: ModelSpec, *more: int) -> Any:
         for _ in range(ATTEMPTS):
@@ -170,8 +244,39 @@ class RayPool:
                 return self._ray.get(getattr(self.actors[0], method).remote(spec, *more))
             except self._ray.exceptions.RayActorError:
                 self._replace(0)
-        raise RuntimeError(f"{ATTEMPTS} workers died while they opened {spec.name}")
+        raise self._died_opening()
 
-    def _replace(self, place: int) -> None:
-        logger.warning("worker %d died: another takes its place", place)
-        self.actors[place] = self._actor_class.remote()
+    def _died_opening(self) -> RuntimeError:
+        return RuntimeError(f"{ATTEMPTS} workers died while they opened {self._spec.name if self._spec else 'a model'}")
+
+    def _replace(self, worker: int) -> None:
+        logger.warning("worker %d died: another takes its place", worker)
+        self.actors[worker] = self._actor_class.remote()
+        self._open(worker)
+
+
+class Throughput:
+    """Counts items from the moment when every worker has answered once, so that all are warm, to the last answer.
+
+    Args:
+        workers: number of workers.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._cold = set(range(workers))  # workers without an answer so far
+        self._items = 0
+        self._begun = self._last = 0.0
+
+    def note(self, worker: int, items: int) -> None:
+        """Records that a worker's answers to a number of items have just arrived."""
+        self._last = time.monotonic()
+        if self._cold:
+            self._cold.discard(worker)
+            self._begun = self._last
+        else:
+            self._items += items
+
+    def as_dict(self) -> dict[str, float]:
+        """The number of workers, the items that count, and their seconds; both are 0 if some worker never answered."""
+        return {"workers": self.workers, "items": self._items, "seconds": self._last - self._begun}
