@@ -15,9 +15,6 @@ fp32, here and in transformers' loop (the size of the difference over the size o
 between the two largest fp32 logits, in the same unit, median over rows: where it is smaller than the errors, rounding
 decides which token is chosen.
 
-`cold_start_s` is the time from the start of a Python process to the end of its first answer: imports, loading a
-safetensors checkpoint, reading a prompt of 1,024 tokens and generating 32, without compiled kernels in any cache.
-
 Shapes: B rows, N prompt tokens of a row, before it is read twice.
 
     python benchmarks/generation.py
@@ -30,11 +27,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,13 +38,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import jrt
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.ops import feature_count
 
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1, 4096), (16, 8192), (1, 16384), (1, 65536))
 MODELS = ("jrt-360m", "llama-360m", "jrt-1.3b", "mamba-360m", "attention-360m", "based-360m")
-COLD = ("jrt-1.3b",)  # models whose first answer is timed
 OWN_LOOP = " (transformers' loop)"
 LLAMAS = {"llama-360m": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24)}
 REPEATS = 3
@@ -251,26 +242,6 @@ def compare(model: PreTrainedModel, row: Row, method: Method, new: int) -> None:
         row.gap = float(((best[:, 0] - best[:, 1]) / size).median())
 
 
-def cold_start(name: str, device: str) -> float:
-    """Returns the seconds from the start of a process to the end of its first answer, without compiled kernels."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(name, device).save_pretrained(folder)
-        free(None)
-        caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "JRT_HOME")
-        environment = os.environ | {cache: f"{folder}/{cache}" for cache in caches}
-        start = time.perf_counter()
-        command = [sys.executable, __file__, "--answer", folder, "--device", device]
-        subprocess.run(command, env=environment, check=True)
-        return time.perf_counter() - start
-
-
-def answer(folder: str, device: str) -> None:
-    """Runs in the process that `cold_start` starts: loads the model and answers once."""
-    model = jrt.load(folder, device, torch.bfloat16)
-    ids = torch.arange(1024 if device == "cuda" else 32, device=device)[None] % model.config.vocab_size
-    print(Method("").generate(model, ids, 32)[0, :4].tolist())
-
-
 def free(model: nn.Module | None) -> None:
     if isinstance(model, JRTForCausalLM):
         model.sessions.kept.clear()
@@ -285,18 +256,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after so long")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--answer", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
-    if arguments.answer:
-        answer(arguments.answer, arguments.device)
-        return
     if unknown := set(arguments.models) - set(presets()) - set(LLAMAS):
         parser.error(f"unknown models {sorted(unknown)}: expected names out of {[*presets(), *LLAMAS]}")
     end = time.monotonic() + arguments.seconds
     speed = bytes_per_ms(arguments.device)
-    more = {"bytes_per_ms": speed, "cold_start_s": {}}
+    more = {"bytes_per_ms": speed}
     shapes = SHAPES if arguments.device == "cuda" else ((1, 32), (2, 32))
     rows: list[Row] = []
     for name in arguments.models:
@@ -314,11 +281,6 @@ def main() -> None:
             record.write("generation", [dataclasses.asdict(row) for row in rows], arguments.output, **more)
         del model
         free(None)
-    for name in arguments.models:
-        if time.monotonic() < end and (name in COLD or arguments.device == "cpu"):
-            more["cold_start_s"][name] = cold_start(name, arguments.device)
-            print(f"{name}: first answer {more['cold_start_s'][name]:.1f} s after the start of a process", flush=True)
-    record.write("generation", [dataclasses.asdict(row) for row in rows], arguments.output, **more)
 
 
 def describe(row: Row) -> str:

@@ -92,7 +92,9 @@ def number(text: str) -> float:
 
 
 def counted(page: Path, kernel: re.Pattern[str]) -> list[dict]:
-    """Reads ncu's raw page. Returns one row for each launch, in order; `kernel` finds the kernel's name."""
+    """Reads ncu's raw page. Returns one row for each launch, in order; `kernel` finds the kernel's name.
+
+    A counter that ncu did not give is None."""
     with open(page, newline="") as file:
         lines = [line for line in file if line.startswith('"')]
     units, *launches = csv.DictReader(lines)
@@ -102,7 +104,8 @@ def counted(page: Path, kernel: re.Pattern[str]) -> list[dict]:
         assert name is not None
         row: dict = {"method": name[0]}
         for name, counter in COUNTERS.items():
-            row[name] = number(line[counter]) * SCALE.get(units[counter], 1)
+            value = line.get(counter)
+            row[name] = number(value) * SCALE.get(units[counter], 1) if value else None
         stalls = {}
         for column, value in line.items():
             match = STALL.match(column or "")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from triton.errors import TritonError
 
 from jrt import ops
 from jrt.ops import backends
@@ -33,6 +34,8 @@ from jrt.ops.call import Call
 HEADS, DIM, VALUE_DIM = 16, 16, 64
 SHAPES = ((8, 2048), (1, 32768))  # (B, N), forward and backward
 FORWARD_SHAPES = ((16, 32768),)
+# What another library's kernel may end with: a size that it lacks, a version that it was not made for.
+FAILURES = (RuntimeError, ImportError, AssertionError, TypeError, ValueError, AttributeError, TritonError)
 LONGEST_QUADRATIC = 8192  # tokens up to which quadratic methods of other libraries are timed backwards
 ROTATED_BYTES = 2**28  # inputs of a method together, more than the second-level cache
 MOST_CONFIGURATIONS = 6  # that a tuned kernel of another library tries: to compile all of them takes minutes
@@ -281,7 +284,7 @@ def measure(method: Method, batch: int, tokens: int, backward: bool) -> dict:
 
         row["ms"] = median_ms(replay, repeats)
         row["input_bytes"] = size
-    except (RuntimeError, ImportError, torch.cuda.OutOfMemoryError) as error:
+    except FAILURES as error:
         row["reason"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
     return row
 

@@ -101,12 +101,13 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        """Raises ValueError for an embedding of another width. One with other rows changes the vocabulary; a tied head goes
-        with it, any other head is set by `set_output_embeddings`."""
+        """An embedding with another number of rows changes the vocabulary; a tied head goes with it, any other head is set
+        by `set_output_embeddings`. The width is not checked, as in transformers: the next forward pass needs the model's.
+
+        Raises ValueError for a module without a table of weights."""
         weight = getattr(value, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != self.core.width:
-            shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(value).__name__
-            raise ValueError(f"the embedding is {shape}; expected rows of width {self.core.width}")
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise ValueError(f"expected an embedding with a table of weights, got {type(value).__name__}")
         self.model.embedding = value
         if len(weight) != self.core.vocab_rows:
             self.config.vocab_size = self.config.vocab_tokens = self.token_rows = len(weight)

@@ -22,7 +22,7 @@ def forward(u: Tensor, bias: Tensor, taps: Tensor, filter_bias: Tensor) -> Tenso
     sizes = _sizes(taps)
     with torch.cuda.device_of(u):
         _gated_convolution_kernel[rows, triton.cdiv(length, sizes["L"])](
-            u.contiguous(), bias, taps.contiguous(), filter_bias, y, length, rows // models, **sizes
+            u.contiguous(), *_weights(bias, taps, filter_bias), y, length, rows // models, **sizes
         )
     return y
 
@@ -36,18 +36,23 @@ def backward(
     per_model = rows // models
     programs = max(1, min(per_model * triton.cdiv(length, sizes["L"]), PROGRAMS // models))
     u = u.contiguous()
+    bias, taps, filter_bias = _weights(bias, taps, filter_bias)
     du, dc = torch.empty_like(u), torch.empty_like(dy, memory_format=torch.contiguous_format)
     sums = bias.new_empty(models, programs, count + 3, width)  # of each tap, then filter_bias, bias of input and gate
     with torch.cuda.device_of(u):
         _gate_gradient_kernel[programs, models](
-            dy.contiguous(), u, bias, taps.contiguous(), filter_bias, dc, du, sums, length, per_model,
+            dy.contiguous(), u, bias, taps, filter_bias, dc, du, sums, length, per_model,
             S=triton.next_power_of_2(count + 3), **sizes, num_warps=1,
         )  # fmt: skip
-        _input_gradient_kernel[rows, triton.cdiv(length, sizes["L"])](
-            dc, taps.contiguous(), du, length, per_model, **sizes
-        )
+        _input_gradient_kernel[rows, triton.cdiv(length, sizes["L"])](dc, taps, du, length, per_model, **sizes)
     sums = sums.sum(1)  # (M, K + 3, E)
     return du, sums[:, count + 1 :].flatten(1), sums[:, :count].mT, sums[:, count]
+
+
+def _weights(*each: Tensor) -> tuple[Tensor, ...]:
+    """Weights as the kernels read them: those of the models one after the other. In training they are views of the
+    optimizer's table, with the other weights of a model in between."""
+    return tuple(weight.contiguous() for weight in each)
 
 
 def _sizes(taps: Tensor) -> dict[str, int]:

@@ -20,14 +20,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `synthetics.residual.add_and_norm`."""
     models, tokens, width = x.shape
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()  # weights are views of the optimizer's table
+    has_bias = bias is not None
+    bias = weight if bias is None else bias.contiguous()
     total = x.view_as(x) if y is None else torch.empty_like(x)
     normed = torch.empty_like(x, dtype=dtype)
     sizes = tile(width)
     with torch.cuda.device_of(x):
         _add_norm_kernel[triton.cdiv(tokens, sizes["L"]), models](
-            x, x if y is None else y.contiguous(), weight if bias is None else bias, weight, total, normed, eps, tokens,
-            ADDS=y is not None, BIAS=bias is not None, **sizes,
+            x, x if y is None else y.contiguous(), bias, weight, total, normed, eps, tokens,
+            ADDS=y is not None, BIAS=has_bias, **sizes,
         )  # fmt: skip
     return total, normed
 
@@ -46,7 +48,7 @@ def backward(
     sums = total.new_empty(models, programs, 2, width)
     with torch.cuda.device_of(total):
         _add_norm_gradient_kernel[programs, models](
-            dtotal.contiguous(), dnormed.contiguous(), total, weight, dx, dx if dy is None else dy, sums, eps, tokens,
+            dtotal.contiguous(), dnormed.contiguous(), total, weight.contiguous(), dx, dx if dy is None else dy, sums, eps, tokens,
             ADDS=adds, **sizes,
         )  # fmt: skip
     sums = sums.sum(1)  # (M, 2, E)

@@ -40,6 +40,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to(DEVICE, dtype)
 
 
+def of_a_table(*weights: Tensor) -> list[Tensor]:
+    """The same weights (M, ...) as views of one table (M, P), which `StackedAdamW` makes of them."""
+    table = torch.cat([each.flatten(1) for each in weights], dim=1)
+    columns = table.split([each[0].numel() for each in weights], dim=1)
+    return [part.unflatten(1, each.shape[1:]) for part, each in zip(columns, weights, strict=True)]
+
+
 def check(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert found.shape == expected.shape
     assert not found.isnan().any()
@@ -101,7 +108,7 @@ def test_gated_convolution(rows, length, width, taps, dtype, monkeypatch):
     u = u.to(dtype).double()
     inputs = [each.requires_grad_() for each in (u, bias, filters, filter_bias)]
     expected = gated_convolution(*inputs)
-    ours = cast(u, dtype), *(cast(each, torch.float32) for each in inputs[1:])
+    ours = cast(u, dtype), *of_a_table(*(cast(each, torch.float32) for each in inputs[1:]))
     check(convolution_kernels.forward(*ours), expected.detach(), dtype)
     gradients = torch.autograd.grad(expected, inputs, dy)
     for own, their in zip(convolution_kernels.backward(cast(dy, dtype), *ours), gradients, strict=True):
@@ -124,6 +131,8 @@ def test_residual_and_norm(tokens, width, adds, dtype, monkeypatch):
     expected = add_and_norm(*inputs, 1e-5, torch.float64)
     kinds = (torch.float32, dtype, torch.float32, torch.float32)
     ours = [None if each is None else cast(each, kind) for each, kind in zip(inputs, kinds, strict=True)]
+    filled = of_a_table(*(each for each in ours[2:] if each is not None), cast(bias, torch.float32))
+    ours[2:] = [None, filled[0]] if ours[2] is None else filled[:2]
     total, normed = residual_kernels.forward(*ours, 1e-5, dtype)
     check(total, expected[0].detach(), torch.float32)
     check(normed, expected[1].detach(), dtype)
@@ -160,6 +169,21 @@ def test_steps_of_adamw_are_those_without_kernels(monkeypatch):
     assert math.isclose(float(optimizer.steps), 4)
     for ours, theirs in zip(found, own, strict=False):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["causal", "prefix", "window", "mamba"])
+def test_a_model_in_a_stack_is_trained_as_it_is_alone(method):
+    device, different = torch.device("cuda"), ((1e-3, 1), (3e-3, 2), (1e-3, 3))  # rates and seeds
+    runs = [Run(METHODS[method], TASKS["debug"], 16, 4, rate, seed, batch=16) for rate, seed in different]
+    trainings = [Training(runs, device), *(Training([run], device) for run in runs)]
+    starts = [each.optimizer.weights.clone() for each in trainings]
+    for training in trainings:
+        for segment, part in list(training.order())[:20]:
+            training.steps(training.step, *segment.batch(training.places, part))
+    together, *alone = (each.optimizer.weights - start for each, start in zip(trainings, starts, strict=True))
+    for own, its in zip(together, alone, strict=True):
+        assert torch.linalg.vector_norm(own - its[0]) < 0.05 * torch.linalg.vector_norm(its)
 
 
 @pytest.mark.gpu
