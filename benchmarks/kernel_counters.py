@@ -4,7 +4,7 @@
     python benchmarks/kernel_counters.py step    # the Triton kernels of a decoding step: step_counters.json
 
 The script starts itself again under `ncu`. That tool repeats each launch for each group of counters and empties the
-caches before each. The Triton kernels of linear attention are measured by benchmarks/backward_counters.py.
+caches before each. The kernels of the backward pass are measured by benchmarks/backward_counters.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Launches every kernel at small shapes, for compute-sanitizer: `bash benchmarks/sanitize_kernels.sh`.
 
-    python benchmarks/kernel_launches.py hopper    # the CUDA kernels of kernels/
+    python benchmarks/kernel_launches.py hopper    # the CUDA kernels of kernels/, forward
+    python benchmarks/kernel_launches.py backward  # the same, forward and backward
     python benchmarks/kernel_launches.py triton    # linear attention in Triton, forward and backward
     python benchmarks/kernel_launches.py step      # the Triton kernels of a decoding step
 
-Results are not checked here but in tests/test_cuda_kernels.py, test_triton_ops.py and test_decoding.py. Inputs are made
+Results are not checked here but in tests/test_cuda_kernels.py, test_cuda_backward.py, test_triton_ops.py and
+test_decoding.py. Inputs are made
 on the CPU. So hardly any kernels of PyTorch and cuBLAS run under the tool: it would report on them too, and its
 racecheck cannot run cuBLAS's.
 """
@@ -87,6 +89,22 @@ def launch_gradients(device: str, backend: str) -> int:
     return calls
 
 
+def launch_hopper_gradients(device: str, backend: str) -> int:
+    """Runs linear attention and its prefix forward and backward in bf16, with and without state and mask. Returns the
+    number of calls."""
+    torch.manual_seed(0)
+    calls = 0
+    for (batch, tokens), width, padded in itertools.product(SHAPES, (64, 112), (False, True)):
+        q, k, v = (x.requires_grad_() for x in inputs(batch, tokens, width, torch.bfloat16, device))
+        before, counts = (state(batch, width, device), mask(batch, tokens, device)) if padded else (None, None)
+        o, after = ops.linear_attention(q, k, v, initial_state=before, mask=counts, backend=backend)
+        S, z = ops.encode_prefix(k, v, mask=counts, backend=backend)
+        ones = [torch.ones(x.shape, dtype=x.dtype).to(device) for x in (o, *after, S, z)]
+        torch.autograd.backward([o, *after, S, z], ones)
+        calls += 2
+    return calls
+
+
 def launch_step(device: str, rows: tuple[int, ...] = (1, 3, 20, 130)) -> int:
     """Runs some decoding steps of small models with every mixer, in each dtype. Returns the number of steps."""
     from jrt.decoding.fused import FusedStep  # needs Triton
@@ -111,12 +129,16 @@ def launch_step(device: str, rows: tuple[int, ...] = (1, 3, 20, 130)) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kernels", choices=("hopper", "triton", "step"), nargs="?", default="hopper")
+    parser.add_argument("kernels", choices=("hopper", "backward", "triton", "step"), nargs="?", default="hopper")
     kernels = parser.parse_args().kernels
-    if kernels == "step":
-        calls = launch_step("cuda")
+    if kernels == "hopper":
+        calls = launch_all("cuda", "cuda")
+    elif kernels == "backward":
+        calls = launch_hopper_gradients("cuda", "cuda")
+    elif kernels == "triton":
+        calls = launch_gradients("cuda", "triton")
     else:
-        calls = launch_all("cuda", "cuda") if kernels == "hopper" else launch_gradients("cuda", "triton")
+        calls = launch_step("cuda")
     torch.cuda.synchronize()
     print(f"{calls} calls ran")
 

@@ -14,6 +14,7 @@
 namespace py = pybind11;
 
 namespace jrt {
+void bind_backward(py::module_& m);        // backward_bindings.cpp
 void bind_selective_scan(py::module_& m);  // selective_scan_bindings.cpp
 }
 
@@ -101,7 +102,7 @@ int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_st
 
 PYBIND11_MODULE(jrt_kernels, m) {
     m.doc() = "Hopper kernels for linear attention with the Taylor feature map; called through jrt.ops (backend 'cuda').";
-    m.attr("interface") = 3;  // jrt.ops.cuda refuses a build that speaks another one
+    m.attr("interface") = 4;  // jrt.ops.cuda refuses a build that speaks another one
     m.def("prefill", &prefill, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
           py::arg("initial_state"), py::arg("state"), py::arg("workspace"), py::arg("sizes"), py::arg("pieces"),
           py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),
@@ -114,5 +115,6 @@ PYBIND11_MODULE(jrt_kernels, m) {
           py::arg("only_state"), py::arg("multiprocessors"));
     m.def("prefill_workspace", &jrt::prefill_workspace, py::arg("batch"), py::arg("heads"), py::arg("value_dim"),
           py::arg("pieces"), "Floats.");
+    jrt::bind_backward(m);
     jrt::bind_selective_scan(m);
 }

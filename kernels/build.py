@@ -24,7 +24,8 @@ HERE = Path(__file__).resolve().parent
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 SOURCES = (
-    *("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "pieces.cpp", "bindings.cpp"),
+    *("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "backward.cu"),
+    *("tensor_maps.cpp", "pieces.cpp", "bindings.cpp", "backward_bindings.cpp"),
     *("selective_scan.cu", "selective_scan_bindings.cpp"),
 )
 NEEDS_NVCC = f"JRT_BUILD_KERNELS=1 needs nvcc, the CUDA compiler ({'.'.join(map(str, OLDEST_NVCC))} or newer)"

@@ -42,7 +42,7 @@ __host__ __device__ constexpr Feature documented_feature(int slab, int position)
     const int i = position_dim(position);
     if (slab < 8) return {pair_index(i, (i + slab) & 15), slab == 0 ? 32 * kSquareScale : 16 * kPairScale};
     if (slab == 9) return {1 + i, 4 * kFirstScale};
-    if (position > 8) return {-1, 0.0f};
+    if (position > 8) return {-1, 1.0f};
     if (position == 8) return {0, 1.0f};
     const int first = position < 4 ? i : i + 2;  // 0, 1, 4, 5, 10, 11, 14, 15
     return {pair_index(first, (first + 8) & 15), 16 * kPairScale};

@@ -48,14 +48,44 @@ struct DecodeArguments {
     void* stream;
 };
 
+// The gradients of a text or prefix, bf16 only. A text: `backward_queries`, then `backward_keys` with what it wrote. Where it is
+// cut into pieces, `backward_sums` says before each of the two what every piece adds to the state, or to its gradient.
+struct BackwardArguments {
+    TensorView q, k, v;    // as in PrefillArguments; q.data == nullptr: k and v are a prefix
+    const void* o;         // (B, T, H, D) contiguous, the output
+    TensorView dout;       // (B, T, H, D), the gradient of o
+    const uint8_t* mask;   // as in PrefillArguments
+    int mask_batch_stride;
+    // Contiguous (B, pieces, H, 153, D) and (B, pieces, H, 153). Queries: the state before each piece, or nullptr: zero. Keys: its
+    // gradient after each piece; of a prefix (B, H, 153, D) and (B, H, 153).
+    const float* S;
+    const float* z;
+    void* dx;          // queries: dq, keys: dk. (B, T, H, 16) in bf16; for D > 64 (column tiles, B, T, H, 16) in fp32, to be summed
+    void* dv;          // (B, T, H, D) contiguous, written by the keys' kernel
+    float* w;          // (B, T, H), written by the queries' kernel and read by the others: 1 / denominator
+    float* c;          // (B, T, H), -(do . o) / denominator
+    // Keys of a text: the gradient of the state before it, (B, H, 153, D) and (B, H, 153). Sums: as S and z, what each piece adds
+    // but the one on which no other depends: the last piece of keys, the first of queries.
+    float* out_S;
+    float* out_z;
+    int batch, tokens, heads, value_dim;
+    int pieces;        // of piece_tokens tokens, a multiple of 64; the last may be shorter, and none is empty
+    int piece_tokens;
+    bool normalize;
+    void* stream;
+};
+
 // Into how many pieces the sequence of each head is cut on a card of `multiprocessors` (pieces.h). Sizes are at least 1.
 int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_state, int multiprocessors);
 
 // Size of the workspace in floats.
 int64_t prefill_workspace(int batch, int heads, int value_dim, int pieces);
 
-// Both queue their work on the stream and return nullptr, or a message that says what went wrong.
+// All queue their work on the stream and return nullptr, or a message that says what went wrong.
 const char* prefill(const PrefillArguments& arguments);
+const char* backward_queries(const BackwardArguments& arguments);
+const char* backward_keys(const BackwardArguments& arguments);
+const char* backward_sums(const BackwardArguments& arguments, bool of_queries);
 const char* decode_step(const DecodeArguments& arguments);
 
 }  // namespace jrt

@@ -1,12 +1,8 @@
-// Host side of the prefill: tensor maps, checks; and the sums over pieces.
-#include <cudaTypedefs.h>
-
-#include <algorithm>
-#include <string>
-
+// Host side of the prefill: tensor maps and parameters; and the sums over pieces.
 #include "pieces.h"
 #include "prefill.cuh"
 #include "scan.h"
+#include "tensor_maps.h"
 
 namespace jrt {
 
@@ -62,32 +58,6 @@ const char* launch_add_pieces(const PrefillArguments& a, float* piece_S, float* 
 
 int column_tiles(int value_dim) { return (value_dim + kColumns - 1) / kColumns; }
 
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-    static const auto encoder = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-    }();
-    return encoder;
-}
-
-// A map of (B, T, H, last) that copies `rows` tokens x `columns` of one head.
-bool encode(CUtensorMap* map, const TensorView& x, const PrefillArguments& a, int last, int columns, int rows,
-            CUtensorMapSwizzle swizzle) {
-    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(last), static_cast<cuuint64_t>(a.heads),
-                                 static_cast<cuuint64_t>(a.tokens), static_cast<cuuint64_t>(a.batch)};
-    // The stride of a dimension of size 1 is arbitrary in the caller's tensor but not in a map.
-    const auto bytes = [&](int64_t stride, int size) { return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16); };
-    const cuuint64_t strides[3] = {bytes(x.head_stride, a.heads), bytes(x.token_stride, a.tokens), bytes(x.batch_stride, a.batch)};
-    const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(rows), 1};
-    const cuuint32_t steps[4] = {1, 1, 1, 1};
-    const auto type = a.type == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    return tensor_map_encoder()(map, type, 4, const_cast<void*>(x.data), sizes, strides, box, steps,
-                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 }  // namespace
 
 int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_state, int multiprocessors) {
@@ -107,16 +77,15 @@ const char* sum_pieces(const PrefillArguments& a, float* piece_S, float* piece_z
 }
 
 const char* prefill(const PrefillArguments& a) {
-    if (tensor_map_encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled: CUDA 12 or newer is needed";
     PrefillMaps maps{};
-    const auto rows32 = CU_TENSOR_MAP_SWIZZLE_32B, rows128 = CU_TENSOR_MAP_SWIZZLE_128B;
-    bool ok = encode(&maps.k, a.k, a, kDim, kDim, kChunk, rows32) &&
-              encode(&maps.v, a.v, a, a.value_dim, kColumns, kChunk, rows128);
+    TensorMaps encode(a.type, a.batch, a.tokens, a.heads);
+    encode.rows(&maps.k, a.k, kDim, kDim, kChunk);
+    encode.rows(&maps.v, a.v, a.value_dim, kColumns, kChunk);
     if (a.q.data != nullptr) {
-        ok = ok && encode(&maps.q, a.q, a, kDim, kDim, kChunk, rows32) &&
-             encode(&maps.o, a.o, a, a.value_dim, kColumns, 16, rows128);
+        encode.rows(&maps.q, a.q, kDim, kDim, kChunk);
+        encode.rows(&maps.o, a.o, a.value_dim, kColumns, 16);
     }
-    if (!ok) return "a tensor cannot be copied in tiles: its address and strides must be multiples of 16 bytes";
+    if (encode.error() != nullptr) return encode.error();
 
     PrefillParameters p{};
     p.mask = a.mask;

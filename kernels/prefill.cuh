@@ -11,6 +11,7 @@
 #pragma once
 
 #include "launch.h"
+#include "piece.cuh"
 #include "query.cuh"
 
 namespace jrt {
@@ -59,60 +60,6 @@ constexpr uint32_t kStateStageBytes = kValueTileBytes + kKeyTileBytes;  // v, k
 constexpr uint32_t kStatePhi = kStateStages * kStateStageBytes;
 constexpr uint32_t kStateBarriers = kStatePhi + 2 * kPhiBytes;
 constexpr uint32_t kStateSharedBytes = kStateBarriers + 128 + 1024;
-
-// Which part of the work a block does.
-struct Piece {
-    int column_tile, head, piece, batch;
-    int first_token, end_token, chunks;
-    int columns;  // of v that exist in this tile
-
-    __device__ __forceinline__ Piece(const PrefillParameters& p) {
-        int rest = blockIdx.x;
-        column_tile = rest % p.column_tiles, rest /= p.column_tiles;
-        head = rest % p.heads, rest /= p.heads;
-        piece = rest % p.pieces;
-        batch = rest / p.pieces;
-        first_token = piece * p.piece_chunks * kChunk;
-        end_token = min(p.tokens, first_token + p.piece_chunks * kChunk);
-        chunks = (end_token - first_token + kChunk - 1) / kChunk;
-        columns = min(kColumns, p.value_dim - column_tile * kColumns);
-    }
-    __device__ __forceinline__ int64_t state(const PrefillParameters& p) const {
-        return static_cast<int64_t>(batch) * p.heads + head;
-    }
-    __device__ __forceinline__ int tokens_of(int chunk) const {
-        return min(kChunk, end_token - first_token - chunk * kChunk);
-    }
-    __device__ __forceinline__ bool writes_state(const PrefillParameters& p) const {
-        return !p.last_piece_only || piece == p.pieces - 1;
-    }
-};
-
-// Which tokens of a chunk count, one bit each, fetched one chunk ahead. Without a mask: all.
-template <bool kMask>
-struct ChunkMask {
-    uint32_t bytes = 0;  // of tokens `lane` and `lane` + 32 of the chunk fetched last
-
-    __device__ __forceinline__ void fetch(const PrefillParameters& p, const Piece& piece, int chunk, int lane) {
-        if (!kMask) return;
-        const uint8_t* row = p.mask + piece.batch * p.mask_batch_stride;
-        const int token = piece.first_token + chunk * kChunk + lane;
-        bytes = token < piece.end_token ? __ldg(row + token) : 0;
-        bytes |= token + 32 < piece.end_token ? __ldg(row + token + 32) << 8 : 0;
-    }
-    // Bits of tokens 0..31 (x) and 32..63 (y) of `chunk`; fetches the next.
-    __device__ __forceinline__ uint2 take(const PrefillParameters& p, const Piece& piece, int chunk, int lane) {
-        if (!kMask) return make_uint2(~0u, ~0u);
-        const uint2 bits = make_uint2(__ballot_sync(~0u, bytes & 0xff), __ballot_sync(~0u, bytes >> 8));
-        fetch(p, piece, chunk + 1, lane);
-        return bits;
-    }
-};
-
-__device__ __forceinline__ uint32_t aligned_shared_memory() {
-    extern __shared__ uint8_t memory[];
-    return (shared_address(memory) + 1023) & ~1023u;
-}
 
 // The running state of one piece, in the registers of a warpgroup.
 template <typename Elem, bool kMask>
@@ -208,7 +155,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         start_scores(scores, 0);
         for (int chunk = 0; chunk < piece.chunks; ++chunk) {
             if (kMask) forget_origin(lane);
-            const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
+            const uint2 counts = chunk_mask.take(p, piece, chunk + 1, lane);
             const int stage = chunk % kTextStages;
             const uint32_t v_tile = memory + stage * kTextStageBytes;
             const uint32_t q_tile = v_tile + kValueTileBytes + kKeyTileBytes;
@@ -307,7 +254,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         const int chunks = piece.writes_state(p) ? piece.chunks : piece.chunks - 1;
         for (int chunk = 0; chunk < chunks; ++chunk) {
             forget_origin(keys.lane);  // addresses are computed again rather than kept in registers that are not there
-            const uint2 counts = chunk_mask.take(p, piece, chunk, lane);
+            const uint2 counts = chunk_mask.take(p, piece, chunk + 1, lane);
             const int stage = chunk % kTextStages;
             const uint32_t v_tile = memory + stage * kTextStageBytes;
             mbarrier_wait_warp(full + 8 * stage, (chunk / kTextStages) & 1);
@@ -359,7 +306,7 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
     ChunkMask<kMask> chunk_mask;
     chunk_mask.fetch(p, piece, 0, keys.lane);
     keys.read(p, piece);
-    uint2 counts = chunk_mask.take(p, piece, 0, keys.lane);
+    uint2 counts = chunk_mask.take(p, piece, 1, keys.lane);
     mbarrier_wait_warp(full, 0);
     keys.write_features(memory + kValueTileBytes, phi, counts);
     for (int chunk = 0; chunk < piece.chunks; ++chunk) {
@@ -371,7 +318,7 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
         keys.start(v_tile + kValueTileBytes, v_tile, phi + (chunk & 1) * kPhiBytes, counts, piece.tokens_of(chunk));
         const int next = chunk + 1;
         if (next < piece.chunks) {
-            counts = chunk_mask.take(p, piece, next, keys.lane);
+            counts = chunk_mask.take(p, piece, next + 1, keys.lane);
             mbarrier_wait_warp(full + 8 * (next % kStateStages), (next / kStateStages) & 1);
             const uint32_t next_k = memory + next % kStateStages * kStateStageBytes + kValueTileBytes;
             keys.write_features(next_k, phi + (next & 1) * kPhiBytes, counts);

@@ -7,6 +7,10 @@
 #define JRT_SUMS_32 \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define JRT_SUMS_40 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    " %32, %33, %34, %35, %36, %37, %38, %39}"
 #define JRT_SUMS_80 \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -16,6 +20,7 @@
 #define JRT_OPERANDS_8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define JRT_OPERANDS_32(d) JRT_OPERANDS_8(d, 0), JRT_OPERANDS_8(d, 8), JRT_OPERANDS_8(d, 16), JRT_OPERANDS_8(d, 24)
+#define JRT_OPERANDS_40(d) JRT_OPERANDS_32(d), JRT_OPERANDS_8(d, 32)
 #define JRT_OPERANDS_80(d)                                                                                    \
     JRT_OPERANDS_32(d), JRT_OPERANDS_8(d, 32), JRT_OPERANDS_8(d, 40), JRT_OPERANDS_8(d, 48), JRT_OPERANDS_8(d, 56), \
         JRT_OPERANDS_8(d, 64), JRT_OPERANDS_8(d, 72)
@@ -44,7 +49,8 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 #undef TEXT
 }
 
-// Scores = Q K^T: A (64 queries x 16 dims) and B (64 keys x 16 dims), both K-major in shared memory.
+// Scores = Q K^T: A (64 queries x 16 dims) and B (64 keys x 16 dims), both K-major in shared memory. Also 16 columns of
+// dP = dO V^T.
 template <typename Elem>
 __device__ __forceinline__ void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
 #define TEXT(type) JRT_WGMMA("m64n64k16", type, JRT_SUMS_32, "%32, %33", "%34", "1, 1, 0, 0")
@@ -67,6 +73,15 @@ __device__ __forceinline__ void wgmma_values(float (&d)[32], const uint32_t (&a)
 #define TEXT(type) JRT_WGMMA("m64n64k16", type, JRT_SUMS_32, "{%32, %33, %34, %35}, %36", "%37", "1, 1, 1")
     JRT_ASM_OF_TYPE(Elem, TEXT, : JRT_OPERANDS_32(d)
                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+#undef TEXT
+}
+
+// dphi += X S^T, for five slabs of features: A = X (64 tokens x 16 columns of v), K-major; B = S^T (16 columns of v x 80
+// features), MN-major; both in shared memory.
+template <typename Elem>
+__device__ __forceinline__ void wgmma_feature_gradients(float (&d)[40], uint64_t a, uint64_t b, int accumulate) {
+#define TEXT(type) JRT_WGMMA("m64n80k16", type, JRT_SUMS_40, "%40, %41", "%42", "1, 1, 0, 1")
+    JRT_ASM_OF_TYPE(Elem, TEXT, : JRT_OPERANDS_40(d) : "l"(a), "l"(b), "r"(accumulate))
 #undef TEXT
 }
 

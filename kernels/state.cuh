@@ -38,9 +38,11 @@ __device__ __forceinline__ uint32_t row32(int row, int half) {
     return static_cast<uint32_t>(row * 32 + ((half ^ ((row >> 2) & 1)) << 4));
 }
 
-// One thread writes half a token's features: positions 8 half .. 8 half + 7 of every slab.
-template <typename Elem, bool kMask>
-__device__ __forceinline__ void write_key_features(uint32_t phi, uint32_t k_tile, int token, int half, bool counts) {
+// One thread writes half a token's features: positions 8 half .. 8 half + 7 of every slab. kWeighted: times `weight`; then the
+// constant feature is written as well.
+template <typename Elem, bool kMask, bool kWeighted = false>
+__device__ __forceinline__ void write_key_features(uint32_t phi, uint32_t k_tile, int token, int half, bool counts,
+                                                   float weight = 1.0f) {
     const uint4 first = load_shared_16(k_tile + row32(token, 0));
     const uint4 second = load_shared_16(k_tile + row32(token, 1));
     const uint32_t raw[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
@@ -50,9 +52,14 @@ __device__ __forceinline__ void write_key_features(uint32_t phi, uint32_t k_tile
         r[j] = half ? raw[(j + 1) & 7] : raw[j];
         if (kMask && !counts) r[j] = 0;
     }
-    uint32_t s[4];  // the pairs of this thread's positions / 16
+    const auto scaled = [&](uint32_t pair) {  // / 16
+        if (!kWeighted) return multiply2<Elem>(pair, kPowerPair<Elem, -4>);
+        const float2 x = unpack2<Elem>(pair);
+        return pack2<Elem>(x.x * (weight / 16), x.y * (weight / 16));
+    };
+    uint32_t s[4];  // the pairs of this thread's positions, scaled
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[i] = multiply2<Elem>(r[2 * i], kPowerPair<Elem, -4>);
+    for (int i = 0; i < 4; ++i) s[i] = scaled(r[2 * i]);
     const uint32_t row = phi + row32(token, half);
     // Slabs that share straddling pairs follow each other, so that few of those are alive at a time.
     constexpr int order[8] = {0, 2, 4, 6, 1, 5, 3, 7};
@@ -69,9 +76,11 @@ __device__ __forceinline__ void write_key_features(uint32_t phi, uint32_t k_tile
         store_shared_16(row + slab * kSlabBytes, f[0], f[1], f[2], f[3]);
     }
     if (half == 0) {
-        const uint32_t a = multiply2<Elem>(r[1], kPowerPair<Elem, -4>), b = multiply2<Elem>(r[3], kPowerPair<Elem, -4>);
+        const uint32_t a = scaled(r[1]), b = scaled(r[3]);
         store_shared_16(row + 8 * kSlabBytes, multiply2<Elem>(s[0], r[4]), multiply2<Elem>(s[1], r[6]),
                         multiply2<Elem>(a, r[5]), multiply2<Elem>(b, r[7]));
+    } else if (kWeighted) {
+        store_shared_16(row + 8 * kSlabBytes, pack2<Elem>(weight, 0.0f), 0u, 0u, 0u);
     } else if (kMask) {
         store_shared_16(row + 8 * kSlabBytes, counts ? kOne<Elem> : 0u, 0u, 0u, 0u);
     }
@@ -197,11 +206,13 @@ __device__ __forceinline__ void for_each_sum(int warp, int lane, Visit visit) {
     }
 }
 
+// All loads are on their way before the first value is used.
 __device__ __forceinline__ void read_state(float (&sums)[80], const float* S, int columns, int value_dim, int warp, int lane) {
     for_each_sum(warp, lane, [&](int i, Feature feature, int column) {
         const bool present = S != nullptr && feature.index >= 0 && column < columns;
-        sums[i] = present ? S[feature.index * value_dim + column] / feature.scale : 0.0f;
+        sums[i] = present ? S[feature.index * value_dim + column] : 0.0f;
     });
+    for_each_sum(warp, lane, [&](int i, Feature feature, int) { sums[i] *= 1.0f / feature.scale; });
 }
 
 __device__ __forceinline__ void write_state(const float (&sums)[80], float* S, int columns, int value_dim, int warp, int lane) {

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H heads, d = 16, D value size, F = 153 features.
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import runpy
@@ -396,7 +397,7 @@ def test_what_is_missing_is_said(probed):
 @pytest.mark.parametrize(
     "source, expected",
     [
-        ("interface = 1", "has interface 1, expected 3: build it again"),
+        ("interface = 1", "has interface 1, expected 4: build it again"),
         (
             "raise ImportError('GLIBCXX_3.4.32 not found')",
             "cannot be loaded (GLIBCXX_3.4.32 not found): build it again",
@@ -519,6 +520,27 @@ def test_a_folder_without_a_build_is_said(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     with pytest.raises(ValueError, match="holds no jrt_kernels"):
         importlib.import_module("kernel_versions").load("one", tmp_path)
+
+
+def test_a_counter_that_ncu_leaves_out_is_none(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    counters = importlib.import_module("kernel_counters")
+    kept = [counter for name, counter in counters.COUNTERS.items() if name != "spills_executed"]
+    stall = "smsp__pcsamp_warps_issue_stalled_barrier"
+    page = tmp_path / "page.csv"
+    with open(page, "w", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerows(
+            [
+                ["Kernel Name", *kept, stall],
+                ["", *("ms" if x.startswith("gpu__time") else "" for x in kept), ""],
+                ["void jrt::decode_kernel<64>()", *("1,024.5" for _ in kept), "3"],
+            ]
+        )
+    [row] = counters.counted(page, counters.KERNELS["hopper"])
+    assert row["method"] == "decode_kernel" and row["spills_executed"] is None
+    assert row["microseconds"] == 1024.5e3 and row["registers"] == 1024.5
+    assert row["stall_percent"] == {"barrier": 100.0}
 
 
 def test_building_without_a_compiler_is_one_clear_message(monkeypatch, tmp_path):

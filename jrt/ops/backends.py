@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from jrt.ops import chunked, cuda, reference, triton
+from jrt.ops import chunked, cuda, cuda_backward, reference, triton  # noqa: F401 - cuda_backward registers an operator
 from jrt.ops.call import Call
 
 TABLE = {"cuda": cuda, "triton": triton, "chunked": chunked, "reference": reference}

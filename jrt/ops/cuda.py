@@ -1,7 +1,6 @@
 """Backend "cuda": Hopper kernels for linear attention as torch operators (prefill, prefix encoder, decode step).
 
-Gradients of prefill and encoder come from `jrt.ops.triton`, which needs only the inputs and the output of the forward
-pass.
+Gradients of prefill and encoder come from `jrt.ops.cuda_backward`.
 
 The kernels live in the extension module `jrt_kernels` (kernels/, built by JRT_BUILD_KERNELS=1); this file checks what
 they can serve (`unsupported`), allocates tensors, and passes addresses.
@@ -23,11 +22,10 @@ from jrt.ops import checks, triton
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
 from jrt.ops.registration import register
-from jrt.ops.triton import gradients_of_call, gradients_of_prefix, save_call, save_prefix
 
 DIM = 16
 FEATURES = feature_count(DIM)
-INTERFACE = 3  # the version of jrt_kernels' interface that this file calls
+INTERFACE = 4  # the version of jrt_kernels' interface that this file calls
 LONGEST = 2**30  # most tokens: the kernels count them in 32 bits
 VECTOR_BYTES = 16  # addresses must be multiples of this: the kernels load and store so many bytes at a time
 DTYPES = (torch.bfloat16, torch.float16)
@@ -161,23 +159,6 @@ def _decode_in_place_fake(q, k, v, S, z, normalize):
     return v.new_empty(v.shape)
 
 
-def _save_prefill(ctx, inputs, output) -> None:
-    q, k, v, S, z, mask, normalize = inputs
-    save_call(ctx, (q, k, v, S, z, mask, None, None, normalize), output)
-
-
-def _prefill_gradients(ctx, do: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-    return *gradients_of_call(ctx, do, dS, dz)[:5], None, None
-
-
-def _save_encode(ctx, inputs, output) -> None:
-    save_prefix(ctx, (*inputs, None), output)
-
-
-def _encode_gradients(ctx, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients_of_prefix(ctx, dS, dz)[:3]
-
-
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor? initial_S, Tensor? initial_z, Tensor? mask, bool normalize"
 register("linear_attention_prefill", f"({_CALL}) -> (Tensor, Tensor, Tensor)", _prefill, _prefill_fake)
 register("linear_attention_decode", f"({_CALL}) -> (Tensor, Tensor, Tensor)", _decode, _prefill_fake)
@@ -188,8 +169,6 @@ register(
     _decode_in_place,
     _decode_in_place_fake,
 )
-torch.library.register_autograd("jrt::linear_attention_prefill", _prefill_gradients, setup_context=_save_prefill)
-torch.library.register_autograd("jrt::encode_prefix", _encode_gradients, setup_context=_save_encode)
 
 
 def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:

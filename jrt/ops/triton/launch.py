@@ -186,7 +186,7 @@ def prefix(k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
     if pieces.number == sequences:
         return S, z
     total_S, total_z = _empty_state(v, sequences, d)
-    _scan((S, z), (None, None), (total_S, total_z), None, pieces, k, cu_seqlens, reverse=False)
+    scan_pieces((S, z), (None, None), (total_S, total_z), None, pieces, k, cu_seqlens, reverse=False)
     return total_S, total_z
 
 
@@ -241,7 +241,7 @@ def _scanned(x, u, S, z, mask, log_decay, cu_seqlens, pieces, weights) -> tuple[
     """The state before each piece, or, with `weights`, the gradient of the state after each piece."""
     piece_S, piece_z = _sums(x, u, mask, log_decay, cu_seqlens, pieces, every=False, weights=weights)
     reverse = weights is not None
-    _scan((piece_S, piece_z), (S, z), (None, None), log_decay, pieces, x, cu_seqlens, reverse)
+    scan_pieces((piece_S, piece_z), (S, z), (None, None), log_decay, pieces, x, cu_seqlens, reverse)
     return piece_S, piece_z
 
 
@@ -259,7 +259,7 @@ def _sums(x, u, mask, log_decay, cu_seqlens, pieces, every, weights=None) -> tup
     return S, z
 
 
-def _scan(parts, starts, totals, log_decay, pieces, k, cu_seqlens, reverse) -> None:
+def scan_pieces(parts, starts, totals, log_decay, pieces, k, cu_seqlens, reverse) -> None:
     """Launches `scan_kernel`, which works in place on the pieces' S (P, H, F, D) and z (P, H, F)."""
     sequences, T, H = _sequences(k, cu_seqlens), k.shape[1], k.shape[2]
     F, D = parts[0].shape[2:]
@@ -273,14 +273,19 @@ def _scan(parts, starts, totals, log_decay, pieces, k, cu_seqlens, reverse) -> N
         )  # fmt: skip
 
 
+def even_pieces(sequences: int, T: int, tokens: int) -> Pieces:
+    """Sequences of T tokens each in pieces of `tokens`, of which the last may be shorter."""
+    count = triton.cdiv(T, tokens)
+    return Pieces(sequences * count, count, tokens, None, None, None, None)
+
+
 def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: Tiles, direction: str) -> Pieces:
     B, T, H, _ = k.shape
     chunks = triton.cdiv(T, tiles.C)
     count = piece_count(B * H, chunks, k.device, direction)
     tokens = triton.cdiv(chunks, count) * tiles.C
     if cu_seqlens is None:
-        count = triton.cdiv(T, tokens)
-        return Pieces(B * count, count, tokens, None, None, None, None)
+        return even_pieces(B, T, tokens)
     sequences = cu_seqlens.numel() - 1
     counts = (cu_seqlens.diff() + tokens - 1).div(tokens, rounding_mode="floor").clamp(min=1)  # (N,)
     first = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)  # (N + 1,)

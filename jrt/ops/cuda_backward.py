@@ -1,0 +1,217 @@
+"""The backward pass of backend "cuda": Hopper kernels for the gradients of linear attention in bf16, as operators.
+
+For a text, `backward_queries` computes dq, and the weights w = 1 / den and c = -(do . o) / den of each token;
+`backward_keys` takes them and computes dk, dv and the gradient of the initial state. For a prefix, `backward_keys` does
+everything. Where a text is cut into pieces, `backward_sums` computes what each piece adds to the state or to its
+gradient. The kernels are in kernels/backward*.cuh. In fp16 the whole backward pass is that of `jrt.ops.triton`.
+
+Shapes: B batch, T tokens, H heads, d = 16 query/key size, D value size, P pieces of all sequences together, F = 153
+features.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jrt.ops import cuda
+from jrt.ops.registration import register
+
+CHUNK = 64  # tokens
+COLUMNS = 64  # of v, that a block handles
+# For `piece_count`, ratios of times measured on an H100.
+START = 3  # chunks that could be computed in the time that a block takes to start
+SUMMING = 0.35  # time of summing the pieces over that of the kernels after it
+
+
+def piece_count(blocks: int, chunks: int, multiprocessors: int, summing: float) -> int:
+    """The number of pieces into which each sequence is cut: the fastest by a simple model of the kernels.
+
+    A multiprocessor runs one block at a time.
+
+    Args:
+        blocks: blocks of all sequences if none is cut.
+        chunks: chunks of a sequence.
+        summing: time of summing the pieces over that of the kernels after it.
+    """
+
+    def cost(pieces: int) -> float:
+        waves = -(-blocks * pieces // multiprocessors)
+        return waves * (-(-chunks // pieces) + START) * (1.0 if pieces == 1 else 1.0 + summing)
+
+    return min(range(1, max(1, min(chunks // 2, 2 * multiprocessors // blocks)) + 1), key=cost)
+
+
+@functools.cache
+def _piece_tokens(blocks: int, chunks: int, multiprocessors: int, summing: float) -> int:
+    return -(-chunks // piece_count(blocks, chunks, multiprocessors, summing)) * CHUNK
+
+
+class _Work(NamedTuple):
+    """Arguments that all kernels of one backward pass take, and how its sequences are cut."""
+
+    arguments: tuple[Any, ...]  # views of q, k, v, do; the mask; addresses of w and c; sizes; pieces; the stream
+    pieces: int  # of each sequence
+    tokens: int  # of a piece
+
+
+def _work(q, k, v, do, mask, weights, summing: float) -> _Work:
+    (batch, T, heads, _), value_dim, device = k.shape, v.shape[-1], k.device.index
+    blocks, chunks = batch * heads * _column_tiles(v), -(-T // CHUNK)
+    tokens = _piece_tokens(blocks, chunks, cuda._multiprocessors(device), summing)
+    pieces = -(-T // tokens)
+    views = [cuda._view(x) for x in (q, k, v, do)]
+    sizes = (batch, T, heads, value_dim), (pieces, tokens)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _Work((views, cuda._mask_view(mask), _addresses(*weights), *sizes, stream), pieces, tokens)
+
+
+# ---- the operators
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor | None,
+    z: Tensor | None,
+    mask: Tensor | None,
+    o: Tensor,
+    do: Tensor,
+    dS: Tensor | None,
+    dz: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if q.dtype != torch.bfloat16:
+        from jrt.ops.triton import launch
+
+        if dS is None or dz is None:
+            dS, dz = (x.zero_() for x in cuda._empty_state(v))
+        return launch.backward(q, k, v, S, z, mask, None, None, o, do, dS, dz, normalize)
+    q, do, o = _tiles(q), _tiles(do), _tiles(o.contiguous())
+    k, v = (_tiles(cuda._without_padding(x, mask)) for x in (k, v))
+    mask = cuda._contiguous_rows(mask)
+    w, c = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    dq, dk, dv = _partial(q, v), _partial(k, v), v.new_empty(v.shape)
+    initial_S, initial_z = cuda._empty_state(v)
+    kernels = cuda._module()
+    with torch.cuda.device(q.device):
+        work = _work(q, k, v, do, mask, (w, c), SUMMING)
+        state = _each_piece(work, k, v, S, z, of_queries=False)
+        kernels.backward_queries(*work.arguments, _addresses(*state), o.data_ptr(), dq.data_ptr(), normalize)
+        gradient = _each_piece(work, k, v, dS, dz, of_queries=True)
+        out = dk.data_ptr(), dv.data_ptr(), _addresses(initial_S, initial_z)
+        kernels.backward_keys(*work.arguments, _addresses(*gradient), *out)
+    return _whole(dq, q), _whole(dk, k), dv, initial_S, initial_z
+
+
+def _backward_fake(q, k, v, S, z, mask, o, do, dS, dz, normalize):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *cuda._empty_state(v)
+
+
+def _prefix_backward(k: Tensor, v: Tensor, mask: Tensor | None, dS: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    if k.dtype != torch.bfloat16:
+        from jrt.ops.triton import launch
+
+        return launch.prefix_backward(k, v, mask, None, dS, dz)
+    k, v = (_tiles(cuda._without_padding(x, mask)) for x in (k, v))
+    mask = cuda._contiguous_rows(mask)
+    dk, dv = _partial(k, v), v.new_empty(v.shape)
+    dS, dz = dS.float().contiguous(), dz.float().contiguous()
+    with torch.cuda.device(k.device):
+        work = _work(None, k, v, None, mask, (None, None), 0.0)
+        out = dk.data_ptr(), dv.data_ptr(), (0, 0)
+        cuda._module().backward_keys(*work.arguments, _addresses(dS, dz), *out)
+    return _whole(dk, k), dv
+
+
+def _prefix_backward_fake(k, v, mask, dS, dz):
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_prefill(ctx, inputs, output) -> None:
+    *tensors, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors, output[0])
+    ctx.set_materialize_grads(False)  # a final state that no loss depends on has no gradient to read
+
+
+def _prefill_gradients(ctx, do: Tensor | None, dS: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, S, z, mask, o = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    if (dS is None) != (dz is None):
+        zero_S, zero_z = (x.zero_() for x in cuda._empty_state(v))
+        dS, dz = zero_S if dS is None else dS, zero_z if dz is None else dz
+    backward = torch.ops.jrt.linear_attention_prefill_backward
+    dq, dk, dv, initial_S, initial_z = backward(q, k, v, S, z, mask, o, do, dS, dz, ctx.normalize)
+    return dq, dk, dv, *((None, None) if S is None else (initial_S, initial_z)), None, None
+
+
+def _save_prefix(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _prefix_gradients(ctx, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.jrt.encode_prefix_prefill_backward(*ctx.saved_tensors, dS, dz), None
+
+
+register(
+    "linear_attention_prefill_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? initial_S, Tensor? initial_z, Tensor? mask, Tensor o, Tensor do, "
+    "Tensor? dS, Tensor? dz, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+register(
+    "encode_prefix_prefill_backward",
+    "(Tensor k, Tensor v, Tensor? mask, Tensor dS, Tensor dz) -> (Tensor, Tensor)",
+    _prefix_backward,
+    _prefix_backward_fake,
+)
+torch.library.register_autograd("jrt::linear_attention_prefill", _prefill_gradients, setup_context=_save_prefill)
+torch.library.register_autograd("jrt::encode_prefix", _prefix_gradients, setup_context=_save_prefix)
+
+
+def _each_piece(
+    work: _Work, k: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None, of_queries: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The state before each piece (P, H, F, D) and (P, H, F), from that before the text; or, of queries, the gradient of
+    the state after each piece, from that after the text. None: zero."""
+    S, z = (None if x is None else x.float().contiguous() for x in (S, z))
+    if work.pieces == 1:
+        return S, z
+    from jrt.ops.triton import launch
+
+    (batch, T, heads, _), value_dim = k.shape, v.shape[-1]
+    pieces = launch.even_pieces(batch, T, work.tokens)
+    piece_S = v.new_empty(pieces.number, heads, cuda.FEATURES, value_dim, dtype=torch.float32)
+    piece_z = v.new_empty(pieces.number, heads, cuda.FEATURES, dtype=torch.float32)
+    cuda._module().backward_sums(*work.arguments, _addresses(piece_S, piece_z), of_queries)
+    launch.scan_pieces((piece_S, piece_z), (S, z), (None, None), None, pieces, k, None, reverse=of_queries)
+    return piece_S, piece_z
+
+
+def _column_tiles(v: Tensor) -> int:
+    return -(-v.shape[-1] // COLUMNS)
+
+
+def _partial(x: Tensor, v: Tensor) -> Tensor:
+    """Memory for dq or dk: a part (B, T, H, d) for each tile of columns of v, in fp32 if there are several."""
+    tiles = _column_tiles(v)
+    return x.new_empty(tiles, *x.shape, dtype=x.dtype if tiles == 1 else torch.float32)
+
+
+def _whole(parts: Tensor, x: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
+
+
+def _tiles(x: Tensor) -> Tensor:
+    """x in a layout that the kernels can copy in tiles; copied if necessary."""
+    x = x if cuda._unsuitable_layout("x", x) is None else x.contiguous()
+    return x if x.data_ptr() % cuda.VECTOR_BYTES == 0 else x.clone()
+
+
+def _addresses(first: Tensor | None, second: Tensor | None) -> tuple[int, int]:
+    return cuda._address(first), cuda._address(second)
