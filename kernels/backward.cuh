@@ -6,9 +6,10 @@
 //                     dk, dv, and the gradient of the initial state
 //   backward_sums     what each piece of a text adds to either, where it is cut into pieces
 //
-// A block handles one head (or one piece of its sequence) and 64 columns of v; in the first two with three warpgroups. One, the state side, keeps
-// the state in its registers and publishes a 16-bit copy of it before each chunk. The other two, the token sides, compute the
-// gradients of the chunks, every other chunk each. With several column tiles, dq and dk are parts in fp32, one for each tile.
+// A block handles one head (or one piece of its sequence) and 64 columns of v. In the first two kernels it has three
+// warpgroups. One, the state side, keeps the state in its registers and publishes a 16-bit copy of it before each chunk. The
+// other two, the token sides, compute the gradients of the chunks, every other chunk each. With several column tiles, dq and dk
+// are parts in fp32, one for each tile.
 //
 // All sums run in one fixed order: equal inputs give equal bits.
 #pragma once

@@ -37,8 +37,8 @@ __device__ __forceinline__ float dot8(uint4 a, uint4 b) {
 }
 
 // do . o of one token over all columns of v, by two threads: this one takes half of the 16-byte vectors. Both get the sum.
-__device__ __forceinline__ float output_product(const BackwardParameters& p, const Piece& piece, uint32_t stage, int row, int half,
-                                                int token) {
+__device__ __forceinline__ float output_product(const BackwardParameters& p, const Piece& piece, uint32_t stage, int row,
+                                                int half, int token) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -179,10 +179,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                 const float denominator = sum_of_row(row_sum[upper] + z.value<Bf16>(upper)) + count;
                 const float w = p.normalize && denominator != 0.0f ? 1.0f / denominator : 1.0f;
                 const float2 z_low = z.low_gradient(upper), z_high = z.high_gradient(upper);
+                const float minus = -own_delta[upper];
                 const float4 inside = gather_accumulators(
-                    make_float2(fmaf(-own_delta[upper], z_low.x, low[2 * upper]), fmaf(-own_delta[upper], z_low.y, low[2 * upper + 1])),
-                    make_float2(fmaf(-own_delta[upper], z_high.x, high[2 * upper]), fmaf(-own_delta[upper], z_high.y, high[2 * upper + 1])),
-                    lane);
+                    make_float2(fmaf(minus, z_low.x, low[2 * upper]), fmaf(minus, z_low.y, low[2 * upper + 1])),
+                    make_float2(fmaf(minus, z_high.x, high[2 * upper]), fmaf(minus, z_high.y, high[2 * upper + 1])), lane);
                 const float4 through = gather_row_gradient(dy[upper], lane);
                 const int token = piece.first_token + chunk * kChunk + 16 * warp + g + 8 * upper;
                 store_row_gradient(p, piece, token, t,
@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         for (int chunk = 0; chunk < piece.chunks - 1; ++chunk) {
             // Every warp has written its features of this chunk, and is done with those of the chunk before.
             barrier_wait<kWarpgroup>(kStateSide);
-            start_state_update<Bf16>(state.sums, memory + chunk % kBackwardStages * kQueryStageBytes, phi + (chunk & 1) * kPhiBytes);
+            const uint32_t v_tile = memory + chunk % kBackwardStages * kQueryStageBytes;
+            start_state_update<Bf16>(state.sums, v_tile, phi + (chunk & 1) * kPhiBytes);
             const int tokens = kMask ? __popc(counts.x) + __popc(counts.y) : kChunk;
             state.moments.add_keys<kMask>(k_tile(chunk), warp, lane, counts, tokens);
             __syncwarp();

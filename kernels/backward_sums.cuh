@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kWarpgroup, 3)
     const auto load = [&](int chunk) {
         const int stage = chunk % kSumStages;
         const uint32_t tile = memory + stage * kSumStageBytes, barrier = full + 8 * stage;
-        const int token = piece.first_token + chunk * kChunk;
+        const int token = piece.first_token + chunk * kChunk, column = piece.column_tile * kColumns;
         mbarrier_arrive_expect(barrier, kSumStageBytes);
         copy_tile_in(tile + kValueTileBytes, kQueries ? &maps.q : &maps.k, barrier, 0, piece.head, token, piece.batch);
-        copy_tile_in(tile, kQueries ? &maps.dout : &maps.v, barrier, piece.column_tile * kColumns, piece.head, token, piece.batch);
+        copy_tile_in(tile, kQueries ? &maps.dout : &maps.v, barrier, column, piece.head, token, piece.batch);
     };
     if (threadIdx.x == 0) {
         for (int i = 0; i < kSumStages; ++i) mbarrier_init(full + 8 * i, 1);

@@ -22,7 +22,8 @@ __device__ __forceinline__ void load_rotated_row(float (&y)[12], uint32_t tile, 
 
 // dy += what follows from the gradients of slabs kFirst .. kFirst + 4, those of second order, for row g (upper = 0) or g + 8 (1).
 template <int kFirst>
-__device__ __forceinline__ void add_row_gradient(float (&dy)[12], const float (&y)[12], const float (&dphi)[40], int upper, int t) {
+__device__ __forceinline__ void add_row_gradient(float (&dy)[12], const float (&y)[12], const float (&dphi)[40], int upper,
+                                                 int t) {
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
         const int slab = kFirst + i;
@@ -51,7 +52,8 @@ __device__ __forceinline__ void add_row_gradient(float (&dy)[12], const float (&
 
 // After all slabs of second order: adds the first order to dy, from dphi of slabs 5 .. 9. Returns phi(x) . dphi, this thread's
 // part; that of second order is half of x . dx (Euler's theorem).
-__device__ __forceinline__ float add_first_order(float (&dy)[12], const float (&y)[12], const float (&dphi)[40], int upper, int t) {
+__device__ __forceinline__ float add_first_order(float (&dy)[12], const float (&y)[12], const float (&dphi)[40], int upper,
+                                                 int t) {
     constexpr int constant = 8 * (8 - 5) + 4, first_order = 8 * (9 - 5);  // slab 8, position 8; slab 9
     float value = t == 0 ? dphi[constant + 2 * upper] : 0.0f;
 #pragma unroll

@@ -1,5 +1,5 @@
-// The sums behind the denominator for the state side of the backward kernels, in fp32: sum c x x^T (16 x 16), sum c x and sum c over
-// tokens, with c = 1 for keys or the weights of queries. Published as by `publish_moments`.
+// The sums behind the denominator for the state side of the backward kernels, in fp32: sum c x x^T (16 x 16), sum c x and sum c
+// over tokens, with c = 1 for keys or the weights of queries. Published as by `publish_moments`.
 //
 // Warp h = 0, 1 holds the columns 8 h .. 8 h + 7 of the first two, as accumulators; warp 2 publishes and writes the count.
 #pragma once
