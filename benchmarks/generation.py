@@ -42,7 +42,7 @@ from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.ops import feature_count
 
 SHAPES = ((1, 1024), (16, 1024), (128, 1024), (1, 4096), (16, 8192), (1, 16384), (1, 65536))
-MODELS = ("jrt-360m", "llama-360m", "jrt-1.3b", "mamba-360m", "attention-360m", "based-360m")
+MODELS = ("jrt-360m", "llama-360m", "based-360m", "jrt-1.3b", "mamba-360m", "attention-360m")
 OWN_LOOP = " (transformers' loop)"
 LLAMAS = {"llama-360m": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24)}
 REPEATS = 3

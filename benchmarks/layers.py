@@ -30,9 +30,10 @@ from torch.func import functional_call
 from torch.nn.attention.varlen import varlen_attn
 
 from jrt.config import presets
-from jrt.mixers.attention import compiled_window_attention, rotary_angles, rotate, window_attention
+from jrt.mixers.attention import compiled_window_attention, rotary_angles, window_attention
 from jrt.model import RMSNorm
-from jrt.ops import short_convolution
+from jrt.ops import short_convolution, split_rotated
+from jrt.ops.rotary import split_rotated_plain
 
 CONFIG = presets()["jrt-360m"]
 B, T, E, H, M = 16, 2048, CONFIG.width, CONFIG.heads, CONFIG.enc_length
@@ -200,22 +201,25 @@ def swiglu() -> Layer:
 def rotary() -> Layer:
     cos, sin = rotary_angles(torch.arange(T, device="cuda")[None], CONFIG.rotary_dim)  # (1, T, 1, D / 2)
 
-    def rotated(x: Tensor) -> tuple[Tensor]:
-        return (rotate(x, cos, sin),)
+    def split(function: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        return lambda qkv: function(qkv, cos.expand(len(qkv), -1, -1, -1), sin.expand(len(qkv), -1, -1, -1), H)
 
-    def liger(x: Tensor) -> tuple[Tensor]:
+    def liger(qkv: Tensor) -> tuple[Tensor, ...]:
         from liger_kernel.ops.rope import LigerRopeFunction
 
-        angles = (torch.cat([a[:, :, 0], a[:, :, 0]], -1).to(x.dtype) for a in (cos, sin))
-        q, k = (part.transpose(1, 2) for part in x.clone().chunk(2, 2))  # it rotates in place
-        return (torch.cat(LigerRopeFunction.apply(q, k, *angles), 1).transpose(1, 2),)
+        angles = (torch.cat([a[:, :, 0], a[:, :, 0]], -1).to(qkv.dtype) for a in (cos, sin))
+        q, k, v = (part.transpose(1, 2) for part in qkv.clone().unflatten(-1, (3 * H, D)).chunk(3, 2))
+        q, k = LigerRopeFunction.apply(q, k, *angles)  # it rotates in place
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
+    plain = split(split_rotated_plain)
     implementations = {
-        "here": rotated,
-        "here, compiled": compiled(rotated),
+        "here": split(split_rotated),
+        "PyTorch": plain,
+        "PyTorch, compiled": compiled(plain),
         "Liger": installed("liger_kernel", liger),
     }
-    return Layer(lambda batch: [normal(batch, T, 2 * H, D)], rotated, implementations)
+    return Layer(lambda batch: [normal(batch, T, 3 * H * D)], plain, implementations)
 
 
 # ---- sliding window

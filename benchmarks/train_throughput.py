@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import math
 import statistics
 import time
@@ -29,7 +28,7 @@ from jrt.model import LanguageModel
 from jrt.ops.backends import choose
 from jrt.ops.call import Call
 from jrt.training.flops import flops_per_token, peak_flops
-from jrt.training.loss import ModelWithLoss, has_liger, loss_of, room_for
+from jrt.training.loss import ModelWithLoss, loss_of, room_for
 from jrt.training.objective import Objective, prefix_of
 
 
@@ -183,7 +182,7 @@ def timed(
 
 def backend_of(config: Config | None, row: Row, device: torch.device) -> str:
     """Returns the names of the backends that computed the mixer and the loss."""
-    loss = "liger" if has_liger() and device.type == "cuda" else "chunked loss"
+    loss = "fused loss" if device.type == "cuda" else "chunked loss"
     if config is None:
         return "sdpa, whole logits"
     if config.has("PL"):
@@ -224,9 +223,7 @@ def main() -> None:
         row = Row(chosen.method, options.batch or chosen.batch, chosen.checkpointing)
         results.append(_measured(row, options, device))
         print(results[-1], flush=True)
-        path = write(
-            "train_throughput", results, options.output, liger=importlib.util.find_spec("liger_kernel") is not None
-        )
+        path = write("train_throughput", results, options.output)
     print(path)
 
 

@@ -48,7 +48,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) if the block has an MLP."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) if the block has an MLP.
+
+    The last addition is left to the next block: it is then computed together with that block's norm, in the forward and
+    the backward pass, when blocks are compiled.
+    """
 
     def __init__(self, config: Config, mixer: nn.Module) -> None:
         super().__init__()
@@ -58,12 +62,24 @@ class Block(nn.Module):
             self.norm2 = RMSNorm(config.width, config.norm_eps)
             self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, batch: TokenBatch, state: LayerState | None) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer(self.norm1(x), batch, state)
-        x = x + y
+    def forward(
+        self, x: Tensor, update: Tensor | None, batch: TokenBatch, state: LayerState | None
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """The residual stream is x + update (B, T, E): update is what the block before adds, None in the first block.
+
+        Returns:
+            x and update for the next block, and the state after the last token."""
+        x = residual(x, update)
+        update, state = self.mixer(self.norm1(x), batch, state)
         if hasattr(self, "mlp"):
-            x = x + self.mlp(self.norm2(x))
-        return x, state
+            x = x + update
+            update = self.mlp(self.norm2(x))
+        return x, update, state
+
+
+def residual(x: Tensor, update: Tensor | None) -> Tensor:
+    """The sum of the two inputs of a block (B, T, E)."""
+    return x if update is None else x + update
 
 
 class LanguageModel(nn.Module):
@@ -157,12 +173,16 @@ class LanguageModel(nn.Module):
         """As `read`, with the `TokenBatch` given."""
         x = self.embedding(input_ids)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, T, E), the residual stream: at least fp32
-        layers = []
+        layers, update = [], None
         for index, block in enumerate(self.blocks):
-            x, layer = block(x, batch, None if state is None else state.layers[index])
+            x, update, layer = block(x, update, batch, None if state is None else state.layers[index])
             layers.append(layer)
         seen = input_ids.shape[1] + (0 if state is None else state.seen)
-        return self.norm(x), ModelState(self.config, layers, seen, batch.positions[:, -1] + 1)
+        return self.last(x, update), ModelState(self.config, layers, seen, batch.positions[:, -1] + 1)
+
+    def last(self, x: Tensor, update: Tensor | None) -> Tensor:
+        """Hidden states (B, T, E) before the head, from what the last block returns."""
+        return self.norm(residual(x, update))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

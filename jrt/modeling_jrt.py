@@ -32,7 +32,7 @@ from jrt.decoding.loop import decode, unsupported
 from jrt.decoding.session import Sessions
 from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, check_unknown, own_mask
 from jrt.mixers import TokenBatch
-from jrt.model import LanguageModel
+from jrt.model import LanguageModel, residual
 from jrt.packed_rows import documents_of
 from jrt.recurrent_cache import CACHE, RecurrentCache, one_cache, state_of
 from jrt.released.quirks import Quirks
@@ -363,7 +363,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside the context, appends the input of each block, the residual stream (B, T, E), to the list."""
     residuals: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, given: residuals.append(given[0])) for block in blocks]
+    hooks = [
+        block.register_forward_pre_hook(lambda _, given: residuals.append(residual(*given[:2]))) for block in blocks
+    ]
     try:
         yield residuals
     finally:

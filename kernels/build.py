@@ -26,7 +26,7 @@ OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 SOURCES = (
     *("prefill_bf16.cu", "prefill_fp16.cu", "prefill.cu", "decode.cu", "backward.cu"),
     *("tensor_maps.cpp", "pieces.cpp", "bindings.cpp", "backward_bindings.cpp"),
-    *("selective_scan.cu", "selective_scan_bindings.cpp"),
+    *("selective_scan.cu", "selective_scan_backward.cu", "selective_scan_bindings.cpp"),
 )
 NEEDS_NVCC = f"JRT_BUILD_KERNELS=1 needs nvcc, the CUDA compiler ({'.'.join(map(str, OLDEST_NVCC))} or newer)"
 WITHOUT = "Without the kernels everything works, through PyTorch: install again with JRT_BUILD_KERNELS unset."

@@ -44,8 +44,9 @@ def make_inputs(batch=2, steps=100, channels=12, states=5, dtype=torch.float64, 
 def call(inputs, backend, **changes):
     x = inputs | changes
     return selective_scan(
-        x["u"], x["delta"], x["A"], x["B"], x["C"], x["D"], initial_state=x["initial_state"], backend=backend
-    )
+        x["u"], x["delta"], x["A"], x["B"], x["C"], x["D"], initial_state=x["initial_state"], gate=x.get("gate"),
+        backend=backend,
+    )  # fmt: skip
 
 
 def values_and_gradients(inputs, backend, dtype=None):
@@ -145,15 +146,19 @@ def test_without_skip_and_initial_state(backend, device):
 
 @pytest.mark.parametrize(("backend", "device"), ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_sizes_that_are_softplus_of_what_is_given(backend, device, dtype):
-    """delta_bias, and -inf for padding, which leaves no trace."""
+@pytest.mark.parametrize("gated", [False, True])
+def test_step_sizes_that_are_softplus_of_what_is_given(backend, device, dtype, gated):
+    """delta_bias, and -inf for padding, which leaves no trace. The gate is a slice, as in the model."""
     x = make_inputs(steps=40, channels=130, states=STATES.get(backend, 5), dtype=dtype, device=device)
     x["delta"] = (x["delta"] * 4 - 2).masked_fill(torch.arange(40, device=device)[:, None] < 7, -torch.inf)
     x["delta_bias"] = torch.linspace(-3, 25, 130, dtype=torch.float64, device=device).to(x["A"].dtype)
+    if gated:
+        x["gate"] = 3 * torch.randn(2, 40, 260, generator=torch.Generator().manual_seed(2)).to(device, dtype)
 
     def found(backend, dtype=None):
         leaves = {k: v.to(dtype or v.dtype, copy=True).detach().requires_grad_() for k, v in x.items()}
-        y, state = selective_scan(**leaves, backend=backend)
+        gate = {"gate": leaves["gate"][..., 130:]} if gated else {}
+        y, state = selective_scan(**leaves | gate, backend=backend)
         draw = torch.Generator().manual_seed(1)
         weights = [torch.randn(o.shape, generator=draw).to(device, x["u"].dtype).to(o.dtype) for o in (y, state)]
         torch.autograd.backward([y, state], weights)
@@ -221,7 +226,9 @@ def test_the_cuda_operator_obeys_pytorch():
     x = make_inputs(steps=40, states=16, dtype=torch.float32, device="cuda")
     bias = torch.zeros(12, device="cuda", requires_grad=True)
     leaves = [x[k].requires_grad_() for k in NAMES]
-    torch.library.opcheck(torch.ops.jrt.selective_scan_cuda.default, (*leaves[:-1], bias, leaves[-1], True))
+    gate = torch.ones_like(leaves[0], requires_grad=True)
+    for z in (None, gate):
+        torch.library.opcheck(torch.ops.jrt.selective_scan_cuda.default, (*leaves[:-1], bias, leaves[-1], z, True))
 
 
 @pytest.mark.hopper
@@ -230,7 +237,7 @@ def test_results_do_not_depend_on_how_a_text_is_cut(monkeypatch, segments):
     from jrt.ops import selective_scan_cuda
 
     x = make_inputs(steps=1000, channels=300, states=16, dtype=torch.float32, device="cuda")
-    monkeypatch.setattr(selective_scan_cuda, "segments", lambda u, blocks: segments)
+    monkeypatch.setattr(selective_scan_cuda, "segments", lambda *_: segments)
     truth, eager = values_and_gradients(x, "reference", torch.float64), values_and_gradients(x, "reference")
     for name, value in values_and_gradients(x, "cuda").items():
         bound = 2 * relative_error(eager[name], truth[name]) + 4 * torch.finfo(torch.float32).eps
@@ -280,6 +287,7 @@ def test_only_states_between_chunks_are_kept():
         ({"initial_state": torch.zeros(2, 5, 12)}, "expected initial_state of shape"),
         ({"C": torch.zeros(2, 7, 5, dtype=torch.long)}, "floating-point"),
         ({"D": torch.zeros(12, device="meta")}, "expected D on u's device"),
+        ({"gate": torch.zeros(2, 7, 11)}, "expected gate of shape"),
         ({k: torch.zeros(2, 0, n) for k, n in (("u", 12), ("delta", 12), ("B", 5), ("C", 5))}, "at least one step"),
     ],
 )

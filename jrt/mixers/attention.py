@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from jrt.config import Config
 from jrt.mixers.batch import TokenBatch
+from jrt.ops import split_rotated
 
 MIN_BLOCK = 64  # least queries of a block: matrix products with fewer use a GPU poorly
 
@@ -49,11 +50,10 @@ class Attention(nn.Module):
 
     def rotated(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated by their positions, and values: (B, T, H, D) each."""
-        qkv = self.Wqkv(x).unflatten(-1, (3 * self.heads, -1))  # (B, T, 3 H, D)
-        qk, v = qkv.split([2 * self.heads, self.heads], dim=2)
+        qkv = self.Wqkv(x)  # (B, T, 3 H D)
         if batch.rotary is not None:
-            qk = rotate(qk, *batch.rotary)
-        q, k = qk.chunk(2, dim=2)
+            return split_rotated(qkv, *batch.rotary, self.heads)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         return q, k, v
 
 
@@ -171,12 +171,3 @@ def rotary_angles(positions: Tensor, dim: int, base: float = 10_000.0) -> tuple[
     frequencies = base ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions.float()[..., None, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, T, H, D): dimension i with dimension i + half, for i below half; the other dimensions stay as they
-    are."""
-    half = cos.shape[-1]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)

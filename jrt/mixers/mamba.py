@@ -48,5 +48,5 @@ class Mamba(nn.Module):
         wide = torch.promote_types(u.dtype, torch.float32)
         A, D = -self.A_log.to(wide).exp(), self.D.to(wide)
         ssm = None if state is None else state.ssm
-        y, ssm = selective_scan(u, delta, A, B, C, D, delta_bias=self.dt_proj.bias, initial_state=ssm)
-        return self.out_proj(y * F.silu(gate)), MambaState(conv, ssm)
+        y, ssm = selective_scan(u, delta, A, B, C, D, delta_bias=self.dt_proj.bias, initial_state=ssm, gate=gate)
+        return self.out_proj(y), MambaState(conv, ssm)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from jrt.ops import backends, checks
 from jrt.ops.call import Call
+from jrt.ops.cross_entropy import has_linear_cross_entropy, linear_cross_entropy
 from jrt.ops.feature_map import State, feature_count, taylor_features
 from jrt.ops.gated import gated_convolution_linear, silu_convolution, swiglu_linear
+from jrt.ops.rotary import split_rotated
 from jrt.ops.selective_scan import selective_scan
 from jrt.ops.short_convolution import short_convolution
 
@@ -29,10 +31,13 @@ __all__ = [
     "encode_prefix",
     "feature_count",
     "gated_convolution_linear",
+    "has_linear_cross_entropy",
     "linear_attention",
+    "linear_cross_entropy",
     "selective_scan",
     "short_convolution",
     "silu_convolution",
+    "split_rotated",
     "swiglu_linear",
     "taylor_features",
 ]

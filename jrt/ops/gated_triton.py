@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, E channels, K taps, M hidden units, N = B x T rows, S
 """
 
 # ruff: noqa: RUF005 - Triton's compiler knows no unpacking inside a tuple
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,var-annotated"
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 ROWS, UNITS = 4, 512  # rows and hidden units of one SwiGLU program
 STEPS, CHANNELS = 8, 128  # steps and channels of a tile of the convolution
-SEGMENT = 256  # steps over which one program of the backward pass sums
+SEGMENT = 128  # steps over which one program of its backward pass sums
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def convolution_backward(
     with torch.cuda.device_of(x):
         _convolution_backward_kernel[grid](
             x, taps, _given(bias, taps), dy, dx, _given(y, dx), partial, **sizes, BIASED=bias is not None,
-            GATED=is_gated, L=STEPS, W=CHANNELS, num_warps=4,
+            GATED=is_gated, L=STEPS, W=CHANNELS, num_warps=1,
         )  # fmt: skip
     summed = partial.sum(0)  # (K + 1, E)
     return dx, summed[:count].mT.contiguous(), summed[count], y
@@ -134,14 +134,21 @@ def _inputs(x, steps, e, first, T, E, S):
 
 @triton.jit
 def _load_filter(taps, bias, e, E, K: tl.constexpr, BIASED: tl.constexpr):
-    """The taps as K vectors (1, W), and the bias (1, W)."""
+    """The taps as K vectors (W,), and the bias (W,)."""
     found = ()
     for k in tl.static_range(K):
-        found = found + (tl.load(taps + k * E + e, mask=e < E, other=0.0).to(tl.float32)[None, :],)
-    offset = tl.zeros((1, e.shape[0]), tl.float32)
+        found = found + (tl.load(taps + k * E + e, mask=e < E, other=0.0).to(tl.float32),)
+    offset = tl.zeros(e.shape, tl.float32)
     if BIASED:
-        offset += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+        offset += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
     return found, offset
+
+
+@triton.jit
+def _input(x, step, e, first, T, E, S):
+    """x (W,) in fp32 at this step, zero outside of the text."""
+    inside = (e < E) & (step >= 0) & (step < T)
+    return tl.load(x + (first + step) * S + e, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -152,9 +159,10 @@ def _convolution_kernel(
     e = tl.program_id(0) * W + tl.arange(0, W)
     steps = tl.program_id(1) * L + tl.arange(0, L)
     first = tl.program_id(2).to(tl.int64) * T
-    tap, c = _load_filter(taps, bias, e, E, K, BIASED)
+    tap, offset = _load_filter(taps, bias, e, E, K, BIASED)
+    c = offset[None, :]
     for k in tl.static_range(K):
-        c = c + tap[k] * _inputs(x, steps - (K - 1) + k, e, first, T, E, S)
+        c = c + tap[k][None, :] * _inputs(x, steps - (K - 1) + k, e, first, T, E, S)
     out = c * tl.sigmoid(c)
     if GATED:
         out *= _inputs(x + E, steps, e, first, T, E, S)
@@ -167,48 +175,64 @@ def _convolution_backward_kernel(
     x, taps, bias, dy, dx, y, partial, T, E, S, SEGMENT, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: each tile computes the gradients dc of the K - 1 steps after it as
-    well."""
+    """du_t = sum_j taps[K - 1 - j] dc_{t + j}: a program walks through its segment and the K - 1 steps after it.
+
+    dc is the gradient of the convolution before silu. u and dc hold K steps, the newest last."""
     e = tl.program_id(0) * W + tl.arange(0, W)
-    segment = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    start = tl.program_id(1) * SEGMENT
+    stop = tl.minimum(T, start + SEGMENT)
     first = tl.program_id(2).to(tl.int64) * T
     width = E * (2 if GATED else 1)  # of a row of dx
     tap, offset = _load_filter(taps, bias, e, E, K, BIASED)
-    by_bias = tl.zeros((L, W), tl.float32)
-    by_taps = ()
-    for _ in tl.static_range(K):
-        by_taps = by_taps + (tl.zeros((L, W), tl.float32),)
-    for start in range(tl.program_id(1) * SEGMENT, tl.minimum(T, (tl.program_id(1) + 1) * SEGMENT), L):
-        steps = start + tl.arange(0, L)
-        inside = (steps < T)[:, None] & (e < E)[None, :]
-        row = (first + steps)[:, None]
-        u = ()  # the inputs of steps - (K - 1) to steps + K - 1
-        for i in tl.static_range(2 * K - 1):
-            u = u + (_inputs(x, steps - (K - 1) + i, e, first, T, E, S),)
-        du = tl.zeros((L, W), tl.float32)
-        for j in tl.static_range(K):
+    by_bias = tl.zeros((W,), tl.float32)
+    by_taps, u, dc = (), (), ()
+    for k in tl.static_range(K):
+        by_taps = by_taps + (tl.zeros((W,), tl.float32),)
+        u = u + (_input(x, start - K + k, e, first, T, E, S),)
+        dc = dc + (tl.zeros((W,), tl.float32),)
+    for begin in range(start, stop + K - 1, L):
+        next_u, next_out, next_gate = (), (), ()  # all loads of L steps come before the arithmetic
+        for i in tl.static_range(L):
+            next_u = next_u + (_input(x, begin + i, e, first, T, E, S),)
+            next_out = next_out + (_input(dy, begin + i, e, first, T, E, E),)
+            if GATED:
+                next_gate = next_gate + (_input(x + E, begin + i, e, first, T, E, S),)
+        for i in tl.static_range(L):
+            step = begin + i
+            is_own = step < stop
+            u = _shifted(u, next_u[i], K)
             c = offset
             for k in tl.static_range(K):
-                c = c + tap[k] * u[j + k]
-            out = _inputs(dy, steps + j, e, first, T, E, E)
+                c = c + tap[k] * u[k]
             share = tl.sigmoid(c)
+            by_silu = next_out[i]
             if GATED:
-                gate = _inputs(x + E, steps + j, e, first, T, E, S)
-                if j == 0:
-                    silu = c * share
-                    tl.store(y + row * E + e[None, :], (silu * gate).to(y.dtype.element_ty), mask=inside)
-                    tl.store(dx + row * width + E + e[None, :], (out * silu).to(dx.dtype.element_ty), mask=inside)
-                out *= gate
-            dc = out * share * (1 + c * (1 - share))
-            if j == 0:
-                by_bias += dc
-                sums = ()
-                for k in tl.static_range(K):
-                    sums = sums + (by_taps[k] + dc * u[k],)
-                by_taps = sums
-            du += dc * tap[K - 1 - j]
-        tl.store(dx + row * width + e[None, :], du.to(dx.dtype.element_ty), mask=inside)
-    partial += segment * (K + 1) * E + e
+                silu, row = c * share, first + step
+                product = (silu * next_gate[i]).to(y.dtype.element_ty)
+                tl.store(y + row * E + e, product, mask=is_own & (e < E))
+                tl.store(dx + row * width + E + e, (by_silu * silu).to(dx.dtype.element_ty), mask=is_own & (e < E))
+                by_silu *= next_gate[i]
+            dc = _shifted(dc, by_silu * share * (1 + c * (1 - share)), K)
+            counted = tl.where(is_own, dc[K - 1], 0.0)
+            by_bias += counted
+            sums, du = (), tl.zeros((W,), tl.float32)
+            for k in tl.static_range(K):
+                sums = sums + (by_taps[k] + counted * u[k],)
+                du += dc[k] * tap[K - 1 - k]
+            by_taps = sums
+            done = step - (K - 1)  # du of this step is complete
+            inside = (done >= start) & (done < stop) & (e < E)
+            tl.store(dx + (first + done) * width + e, du.to(dx.dtype.element_ty), mask=inside)
+    partial += (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * E + e
     for k in tl.static_range(K):
-        tl.store(partial + k * E, tl.sum(by_taps[k], 0), mask=e < E)
-    tl.store(partial + K * E, tl.sum(by_bias, 0), mask=e < E)
+        tl.store(partial + k * E, by_taps[k], mask=e < E)
+    tl.store(partial + K * E, by_bias, mask=e < E)
+
+
+@triton.jit
+def _shifted(values, newest, K: tl.constexpr):
+    """The last K - 1 of K values, and the newest."""
+    found = ()
+    for k in tl.static_range(1, K):
+        found = found + (values[k],)
+    return found + (newest,)

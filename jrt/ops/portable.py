@@ -62,12 +62,14 @@ def selective_scan(
     *,
     delta_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `jrt.ops.selective_scan`."""
     if delta_bias is not None:
         delta = F.softplus(delta.to(state_dtype(u, delta, A, B, C, D, delta_bias, initial_state)) + delta_bias)
     inputs = (u, delta, A, B, C, D, initial_state)
-    return stepwise(*inputs) if u.shape[1] == 1 else ChunkedScan.apply(*inputs)
+    y, state = stepwise(*inputs) if u.shape[1] == 1 else ChunkedScan.apply(*inputs)
+    return y if gate is None else y * F.silu(gate), state
 
 
 class ChunkedScan(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Selective scan: the recurrence of Mamba (arXiv 2312.00752, equation 2 with the discretisation of its section 3).
 
-    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = C_t . h_t + D u_t
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = (C_t . h_t + D u_t) silu(z_t)
 
 Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk. Four backends compute it:
 "reference" is the loop over t and the definition; "chunked" is PyTorch with scratch memory that does not grow with T;
@@ -36,9 +36,11 @@ def selective_scan(
     *,
     delta_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
+    gate: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t + D u_t (arXiv 2312.00752, eq. 2).
+    """Computes h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t + D u_t (arXiv 2312.00752, eq. 2),
+    and multiplies y_t by silu(z_t) if there is a gate z (its figure 3).
 
     Args:
         u: input `(B, T, E)`.
@@ -50,6 +52,7 @@ def selective_scan(
         delta_bias: `(E,)`; the step size is then softplus(delta + delta_bias), and padding is delta = -inf. None: the
             step size is delta.
         initial_state: state before the first step `(B, E, N)`; None is zero.
+        gate: z `(B, T, E)`; None: y is not multiplied.
         backend: "reference" (loop over T), "chunked" (PyTorch, any device), "triton" (GPU) or "cuda" (Hopper GPU, built
             kernels); None takes the fastest that serves the call.
 
@@ -60,11 +63,11 @@ def selective_scan(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call.
     """
-    _check(u, delta, A, B, C, D, delta_bias, initial_state)
+    _check(u, delta, A, B, C, D, delta_bias, initial_state, gate)
     if backend not in (None, *BACKENDS):
         raise ValueError(f"selective_scan: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
     one_step = u.shape[1] == 1
-    whole = (u, delta, A, B, C, D, delta_bias, initial_state)
+    whole = (u, delta, A, B, C, D, delta_bias, initial_state, gate)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in whole)
     if backend == "cuda" or (backend is None and not one_step):
         reason = selective_scan_cuda.unsupported(whole)
@@ -81,9 +84,10 @@ def selective_scan(
     if backend is None:
         backend = "triton" if u.is_cuda and not one_step and reason is None else "chunked"
     if backend == "reference" or (backend == "chunked" and one_step):  # one step of decoding is the definition itself
-        return stepwise(*inputs)
-    y, state, _ = torch.ops.jrt.selective_scan(*inputs, backend, keep)
-    return y, state
+        y, state = stepwise(*inputs)
+    else:
+        y, state, _ = torch.ops.jrt.selective_scan(*inputs, backend, keep)
+    return y if gate is None else y * F.silu(gate), state
 
 
 def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
@@ -99,7 +103,7 @@ def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _check(u, delta, A, B, C, D, delta_bias, initial_state) -> None:
+def _check(u, delta, A, B, C, D, delta_bias, initial_state, gate) -> None:
     if u.ndim != 3 or A.ndim != 2:
         found = f"{tuple(u.shape)} and {tuple(A.shape)}"
         raise ValueError(f"selective_scan: expected u (B, T, E) and A (E, N), got {found}")
@@ -116,6 +120,7 @@ def _check(u, delta, A, B, C, D, delta_bias, initial_state) -> None:
         "D": (D, (channels,)),
         "delta_bias": (delta_bias, (channels,)),
         "initial_state": (initial_state, (batch, channels, states)),
+        "gate": (gate, (batch, steps, channels)),
     }
     for name, (x, shape) in wanted.items():
         if x is None:

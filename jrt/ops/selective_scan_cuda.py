@@ -4,12 +4,10 @@ The kernels compute the softplus of the step sizes themselves, so that they can 
 states between chunks of 16 steps are saved for the backward pass, which computes the others again. Results are bit for
 bit reproducible.
 
-Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels.
+Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels (backward).
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -18,17 +16,17 @@ from torch.autograd import forward_ad
 from jrt.ops import cuda
 from jrt.ops.registration import register
 
-STATES, STEPS, WIDTH = 16, 16, 128  # N; steps of a chunk; channels of a block
-# Blocks for each multiprocessor, into which the texts are cut. It holds 5 of the forward kernel at a time, and 3 of the
-# gradients' kernel. The latter gets two rounds of blocks, because its first pass then uses more of the GPU.
-FORWARD_BLOCKS = 5
-BACKWARD_BLOCKS = 6
+STATES, STEPS = 16, 16  # N; steps of a chunk
+FORWARD_WIDTH, BACKWARD_WIDTH = 32, 128  # channels of a block
+# Blocks for each multiprocessor, into which the texts are cut: as many as it holds at a time.
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 6, 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
-    """The reason why the kernels cannot serve (u, delta, A, B, C, D, delta_bias, initial_state); None if they can."""
-    u, delta, A, B, C, *_ = inputs
+    """The reason why the kernels cannot serve (u, delta, A, B, C, D, delta_bias, initial_state, gate); None if they
+    can."""
+    u, delta, A, B, C, *_, gate = inputs
     assert u is not None and delta is not None and A is not None and B is not None and C is not None
     if u.device.type != "cuda":
         return f"tensors are on {u.device}; expected a CUDA device"
@@ -39,9 +37,11 @@ def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
     if u.dtype not in DTYPES or any(x.dtype != u.dtype for x in (delta, B, C)):
         kinds = ", ".join(str(x.dtype) for x in (u, delta, B, C))
         return f"u, delta, B and C are {kinds}: expected one of float32, bfloat16 and float16 for all four"
+    if gate is not None and gate.dtype != u.dtype:
+        return f"the gate is {gate.dtype}: expected the inputs' {u.dtype}"
     if any(x is not None and x.dtype == torch.float64 for x in inputs):
         return "they compute in fp32 and an input is fp64"
-    if max(u.shape[0], slices(u)) > 65535 or u.shape[1] >= 2**31 - STEPS:
+    if u.shape[0] > 65535 or u.shape[1] >= 2**31 - STEPS:
         return "the text or the batch is too large for one launch"
     if not torch.compiler.is_compiling() and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
@@ -59,83 +59,91 @@ def selective_scan(
     D: Tensor | None,
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
+    gate: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """`jrt.ops.selective_scan`, for inputs for which `unsupported` returns None.
 
-    keep: save the states between chunks, because a gradient will be computed."""
-    y, state, _ = torch.ops.jrt.selective_scan_cuda(u, delta, A, B, C, D, delta_bias, initial_state, keep)
+    keep: save what a gradient needs, because one will be computed."""
+    y, state, _, _ = torch.ops.jrt.selective_scan_cuda(u, delta, A, B, C, D, delta_bias, initial_state, gate, keep)
     return y, state
 
 
-def segments(u: Tensor, blocks: int) -> int:
-    """Number of segments into which each text is cut, so that there are about `blocks` blocks for each
-    multiprocessor."""
+def segments(u: Tensor, width: int, blocks: int) -> int:
+    """Number of segments into which each text is cut, so that there are about `blocks` blocks of `width` channels for
+    each multiprocessor."""
     count = torch.cuda.get_device_properties(u.device).multi_processor_count * blocks
-    return max(1, min(count // (u.shape[0] * slices(u)), -(-u.shape[1] // STEPS)))
+    return max(1, min(count // (u.shape[0] * slices(u, width)), -(-u.shape[1] // STEPS)))
 
 
-def slices(u: Tensor) -> int:
-    """P, the number of slices of channels."""
-    return -(-u.shape[2] // WIDTH)
+def slices(u: Tensor, width: int) -> int:
+    """Number of slices of `width` channels."""
+    return -(-u.shape[2] // width)
 
 
 # ---- the operators
 
 
-def _forward(u, delta, A, B, C, D, delta_bias, initial_state, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    u, delta, B, C = u.contiguous(), delta.contiguous(), _rows(B), _rows(C)
-    between = _between(u, keep)
-    y, end = torch.empty_like(u), torch.empty(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
+def _forward(
+    u, delta, A, B, C, D, delta_bias, initial_state, gate, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the state after the last step, the states before each chunk, and y before the gate; the last two if kept."""
+    u, delta, B, C, gate = u.contiguous(), delta.contiguous(), _rows(B), _rows(C), _gate(gate)
+    y, end, between, plain = _forward_fake(u, delta, A, B, C, D, delta_bias, initial_state, gate, keep)
     start = None if initial_state is None else initial_state.float().contiguous()
-    with _Launch(u, delta, A, B, C, D, delta_bias, FORWARD_BLOCKS) as launch:
+    kept = plain if plain.numel() else None
+    with _Launch(u, delta, A, B, C, D, delta_bias, gate, kept, FORWARD_WIDTH, FORWARD_BLOCKS) as launch:
         states = launch.states(start, end, between if keep else None)
         launch.kernels.scan_forward(
             launch.inputs, launch.strides, states, launch.sizes, launch.dtype, y.data_ptr(), launch.stream
         )
-    return y, end, between
+    return y, end, between, plain
 
 
-def _forward_fake(u, delta, A, B, C, D, delta_bias, initial_state, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(
+    u, delta, A, B, C, D, delta_bias, initial_state, gate, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     end = torch.empty(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
-    return u.new_empty(u.shape), end, _between(u, keep)
+    chunks = -(-u.shape[1] // STEPS) if keep else 0
+    between = torch.empty(u.shape[0], chunks, STATES, u.shape[2], dtype=torch.float32, device=u.device)
+    return u.new_empty(u.shape), end, between, u.new_empty(u.shape if keep and gate is not None else 0)
 
 
-def _backward(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tuple[Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, delta_bias and initial_state; those of A, D, bias and state in fp32."""
-    u, delta, dy, B, C = u.contiguous(), delta.contiguous(), dy.contiguous(), _rows(B), _rows(C)
+def _backward(u, delta, A, B, C, D, delta_bias, gate, between, plain, dy, dstate) -> tuple[Tensor, ...]:
+    """Gradients of u, delta, A, B, C, D, delta_bias, initial_state and gate; those of A, D, bias and state in fp32."""
+    u, delta, dy, B, C, gate = u.contiguous(), delta.contiguous(), dy.contiguous(), _rows(B), _rows(C), _gate(gate)
     batch, steps, channels = u.shape
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    with _Launch(u, delta, A, B, C, D, delta_bias, BACKWARD_BLOCKS) as launch:
+    dgate = u.new_empty(u.shape if gate is not None else 0)
+    with _Launch(u, delta, A, B, C, D, delta_bias, gate, plain, BACKWARD_WIDTH, BACKWARD_BLOCKS) as launch:
         parts = launch.segments
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=u.device)
 
-        dA, dD, dbias = (
-            empty(batch, parts, STATES, channels),
-            empty(batch, parts, channels),
-            empty(batch, parts, channels),
-        )
-        dB, dC = (empty(slices(u), batch, between.shape[1] * STEPS, STATES) for _ in range(2))
-        dinitial = empty(batch, channels, STATES)
+        dA, dD, dbias, dinitial = empty(*A.shape), empty(channels), empty(channels), empty(batch, channels, STATES)
+        dB, dC = (u.new_empty(batch, steps, STATES) for _ in range(2))
+        of_segments = empty(batch, parts, STATES + 2, channels)
+        of_steps = empty(2, slices(u, BACKWARD_WIDTH), batch, between.shape[1] * STEPS, STATES)
         states = launch.states(dstate.float().contiguous(), dinitial, between)
-        gradients = [x.data_ptr() for x in (dy, du, ddelta, dA, dD, dbias, dB, dC)]
+        tensors = (dy, du, ddelta, dA, dD, dbias, dB, dC, dgate, of_segments, of_steps)
+        gradients = [x.data_ptr() for x in tensors]
         launch.kernels.scan_backward(
             launch.inputs, launch.strides, states, launch.sizes, launch.dtype, gradients, launch.stream
         )
-    by_B, by_C = (x.sum(0)[:, :steps].to(u.dtype) for x in (dB, dC))  # (B, T, N)
-    whole = dA.sum((0, 1)).mT.contiguous()  # (E, N)
-    return du, ddelta, whole, by_B.contiguous(), by_C.contiguous(), dD.sum((0, 1)), dbias.sum((0, 1)), dinitial
+    return du, ddelta, dA, dB, dC, dD, dbias, dinitial, dgate
 
 
-def _backward_fake(u, delta, A, B, C, D, delta_bias, between, dy, dstate) -> tuple[Tensor, ...]:
+def _backward_fake(u, delta, A, B, C, D, delta_bias, gate, between, plain, dy, dstate) -> tuple[Tensor, ...]:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
     channels = u.shape[2]
     du, ddelta, dB, dC = (x.new_empty(x.shape) for x in (u, delta, B, C))
-    return du, ddelta, empty(*A.shape), dB, dC, empty(channels), empty(channels), empty(u.shape[0], *A.shape)
+    dgate = u.new_empty(u.shape if gate is not None else 0)
+    return (
+        du, ddelta, empty(*A.shape), dB, dC, empty(channels), empty(channels), empty(u.shape[0], *A.shape), dgate,
+    )  # fmt: skip
 
 
 class _Launch:
@@ -144,14 +152,14 @@ class _Launch:
     It holds the tensors whose addresses are passed, so that they are not freed before the kernels are launched. As a
     context manager it selects their device."""
 
-    def __init__(self, u, delta, A, B, C, D, delta_bias, blocks: int) -> None:
-        rates = (A.float() * math.log2(math.e)).mT.contiguous()  # (N, E): exp(delta A) = exp2(delta rate)
+    def __init__(self, u, delta, A, B, C, D, delta_bias, gate, plain, width: int, blocks: int) -> None:
+        rates = A.float().contiguous()
         skip = rates.new_zeros(u.shape[2]) if D is None else D.float().contiguous()
         bias = None if delta_bias is None else delta_bias.float().contiguous()
-        self.kernels, self.segments = cuda._module(), segments(u, blocks)
-        self.tensors = [u, delta, bias, rates, B, C, skip]
+        self.kernels, self.segments = cuda._module(), segments(u, width, blocks)
+        self.tensors = [u, delta, bias, rates, B, C, skip, gate, plain]
         self.inputs = [cuda._address(x) for x in self.tensors]
-        self.strides = [B.stride(0), B.stride(1), C.stride(0), C.stride(1)]
+        self.strides = [B.stride(0), B.stride(1), C.stride(0), C.stride(1), 0 if gate is None else gate.stride(1)]
         self.sizes = [*u.shape, self.segments]
         self.dtype = cuda._name(u.dtype)
         self.stream = torch.cuda.current_stream(u.device).cuda_stream
@@ -172,44 +180,46 @@ class _Launch:
         self.device.__exit__(*error)
 
 
-def _between(u: Tensor, keep: bool) -> Tensor:
-    """An uninitialised fp32 tensor for the states before each chunk, (B, K, N, E); K = 0 unless `keep`."""
-    chunks = -(-u.shape[1] // STEPS) if keep else 0
-    return torch.empty(u.shape[0], chunks, STATES, u.shape[2], dtype=torch.float32, device=u.device)
-
-
 def _rows(x: Tensor) -> Tensor:
     """B or C with the N numbers of a step contiguous; copied if necessary."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 
+def _gate(gate: Tensor | None) -> Tensor | None:
+    """The gate with one stride between all its B T rows, as a slice of a wider tensor has; copied if necessary."""
+    if gate is None or (gate.stride(2) == 1 and gate.stride(0) == gate.shape[1] * gate.stride(1)):
+        return gate
+    return gate.contiguous()
+
+
 def _save(ctx, inputs, output) -> None:
-    *tensors, initial_state, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    *tensors, initial_state, gate, _ = inputs
+    _, _, between, plain = output
+    ctx.save_for_backward(*tensors, gate, between, plain)
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
 
 
-def _gradients(ctx, dy: Tensor, dstate: Tensor, dbetween: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, A, _, _, D, bias, _ = ctx.saved_tensors
+def _gradients(ctx, dy: Tensor, dstate: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, A, _, _, D, bias, gate, _, _ = ctx.saved_tensors
     found = torch.ops.jrt.selective_scan_cuda_backward(*ctx.saved_tensors, dy, dstate)
-    du, ddelta, dA, dB, dC, dD, dbias, dh = found
+    du, ddelta, dA, dB, dC, dD, dbias, dh, dgate = found
     dD = None if D is None else dD.to(D.dtype)
     dbias = None if bias is None else dbias.to(bias.dtype)
     dh = None if ctx.state_dtype is None else dh.to(ctx.state_dtype)
-    return du, ddelta, dA.to(A.dtype), dB, dC, dD, dbias, dh, None
+    return du, ddelta, dA.to(A.dtype), dB, dC, dD, dbias, dh, None if gate is None else dgate, None
 
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
 register(
     "selective_scan_cuda",
-    f"({_INPUTS}, Tensor? initial_state, bool keep) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor? initial_state, Tensor? gate, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 register(
     "selective_scan_cuda_backward",
-    f"({_INPUTS}, Tensor between, Tensor dy, Tensor dstate)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor? gate, Tensor between, Tensor plain, Tensor dy, Tensor dstate)"
+    f" -> ({', '.join(['Tensor'] * 9)})",
     _backward,
     _backward_fake,
 )

@@ -6,7 +6,6 @@ Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places (a place 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 
@@ -15,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from jrt.cache import LayerState
+from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel
+from jrt.ops import has_linear_cross_entropy, linear_cross_entropy
 from jrt.training.objective import IGNORED, Objective, Targets, greedy_answers
 
 CHUNK = 2048  # places whose logits are in memory at a time
@@ -40,12 +42,14 @@ class ModelWithLoss(nn.Module):
         self.chunk_sum: ChunkSum = _chunk_sum
 
     def compile_parts(self, fullgraph: bool = False) -> None:
-        """Compiles each block of the model, and the loss of a chunk.
+        """Compiles each block of the model, what follows the last, and the loss of a chunk.
 
         Blocks of the same kind share one compiled graph, so there are as many compilations as kinds of layers."""
         torch._dynamo.config.recompile_limit = 64  # kinds of layers x lengths
         for block in self.model.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=fullgraph)
+            block.forward = _compiled(block.forward, fullgraph)
+        last = torch.compile(self.model.last, dynamic=False, fullgraph=fullgraph)
+        self.model.last = last  # type: ignore[method-assign]
         self.chunk_sum = torch.compile(_chunk_sum, dynamic=False)
 
     def checkpoint_blocks(self) -> None:
@@ -122,8 +126,8 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Sum of the (weighted) cross-entropies of the logits hidden @ head.T, fp32 scalar.
 
-    The logits of at most CHUNK places are in memory at a time; the backward pass computes them again. On a GPU,
-    liger-kernel does this if it is installed and no weights are given.
+    The logits of all places are never in memory at once. In training on a GPU this is `jrt.ops.linear_cross_entropy`;
+    otherwise those of CHUNK places are at a time, and the backward pass computes them again.
 
     Args:
         hidden: (N, E).
@@ -132,12 +136,8 @@ def summed_cross_entropy(
         weights: (N,) fp32; None: all weigh 1.
         chunk_sum: the function for one chunk, for instance a compiled one.
     """
-    if weights is None and hidden.is_cuda and has_liger():
-        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
-        loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32)
-        return loss(head.to(dtype), hidden.to(dtype), labels).float()
+    if has_linear_cross_entropy(hidden):
+        return linear_cross_entropy(hidden, head, labels, weights, IGNORED)
     if len(hidden) <= CHUNK:
         return chunk_sum(hidden, head, labels, weights)
     parts = []
@@ -148,17 +148,35 @@ def summed_cross_entropy(
     return torch.stack(parts).sum()
 
 
-def has_liger() -> bool:
-    """Whether liger-kernel is installed (`pip install liger-kernel`, for GPUs)."""
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
 def loss_of(sums: Tensor, totals: Tensor, objective: Objective) -> Tensor:
     """The loss of the paper's equation 5 (see `Objective` for its scale).
 
     sums: (2,) summed cross-entropies of next and of masked tokens; totals: (2,) their weights, over the whole batch."""
     means = sums / totals.clamp(min=1e-9)
     return means[0] + objective.masked_weight * means[1]
+
+
+def _compiled(forward: Callable, fullgraph: bool) -> Callable:
+    """A block's forward, compiled. In training it returns None for the state.
+
+    The backward pass of a compiled function adds the gradients of all results. That of the state would be zeros, as
+    large as keys and values."""
+
+    def without_state(x: Tensor, update: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        x, update, _ = forward(x, update, batch, None)
+        return x, update
+
+    trained = torch.compile(without_state, dynamic=False, fullgraph=fullgraph)
+    whole = torch.compile(forward, dynamic=False, fullgraph=fullgraph)
+
+    def call(
+        x: Tensor, update: Tensor | None, batch: TokenBatch, state: LayerState | None
+    ) -> tuple[Tensor, Tensor, LayerState | None]:
+        if torch.is_grad_enabled() and state is None:
+            return *trained(x, update, batch), None
+        return whole(x, update, batch, state)
+
+    return call
 
 
 def _checkpointed(forward: Callable) -> Callable:

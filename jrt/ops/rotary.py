@@ -1,0 +1,99 @@
+"""Queries and keys, rotated by their positions (RoFormer, arXiv 2104.09864), and values, from one projection's output.
+
+In training on a GPU one Triton kernel splits and rotates, and one joins and rotates back the three gradients: each
+number is read and written once. All other calls are plain PyTorch.
+
+Shapes: B batch, T tokens, H heads, D head size, R = half the rotary dimensions, rounded up.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from jrt.ops.registration import register
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits (B, T, 3 H D) into queries, keys and values (B, T, H, D), and rotates queries and keys.
+
+    Args:
+        cos, sin: (B, T, 1, R) of the angles, fp32.
+        heads: H.
+    """
+    if not _fuses(qkv):
+        return split_rotated_plain(qkv, cos, sin, heads)
+    return torch.ops.jrt.split_rotated(qkv, cos, sin, heads)
+
+
+def split_rotated_plain(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_rotated` in PyTorch."""
+    qk, v = qkv.unflatten(-1, (3 * heads, -1)).split([2 * heads, heads], dim=2)
+    q, k = rotate(qk, cos, sin).chunk(2, dim=2)
+    return q, k, v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x (B, T, H, D): dimension i with dimension i + R, for i below R; the other dimensions stay as they
+    are."""
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether the Triton kernels serve this input: in training, on a GPU. Never imports triton."""
+    on_device = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return INSTALLED and on_device and x.dtype in DTYPES and x.requires_grad and torch.is_grad_enabled()
+
+
+# ---- the operators. `rotary_triton` imports triton, so it is imported where it is called.
+
+
+def _split(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    from jrt.ops import rotary_triton
+
+    q, k, v = _split_fake(qkv, cos, sin, heads)
+    rotary_triton.split(qkv.contiguous(), cos, sin, (q, k, v))
+    return q, k, v
+
+
+def _split_fake(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*qkv.shape[:2], heads, qkv.shape[2] // (3 * heads))
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+def _join(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of qkv."""
+    from jrt.ops import rotary_triton
+
+    dqkv = _join_fake(dq, dk, dv, cos, sin)
+    rotary_triton.join((dq.contiguous(), dk.contiguous(), dv.contiguous()), cos, sin, dqkv)
+    return dqkv
+
+
+def _join_fake(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return dq.new_empty(*dq.shape[:2], 3 * dq.shape[2] * dq.shape[3])
+
+
+def _save(ctx, inputs, output) -> None:
+    _, cos, sin, _ = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _gradients(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.jrt.join_rotated(dq, dk, dv, *ctx.saved_tensors), None, None, None
+
+
+register(
+    "split_rotated", "(Tensor qkv, Tensor cos, Tensor sin, int heads) -> (Tensor, Tensor, Tensor)", _split, _split_fake
+)
+register("join_rotated", "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor", _join, _join_fake)
+torch.library.register_autograd("jrt::split_rotated", _gradients, setup_context=_save)
