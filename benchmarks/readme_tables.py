@@ -19,7 +19,7 @@ from pathlib import Path
 import record
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "figures.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("figures.md", "batching.md")))
 MARKED = re.compile(r"(<!-- table: ([\w ,]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -100,18 +100,25 @@ OP_ROWS = (  # method, backend
     ("cuDNN", "sdpa"),
     ("fla parallel_based", "fla"),
     ("fla fused_chunk_based", "fla"),
+    ("fla GLA", "fla"),
+    ("fla gated delta rule", "fla"),
+    ("power attention", "retention"),
 )
 
 
-def op_training() -> str:
-    report = load("op_training")
+OP_SHAPES = (("forward+backward", 8, 2048), ("forward+backward", 1, 32768), ("forward", 16, 32768))  # pass, B, N
+
+
+def op_training(name: str = "op_training", shapes: tuple[tuple[str, int, int], ...] = OP_SHAPES) -> str:
+    report = load(name)
     found = {
         (row["method"], row["backend"], row["pass"], row["shape"]["B"], row["shape"]["N"]): row
         for row in report["rows"]
     }
-    shapes = [("forward+backward", 8, 2048), ("forward+backward", 1, 32768), ("forward", 16, 32768)]
     rows = []
     for method, backend in OP_ROWS:
+        if not any((method, backend, *shape) in found for shape in shapes):
+            continue
         cells = []
         for shape in shapes:
             row = found.get((method, backend, *shape))
@@ -124,6 +131,17 @@ def op_training() -> str:
     header = ["ms (memory beyond inputs, output and gradients, times the inputs)"]
     header += [f"{what.replace('+', ' + ')} B{batch} N{length:,}" for what, batch, length in shapes]
     return rows_as_markdown(header, rows) + origin(report)
+
+
+def layers() -> str:
+    report = load("layers")
+    found = {(row["layer"], row["implementation"], row["pass"]): row for row in report["rows"]}
+    rows = []
+    for layer, implementation in dict.fromkeys(key[:2] for key in found):
+        ms = [found[layer, implementation, name]["ms"] for name in ("forward", "forward+backward")]
+        if None not in ms:
+            rows.append([layer, implementation, *(f"{each:.3g}" for each in ms)])
+    return rows_as_markdown(["layer", "implementation", "forward, ms", "forward + backward, ms"], rows) + origin(report)
 
 
 def training(name: str = "train_throughput") -> str:
@@ -159,15 +177,23 @@ def generation() -> str:
 
 
 def generation_notes(report: dict) -> str:
-    """Returns the notes below the generation table: differing tokens in bf16, and the time to the first answer."""
+    """Returns the notes below the generation table: differing tokens in bf16, and why."""
     compared = [row for row in report["rows"] if row["compared_tokens"]]
-    differ = (f"{row['method']} {row['differing_tokens']} of {row['compared_tokens']:,}" for row in compared)
-    cold = [f"{name} {seconds:.1f} s" for name, seconds in report["cold_start_s"].items()] or ["not measured"]
-    batch = compared[0]["shape"]["B"]
-    return (
-        f"\nTokens in bf16 that differ from those of transformers' loop, B{batch}: {', '.join(differ)}.\n"
-        f"From the start of a process to the end of its first answer: {', '.join(cold)}.\n"
+    header = ["bf16, B16", "tokens that differ", "error here", "error of transformers' loop", "gap"]
+    rows = [
+        [
+            row["method"],
+            f"{row['differing_tokens']} of {row['compared_tokens']:,}",
+            *(f"{row[name]:.3f}" for name in ("error", "loop_error", "gap")),
+        ]
+        for row in compared
+    ]
+    note = (
+        "\nTokens that differ from those of transformers' own loop. An error is the distance of the second token's logits"
+        " from those in fp32, over their size; the gap, in the same unit, is the median distance between the two largest"
+        " logits. The models have random weights, and where the gap is small rounding chooses the token.\n\n"
     )
+    return note + rows_as_markdown(header, rows)
 
 
 def generation_in_short() -> str:
@@ -278,6 +304,17 @@ def evaluation_in_short() -> str:
     return rows_as_markdown(header, rows) + "".join(map(origin, reports))
 
 
+def busy_machine() -> str:
+    report = load("busy_machine")
+    found = {(row["model"], row["machine"], row["threads"]): row["seconds"] for row in report["rows"]}
+    rows = [
+        [f"{model}, {machine}", *(f"{found[model, machine, way]:.2f}" for way in ("chosen", "all cores", "one thread"))]
+        for model, machine in dict.fromkeys(key[:2] for key in found)
+    ]
+    header = [f"seconds for {report['limit']} answers", "`jrt eval`", "all cores", "one thread"]
+    return rows_as_markdown(header, rows) + origin(report)
+
+
 def set_disjointness() -> str:
     report = load("set_disjointness")
     models = list(dict.fromkeys((row["width"], row["feature_dim"]) for row in report["rows"]))
@@ -300,6 +337,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "prefill, in short": prefill_in_short,
     "op training": op_training,
+    "op training, Hopper backward": lambda: op_training("op_training_hopper", (("forward", 8, 2048), *OP_SHAPES[:2])),
+    "layers": layers,
     "training": training,
     "training, large": lambda: training("train_throughput_1.3b"),
     "whole models": whole_models,
@@ -308,6 +347,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "cpu decoding, before and now": cpu_decode_before,
     "evaluation": evaluation,
+    "busy machine": busy_machine,
     "evaluation, in short": evaluation_in_short,
     "set disjointness": set_disjointness,
 }

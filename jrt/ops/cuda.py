@@ -25,7 +25,7 @@ from jrt.ops.registration import register
 
 DIM = 16
 FEATURES = feature_count(DIM)
-INTERFACE = 4  # the version of jrt_kernels' interface that this file calls
+INTERFACE = 5  # the version of jrt_kernels' interface that this file calls
 LONGEST = 2**30  # most tokens: the kernels count them in 32 bits
 VECTOR_BYTES = 16  # addresses must be multiples of this: the kernels load and store so many bytes at a time
 DTYPES = (torch.bfloat16, torch.float16)
