@@ -37,7 +37,8 @@ PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_d
 """Tasks on passages from a local folder, and the published task whose prompts each takes."""
 PASSAGES_VERSION = 2
 """Version of the protocols of these tasks. In version 2 any of a document's answers counts, and a window is cut around
-the first one that is in the passage, and keeps the question. Version 1 used only the first answer, as the published tasks do."""
+the first one that is in the passage, and keeps the question. Version 1 used only the first answer, as the
+published tasks do."""
 LM_EVAL_TASKS = (
     "recall_swde",
     "recall_fda",

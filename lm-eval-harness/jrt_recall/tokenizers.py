@@ -126,8 +126,9 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     ending = "" if column == spec.context else passage_ending(text_field(task, doc, "question"))
     desired = window - answer_room - len(token_ids(tokenizer, ending, special_is_text=True))
     if answer_room < 0 or desired < 1:
+        beside = " beside the question" if ending else ""
         raise ValueError(
-            f"a window of {window} tokens with {answer_room} kept for the answer leaves no context{' beside the question' * bool(ending)}"
+            f"a window of {window} tokens with {answer_room} kept for the answer leaves no context{beside}"
         )
     context = text_field(task, doc, column).strip()
     if task in PASSAGES:
