@@ -164,7 +164,7 @@ def test_kept_checkpoints(text, tmp_path):
     trained(text, tmp_path, "model.pattern=C", "trainer.max_steps=6", *keep, *best)
     losses = {int(row[0]): float(row[5]) for row in curve(tmp_path)}
     expected = {4, 6, min(losses, key=losses.__getitem__)}
-    assert {int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir()} == expected
+    assert {int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step-*")} == expected
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(text, tmp_path):
@@ -190,7 +190,9 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(text, run, whole):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert "\n" not in str(error.value)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-0000002", "step-0000004"]
+    assert (run / "checkpoints" / "last.ckpt").read_text() == "step-0000004\n"
     trained(text, run, *EVERY_TWO)
     # It was validated where it stopped, too: the last column differs there.
     assert [row[:5] for row in curve(run)] == [row[:5] for row in whole]

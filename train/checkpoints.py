@@ -2,7 +2,8 @@
 
 A folder holds one part for each process, in the format of torch's distributed checkpoints, so that a run can be resumed
 on another number of devices. Its file run.json has the step, the settings of the run, and size and checksum of each
-file.
+file. Beside the folders, last.ckpt has the name of the newest one, for scripts; a run that is resumed looks at the
+folders themselves.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from jrt.system.files import write_text
 from train.distributed import World
 from train.optimizer import MovingAverage
 
 log = logging.getLogger(__name__)
 FACTS = "run.json"
 BEST = "best.json"
+LAST = "last.ckpt"  # as PyTorch Lightning calls its newest checkpoint
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Checkpoints:
                 _seal(partial, facts | {"step": step})
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
+                write_text(self.folder / LAST, final.name + "\n")
                 _sync(self.folder)
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = _first_reason(error)
