@@ -151,7 +151,7 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     start = max(0, before - desired // 2)
     end = min(len(ids), before + desired - (before - start))
     # Without clean-up of spaces, so that the window is a piece of the document.
-    window_text = tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    window_text = str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
     cut_doc = {**doc, column: window_text}
     return {**cut_doc, "text": window_text + ending} if ending else cut_doc
 
