@@ -192,8 +192,10 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if any(given is not None for given in packing.values()):
             documents = documents_of(input_ids, attention_mask, None if state is None else state.lengths, **packing)
         if documents is not None:
-            if state is not None or blank_length is not None or short_prompt is not None or logits_to_keep != 0:
-                raise ValueError("rows of several documents: expected no cache, no rule for prompts and all logits")
+            if state is not None or use_cache:
+                raise ValueError("rows of several documents leave no cache to go on from: pass use_cache=False")
+            if blank_length is not None or short_prompt is not None or logits_to_keep != 0:
+                raise ValueError("rows of several documents: expected no rule for prompts and all logits")
             alone = self.forward(
                 documents.apart(input_ids, 0),
                 documents.mask(input_ids.device),

@@ -56,6 +56,14 @@ def test_the_loss_of_a_packed_row_is_that_of_its_documents(pattern):
     torch.testing.assert_close(together, alone)
 
 
+def test_a_packed_row_leaves_no_cache_and_says_so():
+    model, lengths = tiny("CA").eval(), (4, 3)
+    ids = torch.randint(0, 64, (1, sum(lengths)))
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, use_cache=True, **packed(lengths))
+    assert model(ids, **packed(lengths)).past_key_values is None
+
+
 def test_positions_that_say_what_is_so_change_nothing():
     model, ids = tiny("CA").eval(), torch.randint(0, 64, (2, 6))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
