@@ -365,9 +365,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside the context, appends the input of each block, the residual stream (B, T, E), to the list."""
     residuals: list[Tensor] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda _, given: residuals.append(residual(*given[:2]))) for block in blocks
-    ]
+
+    def record(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The block goes on from the recorded tensor itself, so that gradients reach it."""
+        x, update, *rest = given
+        residuals.append(residual(x, update))
+        return residuals[-1], None, *rest
+
+    hooks = [block.register_forward_pre_hook(record) for block in blocks]
     try:
         yield residuals
     finally:
