@@ -1,7 +1,7 @@
 """Measures `jrt eval` on several GPUs: items per second with 1, 2 and 4 Ray workers, and with one of them killed.
 
     python benchmarks/eval_scaling.py --device cuda --dtype bfloat16         # JRT-360M with random weights, 2,000 items
-    python benchmarks/eval_scaling.py --workers 1 2 --items 24 --model mini-jrt --window 512     # tries it on a CPU
+    python benchmarks/eval_scaling.py --workers 1 2 --model mini-jrt --items 24 --batch 2 --window 512     # on a CPU
 
 The documents are generated (`jrt_recall.fixtures`) and cut to the window; an answer has at most 48 tokens.
 The command is run as users type it: first without Ray on one device, then with each number of workers, and once more
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -85,12 +85,13 @@ def kill_a_worker(run: subprocess.Popen, predictions: Path, after: int) -> None:
     """Kills one worker of a run (SIGKILL) when `after` items are answered; does nothing if the run ends before."""
     while run.poll() is None:
         if predictions.is_file() and predictions.read_bytes().count(b"\n") >= after:
-            children = psutil.Process(run.pid).children(recursive=True)
-            workers = [child for child in children if (child.cmdline() or [""])[0].startswith(WORKER)]
-            if workers:
-                workers[-1].send_signal(signal.SIGKILL)
-                return
-        time.sleep(0.02)
+            with suppress(psutil.NoSuchProcess):  # one that ended since it was listed
+                children = psutil.Process(run.pid).children(recursive=True)
+                workers = [child for child in children if (child.cmdline() or [""])[0].startswith(WORKER)]
+                if workers:
+                    workers[-1].kill()
+                    return
+        time.sleep(0.05)
 
 
 def answers(output: Path) -> tuple[list[dict], list[dict]]:
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--window", type=int, default=2048, help="tokens of a document")
-    parser.add_argument("--batch", type=int, default=32, help="items of a batch")
+    parser.add_argument("--batch", type=int, default=50, help="items of a batch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path)
@@ -115,6 +116,8 @@ def main() -> None:
     most = max(options.workers)
     if most < 2:
         parser.error("expected at least 2 workers, because one is killed")
+    if options.items < 6 * most * options.batch:
+        parser.error(f"expected at least {6 * most * options.batch} items: six batches for each of {most} workers")
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)

@@ -32,8 +32,7 @@ from torch.nn.attention.varlen import varlen_attn
 from jrt.config import presets
 from jrt.mixers.attention import compiled_window_attention, rotary_angles, window_attention
 from jrt.model import RMSNorm
-from jrt.ops import short_convolution, split_rotated
-from jrt.ops.rotary import split_rotated_plain
+from jrt.ops import rotary_pytorch, short_convolution, split_rotated
 
 CONFIG = presets()["jrt-360m"]
 B, T, E, H, M = 16, 2048, CONFIG.width, CONFIG.heads, CONFIG.enc_length
@@ -212,7 +211,7 @@ def rotary() -> Layer:
         q, k = LigerRopeFunction.apply(q, k, *angles)  # it rotates in place
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    plain = split(split_rotated_plain)
+    plain = split(rotary_pytorch.split_rotated)
     implementations = {
         "here": split(split_rotated),
         "PyTorch": plain,

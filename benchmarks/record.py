@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import shlex
 import sys
 from pathlib import Path
 
 from jrt.system.files import write_json
-from jrt.system.provenance import commit, device_name, versions
+from jrt.system.provenance import command, commit, device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def without_machine(argument: str) -> str:
-    """Returns a command's argument. Of an absolute path, only the last part is kept."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def write(benchmark: str, rows: list[dict], path: Path | None = None, **more: object) -> Path:
@@ -23,7 +17,7 @@ def write(benchmark: str, rows: list[dict], path: Path | None = None, **more: ob
     path = path or RESULTS / f"{benchmark}.json"
     report = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", *map(without_machine, sys.argv)]),
+        "command": command(*sys.argv),
         "device": device_name(),
         "versions": versions(),
         "commit": commit(Path(__file__).parent),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jrt.system.provenance import command
 from synthetics import sweeps
 from synthetics.data import generator
 from synthetics.folder import provenance
@@ -163,7 +163,7 @@ def main() -> None:
     task = TASKS["paper"]
     assert isinstance(task, SetDisjointness)
     draw_distinct(8, 8, 0, 2048, generator(1), device)  # sets the device up
-    report = {"command": shlex.join(["python", "-m", "synthetics.measure", *sys.argv[1:]]), **provenance()}
+    report = {"command": command("-m", "synthetics.measure", *sys.argv[1:]), **provenance()}
     report["data"] = data(task, device)
     print(f"data: {report['data']['speedup']:.0f} x the released loop", flush=True)
     report["training"] = []

@@ -43,9 +43,9 @@ def cut(monkeypatch):
     return set_pieces
 
 
-def draw(batch=2, tokens=300, heads=3, D=64, state=False, dtype=torch.bfloat16) -> dict[str, Tensor]:
+def draw(batch=2, tokens=300, heads=3, D=64, state=False, dtype=torch.bfloat16, seed=0) -> dict[str, Tensor]:
     """q, k, v (with a mean, so that sums grow), and S and z of an earlier text if `state`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -99,6 +99,13 @@ def assert_as_good_as_eager(x: dict[str, Tensor], **arguments) -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "ragged"])
 def test_lengths(poisoned, tokens, masked):
     assert_as_good_as_eager(draw(tokens=tokens, state=True), mask=ragged_mask(2, tokens) if masked else None)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("D", [64, 112])
+def test_one_token_is_as_good_as_eager_in_every_draw(D):
+    for seed in range(20):
+        assert_as_good_as_eager(draw(tokens=1, D=D, state=True, seed=seed))
 
 
 @pytest.mark.hopper

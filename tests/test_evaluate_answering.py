@@ -11,9 +11,19 @@ import torch
 from jrt_recall import PROTOCOLS
 from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from jrt.evaluate import ModelSpec, answering, open_model
 from jrt.evaluate import batches as batches_of
@@ -81,6 +91,25 @@ def test_begin_tokens_survive_truncation_and_end_tokens_end_no_prompt():
     (whole,), (cut,) = (encode(tokenizer, ["alpha beta gamma delta"], limit) for limit in (None, 4))
     assert whole.ids == [begin, *bare] and whole.truncated == 0
     assert cut.ids == [begin, *bare[-3:]] and cut.truncated == len(bare) - 3
+
+
+def word_tokenizer(unknown: str) -> PreTrainedTokenizerFast:
+    """Knows three words in small letters; puts <s> in front of a text and </s> behind it."""
+    words = {word: index for index, word in enumerate(("<s>", "</s>", "<unk>", "x", "valve", "opens"))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=unknown))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token=unknown)
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", "<s>", "</s>"])
+def test_a_begin_token_is_kept_whatever_the_unknown_token_is(unknown):
+    assert encode(word_tokenizer(unknown), ["valve opens"], None)[0].ids == [0, 4, 5]
+
+
+def test_an_answer_in_large_letters_is_reached_by_a_vocabulary_of_small_ones():
+    tokenizer = word_tokenizer("<unk>")
+    assert reachable(tokenizer, ["Valve OPENS"], ()) and not reachable(tokenizer, ["Valve shuts"], ())
 
 
 def test_the_text_of_a_special_token_in_a_document_is_text():

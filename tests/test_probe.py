@@ -205,6 +205,13 @@ def test_rows_of_what_is_no_cache_are_refused():
         select_rows([torch.zeros(2, 3)], torch.tensor([0]))
 
 
+@pytest.mark.parametrize("end", [True, [2, True], [2, 3.0], "2", []])
+def test_an_end_token_that_is_no_id_is_set_aside_and_named(end):
+    model = tiny_model("llama")
+    assert set_aside(model, {"eos_token_id": end}) == {"eos_token_id": end}
+    assert model.generation_config.eos_token_id is None
+
+
 def test_saved_settings_that_change_greedy_answers_are_set_aside_and_named():
     model = tiny_model("llama")
     model.generation_config = GenerationConfig(

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from jrt.system.files import json_lines, write_bytes, write_json, write_text
-from jrt.system.provenance import code_sha256, commit, device_name, versions
+from jrt.system.provenance import code_sha256, command, commit, device_name, versions
 
 
 def test_versions_and_device_are_those_of_this_process():
@@ -16,6 +16,12 @@ def test_versions_and_device_are_those_of_this_process():
     found = versions()
     assert found["torch"] == torch.__version__ and found["python"].count(".") == 2
     assert "absent" not in found.values() and device_name()
+
+
+def test_a_command_names_no_folder_of_this_machine(tmp_path):
+    assert (
+        command("-m", "tool", "--out", str(tmp_path / "a b.json"), "part/x") == "python -m tool --out 'a b.json' part/x"
+    )
 
 
 def test_a_commit_is_told_read_or_unknown(tmp_path, monkeypatch):

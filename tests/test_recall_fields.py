@@ -16,6 +16,7 @@ from jrt_recall.harness.hooks import documents
 from jrt_recall.harness.settings import as_dict, check, names_of, response_cache, whole_number
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
+from jrt_recall.tokenizers import shipped_tokenizer, token_ids
 
 PASSAGE = {"id": "a", "context": "A small page.\nopen_valve(pressure, angle)", "question": "open_valve("}
 CLOZE = {"context": "The valve opens at noon.", "question": "The valve opens at", "orig_question": "When?"}
@@ -51,6 +52,8 @@ def test_answers_are_read_in_all_clear_shapes(value, answers):
         (["a", 3], "a number"),
         ([["a"]], "a list"),
         ({"text": None}, "null"),
+        ({"value": "a", "aliases": 0}, "a number"),
+        ({"value": "a", "aliases": ""}, "blank"),
         ({"answer_start": [1]}, "an object"),
         (["\ud83d"], "surrogate"),
     ],
@@ -119,6 +122,49 @@ def test_answers_with_a_line_feed_are_counted_as_unreachable(tmp_path):
     assert passages(tmp_path, rows).unreachable == 1
 
 
+def test_a_window_of_a_passage_keeps_its_question(tmp_path):
+    row = PASSAGE | {"context": " ".join(f"w{n}" for n in range(400)), "question": "which one?", "answers": ["w20"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(row) + "\n")
+    for strategy, times in (("once", 1), ("twice", 2)):
+        asked = items("qa_squad", strategy, protocol="w200-a50", tokenizer="shipped", data=tmp_path)
+        (item,) = asked.items
+        assert item.prompt.endswith("\nQuestion: which one?\nAnswer:") and not item.lost
+        assert item.prompt.count("w20 ") == times and "w399" not in item.prompt
+        assert len(token_ids(shipped_tokenizer(), item.doc["text"])) <= 150
+    with pytest.raises(ValueError, match="leaves no context beside the question"):
+        items("qa_squad", protocol="w60-a50", tokenizer="shipped", data=tmp_path)
+
+
+def test_answers_are_located_in_the_passage_and_not_in_the_question(tmp_path):
+    words = " ".join(f"w{n}" for n in range(400))
+    row = PASSAGE | {"context": words, "question": "zebra or w20?", "answers": ["zebra", "w20"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(row) + "\n")
+    (item,) = items("qa_squad", protocol="w100-a10", tokenizer="shipped", data=tmp_path).items
+    assert "w20 " in item.doc["context"] and not item.lost
+    for answer in ("zebra", "Answer", "question:"):
+        found = passages(tmp_path, [row | {"answers": [answer]}])
+        assert found.items[0].position is None and found.absent == 1
+
+
+def test_a_passage_may_say_question(tmp_path):
+    row = PASSAGE | {"context": "Question: when? Reply: at noon.", "answers": ["noon"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(row) + "\n")
+    assert items("qa_squad", "twice", data=tmp_path).items[0].prompt.count("Reply: at noon.") == 2
+
+
+def test_examples_are_of_another_passage(tmp_path):
+    rows = [PASSAGE | {"question": f"which {n}?", "answers": ["angle"]} for n in range(3)]
+    (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="other documents"):
+        items("qa_squad", "1shot", data=tmp_path)
+
+
+def test_a_blank_question_is_invalid_and_a_column_named_problem_is_not(tmp_path):
+    good = PASSAGE | {"answers": ["angle"], "problem": "two trains"}
+    found = passages(tmp_path, [good, good | {"question": " \n"}])
+    assert len(found.items) == 1 and "'question' is empty" in found.invalid[0]
+
+
 def test_position_is_where_the_metric_finds_the_answer():
     text = "İ" * 10 + " Straße ends"  # lower() makes the first letters longer
     assert _position(("ENDS",), text) == text.index("ends") / len(text)
@@ -129,6 +175,8 @@ def test_position_is_where_the_metric_finds_the_answer():
     ("content", "said"),
     [
         (json.dumps(PASSAGE).encode("utf-16"), r"squad.jsonl, line 1: .*UTF-16"),
+        (json.dumps(PASSAGE).encode("utf-16-le"), r"squad.jsonl, line 1: .*UTF-16.*save it as UTF-8"),
+        (json.dumps(PASSAGE).encode("utf-32"), r"squad.jsonl, line 1: .*UTF-32"),
         (b'{"id": 1}\n{"id": "\xe9"}\n', r"squad.jsonl, line 2: not UTF-8 \(byte 0xe9\)"),
         (b"[" * 100_000, r"squad.jsonl, line 1: JSON that cannot be read"),
         (b'{"id": ' + b"9" * 5000 + b"}", r"squad.jsonl, line 1: JSON that cannot be read"),

@@ -5,8 +5,7 @@ import torch
 from interpreter import INTERPRETED, pass_in_the_interpreter
 
 from jrt.mixers.attention import rotary_angles
-from jrt.ops import split_rotated
-from jrt.ops.rotary import split_rotated_plain
+from jrt.ops import rotary_pytorch, split_rotated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # In the interpreter these run within `test_kernels_in_the_interpreter`.
@@ -34,8 +33,8 @@ def test_the_error_is_at_most_twice_that_of_eager_in_the_same_dtype(dtype, heads
     weights = torch.randn(3, 2, 7, heads, size, generator=draw).to(DEVICE, dtype)
     positions = torch.arange(7).expand(2, -1) + torch.tensor([[0], [50]])
     angles = [x.to(DEVICE) for x in rotary_angles(positions, rotary)]
-    truth = results(split_rotated_plain, qkv.double(), [x.double() for x in angles], heads, weights)
-    eager, found = (results(f, qkv, angles, heads, weights) for f in (split_rotated_plain, split_rotated))
+    truth = results(rotary_pytorch.split_rotated, qkv.double(), [x.double() for x in angles], heads, weights)
+    eager, found = (results(f, qkv, angles, heads, weights) for f in (rotary_pytorch.split_rotated, split_rotated))
     for value, plain, exact in zip(found, eager, truth, strict=True):
         assert value.dtype == dtype and value.shape == exact.shape and value.is_contiguous()
         assert error(value, exact) <= 2 * error(plain, exact) + 1e-6
@@ -46,7 +45,7 @@ def test_gradients_in_other_layouts():
     """Attention kernels return gradients whose heads lie before the tokens in memory."""
     qkv, angles = torch.randn(2, 5, 36, device=DEVICE), rotary_angles(torch.arange(5, device=DEVICE).expand(2, -1), 4)
     weights = torch.randn(3, 2, 2, 5, 6, device=DEVICE).transpose(2, 3)
-    found, plain = (results(f, qkv, angles, 2, weights) for f in (split_rotated, split_rotated_plain))
+    found, plain = (results(f, qkv, angles, 2, weights) for f in (split_rotated, rotary_pytorch.split_rotated))
     torch.testing.assert_close(found, plain)
 
 

@@ -128,6 +128,13 @@ def test_error_is_at_most_twice_that_of_eager(shape, masked, decays, normalize):
 
 
 @kernels
+def test_one_token_in_a_narrow_dtype_is_as_good_as_eager_in_every_draw():
+    """The gradient of the denominator holds do . o. With one token, nothing averages the rounding of o in it."""
+    for seed in range(40):
+        assert_as_good_as_eager(draw(batch=2, tokens=1, D=32, dtype=NARROW, state=2, seed=seed))
+
+
+@kernels
 @pytest.mark.parametrize("pieces", [2, 3])
 @pytest.mark.parametrize("decays", [False, True])
 def test_a_sequence_in_pieces_is_the_sequence(cut, pieces, decays):

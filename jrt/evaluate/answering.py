@@ -108,8 +108,10 @@ def encode(
 
 def _tokens_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that a tokenizer puts in front of every text."""
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    found, bare = tokenizer("a", return_special_tokens_mask=True), tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole, added = found["input_ids"], found["special_tokens_mask"]
+    # "a" itself may be the unknown token, which some tokenizers also put in front: only the mask tells them apart.
+    places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare and not added[place]]
     return list(whole[: places[0]]) if places else []
 
 
@@ -126,7 +128,8 @@ def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: 
     """Whether a model with this tokenizer could write at least one of the answers.
 
     It cannot write an answer that contains a stop string, nor a spelling that the tokenizer normalises away."""
-    for answer in answers:
+    # The metric ignores case, so the answer in small letters is as good where a vocabulary has no large ones.
+    for answer in (*answers, *map(str.lower, answers)):
         if is_text(answer) and not any(ending in answer for ending in stop):
             ids = tokenizer(f"x {answer} x", add_special_tokens=False, split_special_tokens=True)["input_ids"]
             if contains(str(tokenizer.decode(ids)), answer):

@@ -25,6 +25,7 @@ from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+STORE = 2**30  # bytes that Ray may take for prompts and answers on their way; by default it takes 30% of the memory
 AHEAD = 2  # jobs that a worker is given at a time, so that it does not wait for the next one
 
 
@@ -147,7 +148,7 @@ class RayPool:
                 raise ValueError(
                     f"{workers} workers need {workers * gpus:g} GPUs, and this machine has {there}: ask for fewer workers"
                 )
-            options = {"num_cpus": workers, "num_gpus": there, "include_dashboard": False}
+            options = {"num_cpus": workers, "num_gpus": there, "include_dashboard": False, "object_store_memory": STORE}
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except ConnectionError as error:

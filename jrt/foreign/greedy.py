@@ -78,9 +78,8 @@ def set_aside(model: PreTrainedModel, saved: Mapping[str, Any] | None = None) ->
 
 
 def _is_token(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(token, int) for token in value)
-    return isinstance(value, int)
+    tokens = value if isinstance(value, list) else [value]
+    return bool(tokens) and all(isinstance(token, int) and not isinstance(token, bool) for token in tokens)
 
 
 class ForcedTokens(LogitsProcessor):

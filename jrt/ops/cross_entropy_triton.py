@@ -36,6 +36,8 @@ def _cross_entropy_kernel(logits, labels, factors, losses, V, ignored, WEIGHTED:
     label = tl.load(labels + place)
     counts = label != ignored
     columns = tl.arange(0, W)
+    # Read before the sums below, at which all warps wait for each other: the second pass overwrites it.
+    chosen = tl.load(logits + label, mask=counts, other=0.0).to(tl.float32)
     highest = tl.full((W,), -1e30, tl.float32)
     total = tl.zeros((W,), tl.float32)
     for start in range(0, V, W):
@@ -46,7 +48,6 @@ def _cross_entropy_kernel(logits, labels, factors, losses, V, ignored, WEIGHTED:
     top = tl.max(highest, 0)
     log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
     factor = tl.load(factors + place) if WEIGHTED else 1.0
-    chosen = tl.load(logits + label, mask=counts, other=0.0).to(tl.float32)
     for i in range(tl.cdiv(V, W)):
         start = (tl.cdiv(V, W) - 1 - i) * W
         inside = start + columns < V

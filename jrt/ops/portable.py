@@ -16,6 +16,7 @@ from jrt.ops.chunked import encode_prefix as chunked_prefix
 from jrt.ops.chunked import linear_attention as chunked_attention
 from jrt.ops.feature_map import State, taylor_features
 from jrt.ops.gated_pytorch import gated_convolution_linear, silu_convolution, swiglu_linear
+from jrt.ops.rotary_pytorch import split_rotated
 from jrt.ops.selective_scan_pytorch import chunked_backward, chunked_forward, state_dtype, stepwise
 from jrt.ops.short_convolution import short_convolution
 
@@ -27,6 +28,7 @@ __all__ = [
     "selective_scan",
     "short_convolution",
     "silu_convolution",
+    "split_rotated",
     "swiglu_linear",
     "taylor_features",
 ]

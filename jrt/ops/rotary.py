@@ -1,7 +1,7 @@
 """Queries and keys, rotated by their positions (RoFormer, arXiv 2104.09864), and values, from one projection's output.
 
 In training on a GPU one Triton kernel splits and rotates, and one joins and rotates back the three gradients: each
-number is read and written once. All other calls are plain PyTorch.
+number is read and written once. All other calls are plain PyTorch (`rotary_pytorch.py`).
 
 Shapes: B batch, T tokens, H heads, D head size, R = half the rotary dimensions, rounded up.
 """
@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from jrt.ops import rotary_pytorch
 from jrt.ops.registration import register
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -28,24 +29,8 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Te
         heads: H.
     """
     if not _fuses(qkv):
-        return split_rotated_plain(qkv, cos, sin, heads)
+        return rotary_pytorch.split_rotated(qkv, cos, sin, heads)
     return torch.ops.jrt.split_rotated(qkv, cos, sin, heads)
-
-
-def split_rotated_plain(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_rotated` in PyTorch."""
-    qk, v = qkv.unflatten(-1, (3 * heads, -1)).split([2 * heads, heads], dim=2)
-    q, k = rotate(qk, cos, sin).chunk(2, dim=2)
-    return q, k, v
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, T, H, D): dimension i with dimension i + R, for i below R; the other dimensions stay as they
-    are."""
-    half = cos.shape[-1]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
 
 
 def _fuses(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def command(*words: str) -> str:
+    """A Python command as it was typed, without this machine's folders: of an absolute path the last part is kept."""
+    return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
 
 def device_name() -> str:

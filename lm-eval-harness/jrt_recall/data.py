@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE, PASSAGES_VARIABLE = "JRT_DATA", "JRT_PASSAGES"
 MANIFEST = "manifest.json"
+PROBLEM = "jrt_recall: problem"  # the field that says why a row cannot be read; no column of a user has this name
 _ENTRY = {"rows": int, "columns": list, "sha256": str, "source": str}  # what is read of a dataset's entry
 
 
@@ -95,12 +96,12 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
 
 
 def _attribute_rows(line: dict, number: int) -> list[dict]:
-    """One row for each attribute of a page. If the attributes cannot be read, one row that says why, in "problem"."""
+    """One row for each attribute of a page. If the attributes cannot be read, one row that says why, in PROBLEM."""
     document = line.get("doc_id")
     document = str(number) if document is None else str(document)
     attributes = line["attributes"]
     if not isinstance(attributes, dict):
-        return [{"id": document, "problem": f"field 'attributes' must be an object, got {kind(attributes)}"}]
+        return [{"id": document, PROBLEM: f"field 'attributes' must be an object, got {kind(attributes)}"}]
     return [
         {"id": f"{document}/{key}", "text": line["text"], "key": key, "answers": v} for key, v in attributes.items()
     ]
@@ -207,8 +208,8 @@ def read_lines(file: Path) -> list[dict]:
 def _read_text(file: Path) -> str:
     """Reads a UTF-8 file, with or without a byte order mark."""
     content = file.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{file}, line 1: the file is UTF-16; save it as UTF-8")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:  # with or without a byte order mark
+        raise ValueError(f"{file}, line 1: the file is UTF-16 or UTF-32; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -52,7 +52,8 @@ def _spread(place: str, value: Any) -> list:
             return _strings(place, value["text"])
         case Mapping() if "value" in value or "aliases" in value:
             first = [value["value"]] if "value" in value else []
-            return [*first, *_strings(place, value.get("aliases") or [])]
+            aliases = value.get("aliases")
+            return [*first, *(_strings(place, aliases) if aliases is not None else [])]
         case list() | tuple():
             spread = []
             for one in value:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import data as documents_data
 from . import reference_pages
 from .fields import answers_of, text_field
-from .prompts import ONCE, SWDE_SUMMARY, Strategy, prompt, strategy_named
-from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, protocol_named, published_task, task_named
+from .prompts import ONCE, SWDE_SUMMARY, Strategy, passage_ending, prompt, strategy_named
+from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, context_column, protocol_named, published_task, task_named
 from .scoring import contains, first_hit
 from .tokenizers import cut, protocol_and_tokenizer
 
@@ -144,7 +144,7 @@ def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
     long examples. Here, with a long window, the prompt can exceed the protocol's limit; then the beginning of the first
     example is cut off, and results count such prompts."""
     of_pages = run.task.startswith(PAGES)
-    column = "window" if of_pages else published_task(run.task).context
+    column = "window" if of_pages else context_column(run.task)
     answered = [f"{item.prompt}{'' if of_pages else ' '}{item.answers[0]}" for item in run.items]
     chosen = _examples([item.doc[column] for item in run.items], strategy.shots, seed)
     asked = (
@@ -201,7 +201,7 @@ def _document_items(
     folder: str | Path | None,
 ) -> TaskItems:
     documents = (documents_data.load_passages if task in PASSAGES else documents_data.load)(task, folder)
-    column = published_task(task).context
+    column = context_column(task)
     prefix = task if task in PASSAGES else published_task(task).name  # of the items' ids
     found: list[Item] = []
     invalid: list[str] = []
@@ -260,12 +260,14 @@ def _as_read(task: str, row: dict) -> dict:
     """Returns the row as the task uses it, before anything is cut.
 
     A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question.
-    Raises ValueError if the row has a "problem", which `data` sets for rows that cannot be read."""
-    if "problem" in row:
-        raise ValueError(f"{task}: {row['problem']}")
+    Raises ValueError if the row has a PROBLEM, which `data` sets for rows that cannot be read, or a blank question."""
+    if documents_data.PROBLEM in row:
+        raise ValueError(f"{task}: {row[documents_data.PROBLEM]}")
     if PASSAGES.get(task) == "squad":
         passage, question = (text_field(task, row, field) for field in ("context", "question"))
-        return {**row, "text": f"{passage}\nQuestion: {question}\nAnswer:"}
+        if not question.strip():
+            raise ValueError(f"{task}: field 'question' is empty: there is nothing to ask for")
+        return {**row, "text": passage + passage_ending(question)}
     if published_task(task).name == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row

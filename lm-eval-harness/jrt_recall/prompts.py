@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .fields import text_field
-from .protocols import LM_EVAL, Protocol, protocol_named, published_task
+from .protocols import LM_EVAL, PASSAGES, Protocol, protocol_named, published_task
 
 SWDE_SUMMARY = "Summary of information above..."
 TRIVIA_MARKS = ("[PAR]", "[DOC]", "[TLE]")
@@ -116,7 +116,7 @@ def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: st
         ValueError: unknown task, strategy or protocol; a protocol that does not fit the task; or a field that is
             missing, empty or not text (the message names it).
     """
-    form = _FORMS[published_task(task).name]
+    form = _PASSAGE if PASSAGES.get(task) == "squad" else _FORMS[published_task(task).name]
     chosen = strategy_named(strategy)
     upstream = None if protocol is None else LM_EVAL.get(protocol_named(protocol, task).name)
     if not isinstance(doc, dict):
@@ -219,6 +219,19 @@ def _squad_parts(doc: dict) -> Parts:
     return Parts(text_field("squad", doc, "question"), passage, _squad_once(doc))
 
 
+# passages of your own: the form of squad, with a question in place of the statement
+
+
+def passage_ending(question: str) -> str:
+    """What follows a passage in its `text`."""
+    return f"\nQuestion: {question}\nAnswer:"
+
+
+def _passage_parts(doc: dict) -> Parts:
+    # Unlike squad's contexts, a passage may have the word "Question:" in it.
+    return _squad_parts(doc)._replace(context=text_field("squad", doc, "context"))
+
+
 # drop, nq and triviaqa: a passage, a statement to complete (`question`) and the question itself (`orig_question`)
 
 
@@ -266,6 +279,7 @@ def _trivia_parts(doc: dict) -> Parts:
     return parts._replace(announcement=text_field("triviaqa", doc, "orig_question"))
 
 
+_PASSAGE = _Form(_squad_once, _passage_parts)
 _FORMS = {
     "swde": _Form(_swde_once, _swde_parts),
     "fda": _Form(_fda_once, _fda_parts),

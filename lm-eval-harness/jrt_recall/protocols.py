@@ -37,7 +37,8 @@ PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_d
 """Tasks on passages from a local folder, and the published task whose prompts each takes."""
 PASSAGES_VERSION = 2
 """Version of the protocols of these tasks. In version 2 any of a document's answers counts, and a window is cut around
-the first one that is in the text. Version 1 used only the first answer, as the published tasks do."""
+the first one that is in the passage, and keeps the question. Version 1 used only the first answer, as the
+published tasks do."""
 LM_EVAL_TASKS = (
     "recall_swde",
     "recall_fda",
@@ -114,6 +115,13 @@ def published_task(name: str) -> PublishedTask:
     if task is None:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(PUBLISHED)}")
     return task
+
+
+def context_column(task: str) -> str:
+    """The column that holds what a document says, apart from the question as far as the task keeps them apart.
+
+    It is what a window cuts, and where answers are located. recall_squad has both in `text`, as published."""
+    return "context" if PASSAGES.get(task) == "squad" else published_task(task).context
 
 
 @dataclass(frozen=True)

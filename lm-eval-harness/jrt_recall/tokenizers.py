@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from .data import FOLDER_VARIABLE, mirror_folder
 from .fields import answers_of, checked_text, kind, text_field, whole_field
-from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, published_task
+from .prompts import passage_ending
+from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, context_column, published_task
 from .scoring import first_hit
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -104,8 +105,9 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     The published rule: half of the tokens stand before the answer. Near the end of a document the window becomes
     shorter; it is not shifted. If the answer is not in the context, alternative answers (`alt_answers`) are tried; if
     none is there, the last half window is kept. drop and triviaqa keep the beginning of the document. The `qa_*` tasks
-    cut around the first answer of their list that is in the context. Only the context column changes, so the first
-    reading of squad, which is another column, stays whole, as published.
+    cut around the first answer of their list that is in the context, and keep their question whole: its tokens count as
+    part of the window. In all other tasks only the context column changes, so the first reading of squad, which is
+    another column, stays whole, as published.
 
     Args:
         task: name of the task.
@@ -120,11 +122,15 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     Raises:
         ValueError: unknown task, missing field, empty answer list, or a window that leaves no context.
     """
-    spec = published_task(task)
-    desired = window - answer_room
+    spec, column = published_task(task), context_column(task)
+    ending = "" if column == spec.context else passage_ending(text_field(task, doc, "question"))
+    desired = window - answer_room - len(token_ids(tokenizer, ending, special_is_text=True))
     if answer_room < 0 or desired < 1:
-        raise ValueError(f"a window of {window} tokens with {answer_room} kept for the answer leaves no context")
-    context = text_field(task, doc, spec.context).strip()
+        beside = " beside the question" if ending else ""
+        raise ValueError(
+            f"a window of {window} tokens with {answer_room} kept for the answer leaves no context{beside}"
+        )
+    context = text_field(task, doc, column).strip()
     if task in PASSAGES:
         needles = [answer for answer in answers_of(task, doc) if len(answer) > 1]
         if not needles:
@@ -145,8 +151,9 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
     start = max(0, before - desired // 2)
     end = min(len(ids), before + desired - (before - start))
     # Without clean-up of spaces, so that the window is a piece of the document.
-    window_text = tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return {**doc, spec.context: window_text}
+    window_text = str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    cut_doc = {**doc, column: window_text}
+    return {**cut_doc, "text": window_text + ending} if ending else cut_doc
 
 
 def _needle(task: str, doc: dict, key: str) -> str:

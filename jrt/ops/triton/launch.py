@@ -144,6 +144,10 @@ def backward(
     q, k, v, do, o = _rows(q), _rows(k), _rows(v), _rows(do), o.contiguous()
     mask, cu_seqlens = _bytes(mask), _offsets(cu_seqlens, k)
     (B, T, H, d), D = k.shape, v.shape[-1]
+    if T == 1 and cu_seqlens is None:
+        # The gradient of the denominator holds do . o. With one token, nothing averages the rounding of o in it.
+        o = o.new_empty(o.shape, dtype=torch.float32)
+        _decode(q, k, v, S, z, mask, log_decay, normalize, o)
     tiles = choose_tiles("queries", d, D, k.dtype)
     pieces = _cut(k, cu_seqlens, tiles, "backward")
     column_tiles = triton.cdiv(D, tiles.DV)
