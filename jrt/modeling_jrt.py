@@ -192,8 +192,10 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if any(given is not None for given in packing.values()):
             documents = documents_of(input_ids, attention_mask, None if state is None else state.lengths, **packing)
         if documents is not None:
-            if state is not None or blank_length is not None or short_prompt is not None or logits_to_keep != 0:
-                raise ValueError("rows of several documents: expected no cache, no rule for prompts and all logits")
+            if state is not None or use_cache:
+                raise ValueError("rows of several documents leave no cache to go on from: pass use_cache=False")
+            if blank_length is not None or short_prompt is not None or logits_to_keep != 0:
+                raise ValueError("rows of several documents: expected no rule for prompts and all logits")
             alone = self.forward(
                 documents.apart(input_ids, 0),
                 documents.mask(input_ids.device),
@@ -363,9 +365,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
 def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside the context, appends the input of each block, the residual stream (B, T, E), to the list."""
     residuals: list[Tensor] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda _, given: residuals.append(residual(*given[:2]))) for block in blocks
-    ]
+
+    def record(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The block goes on from the recorded tensor itself, so that gradients reach it."""
+        x, update, *rest = given
+        residuals.append(residual(x, update))
+        return residuals[-1], None, *rest
+
+    hooks = [block.register_forward_pre_hook(record) for block in blocks]
     try:
         yield residuals
     finally:
