@@ -127,8 +127,7 @@ def is_text(text: str) -> bool:
 def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: Sequence[str]) -> bool:
     """Whether a model with this tokenizer could write at least one of the answers.
 
-    It cannot write an answer that contains a stop string, nor a spelling that the tokenizer normalises away."""
-    # The metric ignores case, so the answer in small letters is as good where a vocabulary has no large ones.
+    It can write no stop string and no spelling that the tokenizer normalises away. The metric ignores case."""
     for answer in (*answers, *map(str.lower, answers)):
         if is_text(answer) and not any(ending in answer for ending in stop):
             ids = tokenizer(f"x {answer} x", add_special_tokens=False, split_special_tokens=True)["input_ids"]
