@@ -130,14 +130,16 @@ def test_batches_hold_each_index_once_and_start_with_the_longest():
     assert batches(rows, Limits(8, tokens=14)) == [[1], [3, 4], [0, 2]]
     assert batches(rows, Limits(8, tokens=6)) == [[1], [3], [4], [0, 2]]
     assert batches(rows, Limits(8, alone=6)) == [[1], [3], [4, 0, 2]]
+    assert batches(rows, Limits(8, padding=6)) == [[1, 3, 4], [0, 2]]
     alike = [[7, 7, 7, 7, 7, 1], [7, 7, 7, 7, 7, 2], [8] * 6]
     assert batches(alike, Limits(8, alone=5)) == [[0, 1], [2]]
     assert batches(alike, Limits(8, tokens=8)) == [[0, 1], [2]]
+    assert batches([*alike, [9]], Limits(8, padding=4)) == [[0, 1, 2], [3]]
     assert batches(alike, Limits(8, tokens=8, shares=False)) == [[0], [1], [2]]
     assert batches([], Limits(8)) == []
 
 
-@pytest.mark.parametrize("limits", [Limits(4), Limits(3, 40), Limits(5, alone=7), Limits(4, 30, 12)], ids=str)
+@pytest.mark.parametrize("limits", [Limits(4), Limits(3, 40), Limits(5, alone=7), Limits(4, 30, alone=12), Limits(6, padding=9)], ids=str)
 def test_batches_keep_to_the_limits_and_are_full(limits):
     """A batch ends only where the next row would go over a limit."""
     draw = random.Random(0)
@@ -147,6 +149,8 @@ def test_batches_keep_to_the_limits_and_are_full(limits):
         def within(batch: list[int], rows=rows) -> bool:
             longest = max(len(rows[index]) for index in batch)
             too_many = limits.tokens is not None and longest * len(batch) > limits.tokens
+            padding = longest * len(batch) - sum(len(rows[index]) for index in batch)
+            too_many |= limits.padding is not None and padding > limits.padding
             too_long = limits.alone is not None and longest > limits.alone
             return len(batch) == 1 or not (len(batch) > limits.size or too_many or too_long)
 

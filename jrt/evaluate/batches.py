@@ -19,6 +19,7 @@ class Limits(NamedTuple):
         size: the most prompts.
         tokens: the most tokens to read in a batch of several prompts, padding included and common beginnings counted
             once; None: no limit.
+        padding: the most tokens of padding in a batch; None: no limit.
         alone: a prompt of more tokens than this shares a batch only with prompts of its group; None: no such rule.
         shares: whether the model can read a common beginning once for several prompts.
         pads: whether a batch may hold prompts of unequal length.
@@ -26,6 +27,7 @@ class Limits(NamedTuple):
 
     size: int
     tokens: int | None = None
+    padding: int | None = None
     alone: int | None = None
     shares: bool = True
     pads: bool = True
@@ -64,10 +66,12 @@ def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> 
     if not limits.pads and min(lengths) < max(lengths):
         return False
     own = (len(rows[index]) - group.common for group in batch for index in group.rows[1:])
-    tokens = len(batch) * max(lengths) + sum(own)
+    padded = len(batch) * max(lengths)
+    padding = padded - sum(max(len(rows[index]) for index in group.rows) for group in batch)
     return (
         len(lengths) <= limits.size
-        and (limits.tokens is None or tokens <= limits.tokens)
+        and (limits.tokens is None or padded + sum(own) <= limits.tokens)
+        and (limits.padding is None or padding <= limits.padding)
         and (limits.alone is None or len(batch) == 1 or max(lengths) <= limits.alone)
     )
 

@@ -33,7 +33,8 @@ from jrt.evaluate.workers import Failure, Job, Pool, Throughput
 from jrt.system.provenance import code_sha256, versions
 
 CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
-ON_CPU = Limits(size=16, tokens=CPU_TOKENS)
+CPU_PADDING = 1024  # the most padding of a batch, in tokens: more costs as much time as one more batch
+ON_CPU = Limits(size=16, tokens=CPU_TOKENS, padding=CPU_PADDING)
 # For models with full attention on a CPU (`Limits.alone`): on longer prompts, attention over padding costs more time
 # than decoding them in one batch saves.
 CPU_ALONE = 1024
