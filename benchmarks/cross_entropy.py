@@ -3,9 +3,9 @@
     python benchmarks/cross_entropy.py [--output FILE]
 
 The sizes are those of training JRT-360M: a head of bf16 weights, all places of a batch, a label at each. The loss and
-both gradients are first compared with fp64 on a part of the places; an implementation whose error is more than twice that of all logits
-in bf16 gets a row with the reason. The times are of the launched calls, without a CUDA graph, because some of them wait
-for the device. "here" is what training calls.
+both gradients are first compared with fp64 on a part of the places; an implementation whose error is more than twice
+that of all logits in bf16 gets a row with the reason. The times are of the launched calls, without a CUDA graph,
+because some of them wait for the device. "here" is what training calls: Liger on larger parts.
 
 Shapes: N places, E width, V vocabulary rows.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from jrt.config import presets
-from jrt.ops import linear_cross_entropy
+from jrt.training.loss import summed_cross_entropy
 
 CONFIG = presets()["jrt-360m"]
 N, E, V = 16 * 2048, CONFIG.width, CONFIG.vocab_rows
@@ -74,7 +74,7 @@ def implementations() -> dict[str, Loss | str]:
     }
     for name, package, loss in (("Liger", "liger_kernel", liger), ("cut-cross-entropy", "cut_cross_entropy", cut)):
         found[name] = loss if importlib.util.find_spec(package) else f"{package} is not installed"
-    return found | {"here": linear_cross_entropy}
+    return found | {"here": summed_cross_entropy}
 
 
 def with_gradients(loss: Loss, hidden: Tensor, head: Tensor, labels: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Measures time and memory of linear attention in training, beside softmax attention and other libraries.
 
-    python benchmarks/op_training.py [--output FILE]
+    python benchmarks/op_training.py [--output FILE] [--backends cuda triton ...]
 
 The forward pass, and forward and backward together, are measured. Outputs and gradients of every method are first
 compared with fp64 on one head; a wrong method is not timed. The call is captured in a CUDA graph and replayed, so that
@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ FAILURES = (RuntimeError, ImportError, AssertionError, TypeError, ValueError, At
 LONGEST_QUADRATIC = 8192  # tokens up to which quadratic methods of other libraries are timed backwards
 ROTATED_BYTES = 2**28  # inputs of a method together, more than the second-level cache
 MOST_CONFIGURATIONS = 6  # that a tuned kernel of another library tries: to compile all of them takes minutes
+LIBRARIES = ("fla", "retention")
 GRADIENT_BOUND = 2e-2  # relative error of other libraries' results that counts as right; ours: twice eager's
 
 
@@ -292,6 +294,9 @@ def measure(method: Method, batch: int, tokens: int, backward: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="where the JSON goes; the default is benchmarks/results")
+    parser.add_argument(
+        "--backends", nargs="+", help="only the methods of these, for instance to compile their kernels"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("op_training.py measures a GPU: no CUDA device found")
@@ -299,17 +304,21 @@ def main() -> None:
     rows: list[dict] = []
     plan = [(*shape, backward) for backward in (False, True) for shape in SHAPES]
     plan += [(*shape, False) for shape in FORWARD_SHAPES]
-    # Those that tune themselves for minutes come last; the file is written after every row.
-    for slow in (False, True):
-        for (batch, tokens, backward), method in itertools.product(plan, methods()):
-            if slow != (method.kind == "other"):
+    found = methods()
+    if arguments.backends:
+        found = [method for method in found if method.backend in arguments.backends]
+    # Other libraries come last, since they compile and tune themselves for minutes; the file is written after every row.
+    for libraries in (False, True):
+        for (batch, tokens, backward), method in itertools.product(plan, found):
+            if libraries != (method.backend in LIBRARIES):
                 continue
             torch.cuda.empty_cache()
+            begin = time.perf_counter()
             row = measure(method, batch, tokens, backward)
             rows.append(row)
             record.write("op_training", rows, arguments.output, most_configurations=MOST_CONFIGURATIONS)
             name = f"{row['pass']:17} B{batch} N{tokens} {row['method']} ({row['backend']})"
-            print(f"{name:60} {figures(row)}", flush=True)
+            print(f"{name:60} {figures(row)}; measured in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def figures(row: dict) -> str:

@@ -28,7 +28,7 @@ from jrt.model import LanguageModel
 from jrt.ops.backends import choose
 from jrt.ops.call import Call
 from jrt.training.flops import flops_per_token, peak_flops
-from jrt.training.loss import ModelWithLoss, loss_of, room_for
+from jrt.training.loss import ModelWithLoss, has_liger, loss_of, room_for
 from jrt.training.objective import Objective, prefix_of
 
 
@@ -182,7 +182,7 @@ def timed(
 
 def backend_of(config: Config | None, row: Row, device: torch.device) -> str:
     """Returns the names of the backends that computed the mixer and the loss."""
-    loss = "fused loss" if device.type == "cuda" else "chunked loss"
+    loss = "liger" if has_liger() and device.type == "cuda" else "chunked loss"
     if config is None:
         return "sdpa, whole logits"
     if config.has("PL"):

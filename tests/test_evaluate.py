@@ -139,7 +139,9 @@ def test_batches_hold_each_index_once_and_start_with_the_longest():
     assert batches([], Limits(8)) == []
 
 
-@pytest.mark.parametrize("limits", [Limits(4), Limits(3, 40), Limits(5, alone=7), Limits(4, 30, alone=12), Limits(6, padding=9)], ids=str)
+@pytest.mark.parametrize(
+    "limits", [Limits(4), Limits(3, 40), Limits(5, alone=7), Limits(4, 30, alone=12), Limits(6, padding=9)], ids=str
+)
 def test_batches_keep_to_the_limits_and_are_full(limits):
     """A batch ends only where the next row would go over a limit."""
     draw = random.Random(0)

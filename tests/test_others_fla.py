@@ -75,6 +75,16 @@ def by_the_paper(w: dict[str, Tensor], ids: Tensor) -> Tensor:
     return rms_norm(hidden, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
+@pytest.fixture
+def untuned(monkeypatch):
+    """Kernels of the package take the first two of their configurations: all compute the same, and to try each of them
+    takes minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    every = Autotuner.prune_configs
+    monkeypatch.setattr(Autotuner, "prune_configs", lambda tuner, arguments: every(tuner, arguments)[:2])
+
+
 @pytest.mark.skipif(INSTALLED, reason="flash-linear-attention is installed")
 def test_without_the_package_one_line_names_it(tmp_path, shared):
     with pytest.raises(ValueError, match=r"'gla'.*pip install flash-linear-attention") as told:
@@ -85,6 +95,7 @@ def test_without_the_package_one_line_names_it(tmp_path, shared):
 @pytest.mark.gpu
 @pytest.mark.skipif(not INSTALLED, reason="needs flash-linear-attention")
 @pytest.mark.parametrize("length", [1, 40, 130])
+@pytest.mark.usefixtures("untuned")
 def test_it_computes_what_the_paper_says(tmp_path, shared, length):
     """The package multiplies fp32 in TF32, whose unit is 2^-11: hence the bound."""
     opened = open_model(ModelSpec(str(save_random_gla(tmp_path / "gla", shared / "gpt2")), device="cuda"))
@@ -98,6 +109,7 @@ def test_it_computes_what_the_paper_says(tmp_path, shared, length):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not INSTALLED, reason="needs flash-linear-attention")
+@pytest.mark.usefixtures("untuned")
 def test_it_is_evaluated(tmp_path, shared):
     """Rows of different lengths share a batch, or not, as the probe says; every answer is what greedy decoding of the
     same prompt alone gives."""

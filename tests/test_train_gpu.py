@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("hydra")
 
@@ -16,8 +17,8 @@ from train_runs import ROOT, curve
 
 from jrt.config import presets
 from jrt.model import LanguageModel
-from jrt.training.loss import ModelWithLoss, loss_of, room_for
-from jrt.training.objective import Objective
+from jrt.training.loss import ModelWithLoss, loss_of, room_for, summed_cross_entropy
+from jrt.training.objective import IGNORED, Objective
 
 LARGER = {"width": 128, "heads": 2, "linear_heads": 2, "feature_dim": 16, "rotary_dim": 32, "window": 20}
 
@@ -58,6 +59,34 @@ def test_compiled_training_has_no_graph_break_and_computes_what_eager_code_does(
     exact, eager, compiled = (loss_and_gradients(model, ids, how) for how in ("exact", "eager", "compiled"))
     for name, truth in exact.items():
         assert error(compiled[name], truth) <= 2 * error(eager[name], truth) + 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("places", "rows"), [(1, 7), (300, 130), (1000, 5000)])
+def test_the_loss_of_liger_is_at_most_twice_as_far_from_fp64_as_that_of_all_logits(dtype, places, rows):
+    pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, 64, device="cuda").to(dtype) for n in (places, rows)]
+    labels = torch.randint(0, rows, (places,), device="cuda")
+    labels[1::3] = IGNORED
+
+    def loss_and_gradients_of(function, dtype):
+        hidden, head = (x.to(dtype).requires_grad_() for x in inputs)
+        loss = function(hidden, head)
+        (3 * loss).backward()
+        return loss.detach(), hidden.grad, head.grad
+
+    def plain(hidden, head):
+        logits = F.linear(hidden, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    truth, eager = loss_and_gradients_of(plain, torch.float64), loss_and_gradients_of(plain, dtype)
+    found = loss_and_gradients_of(lambda hidden, head: summed_cross_entropy(hidden, head, labels), dtype)
+    for right, rough, value in zip(truth, eager, found, strict=True):
+        assert value.shape == right.shape and value.isfinite().all()
+        assert error(value, right) <= 2 * error(rough, right) + 1e-6
 
 
 @pytest.mark.gpu

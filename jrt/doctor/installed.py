@@ -24,6 +24,7 @@ PACKAGES = (
     ("hydra-core", "training", "pip install 'jrt[train]'"),
     ("wandb", "curves of a training", "pip install 'jrt[wandb]'"),
     ("triton", "kernels for training on a GPU", "pip install 'jrt[gpu]'"),
+    ("liger-kernel", "a faster loss in training on a GPU", "pip install 'jrt[gpu]'"),
     ("pybind11", "building the Hopper kernels", "pip install 'jrt[kernels]'"),
     ("flash-attn", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),
     ("flash-linear-attention", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from jrt.ops import backends, checks
 from jrt.ops.call import Call
-from jrt.ops.cross_entropy import has_linear_cross_entropy, linear_cross_entropy
 from jrt.ops.feature_map import State, feature_count, taylor_features
 from jrt.ops.gated import gated_convolution_linear, silu_convolution, swiglu_linear
 from jrt.ops.rotary import split_rotated
@@ -31,9 +30,7 @@ __all__ = [
     "encode_prefix",
     "feature_count",
     "gated_convolution_linear",
-    "has_linear_cross_entropy",
     "linear_attention",
-    "linear_cross_entropy",
     "selective_scan",
     "short_convolution",
     "silu_convolution",

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places (a place 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -17,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from jrt.cache import LayerState
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel
-from jrt.ops import has_linear_cross_entropy, linear_cross_entropy
 from jrt.training.objective import IGNORED, Objective, Targets, greedy_answers
 
 CHUNK = 2048  # places whose logits are in memory at a time
+LIGER_PARTS = 8  # parts of liger-kernel are larger than its default by this factor: fewer sums of the head's gradient
 ChunkSum = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 SPREAD = 8  # `room_for` leaves room for this many standard deviations more masked places than their mean
 
@@ -126,8 +127,8 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Sum of the (weighted) cross-entropies of the logits hidden @ head.T, fp32 scalar.
 
-    The logits of all places are never in memory at once. In training on a GPU this is `jrt.ops.linear_cross_entropy`;
-    otherwise those of CHUNK places are at a time, and the backward pass computes them again.
+    The logits of all places are never in memory at once. On a GPU, liger-kernel computes it if it is installed and no
+    weights are given. Otherwise the logits of CHUNK places are in memory, and the backward pass computes them again.
 
     Args:
         hidden: (N, E).
@@ -136,8 +137,19 @@ def summed_cross_entropy(
         weights: (N,) fp32; None: all weigh 1.
         chunk_sum: the function for one chunk, for instance a compiled one.
     """
-    if has_linear_cross_entropy(hidden):
-        return linear_cross_entropy(hidden, head, labels, weights, IGNORED)
+    if weights is None and hidden.is_cuda and len(hidden) and has_liger():
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+        return liger_fused_linear_cross_entropy(
+            hidden.to(dtype),
+            head.to(dtype),
+            labels,
+            ignore_index=IGNORED,
+            reduction="sum",
+            accum_dtype=torch.float32,
+            chunk_mem_const=LIGER_PARTS,
+        ).float()
     if len(hidden) <= CHUNK:
         return chunk_sum(hidden, head, labels, weights)
     parts = []
@@ -146,6 +158,11 @@ def summed_cross_entropy(
         part = None if weights is None else weights[own]
         parts.append(checkpoint(chunk_sum, hidden[own], head, labels[own], part, use_reentrant=False))
     return torch.stack(parts).sum()
+
+
+def has_liger() -> bool:
+    """Whether liger-kernel is installed (`pip install 'jrt[gpu]'`)."""
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def loss_of(sums: Tensor, totals: Tensor, objective: Objective) -> Tensor:
