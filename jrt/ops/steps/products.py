@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jrt.ops.steps.launch import Tiles, early, tiles
 from jrt.ops.steps.product_kernels import gated_kernel, partial_kernel, project_kernel, residual_kernel
-from jrt.ops.steps.stream import Norm, Stream, add_and_norm
+from jrt.ops.steps.stream import Left, Norm, Stream, add_and_norm
 
 
 class Taps(NamedTuple):
@@ -29,8 +29,8 @@ def project(stream: Stream, norm: Norm, weights: Sequence[Tensor], bias: Tensor 
     """out (B, N) = norm(x) times up to four weights (N_i, W), concatenated; N is the sum of the N_i.
 
     bias: (N,), with a single weight only. All products here take the residual stream x (B, W) from `stream`."""
-    x, left = _normed(stream, norm)
-    _launch_project(x, stream, left, weights, bias, out)
+    x, inner = _normed(stream, norm)
+    _launch_project(x, stream, inner, weights, bias, out)
 
 
 def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -56,8 +56,8 @@ def _launch_project(
     project_kernel[grid](
         x, x if norm is None else norm.weight, x if stream is None else stream.squares, *pointers,
         x if bias is None else bias, out, batch, inputs, *counts,
-        0 if stream is None else stream.parts, 0.0 if norm is None else norm.eps,
-        NORM=norm is not None, BIAS=bias is not None, PP=_lanes(stream), **_options(sizes, x.device),
+        0 if norm is None else norm.left.parts, 0.0 if norm is None else norm.eps,
+        NORM=norm is not None, BIAS=bias is not None, PP=_lanes(norm), **_options(sizes, x.device),
     )  # fmt: skip
 
 
@@ -85,39 +85,50 @@ def _launch_gated(
     sizes = tiles(batch, channels, weight.shape[1], weight.element_size(), halves=2)
     grid = (triton.cdiv(batch, sizes.BM), triton.cdiv(channels, sizes.BN))
     tap_bias = None if taps is None else taps.bias
-    x, left = _normed(stream, norm)
+    x, inner = _normed(stream, norm)
     gated_kernel[grid](
         x, norm.weight, stream.squares, weight, weight if bias is None else bias, out,
         out if gate is None else gate, out if taps is None else taps.state, weight if taps is None else taps.weight,
-        weight if tap_bias is None else tap_bias, batch, weight.shape[1], channels, stream.parts, norm.eps,
-        MODE=mode, T=1 if taps is None else taps.weight.shape[1], NORM=left is not None, BIAS=bias is not None,
-        TAP_BIAS=tap_bias is not None, PP=_lanes(stream), **_options(sizes, out.device),
+        weight if tap_bias is None else tap_bias, batch, weight.shape[1], channels, norm.left.parts, norm.eps,
+        MODE=mode, T=1 if taps is None else taps.weight.shape[1], NORM=inner is not None, BIAS=bias is not None,
+        TAP_BIAS=tap_bias is not None, PP=_lanes(inner), **_options(sizes, out.device),
     )  # fmt: skip
 
 
 def add_product(h: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream) -> None:
     """Adds h (B, K) times weight (W, K), plus bias, to the residual stream, rounded to the dtype of the weights.
 
-    With more than one row only the product is computed here; `add_and_norm` adds it later.
+    With more than one row only the product is computed here; `add_and_norm` adds it later. `added` says what this
+    leaves to the next norm.
     """
     batch, width = stream.x.shape
-    sizes = tiles(batch, width, weight.shape[1], weight.element_size(), may_split=True)
+    sizes = _residual_tiles(batch, weight)
     blocks = triton.cdiv(width, sizes.BN)
     if batch == 1:
-        stream.parts = blocks
         residual_kernel[(1, blocks)](
             h, weight, weight if bias is None else bias, stream.x, stream.squares, weight.shape[1], width,
             BIAS=bias is not None, **_options(sizes, h.device),
         )  # fmt: skip
         return
-    stream.splits, stream.bias = sizes.splits, bias
     partial_kernel[(triton.cdiv(batch, sizes.BM), blocks, sizes.splits)](
         h, weight, stream.partial, batch, weight.shape[1], width, S=sizes.splits, **_options(sizes, h.device)
     )
 
 
-def _lanes(stream: Stream | None) -> int:
-    return 1 if stream is None else triton.next_power_of_2(max(1, stream.parts))
+def added(weight: Tensor, bias: Tensor | None, rows: int) -> Left:
+    """What `add_product` with this weight (W, K) leaves to the next norm of a stream of `rows` rows."""
+    sizes = _residual_tiles(rows, weight)
+    if rows == 1:
+        return Left(triton.cdiv(weight.shape[0], sizes.BN))
+    return Left(0, sizes.splits, bias)
+
+
+def _residual_tiles(rows: int, weight: Tensor) -> Tiles:
+    return tiles(rows, *weight.shape, weight.element_size(), may_split=True)
+
+
+def _lanes(norm: Norm | None) -> int:
+    return 1 if norm is None else triton.next_power_of_2(norm.left.parts)
 
 
 def _options(sizes: Tiles, device: torch.device) -> dict[str, int | bool]:

@@ -23,17 +23,14 @@ from jrt.ops.steps.launch import MOST_SPLITS, after_previous, early, release_nex
 BLOCK = 256  # columns that one program of `embed` writes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stream:
-    """The residual stream, with additions that are still to be made."""
+    """The buffers of the residual stream."""
 
     x: Tensor  # (B, W) fp32
-    squares: Tensor  # (B, W) fp32; in each row, the first `parts` are partial sums of x^2
-    partial: Tensor  # (MOST_SPLITS, B, W) fp32, with one row (1, B, W); the first `splits` have yet to be added to x
+    squares: Tensor  # (B, W) fp32, partial sums of x^2 in the first columns of each row
+    partial: Tensor  # (MOST_SPLITS, B, W) fp32, with one row (1, B, W), partial sums of the last product
     normed: Tensor  # (B, W) in the dtype of the weights, the result of `add_and_norm`
-    parts: int = 0
-    splits: int = 0
-    bias: Tensor | None = None  # (W,) to be added with the partial sums
 
     @classmethod
     def empty(cls, rows: int, width: int, like: Tensor) -> Stream:
@@ -43,18 +40,31 @@ class Stream:
         return cls(x, torch.zeros_like(x), x.new_zeros(splits, rows, width), like.new_zeros(rows, width))
 
 
+class Left(NamedTuple):
+    """What the launch before a norm left to it in the stream's buffers."""
+
+    parts: int  # with one row, the number of partial sums of x^2
+    splits: int = 0  # with more rows, the number of partial sums that have yet to be added to x
+    bias: Tensor | None = None  # (W,) to be added with them
+
+
 class Norm(NamedTuple):
     """An RMSNorm of the residual stream."""
 
     weight: Tensor  # (W,)
     eps: float
+    left: Left
+
+
+def embedded(width: int) -> Left:
+    """What `embed` leaves to the next norm."""
+    return Left(triton.cdiv(width, BLOCK))
 
 
 def embed(ids: Tensor, table: Tensor, stream: Stream) -> None:
     """Starts the residual stream with the rows `ids` (B,) of `table` (V, W)."""
     batch, width = stream.x.shape
-    stream.parts, stream.splits = triton.cdiv(width, BLOCK), 0
-    _embed_kernel[(stream.parts, batch)](
+    _embed_kernel[(embedded(width).parts, batch)](
         ids, table, stream.x, stream.squares, width, stream.squares.shape[1], BN=BLOCK, num_warps=4,
         **early(ids.device),
     )  # fmt: skip
@@ -65,12 +75,12 @@ def add_and_norm(stream: Stream, norm: Norm) -> Tensor:
     overwrites it."""
     batch, width = stream.x.shape
     BW = triton.next_power_of_2(width)
+    left = norm.left
     _norm_kernel[(batch,)](
-        stream.x, stream.partial, stream.x if stream.bias is None else stream.bias, norm.weight, stream.normed,
-        batch, width, norm.eps, S=stream.splits, BIAS=stream.splits > 0 and stream.bias is not None, BW=BW,
+        stream.x, stream.partial, stream.x if left.bias is None else left.bias, norm.weight, stream.normed,
+        batch, width, norm.eps, S=left.splits, BIAS=left.splits > 0 and left.bias is not None, BW=BW,
         num_warps=min(16, max(4, BW // 256)), **early(stream.x.device),
     )  # fmt: skip
-    stream.splits = 0
     return stream.normed
 
 
