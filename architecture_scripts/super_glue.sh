@@ -18,3 +18,4 @@ for model in ${models//,/ }; do
 done
 await_all
 step jrt report "$output/super_glue" --layout table8
+exit $status

@@ -19,3 +19,4 @@ done
 await_all
 step jrt report "$output/super_glue" --layout table8
 step jrt report "$output/super_glue" --layout table9
+exit $status

@@ -109,6 +109,11 @@ def test_a_window_by_number(name, limit, mirror):
             (name, "such as w1536-a64")
             for name in ("w0-a0", "w01536-a64", "w1536", "w1536-a064", "W1536-a64", "w1e3-a5")
         ),
+        *(
+            (name, "a window by number is w, its tokens")
+            for name in ("w0-a64", "W512-A32", "w512a32", " w512-a32", "w-512-a32", "w99999999999-a1")
+        ),
+        (1536, "named by text"),
     ],
 )
 def test_windows_that_contradict_are_refused(name, said):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import lm_eval
 import pytest
 import yaml
@@ -161,3 +162,44 @@ def test_the_command_runs_repeated_tasks_end_to_end(made, tmp_path):
 def test_a_second_list_of_tasks_is_refused(more):
     with pytest.raises(ValueError, match="write --tasks in full"):
         run(["--repeat", "2", "--tasks", "a", *more])
+
+
+def test_minus_signs_of_jinja_do_not_join_the_copies():
+    for template, what, shown in (
+        ("{{- context -}} Key?", "context", "blue\nblueKey?"),
+        ("{%- if context %}{{ question }}{% endif -%}", "whole prompt", "Key?\nKey?"),
+    ):
+        text, repeated = repeated_template(template, 2)
+        assert repeated == what
+        assert jinja2.Template(text).render(context="blue", question="Key?") == shown
+
+
+def written(folder: Path, name: str, text: str) -> None:
+    settings = {"task": name, "dataset_path": "json", "output_type": "generate_until", "doc_to_text": text}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_a_name_that_is_taken_and_a_prompt_without_a_column_are_refused(tmp_path):
+    for name, text in (("a", "{{context}}"), ("a_2x", "{{context}}"), ("fixed", "Say something."), ("empty", "")):
+        written(tmp_path, name, text)
+    index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
+    for name, told in (
+        ("a", "task a_2x already"),
+        ("fixed", "same prompt for every"),
+        ("empty", "same prompt for every"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            write_repeated(index, [name], 2, tmp_path, None)
+    assert not list(tmp_path.glob("*_2x_2x.yaml"))
+
+
+def test_groups_inside_a_group_are_repeated_and_settings_inside_it_refused(tmp_path):
+    for name in ("a", "b"):
+        written(tmp_path, name, "{{context}}")
+    inner = {"group": "inner", "task": ["b"]}
+    (tmp_path / "outer.yaml").write_text(yaml.safe_dump({"group": "outer", "task": ["a", inner]}))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"group": "own", "task": [{"task": "a", "num_fewshot": 3}]}))
+    index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
+    assert write_repeated(index, ["outer"], 2, tmp_path, None) == ["a_2x", "b_2x"]
+    with pytest.raises(ValueError, match="runs a with settings of its own"):
+        write_repeated(index, ["own"], 2, tmp_path, None)

@@ -66,9 +66,23 @@ def test_table_4_end_to_end(model, shared, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_arguments_are_one_line(script, tmp_path):
-    for words in ([], [str(tmp_path / "out"), "--nope"], [str(tmp_path / "out"), "--limit"]):
+    wrong = [["--nope"], ["--limit"], ["--models", "--dry-run"]]
+    wrong += [[name, value] for name in ("--limit", "--workers") for value in ("0", "-1", "1.5", "x")]
+    for words in ([], *([str(tmp_path / "out"), *words] for words in wrong)):
         done = typed("bash", str(ROOT / script), *words)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_exist_leaves_the_others_their_table(shared, tmp_path):
+    mirror = fixtures.write(tmp_path / "mirror", count=1)
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    script = str(ROOT / "prompt_scripts" / "run_jrt_prompt_hazy.sh")
+    options = ["--models", f"mini-based,{tmp_path / 'none'}", "--limit", "1", "--device", "cpu"]
+    done = typed("bash", script, str(tmp_path / "runs"), *options, JRT_DATA=str(mirror))
+    assert done.returncode == 1, done.stderr
+    table = done.stdout[done.stdout.index("Table 1:") :].split("recall_")[0]
+    assert "mini-based" in table and "none" not in table
 
 
 def test_table_2_end_to_end(model, shared, tmp_path):

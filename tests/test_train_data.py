@@ -317,6 +317,19 @@ def test_text_that_cannot_be_read_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=told):
             prepare(str(path), out / name)
+    whole = gzip.compress(b'{"text": "a"}\n{"text": "b"}\n')
+    for name, content in (
+        ("cut.jsonl.gz", whole[:-6]),
+        ("plain.jsonl.gz", b"no gzip"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}\n'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is damaged, or not in UTF-8"):
+            prepare(str(tmp_path / name), out / name)
+    for name, value in (("workers", 0), ("max_documents", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}: expected at least 1"):
+            prepare(str(tmp_path / "one.txt"), out / name, **{name: value})
+        assert not (out / name).exists()
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
     with pytest.raises(ValueError, match=r"null.parquet, row 2: 'text' is a NoneType; expected text"):
@@ -333,6 +346,47 @@ def test_text_that_cannot_be_read_is_named(tmp_path):
     token_file(other, np.arange(100))
     with pytest.raises(ValueError, match="did not make"):
         prepare(str(tmp_path / "rows.jsonl"), other)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    path, table = tmp_path / "a.parquet", pyarrow.table({"text": [f"row {i}" for i in range(5000)]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[3000:5000] = b"\xff" * 2000
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged after row \d+"):
+        prepare(str(path), tmp_path / "out")
+
+
+def test_files_that_are_no_text_are_left_out_with_a_warning(tmp_path, caplog):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"page {number}\r\nline\r")
+    expected = prepare(str(folder), tmp_path / "one")["splits"]
+    (folder / "3.txt").write_bytes(bytes(range(256)))
+    (folder / "4.txt").write_text("half of the text", encoding="utf-16")
+    assert prepare(str(folder), tmp_path / "two")["splits"] == expected
+    assert [name for name in ("3.txt", "4.txt") if f"{name} is left out" in caplog.text] == ["3.txt", "4.txt"]
+    assert load_tokenizer("mini").decode(np.fromfile(tmp_path / "two" / "train.bin", np.uint16)).count("\r") == 0
+
+
+def test_ids_outside_the_tokenizer_are_refused(tmp_path):
+    for number, wrong in enumerate((-3, 5000)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        np.array([5, wrong, 7], np.int32).tofile(folder / "train.bin")
+        write_index(folder / "train.idx", np.array([1, 2]), np.dtype(np.int32))
+        with pytest.raises(ValueError, match=f"id {wrong}, outside"):
+            prepare(str(folder / "train.bin"), folder / "out")
+
+
+def test_an_index_without_documents_is_refused_beside_tokens(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    write_index(tmp_path / "train.idx", np.zeros(0, np.int64), np.dtype(np.uint16))
+    with pytest.raises(ValueError, match="cut or foreign"):
+        TokenFile(tmp_path / "train.bin", 16)
 
 
 def test_half_characters_and_empty_texts(tmp_path):

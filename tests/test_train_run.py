@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,18 @@ def test_a_model_by_its_fields():
         (["data.validation_windows=0"], "at least 1"),
         (["trainer.global_batch=100000", "trainer.rows=100000"], "a batch needs 100000"),
         (["trainer.ema=1.5"], "between 0 and 1"),
+        (["trainer.rows=-2"], r"trainer\.rows is -2: expected a whole number of at least 1"),
+        (["trainer.global_batch=0"], r"trainer\.global_batch is 0"),
+        (["trainer.log_every=x"], r"trainer\.log_every is x"),
+        (["trainer.probe_every=-1"], r"trainer\.probe_every is -1"),
+        (["data.length=-4"], r"data\.length is -4"),
+        (["data.validation_rows=0"], r"data\.validation_rows is 0"),
+        (["task.schedule.peak=-1"], r"schedule\.peak is -1"),
+        (["task.schedule.warmup=-1"], r"schedule\.warmup is -1"),
+        (["task.objective.masked_weight=-1"], "masked_weight is -1"),
+        (["task.objective.prefix_length=-3"], "prefix_length is -3"),
+        (["seed=1.5"], "seed is 1.5"),
+        (["accept=code"], r"a list such as \[code\]"),
         (["logger=wandb"], "wandb"),
         (["logger=tensorboard"], "tensorboard"),
     ],
@@ -176,6 +189,54 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path):
         rng.integers(0, 60_000, 4000).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
     with pytest.raises(ValueError, match=r"step 0: token id \d+ is outside"):
         trained(tmp_path, tmp_path / "out")
+    (tmp_path / "manifest.json").write_text('{"dtype": "int32"}')
+    for split in ("train", "validation"):
+        rng.integers(-5, 0, 4000).astype(np.int32).tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(ValueError, match=r"step 0: token id -\d is outside"):
+        trained(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "told"),
+    [
+        ("[]", "no object"),
+        ('{"dtype": "float32"}', "dtype is 'float32', expected one of"),
+        ('{"dtype": ["uint16"]}', "dtype is"),
+        ('{"tokenizer": null}', "'tokenizer'"),
+        ('{"splits": [1]}', "'splits'"),
+        ('{"splits": {"train": 1}}', r"'splits\.train'"),
+    ],
+)
+def test_a_foreign_manifest_is_named(tmp_path, manifest, told):
+    (tmp_path / "manifest.json").write_text(manifest)
+    for split in ("train", "validation"):
+        np.zeros(4000, np.uint16).tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(ValueError, match=told) as error:
+        trained(tmp_path, tmp_path / "out")
+    assert "prepare the text again" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_a_damaged_tokenizer_is_named(text, tmp_path, content):
+    folder = tmp_path / "text"
+    shutil.copytree(text, folder)
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    if content is not None:
+        (folder / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="tokenizer holds no tokenizer that can be read"):
+        trained(folder, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, str(ROOT / "train" / "run.py"), "experiment=debug", "trainer.max_steps=1"]
+    command += [f"data.folder={tmp_path / 'text'}", f"output={tmp_path / 'file' / 'run'}"]
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={tmp_path / 'hydra'}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert "Not a directory" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("pattern", ["jrt", "prefix-lm"])

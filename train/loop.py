@@ -61,11 +61,13 @@ class Trainer:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
-        for name in ("max_steps", "devices", "nodes", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is {getattr(self, name)}: expected at least 1")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"trainer.checkpoint_every is {self.checkpoint_every}: expected at least 0 (none)")
+        for name in ("max_steps", "devices", "nodes", "log_every", "validate_every", "keep_last"):
+            _check_whole(name, getattr(self, name), 1)
+        for name in ("checkpoint_every", "keep_best", "keep_every", "probe_every"):
+            _check_whole(name, getattr(self, name), 0)
+        for name in ("global_batch", "rows"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
 
     def passes(self, total: int) -> int:
         """Returns the number of passes that each device needs for its share of `total` rows.
@@ -81,6 +83,11 @@ class Trainer:
                 f"choose trainer.global_batch, trainer.devices and trainer.rows so that it can"
             )
         return total // (world * rows)
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"trainer.{name} is {value}: expected a whole number of at least {least}")
 
 
 @dataclass
@@ -316,12 +323,12 @@ class Loop:
         return values | ({"validation/right": right / asked} if asked else {})
 
     def _check_ids(self, ids: Tensor, where: str) -> None:
-        highest = int(ids.max())
-        if highest >= self.config.vocab_rows:
-            raise ValueError(
-                f"{where}: token id {highest} is outside the model's vocabulary of {self.config.vocab_rows} rows: were the "
-                "tokens made with another tokenizer, or are they of another type than the file's?"
-            )
+        for id in map(int, ids.aminmax()):
+            if not 0 <= id < self.config.vocab_rows:
+                raise ValueError(
+                    f"{where}: token id {id} is outside the model's vocabulary of {self.config.vocab_rows} rows: were the "
+                    "tokens made with another tokenizer, or are they of another type than the file's?"
+                )
 
     def _look(self) -> None:
         """Raises ValueError at the first loss that is not a finite number, and saves the batch that gave it."""

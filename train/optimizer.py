@@ -34,6 +34,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.decayed not in DECAYED:
             raise ValueError(f"schedule.decayed is {self.decayed!r}: expected one of {', '.join(DECAYED)}")
+        for name in ("steps", "peak", "floor", "start", "warmup", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"schedule.{name} is {getattr(self, name)}: expected a number of at least 0")
 
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0."""

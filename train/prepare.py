@@ -71,6 +71,9 @@ def prepare(
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation is {validation}: expected a share of the documents between 0 and 1")
+    for name, value in (("workers", workers), ("max_documents", max_documents)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: expected at least 1")
     documents = find_documents(source, column, split, suffixes)
     vocabulary = load_tokenizer(tokenizer)
     if vocabulary.eos_token_id is None:
@@ -135,8 +138,6 @@ def _write_all(
 
 
 def _pool(tokenizer: str, workers: int) -> Executor:
-    if workers < 1:
-        raise ValueError(f"workers is {workers}: expected at least 1")
     kind = ThreadPoolExecutor if workers == 1 else ProcessPoolExecutor
     return kind(workers, initializer=_start_worker, initargs=(tokenizer,))
 
@@ -169,11 +170,12 @@ def _encode(texts: list[str]) -> list[np.ndarray]:
 def _as_ids(documents: list[np.ndarray]) -> list[np.ndarray]:
     assert _tokenizer is not None
     for ids in documents:
-        if len(ids) and ids.max() >= len(_tokenizer):
-            raise ValueError(
-                f"the token file has id {ids.max()}, beyond the {len(_tokenizer)} entries of the tokenizer: "
-                "name the one that made it (--tokenizer)"
-            )
+        for id in (ids.min(), ids.max()) if len(ids) else ():
+            if not 0 <= id < len(_tokenizer):
+                raise ValueError(
+                    f"the token file has id {id}, outside the {len(_tokenizer)} entries of the tokenizer: "
+                    "name the one that made it (--tokenizer)"
+                )
     return documents
 
 

@@ -194,9 +194,14 @@ def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkp
     Raises:
         ValueError: there is one but resume is false, or `accept` has a name that is not in IDENTITY.
     """
-    unknown = sorted(set(config.accept) - set(IDENTITY))
-    if unknown:
-        raise ValueError(f"accept={','.join(unknown)}: expected names out of {', '.join(IDENTITY)}")
+    given = [config.accept] if isinstance(config.accept, str) else list(config.accept)
+    unknown = sorted({str(name) for name in given} - set(IDENTITY))
+    if unknown or isinstance(config.accept, str):
+        raise ValueError(
+            f"accept={','.join(unknown or given)}: expected a list such as [code], of {', '.join(IDENTITY)}"
+        )
+    if not isinstance(config.seed, int):
+        raise ValueError(f"seed is {config.seed}: expected a whole number")
     found = Checkpoints(output / "checkpoints", place).latest()
     if found is not None and not config.resume:
         raise ValueError(
@@ -292,7 +297,7 @@ def main(config: DictConfig) -> None:
         config.output = HydraConfig.get().runtime.output_dir
     try:
         _run(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         log.error("%s", error)
         sys.exit(2)
 

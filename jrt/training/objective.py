@@ -12,6 +12,7 @@ Shapes: B rows, T tokens of a row, V vocabulary rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,8 @@ class Objective:
         for name in ("masked_share", "masked_rows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a share between 0 and 1")
+        if not 0 <= self.masked_weight < math.inf:
+            raise ValueError(f"masked_weight is {self.masked_weight}: expected a number of at least 0")
 
     def __call__(
         self,
@@ -131,6 +134,8 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
     """
     if kind not in KINDS:
         raise ValueError(f"objective {kind!r}: expected one of {', '.join(KINDS)}")
+    if prefix_length is not None and prefix_length < 0:
+        raise ValueError(f"prefix_length is {prefix_length}: expected at least 0")
     encodes = config.has("P")
     if kind == "causal":
         if encodes:

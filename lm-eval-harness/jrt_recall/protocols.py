@@ -33,6 +33,7 @@ LM_EVAL: dict[str, Callable[[str], str]] = {"lm-eval-v0": str, "lm-eval-v1": str
 The numbers are the versions in lm-eval's tables. Version 1 strips both columns (lm-eval pull request 3795, in 0.4.13).
 Version 0 takes them as they are in the dataset."""
 _BY_NUMBER = re.compile(r"w([1-9]\d{0,8})-a(0|[1-9]\d{0,8})")
+_NEARLY_BY_NUMBER = re.compile(r"\s*w-?\d.*", re.IGNORECASE)
 PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_drop": "squad", "qa_fda": "fda"}
 """Tasks on passages from a local folder, and the published task whose prompts each takes."""
 PASSAGES_VERSION = 2
@@ -248,7 +249,14 @@ def _by_name(name: str) -> Protocol:
     for the answer. A longer window would not fit that limit, so its prompts are cut to the model's own limit."""
     if name in PROTOCOLS:
         return PROTOCOLS[name]
+    if not isinstance(name, str):
+        raise ValueError(f"a protocol is named by text such as 'w1536-a64', got {name!r}")
     numbers = _BY_NUMBER.fullmatch(name)
+    if numbers is None and _NEARLY_BY_NUMBER.fullmatch(name):
+        raise ValueError(
+            f"unknown protocol {name!r}: a window by number is w, its tokens (1 to 999999999), -a, and its answer room, "
+            "such as w1536-a64"
+        )
     if numbers is None:
         names = ", ".join((*PROTOCOLS, *FAMILIES))
         raise ValueError(f"unknown protocol {name!r}: choose one of {names}, or a window by number such as w1536-a64")

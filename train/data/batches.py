@@ -30,6 +30,8 @@ prefix_length (R,): tokens of each row that are its prefix. weights (R, T): of t
 2, ... at the tokens of a row's first, second, ... answer, 0 elsewhere. resume: JSON as uint8, the place in a stream
 after this batch."""
 ORDERS = ("shuffle", "neox", "straight")
+ID_TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64")
+"""Types that the ids of a token file without an index can have."""
 
 
 class Data(Protocol):
@@ -116,8 +118,11 @@ class TextData:
         self.manifests = [_manifest(path) for path in self.folders]
         if len({str(manifest.get("tokenizer", {}).get("sha256")) for manifest in self.manifests}) > 1:
             raise ValueError("the folders of data.mixture were made with different tokenizers")
-        if validation_windows < 1:
-            raise ValueError(f"data.validation_windows is {validation_windows}: expected at least 1")
+        least = {"length": (length, 1), "workers": (workers, 0)}
+        least |= {"validation_windows": (validation_windows, 1), "validation_rows": (validation_rows, 1)}
+        for name, (value, lowest) in least.items():
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"data.{name} is {value}: expected a whole number of at least {lowest}")
         self.windows = 0
         streams = [self._stream(path, manifest) for path, manifest in zip(self.folders, self.manifests, strict=True)]
         self.stream = streams[0] if len(streams) == 1 else Mixture(streams, self.weights, seed)
@@ -168,7 +173,14 @@ class TextData:
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         folder = self.folders[0] / "tokenizer"
-        return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} holds no tokenizer that can be read ({str(error).splitlines()[0]}): prepare the text again"
+            ) from error
 
     def identity(self) -> dict:
         files = sorted(path for folder in self.folders for path in folder.glob("*.bin"))
@@ -339,10 +351,23 @@ def loader(data: Data, start: int, stop: int, rank: int, world: int, global_batc
 
 
 def _manifest(folder: Path) -> dict:
+    """Returns the content of manifest.json, {} if there is none. Raises ValueError if prepare.py cannot have written it."""
     path = folder / "manifest.json"
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): prepare the text again") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} holds no object: prepare the text again")
+    splits = manifest.get("splits", {})
+    parts = {"tokenizer": manifest.get("tokenizer", {}), "splits": splits}
+    if isinstance(splits, dict):
+        parts |= {f"splits.{name}": value for name, value in splits.items()}
+    for name, value in parts.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: expected an object at {name!r}: prepare the text again")
+    if (dtype := manifest.get("dtype", "uint16")) not in ID_TYPES:
+        raise ValueError(f"{path}: dtype is {dtype!r}, expected one of {', '.join(ID_TYPES)}: prepare the text again")
+    return manifest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 
 from train.data.indexed import read_index
 
+log = logging.getLogger(__name__)
 TEXT = (".txt", ".text", ".md", ".rst")
 HUB = "hub:"
 
@@ -84,12 +87,19 @@ def _texts(path: Path, column: str) -> Iterator[str]:
         yield from _parquet(path, column)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for row, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _field(line, column, path, row)
+        try:
+            with opener(path, "rt", encoding="utf-8-sig") as file:
+                for row, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield _field(line, column, path, row)
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged, or not in UTF-8: {error}") from error
     else:
-        yield path.read_text(encoding="utf-8-sig", errors="replace")
+        content = path.read_bytes()
+        if b"\0" in content:  # no text in UTF-8 has this byte; files in other formats do
+            log.warning("%s is left out: it has a zero byte, so it is not text in UTF-8", path)
+            content = b""
+        yield content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _field(line: str, column: str, path: Path, row: int) -> str:
@@ -118,9 +128,18 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise ValueError(f"{path} is no Parquet file, or is cut short: {str(error).splitlines()[0]}") from error
     if column not in file.schema_arrow.names:
         raise ValueError(f"{path} has columns {file.schema_arrow.names}; expected {column!r} (--column names another)")
-    values = (value for batch in file.iter_batches(batch_size=1000, columns=[column]) for value in batch.column(0))
-    for row, value in enumerate(values, 1):
-        yield _text(value.as_py(), column, str(path), row)
+    batches = file.iter_batches(batch_size=1000, columns=[column])
+    row = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged after row {row}: {str(error).splitlines()[0]}") from error
+        if batch is None:
+            return
+        for value in batch.column(0):
+            row += 1
+            yield _text(value.as_py(), column, str(path), row)
 
 
 def _indexed(path: Path) -> Documents:

@@ -60,8 +60,8 @@ class TokenFile:
         self.index: Index | None = read_index(index_path) if index_path.is_file() else None
         kind = np.dtype(dtype) if self.index is None else self.index.dtype
         size = self.path.stat().st_size
-        if self.index is not None and self.index.documents:
-            expected = int(self.index.ends[-1]) * kind.itemsize
+        if self.index is not None:
+            expected = int(self.index.ends[-1]) * kind.itemsize if self.index.documents else 0
             if size != expected:
                 raise ValueError(
                     f"{self.path} has {size} bytes, but its index tells of {expected}: the file is cut or foreign"

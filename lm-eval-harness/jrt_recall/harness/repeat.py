@@ -39,7 +39,7 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
     """
 
     def places(name: str) -> list[str]:
-        return re.findall(r"\{\{\s*" + re.escape(name) + r"\b[^{}]*\}\}", template)
+        return re.findall(r"\{\{-?\s*" + re.escape(name) + r"\b[^{}]*\}\}", template)
 
     if column is not None and not places(column):
         raise ValueError(f"the template {template[:80]!r} does not show the column {column!r}: name another --context")
@@ -51,8 +51,14 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
     for name in candidates:
         found = places(name)
         if len(found) == 1:  # a column that is shown more than once is not taken for the context
-            return template.replace(found[0], "\n".join([found[0]] * copies)), "context"
-    return "\n".join([template] * copies), "whole prompt"
+            return template.replace(found[0], _on_lines(found[0], copies)), "context"
+    return _on_lines(template, copies), "whole prompt"
+
+
+def _on_lines(template: str, copies: int) -> str:
+    """Joins the copies by line feeds, which a minus sign of Jinja at either end of a copy (`{{-`, `-%}`) cannot strip."""
+    strips = template[:3] in ("{{-", "{%-", "{#-") or template[-3:] in ("-}}", "-%}", "-#}")
+    return ("{{ '\n' }}" if strips else "\n").join([template] * copies)
 
 
 def repeating(task_file: str, copies: int, column: str | None = None) -> Callable[[dict], str]:
@@ -112,6 +118,8 @@ def write_repeated(
         if not isinstance(template, str):
             raise ValueError(f"{name} is a Python class, which has no doc_to_text: --repeat cannot see its prompt")
         new_name = f"{name}_{copies}x"
+        if new_name in index:
+            raise ValueError(f"there is a task {new_name} already: rename it, because {name} repeated has this name")
         task_file = str(original.yaml_path.resolve())
         new: dict[str, Any] = {"include": task_file, "task": new_name, "tag": []}
         if Path(template).is_absolute():  # a prompt function: the index stores its file and name
@@ -123,6 +131,8 @@ def write_repeated(
             prompt = f"doc_to_text: !function {module}.doc_to_text\n"
         else:
             if "{{" not in template and "{%" not in template:
+                if not template.isidentifier():
+                    raise ValueError(f"{name} has the same prompt for every document ({template!r}): nothing to repeat")
                 template = "{{" + template + "}}"  # the name of a column
             text, what = repeated_template(template, copies, column)
             prompt = yaml.safe_dump({"doc_to_text": text}, allow_unicode=True)
@@ -140,9 +150,19 @@ def _members(index: Mapping[str, Any], name: str) -> list[str]:
         case "TAG":
             return [one.name for one in index.values() if name in one.tags and one.kind.name.endswith("TASK")]
         case "GROUP":
-            listed = [member for member in (entry.cfg or {}).get("task", []) if isinstance(member, str)]
-            return [leaf for member in listed for leaf in _members(index, member)]
+            return _listed(index, name, (entry.cfg or {}).get("task", []))
     return [name]
+
+
+def _listed(index: Mapping[str, Any], group: str, members: Sequence[str | dict]) -> list[str]:
+    """The tasks of a group's list, in which a group can be written out as a dict with a list of its own."""
+    found: list[str] = []
+    for member in members:
+        inner = member if isinstance(member, str) else member.get("task")
+        if isinstance(member, dict) and isinstance(inner, str):
+            raise ValueError(f"group {group} runs {inner} with settings of its own: name its tasks one by one")
+        found += _members(index, inner) if isinstance(inner, str) else _listed(index, group, inner or [])
+    return found
 
 
 def run(given: list[str]) -> None:
