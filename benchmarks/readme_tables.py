@@ -106,21 +106,26 @@ OP_ROWS = (  # method, backend
 )
 
 
-OP_SHAPES = (("forward+backward", 8, 2048), ("forward+backward", 1, 32768), ("forward", 16, 32768))  # pass, B, N
+OP_SHAPES = (  # pass, B, N
+    ("forward", 8, 2048),
+    ("forward+backward", 8, 2048),
+    ("forward+backward", 1, 32768),
+    ("forward", 16, 32768),
+)
 
 
-def op_training(name: str = "op_training", shapes: tuple[tuple[str, int, int], ...] = OP_SHAPES) -> str:
-    report = load(name)
+def op_training() -> str:
+    report = load("op_training")
     found = {
         (row["method"], row["backend"], row["pass"], row["shape"]["B"], row["shape"]["N"]): row
         for row in report["rows"]
     }
     rows = []
     for method, backend in OP_ROWS:
-        if not any((method, backend, *shape) in found for shape in shapes):
+        if not any((method, backend, *shape) in found for shape in OP_SHAPES):
             continue
         cells = []
-        for shape in shapes:
+        for shape in OP_SHAPES:
             row = found.get((method, backend, *shape))
             if row is None or row["ms"] is None:
                 cells.append("-")
@@ -129,7 +134,7 @@ def op_training(name: str = "op_training", shapes: tuple[tuple[str, int, int], .
             cells.append(f"{row['ms']:.3g} ({extra:.2f} x)")
         rows.append([f"{method}, {backend}", *cells])
     header = ["ms (memory beyond inputs, output and gradients, times the inputs)"]
-    header += [f"{what.replace('+', ' + ')} B{batch} N{length:,}" for what, batch, length in shapes]
+    header += [f"{what.replace('+', ' + ')} B{batch} N{length:,}" for what, batch, length in OP_SHAPES]
     return rows_as_markdown(header, rows) + origin(report)
 
 
@@ -337,7 +342,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "prefill, in short": prefill_in_short,
     "op training": op_training,
-    "op training, Hopper backward": lambda: op_training("op_training_hopper", (("forward", 8, 2048), *OP_SHAPES[:2])),
     "layers": layers,
     "training": training,
     "training, large": lambda: training("train_throughput_1.3b"),
