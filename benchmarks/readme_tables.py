@@ -1,9 +1,9 @@
-"""Writes the tables of README.md and docs/figures.md from benchmarks/results/*.json.
+"""Writes the tables of README.md and of some pages of docs/ from benchmarks/results/*.json.
 
 In a document, `<!-- table: NAME -->` and `<!-- /table -->` mark the place of a table. The text between them is
 replaced.
 
-python benchmarks/readme_tables.py          # rewrites both documents
+python benchmarks/readme_tables.py          # rewrites the documents
 python benchmarks/readme_tables.py --check  # exit status 1 where it would change anything
 """
 
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import record
+import table_times
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("figures.md", "batching.md")))
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("figures.md", "batching.md", "tables.md")))
 MARKED = re.compile(r"(<!-- table: ([\w ,]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -337,6 +338,10 @@ def set_disjointness() -> str:
     return rows_as_markdown(["", *sizes], rows) + note + origin(report)
 
 
+def times_of_tables() -> str:
+    return rows_as_markdown(["table", "minutes of one H100, estimated"], table_times.estimates())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minis": minis,
     "prefill": prefill,
@@ -352,6 +357,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu decoding, before and now": cpu_decode_before,
     "evaluation": evaluation,
     "busy machine": busy_machine,
+    "times of tables": times_of_tables,
     "evaluation, in short": evaluation_in_short,
     "set disjointness": set_disjointness,
 }
