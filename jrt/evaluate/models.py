@@ -238,9 +238,8 @@ def open_model(spec: ModelSpec) -> OpenModel:
     if "gguf_file" not in options:
         register_architecture(folder)
     with as_value_error(f"the model {spec.name!r} cannot be loaded"):
-        if "gguf_file" not in options:
-            if (saved := saved_settings(folder)) is not None:
-                options["generation_config"] = plain_settings(saved)
+        if "gguf_file" not in options and (saved := saved_settings(folder)) is not None:
+            options["generation_config"] = plain_settings(saved)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
