@@ -415,6 +415,12 @@ def test_text_data_reads_each_window_once_an_epoch_whatever_the_split(tmp_path):
     assert held_out == [[0, 32], [64, 96], [128]]
 
 
+@pytest.mark.parametrize("part", [{"folder": "a"}, {"folder": "a", "weight": "x"}, {"path": "a", "weight": 1}])
+def test_parts_of_a_mixture_have_a_folder_and_a_weight(part):
+    with pytest.raises(ValueError, match=r"data\.mixture has .* expected \{folder: A, weight: 0\.7\}"):
+        TextData(16, 0, mixture=[part])
+
+
 def test_text_data_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"no train\.bin"):
         TextData(16, seed=0, folder=str(tmp_path))

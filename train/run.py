@@ -198,7 +198,7 @@ def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkp
     unknown = sorted({str(name) for name in given} - set(IDENTITY))
     if unknown or isinstance(config.accept, str):
         raise ValueError(
-            f"accept={','.join(unknown or given)}: expected a list such as [code], of {', '.join(IDENTITY)}"
+            f"accept={','.join(unknown or given)}: expected a list such as [code] of names out of {', '.join(IDENTITY)}"
         )
     if not isinstance(config.seed, int):
         raise ValueError(f"seed is {config.seed}: expected a whole number")
@@ -258,7 +258,7 @@ def _made(config: DictConfig) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(" ".join(str(error).splitlines()[:2])) from error
 
 
 def _plain(config: DictConfig) -> dict:

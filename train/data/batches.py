@@ -111,6 +111,9 @@ class TextData:
             raise ValueError(f"order {order!r}: expected one of {', '.join(ORDERS)}")
         if bool(mixture) == bool(folder):
             raise ValueError("give data.folder or data.mixture, one of the two")
+        for part in mixture:
+            if set(part) != {"folder", "weight"} or not isinstance(part["weight"], int | float):
+                raise ValueError(f"data.mixture has {part}: expected {{folder: A, weight: 0.7}}, the weight a number")
         self.length, self.seed, self.order, self.workers = length, seed, order, workers
         self.folders = [Path(part["folder"]).expanduser() for part in mixture] or [Path(str(folder)).expanduser()]
         self.weights = [float(part["weight"]) for part in mixture] or [1.0]
