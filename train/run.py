@@ -198,7 +198,7 @@ def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkp
     unknown = sorted({str(name) for name in given} - set(IDENTITY))
     if unknown or isinstance(config.accept, str):
         raise ValueError(
-            f"accept={','.join(unknown or given)}: expected a list such as [code] of names out of {', '.join(IDENTITY)}"
+            f"accept={','.join(unknown or given)}: expected names out of {', '.join(IDENTITY)}, in a list such as [code]"
         )
     if not isinstance(config.seed, int):
         raise ValueError(f"seed is {config.seed}: expected a whole number")
