@@ -82,6 +82,7 @@ def folder_of_passages(tmp_path_factory):
     rows = [
         {"context": text, "question": f"what does {WORDS[i]} do?", "answers": ["zz"]} for i, text in enumerate(texts)
     ]
+    # Two of these three prompts have the same number of tokens.
     rows += [{"context": texts[3], "question": f"why {word}?", "answers": ["zz"]} for word in WORDS[:3]]
     (folder / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -119,7 +120,7 @@ def alone(folder, prompts):
 
 @pytest.mark.parametrize(
     ("kind", "shares", "said"),
-    [("rwkv", False, "equal lengths"), ("mamba2", True, ""), ("bamba", True, ""), ("llama", True, "")],
+    [("rwkv", False, "one prompt at a time"), ("mamba2", True, ""), ("bamba", True, ""), ("llama", True, "")],
 )
 def test_answers_are_those_of_one_prompt_at_a_time(kind, shares, said, saved, folder_of_passages, tmp_path, capsys):
     rows, manifest = answered(saved(kind), folder_of_passages, tmp_path / "run")

@@ -49,6 +49,16 @@ class MixesRows(Broken):
         return output
 
 
+class MixesRowsWhenDecoding(Broken):
+    """As RWKV: prompts are right in a batch, and each token after them is computed from a mean over the rows."""
+
+    def forward(self, input_ids=None, **given):
+        output = super().forward(input_ids=input_ids, **given)
+        if input_ids.shape[1] == 1:
+            output.logits = output.logits.mean(0, keepdim=True).expand_as(output.logits)
+        return output
+
+
 class ForgetsWhenDecoding(Broken):
     def forward(self, input_ids=None, **given):
         output = super().forward(input_ids=input_ids, **given)
@@ -90,6 +100,7 @@ def test_what_is_right_is_not_blamed(kind, dtype):
     [
         (IgnoresMask, {"padding alone", "padding", "shared state"}, RunMode(padding=False, sharing=False)),
         (MixesRows, {"padding", "neighbours", "shared state"}, RunMode(batches=False, padding=False, sharing=False)),
+        (MixesRowsWhenDecoding, {"padding", "neighbours"}, RunMode(batches=False, padding=False, sharing=False)),
         (ForgetsBetweenCalls, {"two calls", "shared state"}, RunMode(sharing=False)),
     ],
 )
@@ -109,13 +120,11 @@ def test_a_model_that_breaks_with_a_cache_is_run_without(kind):
     assert all(check.reason for check in untried)
 
 
-def test_rwkv_reads_padding():
+def test_rwkv_reads_padding_and_mixes_rows_when_it_decodes():
     findings = probe(tiny_model("rwkv"))
-    assert (
-        {"padding alone", "padding"} <= failed(findings) and findings.holds("decode") and findings.holds("neighbours")
-    )
-    assert findings.mode == RunMode(padding=False, sharing=False)
-    assert "equal lengths" in findings.mode.sentences()[0]
+    assert {"padding alone", "padding", "neighbours"} <= failed(findings) and findings.holds("decode")
+    assert findings.mode == RunMode(batches=False, padding=False, sharing=False)
+    assert "one prompt at a time" in findings.mode.sentences()[0]
 
 
 class GoesOnFromTheCallBefore(Broken):

@@ -111,11 +111,12 @@ class Trials:
         return [self._of_row(logits[1], TEXT), long]
 
     def _neighbours(self) -> list[Compared]:
-        logits, _ = self._go_on(torch.stack([self.longer[:TEXT], self.row[:TEXT]]), new=1)
+        # The second token, because RWKV mixes the rows of a batch only where it reads one token a row.
+        logits, _ = self._go_on(torch.stack([self.longer[:TEXT], self.row[:TEXT]]), new=2)
         return [self._of_row(logits[1], TEXT)]
 
     def _single_tokens(self) -> list[Compared]:
-        logits, _ = self._go_on(self.row[None, :1], new=STEPS, read=1)
+        logits, _ = self._go_on(self.row[None, :1], new=STEPS - 1, read=1)
         return [self._of_row(logits[0], 1)]
 
     def _two_calls(self) -> list[Compared]:
