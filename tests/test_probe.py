@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from random_models import save_random_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from jrt.cli import main
 from jrt.foreign.caches import keeps_no_tokens, select_rows
@@ -125,6 +125,16 @@ def test_rwkv_reads_padding_and_mixes_rows_when_it_decodes():
     assert {"padding alone", "padding", "neighbours"} <= failed(findings) and findings.holds("decode")
     assert findings.mode == RunMode(batches=False, padding=False, sharing=False)
     assert "one prompt at a time" in findings.mode.sentences()[0]
+
+
+def test_a_model_that_is_not_causal_is_called_so():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = AutoModelForCausalLM.from_config(BertConfig(vocab_size=256, initializer_range=0.4, **sizes)).eval()
+    findings = probe(bert)
+    assert not findings.mode.causal and "no cache" in failed(findings)
+    assert "not a causal language model" in findings.mode.sentences()[0]
+    assert probe(ForgetsWhenDecoding().eval()).mode.causal
 
 
 class GoesOnFromTheCallBefore(Broken):
