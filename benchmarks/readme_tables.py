@@ -1,9 +1,9 @@
-"""Writes the tables of README.md and docs/figures.md from benchmarks/results/*.json.
+"""Writes the tables of README.md and of some pages of docs/ from benchmarks/results/*.json.
 
 In a document, `<!-- table: NAME -->` and `<!-- /table -->` mark the place of a table. The text between them is
 replaced.
 
-python benchmarks/readme_tables.py          # rewrites both documents
+python benchmarks/readme_tables.py          # rewrites the documents
 python benchmarks/readme_tables.py --check  # exit status 1 where it would change anything
 """
 
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import record
+import table_times
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("figures.md", "batching.md")))
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("figures.md", "batching.md", "tables.md")))
 MARKED = re.compile(r"(<!-- table: ([\w ,]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -106,21 +107,26 @@ OP_ROWS = (  # method, backend
 )
 
 
-OP_SHAPES = (("forward+backward", 8, 2048), ("forward+backward", 1, 32768), ("forward", 16, 32768))  # pass, B, N
+OP_SHAPES = (  # pass, B, N
+    ("forward", 8, 2048),
+    ("forward+backward", 8, 2048),
+    ("forward+backward", 1, 32768),
+    ("forward", 16, 32768),
+)
 
 
-def op_training(name: str = "op_training", shapes: tuple[tuple[str, int, int], ...] = OP_SHAPES) -> str:
-    report = load(name)
+def op_training() -> str:
+    report = load("op_training")
     found = {
         (row["method"], row["backend"], row["pass"], row["shape"]["B"], row["shape"]["N"]): row
         for row in report["rows"]
     }
     rows = []
     for method, backend in OP_ROWS:
-        if not any((method, backend, *shape) in found for shape in shapes):
+        if not any((method, backend, *shape) in found for shape in OP_SHAPES):
             continue
         cells = []
-        for shape in shapes:
+        for shape in OP_SHAPES:
             row = found.get((method, backend, *shape))
             if row is None or row["ms"] is None:
                 cells.append("-")
@@ -129,7 +135,7 @@ def op_training(name: str = "op_training", shapes: tuple[tuple[str, int, int], .
             cells.append(f"{row['ms']:.3g} ({extra:.2f} x)")
         rows.append([f"{method}, {backend}", *cells])
     header = ["ms (memory beyond inputs, output and gradients, times the inputs)"]
-    header += [f"{what.replace('+', ' + ')} B{batch} N{length:,}" for what, batch, length in shapes]
+    header += [f"{what.replace('+', ' + ')} B{batch} N{length:,}" for what, batch, length in OP_SHAPES]
     return rows_as_markdown(header, rows) + origin(report)
 
 
@@ -332,12 +338,15 @@ def set_disjointness() -> str:
     return rows_as_markdown(["", *sizes], rows) + note + origin(report)
 
 
+def times_of_tables() -> str:
+    return rows_as_markdown(["table", "minutes of one H100, estimated"], table_times.estimates())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minis": minis,
     "prefill": prefill,
     "prefill, in short": prefill_in_short,
     "op training": op_training,
-    "op training, Hopper backward": lambda: op_training("op_training_hopper", (("forward", 8, 2048), *OP_SHAPES[:2])),
     "layers": layers,
     "training": training,
     "training, large": lambda: training("train_throughput_1.3b"),
@@ -348,6 +357,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu decoding, before and now": cpu_decode_before,
     "evaluation": evaluation,
     "busy machine": busy_machine,
+    "times of tables": times_of_tables,
     "evaluation, in short": evaluation_in_short,
     "set disjointness": set_disjointness,
 }

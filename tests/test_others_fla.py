@@ -19,6 +19,7 @@ from jrt.evaluate.others import register_architecture
 
 WIDTH, LAYERS, HEADS, NORMALIZER, EPS = 64, 2, 2, 16, 1e-6
 WORDS = "the valve opens slowly when pressure in the outer chamber rises above one bar and closes again"
+ROUNDING = 8 * 2**-11  # of the largest logit: the package multiplies fp32 in TF32, whose unit is 2^-11
 INSTALLED = importlib.util.find_spec("fla") is not None
 
 
@@ -89,7 +90,7 @@ def untuned(monkeypatch):
 def test_without_the_package_one_line_names_it(tmp_path, shared):
     with pytest.raises(ValueError, match=r"'gla'.*pip install flash-linear-attention") as told:
         open_model(ModelSpec(str(gla_folder(tmp_path / "gla", shared / "gpt2"))))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(told.value) and "unknown model" not in str(told.value)
 
 
 @pytest.mark.gpu
@@ -97,14 +98,14 @@ def test_without_the_package_one_line_names_it(tmp_path, shared):
 @pytest.mark.parametrize("length", [1, 40, 130])
 @pytest.mark.usefixtures("untuned")
 def test_it_computes_what_the_paper_says(tmp_path, shared, length):
-    """The package multiplies fp32 in TF32, whose unit is 2^-11: hence the bound."""
+    """Within ROUNDING."""
     opened = open_model(ModelSpec(str(save_random_gla(tmp_path / "gla", shared / "gpt2")), device="cuda"))
     assert type(opened.model).__name__ == "GLAForCausalLM"
     ids = torch.arange(7, 7 + length) * 977 % 50257
     with torch.no_grad():
         logits = opened.model(ids[None].cuda()).logits[0].double().cpu()
     truth = by_the_paper({name: tensor.double().cpu() for name, tensor in opened.model.state_dict().items()}, ids)
-    assert (logits - truth).abs().max() <= 8 * 2**-11 * truth.abs().max()
+    assert (logits - truth).abs().max() <= ROUNDING * truth.abs().max()
 
 
 @pytest.mark.gpu
@@ -112,7 +113,7 @@ def test_it_computes_what_the_paper_says(tmp_path, shared, length):
 @pytest.mark.usefixtures("untuned")
 def test_it_is_evaluated(tmp_path, shared):
     """Rows of different lengths share a batch, or not, as the probe says; every answer is what greedy decoding of the
-    same prompt alone gives."""
+    same prompt alone gives, up to a token where the two largest logits are as near as rounding."""
     folder = save_random_gla(tmp_path / "gla", shared / "gpt2")
     words = WORDS.split()
     texts = [" ".join(words[(3 * i + j * (i + 1)) % len(words)] for j in range(4 + 40 * i)) for i in range(4)]
@@ -128,5 +129,16 @@ def test_it_is_evaluated(tmp_path, shared):
     opened = open_model(ModelSpec(str(folder), device="cuda"))
     for row in found:
         ids = opened.tokenizer(row["prompt"], return_tensors="pt")["input_ids"].cuda()
-        new = opened.model.generate(ids, max_new_tokens=48, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        assert row["prediction"] == opened.tokenizer.decode(new, skip_special_tokens=True).split("\n")[0]
+        alone = opened.model.generate(
+            ids, max_new_tokens=48, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        new = alone.sequences[0, ids.shape[1] :]
+
+        def text(tokens):
+            return opened.tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0]
+
+        if row["prediction"] != text(new):
+            equal = [n for n in range(len(new)) if row["prediction"].startswith(text(new[:n]))]
+            logits = alone.logits[max(equal)][0].float()
+            largest, second = logits.topk(2).values
+            assert largest - second <= 2 * ROUNDING * logits.abs().max()

@@ -166,7 +166,7 @@ def test_examples_are_other_documents_with_their_answers(mirror, gpt2):
         assert len({answered[example] for example in shown} - {item.id}) == 2
     assert items("squad", "2shot", "full", data=mirror) == run
     assert items("squad", "2shot", "full", seed=1, data=mirror).items != run.items
-    with pytest.raises(ValueError, match="as many other documents"):
+    with pytest.raises(ValueError, match="come from other documents of the run; item 0 has"):
         items("squad", "2shot", "full", limit=2, data=mirror)
 
 

@@ -186,3 +186,18 @@ def test_table_1_end_to_end_and_the_notebook_of_its_runs(model, shared, tmp_path
         del os.environ["JRT_RUNS"]
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "Table 1" in printed and "jrt-table1 v1" in printed
+
+
+@pytest.mark.slow
+def test_tables_13_and_14_end_to_end(shared, tmp_path):
+    """Two examples before each question come from the other documents, so a mirror needs three of each task."""
+    mirror = fixtures.write(tmp_path / "mirror", count=3)
+    shutil.copytree(shared / "gpt2", mirror / "gpt2")
+    mamba = str(save_random_mamba(tmp_path / "mamba-random", shared / "gpt2"))
+    script = str(ROOT / "prompt_scripts" / "few_shot.sh")
+    options = ["--models", mamba, "--limit", "3", "--device", "cpu"]
+    done = typed("bash", script, str(tmp_path / "runs"), *options, JRT_DATA=str(mirror))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mamba-random" in done.stdout[done.stdout.index("Table 14") :] and "missing" not in done.stdout
+    done = typed("jrt", "report", str(tmp_path / "runs"), "--layout", "table13")
+    assert done.returncode == 0 and "mamba-random" in done.stdout[done.stdout.index("Table 13") :], done.stderr

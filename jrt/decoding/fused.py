@@ -97,18 +97,18 @@ class FusedStep(Step):
         return linear_attention.column_blocks(self.rows, heads, self.model.config.width // heads)
 
     def _compile(self) -> None:
-        """Runs one launch of each sort, in threads. The buffers then hold anything."""
+        """Runs one launch of each kind, in threads. The buffers then hold anything."""
         device = self.stream.x.device
         embed(self.tokens, self.model.embedding.weight, self.stream)  # alone, because it initialises Triton
         self.likeliest(self.logits)
-        sorts = {_sort(launch): launch for launch in self.launches}
+        kinds = {_kind(launch): launch for launch in self.launches}
 
         def run(launch_one: Launch) -> None:
             with torch.cuda.device(device):
                 launch_one()
 
-        with ThreadPoolExecutor(len(sorts)) as pool:
-            list(pool.map(run, sorts.values()))
+        with ThreadPoolExecutor(len(kinds)) as pool:
+            list(pool.map(run, kinds.values()))
         torch.cuda.synchronize(device)
 
     def _add(self, function: Callable[..., None], *arguments: object) -> None:
@@ -203,7 +203,7 @@ class FusedStep(Step):
         self._add_residual(mixed, mixer.out_proj)
 
 
-def _sort(launch_one: Launch) -> tuple:
+def _kind(launch_one: Launch) -> tuple:
     """Equal for launches that need the same compiled kernel."""
     return launch_one.func, *map(_form, launch_one.args)
 

@@ -23,11 +23,11 @@ PACKAGES = (
     ("pandas", "predictions as a table", "pip install 'jrt[eval]'"),
     ("hydra-core", "training", "pip install 'jrt[train]'"),
     ("wandb", "curves of a training", "pip install 'jrt[wandb]'"),
-    ("triton", "kernels for training on a GPU", "pip install 'jrt[gpu]'"),
+    ("triton", "kernels for training and decoding on a GPU", "pip install 'jrt[gpu]'"),
     ("liger-kernel", "a faster loss in training on a GPU", "pip install 'jrt[gpu]'"),
     ("pybind11", "building the Hopper kernels", "pip install 'jrt[kernels]'"),
     ("flash-attn", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),
-    ("flash-linear-attention", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),
+    ("flash-linear-attention", "GLA models (`fla-hub/gla-*`) and benchmarks, on a GPU", "pip install 'jrt[gpu]'"),
     (
         "mamba-ssm",
         "transformers' Mamba models run faster with it; the Mamba here does not use it",

@@ -238,11 +238,11 @@ def open_model(spec: ModelSpec) -> OpenModel:
         return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
     folder, options = _location(spec.name)
     saved = None
+    if "gguf_file" not in options:
+        register_architecture(folder)
     with as_value_error(f"the model {spec.name!r} cannot be loaded"):
-        if "gguf_file" not in options:
-            register_architecture(folder)
-            if (saved := saved_settings(folder)) is not None:
-                options["generation_config"] = plain_settings(saved)
+        if "gguf_file" not in options and (saved := saved_settings(folder)) is not None:
+            options["generation_config"] = plain_settings(saved)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -274,9 +274,9 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
         raise ValueError(unknown_model(name))
+    if not options:
+        register_architecture(folder)
     with as_value_error(unknown_model(name)):
-        if not options:
-            register_architecture(folder)
         return AutoTokenizer.from_pretrained(folder, **options)
 
 

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jrt.checkpoints.files import CheckpointError, Reader, entries
 from jrt.checkpoints.names import find, read_config
+from jrt.system.breaks import BREAKS, as_value_error
 
 # Fields of a Mamba-2 config.json (arXiv 2405.21060). _SIZES: the defaults of `mamba_ssm` for sizes that ssm_cfg leaves
 # out. _FIXED (in ssm_cfg) and _MODEL_FIXED (beside it): the only values that transformers' class computes correctly.
@@ -30,13 +31,13 @@ def register_architecture(name: str) -> None:
         name: folder or hub id.
 
     Raises:
-        ValueError: transformers does not have the type, and flash-linear-attention is not installed, or the model's
-            code is in its own files.
+        ValueError: transformers does not have the type, and flash-linear-attention is not installed or cannot be
+            imported, or the model's code is in its own files.
     """
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
-    except OSError:
-        return  # no such model: the caller that opens it reports the error
+    except BREAKS:
+        return  # no such model, or a broken one: the caller that opens it reports the error
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in CONFIG_MAPPING:
         return
@@ -50,7 +51,8 @@ def register_architecture(name: str) -> None:
             f"the model {name!r} is of the type {kind!r}, which transformers does not have; "
             "models of flash-linear-attention need it installed: pip install flash-linear-attention"
         )
-    importlib.import_module("fla.models")
+    with as_value_error("flash-linear-attention cannot be imported"):
+        importlib.import_module("fla.models")
 
 
 def mamba2_folder(name: str) -> Path | None:

@@ -3,8 +3,8 @@
 For a text, `backward_queries` computes dq, and the weights w = 1 / den and c = -(do . o) / den of each token;
 `backward_keys` takes them and computes dk, dv and the gradient of the initial state. For a prefix, `backward_keys` does
 everything. Where a text is cut into pieces, `backward_sums` computes what each piece adds to the state or to its
-gradient. The kernels are in kernels/backward*.cuh. In fp16, and for one token of wide values, the whole backward pass is
-that of `jrt.ops.triton`.
+gradient. The kernels are in kernels/backward*.cuh. In fp16, and for a text of one token, the whole backward pass is that
+of `jrt.ops.triton`.
 
 Shapes: B batch, T tokens, H heads, d = 16 query/key size, D value size, P pieces of all sequences together, F = 153
 features.
@@ -86,8 +86,8 @@ def _backward(
     dz: Tensor | None,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # One token and several tiles of columns: only Triton's backward computes do . o without the rounding of o.
-    if q.dtype != torch.bfloat16 or (q.shape[1] == 1 and _column_tiles(v) > 1):
+    # One token: only Triton's backward computes do . o without the rounding of o.
+    if q.dtype != torch.bfloat16 or q.shape[1] == 1:
         from jrt.ops.triton import launch
 
         if dS is None or dz is None:

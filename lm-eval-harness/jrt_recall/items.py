@@ -161,7 +161,10 @@ def _examples(contexts: Sequence[str], shots: int, seed: int) -> list[list[int]]
         order = random.Random(f"{seed}/{number}").sample(range(len(contexts)), len(contexts))
         others = [other for other in order if contexts[other] != context][:shots]
         if len(others) < shots:
-            raise ValueError(f"{shots} examples need as many other documents; item {number} has {len(others)}")
+            raise ValueError(
+                f"{shots} examples before each question come from other documents of the run; item {number} has "
+                f"{len(others)} of them: raise the limit, or give more documents"
+            )
         chosen.append(others)
     return chosen
 
