@@ -137,6 +137,14 @@ def test_a_model_that_is_not_causal_is_called_so():
     assert probe(ForgetsWhenDecoding().eval()).mode.causal
 
 
+def test_rows_hold_no_token_that_the_head_lacks():
+    model = Broken()
+    embedding = torch.nn.Embedding(4096, model.config.hidden_size)
+    torch.nn.init.normal_(embedding.weight, std=0.4)
+    model.set_input_embeddings(embedding)
+    assert not failed(probe(model.eval()))
+
+
 class GoesOnFromTheCallBefore(Broken):
     """As recurrent_gemma: its state lives in the module, and a prompt of one token does not clear it."""
 

@@ -252,7 +252,9 @@ def _random_rows(model: PreTrainedModel, count: int) -> list[Tensor]:
     settings = (model.config, model.config.get_text_config(), model.generation_config)
     special = {token for one in settings for token in _special(one)}
     weight = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
-    rows = range(len(weight))
+    head = model.get_output_embeddings()
+    # CPM-Ant's embedding has more rows than its head: those of its trained prompts, which stand for no token.
+    rows = range(len(weight) if head is None else min(len(weight), len(head.weight)))
     ordinary = torch.tensor([token for token in rows if token not in special] or list(rows))
     choice = torch.randint(len(ordinary), (count, LENGTH), generator=torch.Generator().manual_seed(0))
     return list(ordinary[choice].to(weight.device))
