@@ -21,7 +21,7 @@ from jrt.evaluate import ModelSpec, open_model
 from jrt.evaluate.answering import encode
 from jrt.evaluate.folder import Cell, former_manifest, read_run
 from jrt.evaluate.harness import _check_model
-from jrt.evaluate.models import position_bound
+from jrt.evaluate.models import OpenModel, position_bound
 from jrt.evaluate.report import page
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -82,6 +82,7 @@ def folder_of_passages(tmp_path_factory):
     rows = [
         {"context": text, "question": f"what does {WORDS[i]} do?", "answers": ["zz"]} for i, text in enumerate(texts)
     ]
+    # Two of these three prompts have the same number of tokens.
     rows += [{"context": texts[3], "question": f"why {word}?", "answers": ["zz"]} for word in WORDS[:3]]
     (folder / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -119,7 +120,7 @@ def alone(folder, prompts):
 
 @pytest.mark.parametrize(
     ("kind", "shares", "said"),
-    [("rwkv", False, "equal lengths"), ("mamba2", True, ""), ("bamba", True, ""), ("llama", True, "")],
+    [("rwkv", False, "one prompt at a time"), ("mamba2", True, ""), ("bamba", True, ""), ("llama", True, "")],
 )
 def test_answers_are_those_of_one_prompt_at_a_time(kind, shares, said, saved, folder_of_passages, tmp_path, capsys):
     rows, manifest = answered(saved(kind), folder_of_passages, tmp_path / "run")
@@ -229,6 +230,37 @@ def test_limits_are_read_whatever_their_name():
     assert position_bound(transformers.AutoModelForCausalLM.from_config(config)) == 64
     assert position_bound(tiny_models.tiny_model("gpt2")) == 128
     assert position_bound(tiny_models.tiny_model("mamba")) is None
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    whisper = transformers.WhisperConfig(vocab_size=64, max_target_positions=70, pad_token_id=0, **sizes)
+    assert position_bound(transformers.AutoModelForCausalLM.from_config(whisper)) == 70
+
+
+class FailsOnLongPrompts(transformers.LlamaForCausalLM):
+    """As a model whose table of positions is shorter than its configuration says."""
+
+    def forward(self, input_ids=None, **given):
+        if input_ids.shape[1] > 100:
+            raise IndexError("index 100 is out of bounds")
+        return super().forward(input_ids=input_ids, **given)
+
+
+def test_a_model_that_fails_on_long_prompts_is_a_value_error():
+    model = FailsOnLongPrompts(tiny_models.configuration("llama")).eval()
+    opened = OpenModel(ModelSpec("a/b"), model, shipped_tokenizer())
+    assert opened.state_bytes(100) > 0
+    with pytest.raises(ValueError, match="a/b cannot be run on 200 tokens: index 100"):
+        opened.state_bytes(200)
+
+
+def test_code_of_a_checkpoint_is_not_run_and_that_is_said(saved, capsys):
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    folder = saved("llama", "own", config=code)
+    Path(folder, "own.py").write_text("raise SystemExit('the code was run')\n")
+    capsys.readouterr()
+    for command in (["doctor", folder], ["generate", "--model", folder, "--prompt", "x"]):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "code of a checkpoint is never run" in told
 
 
 def test_models_of_this_project_are_not_probed(tmp_path):

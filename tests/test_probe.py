@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from random_models import save_random_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from jrt.cli import main
 from jrt.foreign.caches import keeps_no_tokens, select_rows
@@ -46,6 +46,16 @@ class MixesRows(Broken):
     def forward(self, *args, **given):
         output = super().forward(*args, **given)
         output.logits = output.logits + 0.01 * output.logits.mean(0, keepdim=True) * (len(output.logits) > 1)
+        return output
+
+
+class MixesRowsWhenDecoding(Broken):
+    """As RWKV: prompts are right in a batch, and each token after them is computed from a mean over the rows."""
+
+    def forward(self, input_ids=None, **given):
+        output = super().forward(input_ids=input_ids, **given)
+        if input_ids.shape[1] == 1:
+            output.logits = output.logits.mean(0, keepdim=True).expand_as(output.logits)
         return output
 
 
@@ -90,6 +100,7 @@ def test_what_is_right_is_not_blamed(kind, dtype):
     [
         (IgnoresMask, {"padding alone", "padding", "shared state"}, RunMode(padding=False, sharing=False)),
         (MixesRows, {"padding", "neighbours", "shared state"}, RunMode(batches=False, padding=False, sharing=False)),
+        (MixesRowsWhenDecoding, {"padding", "neighbours"}, RunMode(batches=False, padding=False, sharing=False)),
         (ForgetsBetweenCalls, {"two calls", "shared state"}, RunMode(sharing=False)),
     ],
 )
@@ -109,13 +120,29 @@ def test_a_model_that_breaks_with_a_cache_is_run_without(kind):
     assert all(check.reason for check in untried)
 
 
-def test_rwkv_reads_padding():
+def test_rwkv_reads_padding_and_mixes_rows_when_it_decodes():
     findings = probe(tiny_model("rwkv"))
-    assert (
-        {"padding alone", "padding"} <= failed(findings) and findings.holds("decode") and findings.holds("neighbours")
-    )
-    assert findings.mode == RunMode(padding=False, sharing=False)
-    assert "equal lengths" in findings.mode.sentences()[0]
+    assert {"padding alone", "padding", "neighbours"} <= failed(findings) and findings.holds("decode")
+    assert findings.mode == RunMode(batches=False, padding=False, sharing=False)
+    assert "one prompt at a time" in findings.mode.sentences()[0]
+
+
+def test_a_model_that_is_not_causal_is_called_so():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = AutoModelForCausalLM.from_config(BertConfig(vocab_size=256, initializer_range=0.4, **sizes)).eval()
+    findings = probe(bert)
+    assert not findings.mode.causal and "no cache" in failed(findings)
+    assert "not a causal language model" in findings.mode.sentences()[0]
+    assert probe(ForgetsWhenDecoding().eval()).mode.causal
+
+
+def test_rows_hold_no_token_that_the_head_lacks():
+    model = Broken()
+    embedding = torch.nn.Embedding(4096, model.config.hidden_size)
+    torch.nn.init.normal_(embedding.weight, std=0.4)
+    model.set_input_embeddings(embedding)
+    assert not failed(probe(model.eval()))
 
 
 class GoesOnFromTheCallBefore(Broken):

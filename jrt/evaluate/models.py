@@ -44,6 +44,7 @@ LIMITS = (
     "max_sequence_length",
     "seq_length",
     "model_max_length",
+    "max_target_positions",  # of a decoder with a table of positions, such as Whisper's
 )
 """Names of the configuration fields that hold the most tokens a model reads."""
 UNBOUNDED = 10**9  # a field with this value or more means that there is no bound
@@ -203,14 +204,16 @@ class OpenModel:
     def state_bytes(self, length: int) -> int:
         """Bytes of the state from which decoding continues after `length` tokens: recurrent states, keys and values.
 
-        For one sequence. Computed from the configuration for our models (in fp32), measured on the cache for others."""
+        For one sequence. Computed from the configuration for our models (in fp32), measured on the cache for others.
+        Raises ValueError if the code of a model that is not ours failed."""
         if self.ours:
             return self.ours.core.state_bytes(length)
         if not self.mode.cache:
             return 0  # the model is run without a cache
         bound = position_bound(self.model)
         ids = torch.full((1, length if bound is None else min(length, bound)), self.pad_token_id, device=self.device)
-        output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+        with as_value_error(f"{self.spec.name} cannot be run on {ids.shape[1]} tokens"):
+            output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
         state = next((output[name] for name in STATES if output.get(name) is not None), None)
         return sum(tensor.nbytes for tensor in _tensors(state, seen=set()))
 

@@ -32,14 +32,20 @@ def register_architecture(name: str) -> None:
 
     Raises:
         ValueError: transformers does not have the type, and flash-linear-attention is not installed or cannot be
-            imported.
+            imported, or the model's code is in its own files.
     """
     try:
-        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        config = PreTrainedConfig.get_config_dict(name)[0]
     except BREAKS:
         return  # no such model, or a broken one: the caller that opens it reports the error
+    kind = config.get("model_type")
     if not isinstance(kind, str) or kind in CONFIG_MAPPING:
         return
+    if find_spec("fla") is None and config.get("auto_map"):
+        raise ValueError(
+            f"the model {name!r} is of the type {kind!r}, which transformers does not have: it needs the code among its "
+            "own files, and code of a checkpoint is never run"
+        )
     if find_spec("fla") is None:
         raise ValueError(
             f"the model {name!r} is of the type {kind!r}, which transformers does not have; "

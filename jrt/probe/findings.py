@@ -52,6 +52,8 @@ class RunMode:
         padding: rows of unequal length in a batch.
         sharing: a common beginning of several rows is read once, and the state after it is copied to each of them.
         one_token: prompts of a single token.
+        causal: the model reads as a causal language model does, so its logits in one call are those of decoding. No
+            way of running a model helps if this is false.
     """
 
     cache: bool = True
@@ -59,10 +61,15 @@ class RunMode:
     padding: bool = True
     sharing: bool = True
     one_token: bool = True
+    causal: bool = True
 
     def sentences(self) -> list[str]:
-        """Sentences for the user on what the model is not run with, and why; empty if there are no restrictions."""
+        """Sentences for the user on what is wrong with the model and what it is not run with; empty if all holds."""
         said = []
+        if not self.causal:
+            said.append(
+                "not a causal language model: even without a cache, decoding gives other logits than reading in one call"
+            )
         if not self.cache:
             said.append("decoded without a cache: with one, its answers differ from those of reading again")
         if not self.batches:
@@ -95,7 +102,10 @@ class Findings:
         padding = batches and self.holds("padding")
         sharing = padding and all(map(self.holds, ("decode", "two calls", "state copy", "shared state")))
         one_token = not any(check.name == "single tokens" and check.holds is False for check in self.checks)
-        return RunMode(self.holds("decode"), batches, padding, sharing, one_token)
+        causal = not any(
+            check.name == "no cache" and check.holds is False and not check.reason for check in self.checks
+        )
+        return RunMode(self.holds("decode"), batches, padding, sharing, one_token, causal)
 
     def to_dict(self) -> dict:
         """Plain values for JSON. JSON has no infinity, so an infinite deviation becomes None; `holds` is then False."""

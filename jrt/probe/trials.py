@@ -111,11 +111,12 @@ class Trials:
         return [self._of_row(logits[1], TEXT), long]
 
     def _neighbours(self) -> list[Compared]:
-        logits, _ = self._go_on(torch.stack([self.longer[:TEXT], self.row[:TEXT]]), new=1)
+        # The second token, because RWKV mixes the rows of a batch only where it reads one token a row.
+        logits, _ = self._go_on(torch.stack([self.longer[:TEXT], self.row[:TEXT]]), new=2)
         return [self._of_row(logits[1], TEXT)]
 
     def _single_tokens(self) -> list[Compared]:
-        logits, _ = self._go_on(self.row[None, :1], new=STEPS, read=1)
+        logits, _ = self._go_on(self.row[None, :1], new=STEPS - 1, read=1)
         return [self._of_row(logits[0], 1)]
 
     def _two_calls(self) -> list[Compared]:
@@ -251,7 +252,9 @@ def _random_rows(model: PreTrainedModel, count: int) -> list[Tensor]:
     settings = (model.config, model.config.get_text_config(), model.generation_config)
     special = {token for one in settings for token in _special(one)}
     weight = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
-    rows = range(len(weight))
+    head = model.get_output_embeddings()
+    # CPM-Ant's embedding has more rows than its head: those of its trained prompts, which stand for no token.
+    rows = range(len(weight) if head is None else min(len(weight), len(head.weight)))
     ordinary = torch.tensor([token for token in rows if token not in special] or list(rows))
     choice = torch.randint(len(ordinary), (count, LENGTH), generator=torch.Generator().manual_seed(0))
     return list(ordinary[choice].to(weight.device))
