@@ -98,18 +98,17 @@ class FusedStep(Step):
 
     def _compile(self) -> None:
         """Runs one launch of each kind, in threads. The buffers then hold anything."""
-        device = self.stream.x.device
+        stream = torch.cuda.current_stream(self.stream.x.device)
         embed(self.tokens, self.model.embedding.weight, self.stream)  # alone, because it initialises Triton
         self.likeliest(self.logits)
         kinds = {_kind(launch): launch for launch in self.launches}
 
         def run(launch_one: Launch) -> None:
-            with torch.cuda.device(device):
+            with torch.cuda.stream(stream):  # a thread starts with the default stream
                 launch_one()
 
         with ThreadPoolExecutor(len(kinds)) as pool:
             list(pool.map(run, kinds.values()))
-        torch.cuda.synchronize(device)
 
     def _add(self, function: Callable[..., None], *arguments: object) -> None:
         self.launches.append(functools.partial(function, *arguments))

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places (a place 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -160,6 +161,7 @@ def summed_cross_entropy(
     return torch.stack(parts).sum()
 
 
+@functools.cache
 def has_liger() -> bool:
     """Whether liger-kernel is installed (`pip install 'jrt[gpu]'`)."""
     return importlib.util.find_spec("liger_kernel") is not None
