@@ -3,8 +3,8 @@
 As separate PyTorch operations, each of which reads and writes memory, they take a third of a training step. So in
 training on a GPU they are Triton kernels that read each input once, forward and backward. Only the input is saved for
 the backward pass, which computes the product with the gate again for the gradient of the projection's weight. All other
-calls are plain PyTorch (`gated_pytorch`), and so is SwiGLU inside `torch.compile`, whose kernels are as fast
-(benchmarks/layers.py).
+calls are plain PyTorch (`gated_pytorch`). The kernels serve compiled training too: PyTorch's compiled SwiGLU is as fast
+(benchmarks/layers.py), but keeps one more tensor of each layer, and a whole step takes longer.
 
 Shapes: B batch, T tokens, E channels, M hidden units, K taps, N = B x T tokens, O outputs of the next projection.
 """
@@ -32,7 +32,7 @@ def swiglu_linear(x: Tensor, linear: nn.Module) -> Tensor:
         x: (..., 2 M).
         linear: the projection from M units; if it has hooks or is a subclass of nn.Linear, it is called as a module.
     """
-    if torch.compiler.is_compiling() or not (_fuses(x) and _is_plain(linear)):
+    if not (_fuses(x) and _is_plain(linear)):
         return gated_pytorch.swiglu_linear(x, linear)
     return torch.ops.jrt.swiglu_linear(x, *_weights(linear, x))
 

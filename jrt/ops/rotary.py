@@ -1,8 +1,7 @@
 """Queries and keys, rotated by their positions (RoFormer, arXiv 2104.09864), and values, from one projection's output.
 
 In training on a GPU one Triton kernel splits and rotates, and one joins and rotates back the three gradients: each
-number is read and written once. All other calls are plain PyTorch (`rotary_pytorch.py`), and so are those inside
-`torch.compile`, whose kernels leave the values where they are (benchmarks/layers.py).
+number is read and written once. All other calls are plain PyTorch (`rotary_pytorch.py`).
 
 Shapes: B batch, T tokens, H heads, D head size, R = half the rotary dimensions, rounded up.
 """
@@ -29,7 +28,7 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Te
         cos, sin: (B, T, 1, R) of the angles, fp32.
         heads: H.
     """
-    if torch.compiler.is_compiling() or not _fuses(qkv):
+    if not _fuses(qkv):
         return rotary_pytorch.split_rotated(qkv, cos, sin, heads)
     return torch.ops.jrt.split_rotated(qkv, cos, sin, heads)
 
