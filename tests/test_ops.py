@@ -180,6 +180,33 @@ def test_compiled_without_a_graph_break(backend):
     torch.testing.assert_close(found, torch.autograd.grad(read(q, k, v), (q, k, v)))
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize("started", [False, True], ids=["from_nothing", "from_a_state"])
+def test_packed_sequences_are_compiled_without_a_graph_break(backend, decays, started):
+    """A second set of lengths needs no second graph."""
+    q, k, v = (x[:1].requires_grad_() for x in inputs(70))
+    mask = torch.arange(70)[None] % 7 != 3
+    log_decay = torch.tensor([-0.2, -0.01, -1.0]) if decays else None
+    S, z = (torch.cat([x, x[:1]]).requires_grad_() for x in some_state())
+    state = State(S, z) if started else None
+    arguments = dict(mask=mask, log_decay=log_decay, backend=backend)
+
+    def results(offsets):
+        o, after = linear_attention(q, k, v, cu_seqlens=offsets, initial_state=state, **arguments)
+        prefix = encode_prefix(k, v, cu_seqlens=offsets, mask=mask, backend=backend)
+        return o.masked_fill(~mask[..., None, None], 0), *after, *prefix
+
+    torch._dynamo.reset()
+    compiled = torch.compile(results, backend="aot_eager", fullgraph=True)
+    for ends in ([0, 20, 20, 70], [0, 1, 64, 70]):
+        expected, found = (f(torch.tensor(ends)) for f in (results, compiled))
+        torch.testing.assert_close(found, expected)
+        leaves = (q, k, v, S, z) if started else (q, k, v)
+        gradients = [torch.autograd.grad(sum(x.sin().sum() for x in y), leaves) for y in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_backends_are_tried_in_order():
     assert BACKENDS == ("cuda", "triton", "chunked", "reference")
     q, k, v = inputs(30)

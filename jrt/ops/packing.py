@@ -1,5 +1,11 @@
 """Packed sequences for backends that read one text in each row: the sequences are split, and computed one after
-another."""
+another.
+
+Inside `torch.compile` the lengths are not known, so there each sequence becomes a row of as many tokens as all have
+together. This takes N times the time and memory, and keeps the graph whole.
+
+Shapes: N sequences, T tokens of all sequences together, H heads, d query/key size, D value size, F features.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,8 @@ from jrt.ops.feature_map import State, feature_count
 
 def attend_apart(attend: Callable[[Call], tuple[Tensor, State]], call: Call) -> tuple[Tensor, State]:
     """Applies `attend` to each sequence; returns packed outputs (1, T, H, D), and states (N, H, F, D) and (N, H, F)."""
+    if torch.compiler.is_compiling():
+        return _attend_in_rows(attend, call)
     results = [
         attend(part) if part.k.shape[1] else (part.v, part.initial_state or _nothing(part)) for part in _apart(call)
     ]
@@ -24,7 +32,38 @@ def attend_apart(attend: Callable[[Call], tuple[Tensor, State]], call: Call) -> 
 
 def encode_apart(encode: Callable[[Call], State], call: Call) -> State:
     """Applies `encode` to each prefix; returns states (N, H, F, D) and (N, H, F)."""
+    if torch.compiler.is_compiling():
+        return encode(_in_rows(call, at_end=False))
     return _together([encode(part) if part.k.shape[1] else _nothing(part) for part in _apart(call)])
+
+
+def _attend_in_rows(attend: Callable[[Call], tuple[Tensor, State]], call: Call) -> tuple[Tensor, State]:
+    cu_seqlens = call.cu_seqlens
+    assert cu_seqlens is not None
+    o, state = attend(_in_rows(call, at_end=False))  # o: (N, T, H, D)
+    if call.log_decay is not None:  # the padding after a sequence has faded its state
+        state = attend(_in_rows(call, at_end=True)._replace(initial_state=None))[1]
+        if call.initial_state is not None:
+            S_0, z_0 = (x.to(state.S.dtype) for x in call.initial_state)
+            fade = (call.log_decay.to(S_0.dtype) * cu_seqlens.diff()[:, None]).exp()  # (N, H)
+            state = State(state.S + fade[..., None, None] * S_0, state.z + z_0)
+    token = torch.arange(o.shape[1], device=o.device)
+    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=len(o) - 1)  # (T,)
+    return o[owner, token - cu_seqlens[owner]][None], state
+
+
+def _in_rows(call: Call, at_end: bool) -> Call:
+    """The call with one sequence a row (N, T), whose tokens are the row's first, or with `at_end` its last ones."""
+    cu_seqlens, T = call.cu_seqlens, call.k.shape[1]
+    assert cu_seqlens is not None
+    start, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    token = torch.arange(T, device=cu_seqlens.device) + (end - T if at_end else start)  # (N, T)
+    own = (token >= start) & (token < end)
+    token = token.clamp(0, T - 1)
+    q, k, v = (x if x is None else x[0, token] for x in (call.q, call.k, call.v))
+    assert k is not None and v is not None
+    mask = own if call.mask is None else own & call.mask[0, token]
+    return call._replace(q=q, k=k, v=v, mask=mask, cu_seqlens=None)
 
 
 def _apart(call: Call) -> Iterator[Call]:
