@@ -159,6 +159,19 @@ def test_unnormalized_output(poisoned):
 
 
 @pytest.mark.hopper
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_fp16_is_finite_up_to_the_bound_that_the_docstring_states(tokens):
+    """Entries of q and k of size 32, with every product of the same sign."""
+    q, k, v = draw(2, tokens, 3, 64, torch.float16)
+    q, k = torch.full_like(q, 32.0).requires_grad_(), torch.full_like(k, -32.0).requires_grad_()
+    v = v.requires_grad_()
+    o, state = run("cuda", q, k, v)
+    assert o.isfinite().all() and state.S.isfinite().all() and state.z.isfinite().all()
+    for gradient in torch.autograd.grad(o.float().sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.hopper
 @pytest.mark.parametrize("cut", [1, 64, 100, 999])
 def test_reading_in_two_parts_is_reading_at_once(cut):
     torch.manual_seed(0)

@@ -33,7 +33,6 @@ from jrt.short_prompts import PADDED_MIXERS
 
 FEWEST = 16  # with fewer new tokens, capturing a CUDA graph takes longer than it saves
 STEPPED = {*MIXERS.values(), *PADDED_MIXERS.values()}  # the mixers that a `Step` can compute
-# transformers 5.24 gave the cache a new name.
 
 
 def unsupported(

@@ -67,12 +67,18 @@ def linear_attention(
         normalize: divide by the denominator; False gives the numerator.
         cu_seqlens: (N + 1,) int32 or int64, for N sequences packed into one row (B = 1): sequence n has the tokens
             cu_seqlens[n] to cu_seqlens[n + 1] - 1. States are then (N, H, F, D) and (N, H, F). On a GPU its values are
-            not checked; the backends "chunked" and "reference" copy them to the host.
+            not checked; the backends "chunked" and "reference" copy them to the host. Inside `torch.compile` these two
+            take N times the time and memory.
         backend: "cuda" (Hopper kernels), "triton" (any GPU), "chunked" (PyTorch, any device) or "reference" (the
             definition, with memory in T^2); None takes the first of these that can serve the call.
 
     Returns:
         o (B, T, H, D) in the dtype of `v`, and the State after the last token, in fp32 (fp64 for fp64 inputs).
+
+    Range: bf16, fp32 and fp64 are finite for entries of q and k up to 1,000. In fp16 outputs and gradients must
+    themselves stay below its largest number, 65,504. "triton" has no other bound, nor has any backend on a CPU. "cuda"
+    in fp16 needs entries of q and k up to 32, and sums over the text of k_i k_j, v and k_i k_j v below 16.8 million.
+    "chunked" on a GPU rounds scores, states and outputs before the division to fp16: they must stay below 65,504.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the backend that was asked for cannot serve the call.

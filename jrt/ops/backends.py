@@ -27,7 +27,7 @@ def choose(call: Call, backend: str | None) -> ModuleType:
     """
     if backend is None:
         return next(module for module in TABLE.values() if module.unsupported(call) is None)
-    if backend not in TABLE:
+    if not isinstance(backend, str) or backend not in TABLE:
         raise ValueError(f"backend {backend!r}: expected one of {tuple(TABLE)}, or None for the fastest")
     if reason := TABLE[backend].unsupported(call):
         raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")

@@ -54,6 +54,8 @@ def decay(log_decay: Tensor, k: Tensor) -> None:
     tensor("log_decay", log_decay, k.device)
     if log_decay.shape != (k.shape[2],):
         raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected (H,) = ({k.shape[2]},)")
+    if log_decay.dtype not in FLOATING:
+        raise ValueError(f"log_decay is {log_decay.dtype}; expected a floating-point dtype")
 
 
 def packing(cu_seqlens: Tensor, k: Tensor) -> None:
