@@ -15,6 +15,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from jrt import JRTConfig, JRTForCausalLM, presets
+from jrt.decoding import loop as decoding_loop
 from jrt.decoding.plain import PlainStep
 from jrt.decoding.session import CapturedSession, Sessions
 from jrt.recurrent_cache import CACHE
@@ -237,6 +238,40 @@ def test_what_it_cannot_serve_goes_to_transformers_with_a_reason(call, reason, c
     with caplog.at_level(logging.DEBUG, logger="jrt"):
         model.generate(**make_prompts(1), do_sample=False, **({"max_new_tokens": 2} | call))
     assert reason in caplog.text
+
+
+WAITS = {
+    "a streamer": lambda: {"streamer": Collected()},
+    "a logits processor": lambda: {"logits_processor": LogitsProcessorList([Favourite()])},
+    "a stopping criterion": lambda: {"stopping_criteria": StoppingCriteriaList([Odd()])},
+    "scores or logits": lambda: {"output_scores": True, "return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("reason", [*WAITS, None])
+def test_the_host_sees_each_token_for_a_reason(reason, monkeypatch):
+    texts = []
+
+    class Recorded(decoding_loop.Text):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            texts.append(self)
+
+    monkeypatch.setattr(decoding_loop, "Text", Recorded)
+    call = {"eos_token_id": ENDS} if reason is None else WAITS[reason]()
+    make_model().generate(**make_prompts(1), do_sample=False, max_new_tokens=3, **call)
+    [text] = texts
+    assert text.reason_to_wait() is None if reason is None else reason in text.reason_to_wait()
+
+
+@gpu
+@pytest.mark.parametrize("reason", WAITS)
+def test_a_captured_step_says_why_the_host_chooses(reason, caplog):
+    model, call = make_model(device="cuda"), WAITS[reason]() | {"max_new_tokens": 40, "do_sample": False}
+    expected = "the cache is wanted" if "return_dict_in_generate" in call else reason
+    with caplog.at_level(logging.DEBUG, logger="jrt"):
+        model.generate(**make_prompts(1, "cuda"), **call)
+    assert f"the host chooses each token: {expected}" in caplog.text
 
 
 def test_a_copy_of_a_model_starts_without_sessions():

@@ -9,6 +9,7 @@ Shapes: B rows, T prompt columns, L the most columns of the text, V vocabulary r
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,8 @@ from jrt.short_prompts import PADDED_MIXERS
 
 FEWEST = 16  # with fewer new tokens, capturing a CUDA graph takes longer than it saves
 STEPPED = {*MIXERS.values(), *PADDED_MIXERS.values()}  # the mixers that a `Step` can compute
+
+log = logging.getLogger(__name__)
 
 
 def unsupported(
@@ -104,8 +107,11 @@ def decode(
     if not text.is_done():
         rows, length = input_ids.shape[0], text.ids.shape[1] + filled_columns(cache.state)
         session = sessions.find(model, rows, length) or sessions.make(model, rows, length)
-        runs_ahead = isinstance(session, CapturedSession) and text.can_run_ahead and not is_kept
+        waits = "the cache is wanted" if is_kept else text.reason_to_wait()
+        runs_ahead = isinstance(session, CapturedSession) and waits is None
         if isinstance(session, CapturedSession):
+            if waits is not None:
+                log.debug("the host chooses each token: %s", waits)
             session.prepare(text.choice if runs_ahead else None)
         session.start(cache.state)
         if not is_kept:
@@ -151,8 +157,18 @@ class Text:
         self.logits: tuple[Tensor, ...] | None = () if wants and config.output_logits else None
         # If only end tokens and the length end a text, the host need not check after each step.
         self.ends_simply = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
-        collects = self.scores is not None or self.logits is not None or streamer is not None
-        self.can_run_ahead = self.ends_simply and not collects and self.choice.key() is not None
+
+    def reason_to_wait(self) -> str | None:
+        """The reason why the host has to see each token before the next step; None if it need not."""
+        if self.streamer is not None:
+            return "a streamer gets each token"
+        if self.scores is not None or self.logits is not None:
+            return "scores or logits are wanted"
+        if not self.ends_simply:
+            return "a stopping criterion of the caller's"
+        if self.choice.key() is None:
+            return "a logits processor that may look at the host"
+        return None
 
     def add(self, logits: Tensor) -> None:
         """Chooses the next token of each row from logits (B, V) fp32, which may be overwritten."""
