@@ -108,6 +108,20 @@ def test_operators_obey_pytorch():
     torch.library.opcheck(torch.ops.jrt.silu_convolution.default, (x, drawn(16, 3).float(), None), test_utils=checks)
 
 
+@kernels
+def test_compiled_training_takes_the_kernel_without_a_graph_break():
+    x, linear = torch.randn(2, 5, 24, device=DEVICE, requires_grad=True), nn.Linear(12, 7, device=DEVICE)
+    operators = []
+
+    def counted(graph, inputs):
+        operators.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    found = torch.compile(swiglu_linear, fullgraph=True, backend=counted)(x, linear)
+    torch.testing.assert_close(found, gated_pytorch.swiglu_linear(x, linear))
+    assert any("swiglu_linear" in str(operator) for operator in operators)
+
+
 @pytest.mark.gpu
 def test_results_repeat_and_no_memory_is_read_before_it_is_written():
     x, taps, w = (t.bfloat16().requires_grad_() for t in (drawn(2, 300, 64), drawn(32, 3), drawn(16, 32)))

@@ -57,6 +57,21 @@ def test_operators_obey_pytorch():
     torch.library.opcheck(torch.ops.jrt.split_rotated.default, (qkv, *angles, 2), test_utils=checks)
 
 
+@kernels
+def test_compiled_training_takes_the_kernel_without_a_graph_break():
+    qkv = torch.randn(2, 5, 36, device=DEVICE, requires_grad=True)
+    angles = rotary_angles(torch.arange(5, device=DEVICE).expand(2, -1), 4)
+    operators = []
+
+    def counted(graph, inputs):
+        operators.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    found = torch.compile(split_rotated, fullgraph=True, backend=counted)(qkv, *angles, 2)
+    torch.testing.assert_close(found, rotary_pytorch.split_rotated(qkv, *angles, 2))
+    assert any("split_rotated" in str(operator) for operator in operators)
+
+
 @pytest.mark.gpu
 def test_no_memory_is_read_before_it_is_written():
     qkv = torch.randn(2, 300, 3 * 16 * 64, device="cuda", dtype=torch.bfloat16)
