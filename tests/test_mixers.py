@@ -6,11 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 
 from jrt import Config, JRTConfig, JRTForCausalLM, presets
 from jrt.config import LETTERS
-from jrt.mixers import MIXERS, TokenBatch, attention, register
+from jrt.mixers import MIXERS, TokenBatch, register
 from jrt.model import LanguageModel
 
 ENCODER = 16
@@ -133,28 +132,6 @@ def test_a_prefix_is_read_wherever_padding_puts_it():
 def test_a_prefix_longer_than_the_encoder_is_refused():
     with pytest.raises(ValueError, match=r"prefix_length is 17; expected at most 16.*enc_length"):
         model_of("P")(torch.zeros(2, 40, dtype=torch.long), prefix_length=torch.tensor([3, 17]))
-
-
-def test_attention_of_compiled_training_is_one_graph_and_right(monkeypatch):
-    """On a GPU it asks for the fastest kernel; here the same code runs on a CPU."""
-    monkeypatch.setattr(
-        attention, "_is_compiled_training", lambda x, batch: torch.compiler.is_compiling() and batch.mask is None
-    )
-    model = LanguageModel(dataclasses.replace(presets()["debug"], pattern="AA", vocab_rows=97))
-    model.init_weights()
-    ids = torch.randint(0, 97, (2, 33))
-    order = []
-
-    def recorded(backends, set_priority):
-        order.append((backends, set_priority))
-        return sdpa_kernel(backends, set_priority=set_priority)
-
-    monkeypatch.setattr(attention, "sdpa_kernel", recorded)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    weights = list(model.parameters())
-    found, expected = (torch.autograd.grad(f(ids).sin().sum(), weights) for f in (compiled, model))
-    torch.testing.assert_close(found, expected)
-    assert order and all(asked == (attention.FASTEST_IN_TRAINING, True) for asked in order)
 
 
 @torch.no_grad()

@@ -18,17 +18,6 @@ from jrt.mixers.batch import TokenBatch
 from jrt.ops import split_rotated
 
 MIN_BLOCK = 64  # least queries of a block: matrix products with fewer use a GPU poorly
-<<<<<<< HEAD
-# In the order in which they are tried. Forward and backward, cuDNN takes 0.69 times as long as FlashAttention-2 on an
-# H100 (benchmarks/op_training.py).
-FASTEST_IN_TRAINING = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-=======
->>>>>>> main
 
 
 class KeyValues(NamedTuple):
