@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jrt_recall import data, items
 from jrt_recall.fields import answers_in
 from jrt_recall.harness.hooks import documents
-from jrt_recall.harness.settings import as_dict, check, names_of, response_cache, whole_number
+from jrt_recall.harness.settings import as_dict, check, checked, names_of, response_cache, whole_number
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
 from jrt_recall.tokenizers import shipped_tokenizer, token_ids
@@ -295,11 +295,16 @@ def files_never_end_in_a_traceback(folder):
 
 def options_never_end_in_a_traceback(_):
     @given(
-        st.dictionaries(st.sampled_from(["tasks", "metadata", "model_args", "gen_kwargs", "num_fewshot"]) | TEXT, VALUE)
+        st.dictionaries(
+            st.sampled_from(["tasks", "metadata", "model_args", "gen_kwargs", "num_fewshot", "limit", "samples"])
+            | st.sampled_from(["batch_size", "max_batch_size", "device", "wandb_args", "log_samples"])
+            | TEXT,
+            VALUE,
+        )
     )
     def run(options):
         try:
-            check(options)
+            check(checked(options))
             as_dict("model_args", options.get("model_args"))
             whole_number("n", options.get("n"))
             names_of(options.get("tasks"))
