@@ -206,6 +206,29 @@ def test_parquet_columns_that_json_cannot_hold_are_left_out(tmp_path, value):
         data.import_file("drop", file, tmp_path / "mirror")
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([570_000_000_000_000, None], pyarrow.timestamp("ms")),  # in the year 20,032
+        pyarrow.array([[570_000_000_000_000], []], pyarrow.list_(pyarrow.timestamp("ms"))),
+        pyarrow.array([2**60, 1], pyarrow.date64()),
+        pyarrow.array([2**62, 1], pyarrow.duration("s")),
+        pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Mars/Phobos")),
+        pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_parquet_values_that_python_cannot_hold_spoil_their_column_only(column, tmp_path):
+    file, rows = tmp_path / "in.parquet", [CLOZE | {"answers": ["noon"]}] * 2
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table.append_column("more", column), file)
+    data.import_file("drop", file, tmp_path / "mirror")
+    assert list(data.load("drop", tmp_path / "mirror").rows) == rows
+    pyarrow.parquet.write_table(table.set_column(0, "context", column), file)
+    with pytest.raises(ValueError, match=r"in.parquet, column 'context', row \d: cannot be read"):
+        data.import_file("drop", file, tmp_path / "mirror")
+
+
 def test_a_file_that_is_no_parquet_is_one_line(tmp_path):
     (tmp_path / "in.parquet").write_bytes(b"no table")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .fields import kind
+from .parquet import read_parquet
 from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def import_file(task: str, file: str | Path, folder: str | Path | None = None) -
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    return store(spec.name, _read_rows(path), f"imported from {path.name}", _named(folder))
+    return store(spec.name, _read_rows(path, spec.columns), f"imported from {path.name}", _named(folder))
 
 
 def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None) -> list[Checked]:
@@ -235,7 +236,7 @@ def _json(text: str, place: str) -> Any:
         raise ValueError(f"{place}: JSON that cannot be read ({type(error).__name__})") from error
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path, needed: Sequence[str]) -> list[dict]:
     match path.suffix:
         case ".jsonl":
             return read_lines(path)
@@ -245,14 +246,7 @@ def _read_rows(path: Path) -> list[dict]:
                 raise ValueError(f"{path}: expected a JSON list of objects")
             return rows
         case ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            try:
-                return pyarrow.parquet.read_table(path).to_pylist()
-            except (pyarrow.ArrowException, OSError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"{path} cannot be read as Parquet: {reason:.120}") from error
+            return read_parquet(path, needed)
     raise ValueError(f"{path}: expected a .jsonl, .json or .parquet file")
 
 
