@@ -84,11 +84,10 @@ def documents_of(
             starts.append(_first_column(input_ids))
         else:
             starts.append(_starts_of_positions(positions))
-    if past is None:  # in steps on top of a cache the keys are more than the tokens of the call
-        ends = (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k))
-    else:
-        ends = (("cu_seq_lens_q", cu_seq_lens_q),)
-    starts += [_starts_of_ends(name, given, input_ids) for name, given in ends if given is not None]
+    if cu_seq_lens_q is not None:
+        starts.append(_starts_of_ends("cu_seq_lens_q", cu_seq_lens_q, input_ids))
+    if cu_seq_lens_k is not None and past is None:  # on top of a cache there are more keys than tokens of the call
+        starts.append(_starts_of_ends("cu_seq_lens_k", cu_seq_lens_k, input_ids))
     if seq_idx is not None:
         number = _checked("seq_idx", seq_idx, input_ids)
         starts.append(torch.cat([_first_column(input_ids)[:, :1], number[:, 1:] != number[:, :-1]], dim=1))

@@ -1,9 +1,11 @@
 """Fields of documents: clear values are read, others make one document invalid, and none ends in a traceback."""
 
+import copy
 import datetime
 import decimal
 import json
 import re
+import unicodedata
 
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +19,7 @@ from jrt_recall.harness.settings import as_dict, check, checked, names_of, respo
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
 from jrt_recall.tokenizers import shipped_tokenizer, token_ids
+from tokenizers.normalizers import NFC
 
 PASSAGE = {"id": "a", "context": "A small page.\nopen_valve(pressure, angle)", "question": "open_valve("}
 CLOZE = {"context": "The valve opens at noon.", "question": "The valve opens at", "orig_question": "When?"}
@@ -120,6 +123,18 @@ def test_text_of_a_special_token_stays_in_a_window(tmp_path):
 def test_answers_with_a_line_feed_are_counted_as_unreachable(tmp_path):
     rows = [PASSAGE | {"answers": answers} for answers in (["open_valve\n("], ["a\nb", "angle"], ["angle"])]
     assert passages(tmp_path, rows).unreachable == 1
+
+
+def test_spellings_that_the_models_tokenizer_normalises_are_unreachable_in_lm_eval_too(tmp_path):
+    tokenizer = copy.deepcopy(shipped_tokenizer())
+    tokenizer._tokenizer.normalizer = NFC()
+    tokenizer.save_pretrained(tmp_path / "model")
+    answers = [unicodedata.normalize("NFD", "café"), "café", "two\nlines"]
+    passages(tmp_path, [PASSAGE | {"answers": [answer]} for answer in answers])
+    model = {"pretrained": str(tmp_path / "model")}
+    for arguments, counted in ((model, [1, 0, 1]), ({"pretrained": "no/model"}, [0, 0, 1])):
+        rows = documents("qa_squad", "once", data=str(tmp_path), **arguments)["test"]
+        assert rows["unreachable"] == counted
 
 
 def test_a_window_of_a_passage_keeps_its_question(tmp_path):

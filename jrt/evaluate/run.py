@@ -22,10 +22,11 @@ from jrt_recall import Protocol, TaskItems, contains, items, strategy_named, tas
 from jrt_recall.protocols import PAGES, PASSAGES
 from jrt_recall.protocols import cells as protocols_of
 from jrt_recall.scoring import bootstrap, paired_difference
+from jrt_recall.tokenizers import reachable
 from tqdm import tqdm
 
 import jrt
-from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit, reachable
+from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.folder import Cell, RunFolder, cell_of
 from jrt.evaluate.models import ModelSpec, open_tokenizer
