@@ -178,6 +178,21 @@ def test_one_model_that_cannot_be_opened_is_a_row_and_not_the_end(folder_of_pass
     assert main([*given, "--output", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("task", ["qa_squad", "recall_perplexity"])
+def test_if_no_model_opens_each_reason_is_told(task, folder_of_passages, tmp_path, capsys):
+    models = [tmp_path / "none", tmp_path / "list"]
+    for folder, content in zip(models, ("{", "[]"), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    (tmp_path / "text.txt").write_text("a")
+    more = ["--passages", str(folder_of_passages)] if task == "qa_squad" else ["--text", str(tmp_path / "text.txt")]
+    given = ["eval", "--model", ",".join(map(str, models)), "--tasks", task, "--output", str(tmp_path / "run"), *more]
+    assert main(given) == 2
+    told = capsys.readouterr().err
+    assert all(str(folder) in told for folder in models) and told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_perplexity_of_the_other_models_is_measured_where_one_cannot_be_opened(tmp_path, capsys):
     good, bad = save_random_model(tmp_path / "good", "CL"), tmp_path / "bad"
     bad.mkdir()

@@ -111,7 +111,7 @@ def run(
             write_json(output / MANIFEST, {**kept, "failed": failed, "complete": complete})
             write_json(output / RESULT, records)
     if not records:
-        raise ValueError(next(iter(failed.values())))
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     return records, failed
 
 
