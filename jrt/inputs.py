@@ -15,7 +15,7 @@ from jrt.training.objective import IGNORED
 
 # Arguments that `forward` may ignore: they state what holds for these models anyway, or `generate` passes them on
 # unused.
-HARMLESS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "tokenizer", "assistant_tokenizer")
+HARMLESS = ("is_causal", "tokenizer", "assistant_tokenizer")
 INTEGERS = (torch.int64, torch.int32)  # of ids, lengths and labels
 
 
@@ -76,8 +76,8 @@ def check_labels(labels: Tensor, expected: torch.Size, rows: int) -> None:
 def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Tensor | None:
     """The mask of this call's tokens, (B, T) bool, False for padding; None if there is no padding.
 
-    attention_mask: (B, T), or (B, seen + T) with the `seen` columns of earlier calls. Padding may stand on the left
-    only, and only in the first call."""
+    attention_mask: (B, T), or (B, seen + T) with the `seen` columns of earlier calls; 0 or 1 each. Padding may stand on
+    the left only, and only in the first call."""
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask, "a tensor (B, T)")
@@ -88,9 +88,15 @@ def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Ten
         raise ValueError(f"attention_mask has shape {shape}; expected (B, T) = {(batch, length)} or {(batch, total)}")
     if seen and length == 1:
         return None  # a token that is generated is never padding
-    mask = attention_mask[:, -length:].bool()
-    if bool(mask.all()):
+    given = attention_mask[:, -length:]
+    if bool((given == 1).all()):
         return None
+    if bool(((given != 0) & (given != 1)).any()):
+        raise ValueError(
+            "attention_mask: expected 1 for a token and 0 for padding; position_ids, cu_seq_lens_q or seq_idx say where "
+            "documents of a row begin"
+        )
+    mask = given.bool()
     if seen:
         raise ValueError("padding after the first call: pad prompts on the left, before anything was read")
     if not bool(mask.any(1).all()):
@@ -109,7 +115,7 @@ def check_unknown(given: dict[str, object]) -> None:
         raise ValueError("inputs_embeds is not supported: pass input_ids")
     if given.get("output_attentions"):
         raise ValueError("output_attentions is not supported: most layers here have no attention weights")
-    if given.get("is_causal") is False:
+    if given.get("is_causal", True) is not None and not given.get("is_causal", True):
         raise ValueError(
             "is_causal=False is not supported: only a prefix is read without the causal mask (prefix_length)"
         )

@@ -33,7 +33,7 @@ from jrt.decoding.session import Sessions
 from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, check_unknown, own_mask
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel, residual
-from jrt.packed_rows import documents_of
+from jrt.packed_rows import DESCRIPTIONS, check_longest, documents_of
 from jrt.recurrent_cache import CACHE, RecurrentCache, one_cache, state_of
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import PADDED_MIXERS, Prompt, check_short_prompt, fill_short_prompts, padded
@@ -172,8 +172,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 sum over these rows divided by it, so that the losses of all parts add up to that of the whole batch.
             return_dict: False returns a tuple.
             **kwargs: `position_ids` (B, T), `cu_seq_lens_q` (N + 1,) or `seq_idx` (B, T) say where documents begin if
-                rows hold several (`jrt.packed_rows`); each is then read by itself. Other arguments raise an error
-                unless they are None, False, or without effect on these models (`jrt.inputs.HARMLESS`).
+                rows hold several (`jrt.packed_rows`); each is then read by itself. `cu_seq_lens_k`, `max_length_q` and
+                `max_length_k` must agree with them. Other arguments raise an error unless they are None, False, or
+                without effect on these models (`jrt.inputs.HARMLESS`).
 
         Returns:
             logits (B, T, V), loss and cache. V includes the padding rows of the vocabulary.
@@ -181,7 +182,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the inputs do not fit; the message says what was expected.
         """
-        packing = {name: kwargs.pop(name, None) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")}
+        packing = {name: kwargs.pop(name, None) for name in DESCRIPTIONS}
+        longest = {name: kwargs.pop(name, None) for name in ("max_length_q", "max_length_k")}
         check_unknown(kwargs)
         cache = one_cache(past_key_values, cache)
         state = state_of(cache)
@@ -191,6 +193,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         documents = None
         if any(given is not None for given in packing.values()):
             documents = documents_of(input_ids, attention_mask, None if state is None else state.lengths, **packing)
+        if state is None:
+            check_longest(longest, documents, input_ids, attention_mask)
         if documents is not None:
             if state is not None or use_cache:
                 raise ValueError("rows of several documents leave no cache to go on from: pass use_cache=False")

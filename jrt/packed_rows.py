@@ -9,6 +9,7 @@ Shapes: B rows, T tokens of a row, N documents of all rows, L tokens of the long
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from jrt.inputs import INTEGERS, check_tensor
+
+DESCRIPTIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""The arguments of `forward` that say where documents begin."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,18 @@ def documents_of(
     past: Tensor | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Documents | None:
-    """The documents as described by any of the three usual arguments; None if each row is one text.
+    """The documents as described by any of DESCRIPTIONS; None if each row is one text.
 
     Args:
         input_ids: (B, T).
         mask: (B, T), 0 for padding, which rows with several documents must not have; None: no padding.
         past: (B,) number of tokens of each row in earlier calls; None: there were none.
         position_ids: (B, T), (1, T) or (T,): the index of each token in its document.
-        cu_seq_lens_q: (N + 1,): where documents begin in the rows laid end to end, and where the last ends.
+        cu_seq_lens_q, cu_seq_lens_k: (N + 1,): where documents begin in the rows laid end to end, and where the last
+            ends.
         seq_idx: (B, T): the number of each token's document in its row.
 
     Raises:
@@ -64,7 +70,7 @@ def documents_of(
     """
     rows, length = input_ids.shape
     starts = []
-    for name, given in (("position_ids", position_ids), ("cu_seq_lens_q", cu_seq_lens_q), ("seq_idx", seq_idx)):
+    for name, given in zip(DESCRIPTIONS, (position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx), strict=True):
         if given is not None:
             check_tensor(name, given, "a tensor of integers")
             if given.dtype not in INTEGERS or given.numel() == 0 or given.ndim not in (1, 2):
@@ -79,18 +85,40 @@ def documents_of(
         else:
             starts.append(_starts_of_positions(positions))
     if cu_seq_lens_q is not None:
-        starts.append(_starts_of_ends(cu_seq_lens_q, input_ids))
+        starts.append(_starts_of_ends("cu_seq_lens_q", cu_seq_lens_q, input_ids))
+    if cu_seq_lens_k is not None and past is None:  # on top of a cache there are more keys than tokens of the call
+        starts.append(_starts_of_ends("cu_seq_lens_k", cu_seq_lens_k, input_ids))
     if seq_idx is not None:
         number = _checked("seq_idx", seq_idx, input_ids)
         starts.append(torch.cat([_first_column(input_ids)[:, :1], number[:, 1:] != number[:, :-1]], dim=1))
     if any(not torch.equal(each, starts[0]) for each in starts[1:]):
-        raise ValueError("position_ids, cu_seq_lens_q and seq_idx put documents at different places: expected the same")
+        raise ValueError(f"{', '.join(DESCRIPTIONS)} put documents at different places: expected the same")
     if not starts or not bool(starts[0][:, 1:].any()):
         return None
-    if mask is not None and not bool(mask.bool().all()):
+    if mask is not None and not bool((mask == 1).all()):
         raise ValueError("attention_mask has padding beside rows of several documents: expected one or the other")
     begins = [*starts[0].flatten().nonzero().flatten().tolist(), rows * length]
     return Documents([end - begin for begin, end in itertools.pairwise(begins)])
+
+
+def check_longest(
+    longest: Mapping[str, object], documents: Documents | None, input_ids: Tensor, mask: Tensor | None
+) -> None:
+    """Raises ValueError if a maximum length (by name, None if not given) is less than the tokens of the longest text,
+    because the rows were then meant to hold several documents.
+
+    mask: (B, T), as in `forward`."""
+    for name, given in longest.items():
+        if given is None:
+            continue
+        own = input_ids.shape[1] if mask is None else int(mask.sum(1).max())
+        tokens = own if documents is None else max(documents.lengths)
+        number = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+        if not isinstance(number, int) or number < tokens:
+            raise ValueError(
+                f"{name} is {given}, and the longest text has {tokens} tokens: expected position_ids, cu_seq_lens_q or "
+                "seq_idx beside it, which say where documents begin"
+            )
 
 
 def _first_column(input_ids: Tensor) -> Tensor:
@@ -122,14 +150,14 @@ def _starts_of_positions(positions: Tensor) -> Tensor:
     return begins
 
 
-def _starts_of_ends(cu_seq_lens_q: Tensor, input_ids: Tensor) -> Tensor:
-    ends = cu_seq_lens_q.flatten().tolist()
+def _starts_of_ends(name: str, given: Tensor, input_ids: Tensor) -> Tensor:
+    ends = given.flatten().tolist()
     tokens = input_ids.numel()
     if ends[0] != 0 or ends[-1] != tokens or any(a >= b for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"cu_seq_lens_q {ends}: expected to rise from 0 to {tokens}, the number of tokens")
+        raise ValueError(f"{name} {ends}: expected to rise from 0 to {tokens}, the number of tokens")
     begins = torch.zeros(tokens, dtype=torch.bool, device=input_ids.device)
     begins[torch.tensor(ends[:-1], device=input_ids.device)] = True
     begins = begins.view_as(input_ids)
     if not bool(begins[:, 0].all()):
-        raise ValueError("cu_seq_lens_q: a document reaches over the end of a row; expected each row to begin with one")
+        raise ValueError(f"{name}: a document reaches over the end of a row; expected each row to begin with one")
     return begins

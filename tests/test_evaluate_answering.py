@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 import torch
 from jrt_recall import PROTOCOLS
-from jrt_recall.tokenizers import shipped_tokenizer
+from jrt_recall.tokenizers import reachable, shipped_tokenizer
 from random_models import save_random_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -27,7 +27,7 @@ from transformers import (
 
 from jrt.evaluate import ModelSpec, answering, open_model
 from jrt.evaluate import batches as batches_of
-from jrt.evaluate.answering import answer, encode, left_padded, reachable
+from jrt.evaluate.answering import answer, encode, left_padded
 from jrt.evaluate.batches import Limits, batches
 
 PAGES = PROTOCOLS["pages-512"]
@@ -93,6 +93,15 @@ def test_begin_tokens_survive_truncation_and_end_tokens_end_no_prompt():
     assert cut.ids == [begin, *bare[-3:]] and cut.truncated == len(bare) - 3
 
 
+def shipped_tokenizer_with_begin_token():
+    """The shipped tokenizer with a begin token after its 4,096 others, as people add one and forget the embedding."""
+    tokenizer = copy.deepcopy(shipped_tokenizer())
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    front = [("<new>", tokenizer.convert_tokens_to_ids("<new>"))]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<new> $A", special_tokens=front)
+    return tokenizer
+
+
 def word_tokenizer(unknown: str) -> PreTrainedTokenizerFast:
     """Knows three words in small letters; puts <s> in front of a text and </s> behind it."""
     words = {word: index for index, word in enumerate(("<s>", "</s>", "<unk>", "x", "valve", "opens"))}
@@ -100,6 +109,14 @@ def word_tokenizer(unknown: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token=unknown)
+
+
+def test_a_begin_token_beyond_the_models_rows_is_named():
+    (found,) = encode(word_tokenizer("<unk>"), ["valve opens"], None, vocabulary=6)
+    assert not found.problem
+    tokenizer = shipped_tokenizer_with_begin_token()
+    (found,) = encode(tokenizer, ["valve opens"], None, vocabulary=4096)
+    assert found.problem == "token 4096 of it is beyond the model's 4096 rows"
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", "<s>", "</s>"])

@@ -5,6 +5,7 @@ Each is run in the way that is right for it, the results say so, and the answers
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from jrt.evaluate.answering import encode
 from jrt.evaluate.folder import Cell, former_manifest, read_run
 from jrt.evaluate.harness import _check_model
 from jrt.evaluate.models import OpenModel, position_bound
+from jrt.evaluate.perplexity import sequences
 from jrt.evaluate.report import page
+from jrt.probe import RunMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tiny_models
@@ -175,6 +178,21 @@ def test_one_model_that_cannot_be_opened_is_a_row_and_not_the_end(folder_of_pass
     assert main([*given, "--output", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("task", ["qa_squad", "recall_perplexity"])
+def test_if_no_model_opens_each_reason_is_told(task, folder_of_passages, tmp_path, capsys):
+    models = [tmp_path / "none", tmp_path / "list"]
+    for folder, content in zip(models, ("{", "[]"), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    (tmp_path / "text.txt").write_text("a")
+    more = ["--passages", str(folder_of_passages)] if task == "qa_squad" else ["--text", str(tmp_path / "text.txt")]
+    given = ["eval", "--model", ",".join(map(str, models)), "--tasks", task, "--output", str(tmp_path / "run"), *more]
+    assert main(given) == 2
+    told = capsys.readouterr().err
+    assert all(str(folder) in told for folder in models) and told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_perplexity_of_the_other_models_is_measured_where_one_cannot_be_opened(tmp_path, capsys):
     good, bad = save_random_model(tmp_path / "good", "CL"), tmp_path / "bad"
     bad.mkdir()
@@ -204,6 +222,58 @@ def test_perplexity_of_the_other_models_is_measured_where_one_cannot_be_opened(t
     assert main(resumed) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "perplexity.json" in told and "model absent" in told
+
+
+def test_perplexity_leaves_out_and_counts_sequences_beyond_the_models_rows(saved, tmp_path, capsys):
+    common, rare = "the valve opens slowly " * 1500, "a night in the outer chamber of pressure " * 900
+    ids = [shipped_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in (common, rare)]
+    rows = max(ids[0]) + 1
+    assert max(ids[1]) >= rows
+    folder = Path(saved("mamba2", "few_rows"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(folder)
+    given = ["eval", "--tasks", "recall_perplexity", "--model", f"{folder},{saved('mamba2')}", "--text"]
+    (tmp_path / "text.txt").write_text(common + rare)
+    assert main([*given, str(tmp_path / "text.txt"), "--output", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "perplexity.json").read_text())
+    invalid, tokens = Counter(), Counter()
+    for record in found:
+        invalid[record["model"]] = record["invalid"]
+        tokens[record["model"]] += record["tokens"] * (record["by"] == "all")
+    few, all_rows = str(folder), saved("mamba2")
+    assert invalid[few] > 0 == invalid[all_rows] and tokens[few] + 1024 * invalid[few] == tokens[all_rows]
+    assert f"{few}: {invalid[few]} sequences left out" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text(rare)
+    assert main([*given, str(tmp_path / "text.txt"), "--output", str(tmp_path / "none")]) == 1
+    assert (
+        f"{few}: not run: each sequence of the text has a token beyond the model's {rows} rows"
+        in capsys.readouterr().out
+    )
+
+
+def test_perplexity_states_how_a_model_is_wrong(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(OpenModel, "mode", RunMode(causal=False))
+    (tmp_path / "text.txt").write_text("the valve opens slowly " * 1500)
+    given = ["eval", "--tasks", "recall_perplexity", "--model", saved("mamba2"), "--limit", "1", "--text"]
+    assert main([*given, str(tmp_path / "text.txt"), "--output", str(tmp_path / "run")]) == 0
+    assert "not a causal language model" in capsys.readouterr().out
+    assert "not a causal" in json.loads((tmp_path / "run" / "perplexity.json").read_text())[0]["notes"][0]
+
+
+@pytest.mark.parametrize(("content", "said"), [("é" * 9, "line 1: not UTF-8"), ("ok", "UTF-16")])
+def test_a_text_in_another_encoding_is_named(content, said, saved, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(content.encode("latin-1" if content != "ok" else "utf-16"))
+    given = ["eval", "--tasks", "recall_perplexity", "--model", saved("mamba2"), "--text", str(tmp_path / "text.txt")]
+    assert main([*given, "--output", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "text.txt" in told and said in told and told.count("\n") == 1
+
+
+def test_the_text_of_a_special_token_is_text_for_perplexity():
+    tokenizer = shipped_tokenizer()
+    (row,) = sequences(tokenizer, ["before <|endoftext|> after"], 11)
+    assert tokenizer.eos_token_id not in row
 
 
 def test_a_cell_that_no_model_answered_is_in_the_page():

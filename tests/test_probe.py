@@ -271,12 +271,19 @@ def test_doctor_on_a_model(tmp_path, capsys):
     assert "NO" not in text and CHECKS["padding"] in text and "saved and loaded" in text and "float16" in text
     rwkv = tmp_path / "rwkv"
     tiny_model("rwkv").save_pretrained(rwkv)
+    assert main(["doctor", str(rwkv), "--json"]) == 1  # without a tokenizer
+    without = json.loads(capsys.readouterr().out)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (rwkv / file).write_bytes((tmp_path / "ours" / file).read_bytes())
+        (tmp_path / "ours" / file).unlink()
+    assert main(["doctor", folder]) == 0
+    capsys.readouterr()
     assert main(["doctor", str(rwkv), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["sound"] and found["mode"]["padding"] is False
     assert {check["name"]: check["holds"] for check in found["checks"]}["save and load"] is True
+    assert {check["name"]: check["holds"] for check in without["checks"]}["padding"] is False
+    assert main(["doctor", str(tmp_path)]) == 2
 
 
 def test_doctor_on_the_installation(capsys):

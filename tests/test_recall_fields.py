@@ -1,9 +1,11 @@
 """Fields of documents: clear values are read, others make one document invalid, and none ends in a traceback."""
 
+import copy
 import datetime
 import decimal
 import json
 import re
+import unicodedata
 
 import pyarrow
 import pyarrow.parquet
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from jrt_recall import data, items
 from jrt_recall.fields import answers_in
 from jrt_recall.harness.hooks import documents
-from jrt_recall.harness.settings import as_dict, check, names_of, response_cache, whole_number
+from jrt_recall.harness.settings import as_dict, check, checked, names_of, response_cache, whole_number
 from jrt_recall.items import _position
 from jrt_recall.protocols import PASSAGES
 from jrt_recall.tokenizers import shipped_tokenizer, token_ids
+from tokenizers.normalizers import NFC
 
 PASSAGE = {"id": "a", "context": "A small page.\nopen_valve(pressure, angle)", "question": "open_valve("}
 CLOZE = {"context": "The valve opens at noon.", "question": "The valve opens at", "orig_question": "When?"}
@@ -122,6 +125,18 @@ def test_answers_with_a_line_feed_are_counted_as_unreachable(tmp_path):
     assert passages(tmp_path, rows).unreachable == 1
 
 
+def test_spellings_that_the_models_tokenizer_normalises_are_unreachable_in_lm_eval_too(tmp_path):
+    tokenizer = copy.deepcopy(shipped_tokenizer())
+    tokenizer._tokenizer.normalizer = NFC()
+    tokenizer.save_pretrained(tmp_path / "model")
+    answers = [unicodedata.normalize("NFD", "café"), "café", "two\nlines"]
+    passages(tmp_path, [PASSAGE | {"answers": [answer]} for answer in answers])
+    model = {"pretrained": str(tmp_path / "model")}
+    for arguments, counted in ((model, [1, 0, 1]), ({"pretrained": "no/model"}, [0, 0, 1])):
+        rows = documents("qa_squad", "once", data=str(tmp_path), **arguments)["test"]
+        assert rows["unreachable"] == counted
+
+
 def test_a_window_of_a_passage_keeps_its_question(tmp_path):
     row = PASSAGE | {"context": " ".join(f"w{n}" for n in range(400)), "question": "which one?", "answers": ["w20"]}
     (tmp_path / "squad.jsonl").write_text(json.dumps(row) + "\n")
@@ -203,6 +218,29 @@ def test_parquet_columns_that_json_cannot_hold_are_left_out(tmp_path, value):
     assert row == CLOZE | {"answers": ["noon"], "kept": {"a": [1]}}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([CLOZE | {"answers": [b"noon"]}]), file)
     with pytest.raises(ValueError, match=r"no text in answers \(list\)"):
+        data.import_file("drop", file, tmp_path / "mirror")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([570_000_000_000_000, None], pyarrow.timestamp("ms")),  # in the year 20,032
+        pyarrow.array([[570_000_000_000_000], []], pyarrow.list_(pyarrow.timestamp("ms"))),
+        pyarrow.array([2**60, 1], pyarrow.date64()),
+        pyarrow.array([2**62, 1], pyarrow.duration("s")),
+        pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Mars/Phobos")),
+        pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_parquet_values_that_python_cannot_hold_spoil_their_column_only(column, tmp_path):
+    file, rows = tmp_path / "in.parquet", [CLOZE | {"answers": ["noon"]}] * 2
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table.append_column("more", column), file)
+    data.import_file("drop", file, tmp_path / "mirror")
+    assert list(data.load("drop", tmp_path / "mirror").rows) == rows
+    pyarrow.parquet.write_table(table.set_column(0, "context", column), file)
+    with pytest.raises(ValueError, match=r"in.parquet, column 'context', row \d: cannot be read"):
         data.import_file("drop", file, tmp_path / "mirror")
 
 
@@ -295,11 +333,16 @@ def files_never_end_in_a_traceback(folder):
 
 def options_never_end_in_a_traceback(_):
     @given(
-        st.dictionaries(st.sampled_from(["tasks", "metadata", "model_args", "gen_kwargs", "num_fewshot"]) | TEXT, VALUE)
+        st.dictionaries(
+            st.sampled_from(["tasks", "metadata", "model_args", "gen_kwargs", "num_fewshot", "limit", "samples"])
+            | st.sampled_from(["batch_size", "max_batch_size", "device", "wandb_args", "log_samples"])
+            | TEXT,
+            VALUE,
+        )
     )
     def run(options):
         try:
-            check(options)
+            check(checked(options))
             as_dict("model_args", options.get("model_args"))
             whole_number("n", options.get("n"))
             names_of(options.get("tasks"))

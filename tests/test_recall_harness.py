@@ -201,6 +201,46 @@ def test_a_config_file_is_judged_like_the_command_line(tmp_path):
     settings.check(parsed("--metadata", '{"protocol": "full", "max_items": "2", "tokenizer": "gpt2"}', "--limit", "3"))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("limit: many", "--limit: expected a number above 0"),
+        ("limit: [1]", "--limit"),
+        ("limit: -5", "--limit"),
+        ("limit: true", "--limit"),
+        ("batch_size: [1]", "--batch_size: expected a whole number"),
+        ("batch_size: -1", "--batch_size"),
+        ("max_batch_size: much", "--max_batch_size"),
+        ("device: 3", "--device: expected text"),
+        ("use_cache: 3", "--use_cache"),
+        ("verbosity: 3", "--verbosity"),
+        ("log_samples: 'no'", "--log_samples: expected true or false"),
+        ("trust_remote_code: x", "--trust_remote_code"),
+        ("wandb_args: 3", "--wandb_args"),
+        ("hf_hub_log_args: [1]", "--hf_hub_log_args"),
+        ("samples: 3", "--samples"),
+        ("samples: {qa_squad: 3}", "--samples"),
+        ("samples: {qa_squad: [a]}", "--samples"),
+        ("samples: no_such_file", "--samples.*file"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(text, said, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        parsed("--config", str(file))
+
+
+def test_values_in_quotes_and_of_the_right_kind_are_read(tmp_path):
+    file, numbers = tmp_path / "c.yaml", tmp_path / "numbers.json"
+    numbers.write_text('{"qa_squad": [0, 2]}')
+    file.write_text(f"limit: '1'\nbatch_size: '2'\nmax_batch_size: '4'\nsamples: {numbers}\nwandb_args: project=a\n")
+    found = parsed("--config", str(file))
+    assert (found["limit"], found["batch_size"], found["max_batch_size"]) == (1, 2, 4)
+    assert found["samples"] == {"qa_squad": [0, 2]}
+    assert parsed("--batch_size", "auto:4", "--limit", "0.5")["batch_size"] == "auto:4"
+
+
 def test_other_tasks_keep_their_own_settings():
     given = [
         "run",

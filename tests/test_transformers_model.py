@@ -28,16 +28,17 @@ def tiny(pattern: str, **fields) -> JRTForCausalLM:
 
 
 def packed(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The three usual descriptions of documents of these lengths in one row."""
+    """The usual descriptions of documents of these lengths in one row."""
     return {
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "cu_seq_lens_k": torch.tensor([0, *lengths]).cumsum(0).int(),
         "seq_idx": torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None],
     }
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+@pytest.mark.parametrize("name", ["position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
 def test_documents_of_a_packed_row_are_read_apart(pattern, name):
     model, lengths = tiny(pattern), (7, 1, 5)
     ids = torch.randint(0, 64, (1, sum(lengths)))
@@ -86,8 +87,15 @@ def test_positions_that_say_what_is_so_change_nothing():
         {"seq_idx": torch.zeros(1, 5)},
         {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]]), "cu_seq_lens_q": torch.tensor([0, 2, 6])},
         {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]]), "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+        {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])},
+        {"cu_seq_lens_q": torch.tensor([0, 6]), "cu_seq_lens_k": torch.tensor([0, 3, 6])},
+        {"cu_seq_lens_k": torch.tensor([0, 3, 7])},
+        {"max_length_q": 3},
+        {"max_length_k": 3, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+        {"max_length_q": 2, "cu_seq_lens_q": torch.tensor([0, 3, 6])},
         {"token_type_ids": torch.zeros(1, 6)},
         {"is_causal": False},
+        {"is_causal": 0},
         {"output_attentions": True},
         {"atention_mask": torch.ones(1, 6)},
         {"head_mask": torch.ones(2)},

@@ -75,14 +75,14 @@ def add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from jrt import doctor
-    from jrt.evaluate.models import open_model
+    from jrt.evaluate.models import open_for_probe
 
     found: doctor.Installation | doctor.Examination
     if arguments.model is None:
         found = doctor.inspect_installation()
     else:
-        opened = open_model(model_spec(arguments, arguments.model))
-        found = doctor.examine(opened.model, arguments.model, opened.pad_token_id)
+        model, pad_token_id = open_for_probe(model_spec(arguments, arguments.model))
+        found = doctor.examine(model, arguments.model, pad_token_id)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.text())
     return OK if found.is_sound else FAILED
 

@@ -20,7 +20,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jrt_recall import Protocol, contains
+from jrt_recall import Protocol
+from jrt_recall.fields import is_text
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def encode(
     found = []
     for prompt, row in zip(prompts, rows, strict=True):
         own = row if limit is None else row[-max(1, limit - len(front)) :]
-        beyond = max(row, default=0)
+        beyond = max((*front, *row), default=0)
         if not is_text(prompt):
             problem = "it holds a lone surrogate (half an emoji, or bytes that are not UTF-8)"
         elif not row:
@@ -113,27 +114,6 @@ def _tokens_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # "a" itself may be the unknown token, which some tokenizers also put in front: only the mask tells them apart.
     places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare and not added[place]]
     return list(whole[: places[0]]) if places else []
-
-
-def is_text(text: str) -> bool:
-    """False for a string with a lone surrogate, which no encoding of text can hold."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: Sequence[str]) -> bool:
-    """Whether a model with this tokenizer could write at least one of the answers.
-
-    It can write no stop string and no spelling that the tokenizer normalises away. The metric ignores case."""
-    for answer in (*answers, *map(str.lower, answers)):
-        if is_text(answer) and not any(ending in answer for ending in stop):
-            ids = tokenizer(f"x {answer} x", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            if contains(str(tokenizer.decode(ids)), answer):
-                return True
-    return False
 
 
 def prompt_limit(protocol: Protocol, max_length: int | None) -> int | None:

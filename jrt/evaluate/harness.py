@@ -104,6 +104,8 @@ def _check_model(found: dict[str, Any]) -> None:
     prompt."""
     if found.get("model") != "jrt":
         return
+    if found.get("trust_remote_code"):
+        raise ValueError("--trust_remote_code: --model jrt never runs code of a checkpoint: leave it out")
     options = settings.as_dict("model_args", found.get("model_args"))
     known = list(inspect.signature(JRTHarness.__init__).parameters)[1:]
     if unknown := [str(name) for name in options if name not in known]:

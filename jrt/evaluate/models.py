@@ -47,6 +47,8 @@ LIMITS = (
     "max_target_positions",  # of a decoder with a table of positions, such as Whisper's
 )
 """Names of the configuration fields that hold the most tokens a model reads."""
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model")
+"""The names of files in a model's folder that belong to a tokenizer."""
 UNBOUNDED = 10**9  # a field with this value or more means that there is no bound
 
 
@@ -223,6 +225,23 @@ def open_model(spec: ModelSpec) -> OpenModel:
 
     Raises ValueError if there is no such model, if it cannot be loaded, or if an option does not apply to it."""
     tokenizer = open_tokenizer(spec.name)
+    model, put_aside, unused = _open_weights(spec)
+    return OpenModel(spec, model, tokenizer, put_aside, unused)
+
+
+def open_for_probe(spec: ModelSpec) -> tuple[PreTrainedModel, int]:
+    """Opens a model, and returns it with the token id that pads its rows: 0 for a folder without a tokenizer.
+
+    Raises ValueError as `open_model` does."""
+    folder = Path(os.path.expanduser(spec.name))
+    if os.path.isfile(folder / "config.json") and not any(list(folder.glob(name)) for name in TOKENIZER_FILES):
+        return _open_weights(spec)[0], 0
+    opened = open_model(spec)
+    return opened.model, opened.pad_token_id
+
+
+def _open_weights(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, object], list[str]]:
+    """A model, the saved settings that were set aside, and the names of weights that it does not use."""
     device, dtype = checked_device(spec.device), checked_dtype(spec.dtype or "float32")
     model: PreTrainedModel
     if is_ours(spec.name):
@@ -230,12 +249,12 @@ def open_model(spec: ModelSpec) -> OpenModel:
             model = load(spec.name, device, dtype, spec.compat, spec.short_prompt)
         except (OSError, ImportError) as error:
             raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
-        return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
+        return model.eval(), set_aside(model), []
     _check_options(spec)
     if (authors := mamba2_folder(spec.name)) is not None:
         model = open_mamba2(authors, dtype)
         torch.nn.Module.to(model, device)
-        return OpenModel(spec, model.eval(), tokenizer, set_aside(model))
+        return model.eval(), set_aside(model), []
     folder, options = _location(spec.name)
     saved = None
     if "gguf_file" not in options:
@@ -251,7 +270,7 @@ def open_model(spec: ModelSpec) -> OpenModel:
         if lacking := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
             raise ValueError(f"the file lacks {len(lacking)} of its weights, or has other shapes: {_few(lacking)}")
         torch.nn.Module.to(model, device)
-    return OpenModel(spec, model.eval(), tokenizer, set_aside(model, saved), sorted(found["unexpected_keys"]))
+    return model.eval(), set_aside(model, saved), sorted(found["unexpected_keys"])
 
 
 def _few(names: list[str]) -> str:
@@ -276,7 +295,8 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(unknown_model(name))
     if not options:
         register_architecture(folder)
-    with as_value_error(unknown_model(name)):
+    is_folder = os.path.isdir(folder)
+    with as_value_error(f"the folder {name} has no tokenizer that can be loaded" if is_folder else unknown_model(name)):
         return AutoTokenizer.from_pretrained(folder, **options)
 
 

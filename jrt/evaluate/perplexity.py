@@ -20,16 +20,18 @@ from types import MappingProxyType
 
 import jrt_recall
 import torch
-from jrt_recall.data import digest
+from jrt_recall.data import digest, read_text
 from jrt_recall.reference_pages import library_pages
+from jrt_recall.tokenizers import token_ids
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import jrt
 from jrt.evaluate.folder import MANIFEST, former_manifest, read_json
-from jrt.evaluate.models import ModelSpec, OpenModel, open_model
+from jrt.evaluate.models import ModelInfo, ModelSpec, OpenModel, open_model
 from jrt.evaluate.shapes import check_each
 from jrt.evaluate.tables.results import aligned
+from jrt.system.breaks import as_value_error
 from jrt.system.files import write_json
 from jrt.system.provenance import code_sha256, commit, device_name, versions
 
@@ -46,13 +48,13 @@ Slice = tuple[str, str, str]
 def texts(path: Path | None) -> list[str]:
     """The documents of a text file or of a folder's .txt files; None: reference pages of the running Python's modules.
 
-    Raises ValueError if there is no such file."""
+    Raises ValueError if there is no such file, or if one is not UTF-8."""
     if path is None:
         return [page.text for page in library_pages()]
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise ValueError(f"{path}: expected a text file, or a folder with .txt files")
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [read_text(file) for file in files]
 
 
 def run(
@@ -109,19 +111,25 @@ def run(
             write_json(output / MANIFEST, {**kept, "failed": failed, "complete": complete})
             write_json(output / RESULT, records)
     if not records:
-        raise ValueError(next(iter(failed.values())))
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     return records, failed
 
 
 def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch_size: int) -> list[dict]:
-    """One record for each `Slice`: its three names (slice, by, bin), its perplexity and its number of tokens.
+    """One record for each `Slice`: its three names (slice, by, bin), its perplexity, its number of tokens, how many
+    sequences are left out because the model has no rows for some of their tokens, and notes on the model.
 
-    Raises ValueError if the text is shorter than one sequence."""
-    bound = model.info().max_length
-    length = LENGTH if bound is None else min(LENGTH, bound)
-    rows = sequences(model.tokenizer, documents, length)[:limit]
-    if not rows:
+    Raises ValueError if the text is shorter than one sequence, if no sequence is left, or if the code of a model that is
+    not ours failed."""
+    info = model.info()
+    length = LENGTH if info.max_length is None else min(LENGTH, info.max_length)
+    cut = sequences(model.tokenizer, documents, length)[:limit]
+    if not cut:
         raise ValueError(f"the text is shorter than one sequence of {length} tokens")
+    rows = [row for row in cut if max(row) < info.vocabulary]
+    if not rows:
+        raise ValueError(f"each sequence of the text has a token beyond the model's {info.vocabulary} rows")
+    stated = {"invalid": len(cut) - len(rows), "notes": _notes(info, len(cut) - len(rows))}
     counts = Counter(pair for row in rows for pair in pairwise(row))
     sums: dict[Slice, float] = defaultdict(float)
     sizes: Counter[Slice] = Counter()
@@ -134,17 +142,31 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
                     sums[key] += loss
                     sizes[key] += 1
     return [
-        {"slice": kind, "by": by, "bin": bin_, "perplexity": math.exp(sums[kind, by, bin_] / size), "tokens": size}
+        {
+            "slice": kind,
+            "by": by,
+            "bin": bin_,
+            "perplexity": math.exp(sums[kind, by, bin_] / size),
+            "tokens": size,
+            **stated,
+        }
         for (kind, by, bin_), size in sorted(sizes.items())
     ]
 
 
+def _notes(info: ModelInfo, invalid: int) -> list[str]:
+    """What is told of a model below the table; how it decodes and copies states does not matter here."""
+    beyond = f"{invalid} sequences left out: they have tokens beyond the model's {info.vocabulary} rows"
+    return [*info.notes, *([beyond] if invalid else [])]
+
+
 def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> list[list[int]]:
-    """The documents joined to one stream of token ids and cut into sequences of `length`; a shorter rest is left
-    out."""
+    """The documents joined to one stream of token ids and cut into sequences of `length`; a shorter rest is left out.
+
+    A document that spells a special token is ordinary text."""
     stream: list[int] = []
     for document in documents:
-        stream += tokenizer(document + "\n", add_special_tokens=False)["input_ids"]
+        stream += token_ids(tokenizer, document + "\n", special_is_text=True)
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
@@ -175,7 +197,7 @@ def _losses(model: OpenModel, rows: list[list[int]]) -> list[list[float]]:
     if model.ours and model.ours.core.has("P"):
         prefix = min(half, model.ours.core.enc_length)
         options["prefix_length"] = torch.full(ids.shape[:1], prefix, device=ids.device)  # (B,)
-    with model.cores:
+    with model.cores, as_value_error(f"{model.spec.name} cannot be run on {ids.shape[1]} tokens"):
         output = model.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half + 1, **options)
     logits = output.logits[:, :-1].float()  # (B, T - half, V)
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, half:], reduction="none").tolist()
@@ -193,7 +215,9 @@ def table(records: Sequence[dict], failed: Mapping[str, str] = MappingProxyType(
     ]
     title = "recall_perplexity: second half of each sequence; perplexity (tokens)"
     reasons = (f"{model}: not run: {why}" for model, why in failed.items())
-    return "\n".join([title, aligned(("slice", *models), rows), *reasons])
+    notes = {record["model"]: record.get("notes", []) for record in records}  # older files have none
+    told = (f"{model}: {note}" for model, all_notes in notes.items() for note in all_notes)
+    return "\n".join([title, aligned(("slice", *models), rows), *told, *reasons])
 
 
 def _bin(value: int, borders: Sequence[int]) -> str:

@@ -22,10 +22,11 @@ from jrt_recall import Protocol, TaskItems, contains, items, strategy_named, tas
 from jrt_recall.protocols import PAGES, PASSAGES
 from jrt_recall.protocols import cells as protocols_of
 from jrt_recall.scoring import bootstrap, paired_difference
+from jrt_recall.tokenizers import reachable
 from tqdm import tqdm
 
 import jrt
-from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit, reachable
+from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.folder import Cell, RunFolder, cell_of
 from jrt.evaluate.models import ModelSpec, open_tokenizer
@@ -155,15 +156,17 @@ def _one_name(model: str) -> str:
 def _first_that_opens(specs: Sequence[ModelSpec], opened: Callable[[ModelSpec], object]) -> None:
     """Checks that at least one model opens. Others may fail: they become rows of the table with the reason.
 
-    Raises ValueError (the first model's) if none opens."""
-    problems = []
+    Raises ValueError with the reason of each model if none opens."""
+    problems = {}
     for spec in specs:
         try:
             opened(spec)
             return
         except ValueError as error:
-            problems.append(error)
-    raise problems[0]
+            problems[spec.name] = error
+    if len(problems) == 1:
+        raise next(iter(problems.values()))
+    raise ValueError("no model can be opened: " + "; ".join(f"{name}: {error}" for name, error in problems.items()))
 
 
 def _check_folders(request: Request, tasks: list[str]) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .fields import kind
+from .parquet import read_parquet
 from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def import_file(task: str, file: str | Path, folder: str | Path | None = None) -
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    return store(spec.name, _read_rows(path), f"imported from {path.name}", _named(folder))
+    return store(spec.name, _read_rows(path, spec.columns), f"imported from {path.name}", _named(folder))
 
 
 def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None) -> list[Checked]:
@@ -201,11 +202,11 @@ def digest(rows: Iterable[dict]) -> str:
 def read_lines(file: Path) -> list[dict]:
     """Returns the rows of a JSONL file. If a line is not a JSON object or not UTF-8, the ValueError has its number."""
     # str.splitlines would also split at U+2028 and the like, which may stand in JSON strings.
-    lines = enumerate(_read_text(file).split("\n"), start=1)
+    lines = enumerate(read_text(file).split("\n"), start=1)
     return [_json_object(line, f"{file}, line {number}") for number, line in lines if line.strip()]
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     """Reads a UTF-8 file, with or without a byte order mark."""
     content = file.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:  # with or without a byte order mark
@@ -235,24 +236,17 @@ def _json(text: str, place: str) -> Any:
         raise ValueError(f"{place}: JSON that cannot be read ({type(error).__name__})") from error
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path, needed: Sequence[str]) -> list[dict]:
     match path.suffix:
         case ".jsonl":
             return read_lines(path)
         case ".json":
-            rows = _json(_read_text(path), str(path))
+            rows = _json(read_text(path), str(path))
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{path}: expected a JSON list of objects")
             return rows
         case ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            try:
-                return pyarrow.parquet.read_table(path).to_pylist()
-            except (pyarrow.ArrowException, OSError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"{path} cannot be read as Parquet: {reason:.120}") from error
+            return read_parquet(path, needed)
     raise ValueError(f"{path}: expected a .jsonl, .json or .parquet file")
 
 
@@ -362,7 +356,7 @@ def _manifest(mirror: Path) -> dict:
     file = mirror / MANIFEST
     if not file.is_file():
         return {}
-    manifest = _json_object(_read_text(file), str(file))
+    manifest = _json_object(read_text(file), str(file))
     for name, entry in manifest.items():
         kinds = {field: type(entry.get(field)) for field in _ENTRY} if isinstance(entry, dict) else {}
         if kinds != _ENTRY:

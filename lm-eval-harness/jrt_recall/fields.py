@@ -25,6 +25,15 @@ def checked_text(place: str, value: object) -> str:
     return value
 
 
+def is_text(text: str) -> bool:
+    """False for a string with a lone surrogate, which no encoding of text can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def answers_in(place: str, value: Any) -> tuple[str, ...]:
     """Returns the answers in a field. A prediction is right if it contains any of them.
 

@@ -6,15 +6,16 @@ tokenizer is. A score made with another cutting tokenizer carries another protoc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data import FOLDER_VARIABLE, mirror_folder
-from .fields import answers_of, checked_text, kind, text_field, whole_field
+from .fields import answers_of, checked_text, is_text, kind, text_field, whole_field
 from .prompts import passage_ending
 from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, context_column, published_task
-from .scoring import first_hit
+from .scoring import contains, first_hit
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +53,18 @@ def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
         return _from_pretrained(name)
     except ValueError:
         return None
+
+
+def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: Sequence[str]) -> bool:
+    """Whether a model with this tokenizer could write at least one of the answers.
+
+    It can write no stop string and no spelling that the tokenizer normalises away. The metric ignores case."""
+    for answer in (*answers, *map(str.lower, answers)):
+        if is_text(answer) and not any(ending in answer for ending in stop):
+            ids = tokenizer(f"x {answer} x", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if contains(str(tokenizer.decode(ids)), answer):
+                return True
+    return False
 
 
 def protocol_and_tokenizer(

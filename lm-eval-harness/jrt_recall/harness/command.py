@@ -99,4 +99,12 @@ def command_line(
         check_model(found)
     if (cache := settings.response_cache(found)) is not None:
         namespace.use_cache = cache
-    parser.execute(namespace)
+    for name in (*settings.NUMBERS, "samples"):  # lm-eval reads the `--config` file again, whose numbers may be text
+        if name in found:
+            setattr(namespace, name, found[name])
+    try:
+        parser.execute(namespace)
+    except AssertionError as error:  # lm-eval's own check of the numbers in --samples
+        if "samples" not in found:
+            raise
+        raise ValueError(f"--samples: {' '.join(str(error).split())}") from error

@@ -10,21 +10,24 @@ lm-eval passes it the settings of `--metadata` together with the model's argumen
     seed       selection of reference pages (default 0)
     max_items  most items that are made (lm-eval's --limit makes all of them and then uses fewer)
 
-Two of the model's arguments are used as well. With `pretrained` or `tokenizer`, prompt tokens are counted. With
-`max_length`, the prompts that lm-eval will truncate are counted.
+Two of the model's arguments are used as well. With `pretrained` or `tokenizer`, prompt tokens are counted, and answers
+that the tokenizer cannot spell. With `max_length`, the prompts that lm-eval will truncate are counted.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..items import TaskItems, items
 from ..prompts import times
 from ..protocols import Protocol
 from ..scoring import contains
-from ..tokenizers import model_tokenizer
+from ..tokenizers import model_tokenizer, reachable
 from .settings import whole_number
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,8 @@ def documents(
     most = None if max_items is None else whole_number("max_items", max_items, least=1)
     found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
     logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
-    counts = _prompt_tokens([item.prompt for item in found.items], arguments)
+    tokenizer = _tokenizer_of(arguments)
+    counts = _prompt_tokens([item.prompt for item in found.items], tokenizer)
     limit = _limit(found.protocol, arguments)
     shared = {
         "task": found.task,
@@ -85,7 +89,7 @@ def documents(
             "answers": list(item.answers),
             "position": -1.0 if item.position is None else item.position,
             "lost": int(item.lost),
-            "unreachable": int(not found.protocol.can_hold(item.answers)),
+            "unreachable": int(not _can_answer(found.protocol, item.answers, tokenizer)),
             "prompt_tokens": count if limit is None or count is None else min(count, limit),
             "truncated": None if limit is None or count is None else int(count > limit),
             **shared,
@@ -120,10 +124,19 @@ def average(values: list) -> float | str:
     return UNKNOWN if None in values else sum(values) / len(values)
 
 
-def _prompt_tokens(prompts: list[str], arguments: dict) -> list[int] | list[None]:
-    """The length of each prompt in the model's own tokens, or None for each if its tokenizer cannot be loaded."""
+def _tokenizer_of(arguments: dict) -> PreTrainedTokenizerBase | None:
+    """The model's own tokenizer, or None if it cannot be loaded."""
     name = arguments.get("tokenizer") or arguments.get("pretrained")
-    tokenizer = model_tokenizer(name) if isinstance(name, str) else None
+    return model_tokenizer(name) if isinstance(name, str) else None
+
+
+def _can_answer(protocol: Protocol, answers: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a generation can hold any of the answers: without a stop string, and as the tokenizer spells them."""
+    return protocol.can_hold(answers) if tokenizer is None else reachable(tokenizer, answers, protocol.stop)
+
+
+def _prompt_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[int] | list[None]:
+    """The length of each prompt in the model's own tokens, or None for each without its tokenizer."""
     return [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..protocols import PASSAGES, PREFIX
@@ -29,12 +31,18 @@ _CONTRADICT_RECALL = {
     "fewshot_as_multiturn": "the prompts of the recall tasks are fixed: leave it out",
     "num_fewshot": "examples belong to the strategies 1shot, 2shot ... of `jrt eval`: leave it out",
 }
+# The kinds of lm-eval's settings. lm-eval checks them on the command line, and not in a `--config` file.
+_TEXTS = ("model", "device", "use_cache", "output_path", "include_path", "verbosity", "system_instruction")
+_FLAGS = ("check_integrity", "write_out", "log_samples", "predict_only", "show_config", "trust_remote_code")
+_OBJECTS = ("wandb_args", "wandb_config_args", "hf_hub_log_args", "trackio_args")
+NUMBERS = ("limit", "batch_size", "max_batch_size")
 
 
 def parsed(namespace: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings of an lm-eval run, merged as lm-eval does: the command line overrides the `--config` file.
 
-    Raises ValueError if the file cannot be read or has keys that lm-eval does not know."""
+    Numbers in quotes become numbers. Raises ValueError if the file cannot be read or has keys that lm-eval does not know,
+    and for a value of the wrong kind."""
     from dataclasses import fields
 
     from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -49,7 +57,29 @@ def parsed(namespace: argparse.Namespace) -> dict[str, Any]:
         if unknown := sorted(map(str, set(settings) - known)):
             raise ValueError(f"--config {namespace.config}: lm-eval has no setting {', '.join(unknown)}")
     settings.update({name: value for name, value in vars(namespace).items() if value or value == 0})
-    return settings
+    return checked(settings)
+
+
+def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with their numbers as numbers. Raises a ValueError that names a setting of the wrong kind."""
+    found = {name: value for name, value in settings.items() if value is not None}
+    for name in _TEXTS:
+        if not isinstance(found.get(name, ""), str):
+            raise ValueError(f"--{name}: expected text, got {found[name]!r}")
+    for name in _FLAGS:
+        if not isinstance(found.get(name, False), bool):
+            raise ValueError(f"--{name}: expected true or false, got {found[name]!r}")
+    for name in _OBJECTS:
+        as_dict(name, found.get(name))
+    if "limit" in found:
+        found["limit"] = _positive("--limit", found["limit"])
+    if "max_batch_size" in found:
+        found["max_batch_size"] = whole_number("--max_batch_size", found["max_batch_size"], least=1)
+    if "batch_size" in found and not str(found["batch_size"]).startswith("auto"):
+        found["batch_size"] = whole_number("--batch_size", found["batch_size"], least=1)
+    if "samples" in found:
+        found["samples"] = _samples(found["samples"])
+    return found
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -118,3 +148,26 @@ def whole_number(name: str, value: Any, least: int = 0) -> int:
     if int(text) < least:
         raise ValueError(f"{name}: expected a number of at least {least}, got {text}")
     return int(text)
+
+
+def _positive(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+    return number
+
+
+def _samples(value: Any) -> dict[str, list[int]]:
+    """--samples: for each task the numbers of its documents; an object, its JSON text, or a file with it."""
+    expected = "--samples: expected an object with a list of document numbers for each task"
+    if isinstance(value, str):
+        try:
+            value = json.loads(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
+        except (OSError, RecursionError, ValueError) as error:  # one of them: a text too long for a file's name
+            raise ValueError(f"{expected}, or a file that holds one; got {value!r:.80}") from error
+    if not isinstance(value, Mapping) or not all(isinstance(numbers, list) for numbers in value.values()):
+        raise ValueError(f"{expected}, got {value!r:.80}")
+    return {str(task): [whole_number("--samples", number) for number in numbers] for task, numbers in value.items()}
