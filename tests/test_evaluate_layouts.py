@@ -167,9 +167,25 @@ def test_cells_that_were_not_measured_alike_have_a_mark_and_a_reason(tmp_path):
     assert "a: dtype bfloat16, the others float32; torch 2.11.0, the others 2.13.0" in text
     assert "b: measured under w2000-a50, not jrt-table1: no published value beside it" in text
     found = Collected([tmp_path / name for name in "abc"])
-    assert mixtures.unlike(found.settings)[0].startswith(
+    assert mixtures.unlike(found.settings, found.records)[0].startswith(
         "not measured alike: state-spaces/mamba-370m [bfloat16]: dtype bfloat16"
     )
+
+
+def test_versions_of_one_protocol_are_told_apart(tmp_path):
+    names = ("130m", "370m", "1.4b")
+    runs = [write_run(tmp_path / name, f"state-spaces/mamba-{name}", table1_cells()) for name in names]
+    newer = json.loads((runs[0] / "results.json").read_text())
+    write_json(runs[0] / "results.json", [{**record, "version": 2} for record in newer])
+    manifest = json.loads((runs[0] / "manifest.json").read_text())
+    manifest["identity"]["protocols"] = [{**one, "version": 2} for one in manifest["identity"]["protocols"]]
+    write_json(runs[0] / "manifest.json", manifest)
+    text = text_of(runs, "table1")
+    assert "25.0 a (25.7)" in text and "a: jrt-table1 v2, the others v1" in text
+    line = "not measured alike: state-spaces/mamba-130m: jrt-table1 v2, the others v1"
+    assert line in text_of(runs, "mean-gain")
+    plain, _ = collect(runs, tmp_path / "out")
+    assert line in plain and "recall_fda | jrt-table1 v1:" in plain and "recall_fda | jrt-table1 v2:" in plain
 
 
 def changed_manifest(folder, **changes):

@@ -98,7 +98,10 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
     text = results_text(found.records, protocols_of(found.manifest), found.failed)
     if layout is None:
         title, (header, rows) = None, _plain_rows(found.records)
-        more = [protocols_side_by_side(found.records, found.predictions), *mixtures.unlike(found.settings)]
+        more = [
+            protocols_side_by_side(found.records, found.predictions),
+            *mixtures.unlike(found.settings, found.records),
+        ]
         text = "\n".join([text, *filter(None, more)]).rstrip("\n") + "\n"
     else:
         title, (header, rows), below = paper_table(layout, found)
@@ -122,7 +125,7 @@ def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
     also = [*layouts.not_run(table, found.records, found.failed), *mixtures.limited(found.settings)]
     if layout == "mean-gain":
         rows, below = layouts.mean_gain(found.records)
-        return TITLES[layout], rows, [*below, *also, *mixtures.unlike(found.settings)]
+        return TITLES[layout], rows, [*below, *also, *mixtures.unlike(found.settings, found.records)]
     mixed = mixtures.mixture(table, found.records, found.settings)
     header, lines = layouts.layout_rows(table, found.records, found.predictions, mixed)
     if not lines:

@@ -70,6 +70,9 @@ def mixture(table: Table, records: Sequence[dict], settings: Mapping[Cell, Setti
                 substitutes[cell] = other
                 cells.append(cell)
     said = differences({cell: settings.get(substitutes.get(cell, cell), {}) for cell in cells})
+    versions = other_versions(records)
+    for cell in cells:
+        said[cell] += versions.get(substitutes.get(cell, cell), ())
     for cell, other in substitutes.items():
         said[cell].insert(0, f"measured under {other.protocol}, not {cell.protocol}: no published value beside it")
     reasons: dict[str, str] = {}
@@ -102,6 +105,20 @@ def differences(settings: Mapping[Key, Settings]) -> dict[Key, list[str]]:
     }
 
 
+def other_versions(records: Sequence[dict]) -> dict[Cell, list[str]]:
+    """For each cell whose protocol has another version than most cells of that task and protocol, a line that says so."""
+    counted: dict[tuple[str, str], Counter[int]] = {}
+    for record in records:
+        counted.setdefault((record["task"], record["protocol"]), Counter())[record.get("version", 1)] += 1
+    found = {}
+    for record in records:
+        (most, _), *_ = counted[record["task"], record["protocol"]].most_common(1)
+        version = record.get("version", 1)
+        if version != most:
+            found[cell_of(record)] = [f"{record['protocol']} v{version}, the others v{most}"]
+    return found
+
+
 def marked(said: Mapping[Key, Sequence[str]], reasons: dict[str, str]) -> dict[Key, str]:
     """A letter for each cell that has lines in `said`; equal lines share a letter.
 
@@ -114,11 +131,12 @@ def explained(reasons: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{letter}: {reason}" for reason, letter in reasons.items())
 
 
-def unlike(settings: Mapping[Cell, Settings]) -> list[str]:
+def unlike(settings: Mapping[Cell, Settings], records: Sequence[dict]) -> list[str]:
     """For tables without marks: a line for each group of cells that was not computed like most cells."""
     groups: dict[str, list[str]] = {}
-    for cell, said in differences(settings).items():
-        if said:
+    versions = other_versions(records)
+    for cell, others in differences(settings).items():
+        if said := [*others, *versions.get(cell, ())]:
             groups.setdefault("; ".join(said), []).append(cell.model)
     return [f"not measured alike: {', '.join(dict.fromkeys(models))}: {reason}" for reason, models in groups.items()]
 
