@@ -57,15 +57,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/doctor_bound.json")
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict] = []
+    written: Path | None = None
     for kind in available():
         for dtype in (torch.bfloat16, torch.float16):
             if row := measured(kind, dtype, arguments.device):
                 rows.append(row)
                 print(row, flush=True)
+                written = record.write(
+                    "doctor_bound", rows, arguments.json
+                )  # so that a run that is cut off is not lost
     for bound in ("4 x batches", "4 x rounding"):
         print(f"{sum(row[f'blamed by {bound}'] for row in rows)} of {len(rows)} are blamed by a bound of {bound}")
-    print(f"written to {record.write('doctor_bound', rows, arguments.json)}")
+    print(f"written to {written}")
 
 
 if __name__ == "__main__":

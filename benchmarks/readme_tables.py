@@ -276,7 +276,7 @@ def cpu_decode_before() -> str:
 
 def evaluation() -> str:
     rows = []
-    reports = [load("recall_eval_gpu"), load("recall_eval_cpu")]
+    reports = [load("recall_eval_gpu"), load("recall_eval_gpu_attention"), load("recall_eval_cpu")]
     for report in reports:
         device = "CPU" if "threads" in report["device"] else "H100"
         cells: dict[tuple[str, str], dict[str, dict]] = {}
@@ -293,21 +293,21 @@ def evaluation() -> str:
                 ]
             )
     header = ["", "task", "items/s", "lm-eval, batch 1", "batch 16", "batch auto"]
-    return rows_as_markdown(header, rows) + "".join(map(origin, reports))
+    return rows_as_markdown(header, rows) + "".join(dict.fromkeys(map(origin, reports)))
 
 
 def evaluation_in_short() -> str:
     rows = []
-    reports = [load("recall_eval_gpu"), load("recall_eval_cpu")]
-    for name, report in zip(("H100", "two CPU cores"), reports, strict=True):
+    reports = [load("recall_eval_gpu"), load("recall_eval_gpu_attention"), load("recall_eval_cpu")]
+    for name, parts in (("H100", reports[:2]), ("two CPU cores", reports[2:])):
         speedups: dict[str, list[float]] = {}
-        for row in report["rows"]:
+        for row in (row for part in parts for row in part["rows"]):
             if "speedup_of_jrt_eval" in row:
                 speedups.setdefault(row["method"], []).append(row["speedup_of_jrt_eval"])
         found = (speedups.get(f"lm-eval, batch {size}") for size in (1, 16, "auto"))
         rows.append([name, *("-" if each is None else f"{min(each):.2f} to {max(each):.2f} x" for each in found)])
     header = ["`jrt eval`, times plain lm-eval", "batch 1", "batch 16", "batch auto"]
-    return rows_as_markdown(header, rows) + "".join(map(origin, reports))
+    return rows_as_markdown(header, rows) + "".join(dict.fromkeys(map(origin, reports)))
 
 
 def busy_machine() -> str:

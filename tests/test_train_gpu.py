@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -95,13 +96,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pattern):
     fields = [f"model.{name}={value}" for name, value in (LARGER | {"pattern": pattern}).items()]
     command = [sys.executable, str(ROOT / "train" / "run.py"), "experiment=debug", "trainer=gpu", "steps=40", *fields]
     command += ["trainer.checkpoint_every=2", "trainer.log_every=1", "export=false", f"data.folder={tmp_path / 'text'}"]
+    # torch.compile chooses kernels by timing. Another test must not replace its choice between the runs.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
 
     def finish(output: str) -> None:
-        done = subprocess.run([*command, f"output={tmp_path / output}"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, f"output={tmp_path / output}"], capture_output=True, text=True, check=False, env=environment
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     finish("whole")
-    killed = subprocess.Popen([*command, f"output={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen([*command, f"output={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL, env=environment)
     checkpoints = tmp_path / "killed" / "checkpoints"
     while killed.poll() is None and not list(checkpoints.glob("step-*[68]")):
         time.sleep(0.005)

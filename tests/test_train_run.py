@@ -168,6 +168,8 @@ def test_a_model_by_its_fields():
         (["task.schedule.peak=-1"], r"schedule\.peak is -1"),
         (["task.schedule.warmup=-1"], r"schedule\.warmup is -1"),
         (["task.objective.masked_weight=-1"], "masked_weight is -1"),
+        (["task.objective.ignored_token=-4"], "ignored_token is -4"),
+        (["task.schedule.steps=0"], r"schedule\.steps is 0"),
         (["task.objective.prefix_length=-3"], "prefix_length is -3"),
         (["seed=1.5"], "seed is 1.5"),
         (["accept=code"], r"a list such as \[code\]"),

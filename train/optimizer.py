@@ -34,7 +34,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.decayed not in DECAYED:
             raise ValueError(f"schedule.decayed is {self.decayed!r}: expected one of {', '.join(DECAYED)}")
-        for name in ("steps", "peak", "floor", "start", "warmup", "weight_decay", "clip"):
+        if self.steps < 1:
+            raise ValueError(f"schedule.steps is {self.steps}: expected at least 1")
+        for name in ("peak", "floor", "start", "warmup", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"schedule.{name} is {getattr(self, name)}: expected a number of at least 0")
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from jrt.config import Config
@@ -19,14 +18,6 @@ from jrt.mixers.batch import TokenBatch
 from jrt.ops import split_rotated
 
 MIN_BLOCK = 64  # least queries of a block: matrix products with fewer use a GPU poorly
-
-
-FASTEST_IN_TRAINING = [  # cuDNN's kernels take 0.69 times the time of FlashAttention-2 on an H100 (benchmarks/op_training.py)
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class KeyValues(NamedTuple):
@@ -53,12 +44,8 @@ class Attention(nn.Module):
         q, k, v = self.rotated(x, batch)
         if state is not None:
             k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, K, H, D)
-        if state is None and _is_compiled_training(x, batch):
-            with sdpa_kernel(FASTEST_IN_TRAINING, set_priority=True):
-                o = full_attention(q, k, v, None, self.scale)
-        else:
-            is_whole = batch.mask is None and state is None  # a whole text without padding: all keys are valid
-            o = full_attention(q, k, v, None if is_whole else own_keys(batch, k.shape[1]), self.scale)
+        is_whole = batch.mask is None and state is None  # a whole text without padding: all keys are valid
+        o = full_attention(q, k, v, None if is_whole else own_keys(batch, k.shape[1]), self.scale)
         return self.out_proj(o.flatten(2)), KeyValues(k, v)
 
     def rotated(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +66,7 @@ class WindowAttention(Attention):
 
     def forward(self, x: Tensor, batch: TokenBatch, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
         q, k, v = self.rotated(x, batch)
-        if state is None and _is_compiled_training(x, batch):
+        if state is None and batch.mask is None and torch.compiler.is_compiling() and x.is_cuda and x.requires_grad:
             o = compiled_window_attention(q, k, v, self.window, self.scale)
             return self.out_proj(o.flatten(2)), KeyValues(*(_last_columns(y, self.window) for y in (k, v)))
         if state is None:
@@ -88,11 +75,6 @@ class WindowAttention(Attention):
         k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, W + T, H, D)
         o = window_attention(q, k, v, own_keys(batch, k.shape[1]), self.window, self.scale)
         return self.out_proj(o.flatten(2)), KeyValues(k[:, x.shape[1] :], v[:, x.shape[1] :])
-
-
-def _is_compiled_training(x: Tensor, batch: TokenBatch) -> bool:
-    """Whether this is a training step under `torch.compile` on a GPU, on texts without padding."""
-    return torch.compiler.is_compiling() and batch.mask is None and x.is_cuda and x.requires_grad
 
 
 def own_keys(batch: TokenBatch, keys: int) -> Tensor:

@@ -67,6 +67,8 @@ class Objective:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a share between 0 and 1")
         if not 0 <= self.masked_weight < math.inf:
             raise ValueError(f"masked_weight is {self.masked_weight}: expected a number of at least 0")
+        if self.ignored_token is not None and self.ignored_token < 0:
+            raise ValueError(f"ignored_token is {self.ignored_token}: expected a token id, or null for none")
 
     def __call__(
         self,
