@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 models=fla-hub/gla-1.3B-100B,fla-hub/gla-2.7B-100B
-models+=,state-spaces/mamba-130m-hf,state-spaces/mamba-370m-hf,state-spaces/mamba-1.4b-hf,state-spaces/mamba-2.8b-hf
+models+=,state-spaces/mamba-130m,state-spaces/mamba-370m,state-spaces/mamba-1.4b,state-spaces/mamba-2.8b
 models+=,state-spaces/mamba2-130m,state-spaces/mamba2-370m,state-spaces/mamba2-1.3b,state-spaces/mamba2-2.7b
 batch_size=32
 read_arguments "$@"

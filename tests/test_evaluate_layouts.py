@@ -7,7 +7,7 @@ import pytest
 from jrt_recall import PROTOCOLS, data, fixtures, protocol_named
 
 from jrt.evaluate.report import Collected, collect, paper_table
-from jrt.evaluate.tables import SUPER_GLUE_SIZES, aligned, layouts, mixtures, published_tables
+from jrt.evaluate.tables import SUPER_GLUE_SIZES, TITLES, aligned, layouts, mixtures, published_tables
 from jrt.system.files import json_lines, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,10 +68,24 @@ def test_table_5_from_the_kernel_profile(tmp_path):
     assert [(tmp_path / name).is_file() for name in files] == [True, True]
 
 
-@pytest.mark.parametrize("layout", ["table5", "table7", "mean-gain", "table1", "table10"])
+MADE_OF = {
+    "table1": "recall_fda once under jrt-table1, recall_fda twice",
+    "mean-gain": "recall_fda once under jrt-table1, recall_fda twice",
+    "table2": "recall_fda once under jrt-table2-512",
+    "table3": "recall_fda once under jrt-table2-2048",
+    "table4": "recall_fda once under jrt-table2-512",
+    "table5": "is made of one lin_attn_profile.json",
+    "table7": "is made of the datasets' mirror",
+    **dict.fromkeys(("table8", "table9", "table10"), "no results of SuperGLUE; .*super_glue_tables.sh"),
+    "table13": "recall_fda once under jrt-table1",
+    "table14": "recall_fda 2shot under jrt-table1",
+}
+
+
+@pytest.mark.parametrize("layout", TITLES)
 def test_a_layout_says_what_it_is_made_of(layout, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"is made of|no finished run|no results of SuperGLUE"):
+    with pytest.raises(ValueError, match=MADE_OF[layout]):
         collect([tmp_path / "empty"], tmp_path / "out", layout)
     assert not (tmp_path / "out").exists()
 
@@ -153,9 +167,68 @@ def test_cells_that_were_not_measured_alike_have_a_mark_and_a_reason(tmp_path):
     assert "a: dtype bfloat16, the others float32; torch 2.11.0, the others 2.13.0" in text
     assert "b: measured under w2000-a50, not jrt-table1: no published value beside it" in text
     found = Collected([tmp_path / name for name in "abc"])
-    assert mixtures.unlike(found.settings)[0].startswith(
+    assert mixtures.unlike(found.settings, found.records)[0].startswith(
         "not measured alike: state-spaces/mamba-370m [bfloat16]: dtype bfloat16"
     )
+
+
+def test_versions_of_one_protocol_are_told_apart(tmp_path):
+    names = ("130m", "370m", "1.4b")
+    runs = [write_run(tmp_path / name, f"state-spaces/mamba-{name}", table1_cells()) for name in names]
+    newer = json.loads((runs[0] / "results.json").read_text())
+    write_json(runs[0] / "results.json", [{**record, "version": 2} for record in newer])
+    manifest = json.loads((runs[0] / "manifest.json").read_text())
+    manifest["identity"]["protocols"] = [{**one, "version": 2} for one in manifest["identity"]["protocols"]]
+    write_json(runs[0] / "manifest.json", manifest)
+    text = text_of(runs, "table1")
+    assert "25.0 a (25.7)" in text and "a: jrt-table1 v2, the others v1" in text
+    line = "not measured alike: state-spaces/mamba-130m: jrt-table1 v2, the others v1"
+    assert line in text_of(runs, "mean-gain")
+    plain, _ = collect(runs, tmp_path / "out")
+    assert line in plain and "recall_fda | jrt-table1 v1:" in plain and "recall_fda | jrt-table1 v2:" in plain
+
+
+def changed_manifest(folder, **changes):
+    """Adds fields to a run's manifest; `limit` to its identity."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if "limit" in changes:
+        manifest["identity"]["limit"] = changes.pop("limit")
+    write_json(folder / "manifest.json", {**manifest, **changes})
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["table1", "mean-gain"])
+def test_cells_of_the_first_items_only_are_told(layout, tmp_path):
+    """A score of a run with --limit does not stand silently beside scores of whole datasets."""
+    short = changed_manifest(write_run(tmp_path / "a", "state-spaces/mamba-130m", table1_cells()), limit=5)
+    text = text_of([short], layout)
+    assert "measured on the first 5 items of each task" in text and "the others" not in text
+    whole = [write_run(tmp_path / name, f"state-spaces/mamba-{name}", table1_cells()) for name in ("370m", "1.4b")]
+    text = text_of([short, *whole], layout)
+    assert "items the first 5, the others all" in text and "measured on the first" not in text
+
+
+@pytest.mark.parametrize("layout", ["table1", "mean-gain"])
+def test_a_layout_names_models_that_could_not_be_run(layout, tmp_path):
+    failed = [
+        {
+            "model": name,
+            "task": task,
+            "strategy": "once",
+            "protocol": "jrt-table1",
+            "reason": "needs a package:\nget it",
+        }
+        for name, task in (("a/b", "recall_fda"), ("a/b", "recall_swde"), ("c/d", "recall_fda"))
+    ]
+    run = changed_manifest(write_run(tmp_path / "a", "state-spaces/mamba-130m", table1_cells()), failed=failed)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (known,) = manifest["identity"]["models"]
+    manifest["identity"]["models"] = [known, *({**known, "name": name} for name in ("a/b", "c/d"))]
+    write_json(run / "manifest.json", manifest)
+    later = write_run(tmp_path / "b", "c/d", table1_cells())
+    lines = text_of([run, later], layout).splitlines()
+    assert lines.count("missing: a/b: could not be run: needs a package: get it") == 1
+    assert not any("c/d" in line for line in lines if line.startswith("missing"))
 
 
 def test_a_layout_lists_the_runs_it_lacks(tmp_path):

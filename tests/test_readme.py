@@ -159,3 +159,42 @@ def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+DOCUMENTS = sorted(
+    file
+    for part in (".", "docs", "lm-eval-harness", "synthetics", "train", "kernels")
+    for file in (ROOT / part).glob("*.md")
+)
+
+
+def commands_in(document: Path, start: str) -> list[str]:
+    """The commands of a document, in backticks or in blocks, that begin with a pattern; without those cut by `...`."""
+    text = document.read_text()
+    blocks = "".join(re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    found = [*re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)), *blocks.splitlines()]
+    return [command for command in found if re.match(start, command) and not command.endswith("...")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_documents_commands_have_their_options(document):
+    """Files exist and have each option that is written; Hydra's and pytest's own options are theirs."""
+    for command in commands_in(document, r"(python|bash) (?!-m pytest)[\w/.]+\.(py|sh)\b"):
+        words = shlex.split(command, comments=True)
+        places = [folder / words[1] for folder in (ROOT, document.parent)]
+        assert any(place.is_file() for place in places), command
+        program = next(place for place in places if place.is_file())
+        if program.name != "run.py":
+            options = [word.split("=")[0] for word in words[2:] if word.startswith("--")]
+            assert all(option in program.read_text() or option == "--layout" for option in options), command
+
+
+@pytest.mark.parametrize("name", ["tables.md", "protocols.md", "doctor.md"])
+def test_the_jrt_commands_of_a_guide_parse(name, capsys):
+    from jrt.cli import _parser
+
+    for command in commands_in(ROOT / "docs" / name, r"jrt [a-z]+ \S"):
+        try:
+            _parser().parse_args(shlex.split(command, comments=True)[1:])
+        except SystemExit:
+            pytest.fail(f"{command}: {capsys.readouterr().err}")

@@ -121,6 +121,17 @@ def test_windows_that_contradict_are_refused(name, said):
         protocol_named(name, "squad")
 
 
+@pytest.mark.parametrize("name", [1536, ["full"], {"full"}, {"full": 1}, b"full", ("full",)])
+def test_names_that_are_no_text_are_refused(name):
+    doc = {"text": "Price: 5", "key": "Price", "value": "5"}
+    with pytest.raises(ValueError, match="named by text"):
+        prompt("fda", doc, protocol=name)
+    with pytest.raises(ValueError, match="unknown task"):
+        prompt(name, doc)
+    with pytest.raises(ValueError, match="unknown task"):
+        protocol_named("full", name)
+
+
 def test_one_run_under_several_protocols(mirror, tmp_path):
     names = ("lm-eval-v0", "lm-eval-v1", "full", "w1536-a64")
     with pytest.raises(ValueError, match="named twice"):

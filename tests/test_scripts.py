@@ -1,6 +1,7 @@
 """The scripts that have the names of the original repository's scripts, run as users type them."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,28 @@ def typed(*words: str, limit: int = 300, **environment: str) -> subprocess.Compl
 @pytest.fixture
 def model(tmp_path) -> str:
     return save_random_model(tmp_path / "random-jrt", train_length=1024)
+
+
+RELEASED = {
+    "prompt_scripts/run_jrt_prompt_hazy.sh": "hazyresearch/ based-1b-50b mamba-1b-50b attn-1b-50bn",
+    "architecture_scripts/run_jrt_rnn.sh": "hazyresearch/ based-1b-50b mamba-1b-50b attn-1b-50bn JRT-1B-50B "
+    "based-360M-30B mamba-360M-30B attn-360M-30B JRT-360M-30B",
+    "prompt_scripts/run_jrt_prompt_hf.sh": "state-spaces/ mamba-130m mamba-370m mamba-1.4b mamba-2.8b mamba2-130m "
+    "mamba2-370m mamba2-1.3b mamba2-2.7b",
+}
+"""The models in the release's scripts of the same names (HazyResearch/prefix-linear-attention at 7490f22): owner, then
+names. Two of fla-hub's are in the last script."""
+
+
+@pytest.mark.parametrize("script", RELEASED)
+def test_the_models_are_those_of_the_releases_script(script, tmp_path):
+    owner, *names = RELEASED[script].split()
+    wanted = {owner + name for name in names}
+    if script.endswith("hf.sh"):
+        wanted |= {"fla-hub/gla-1.3B-100B", "fla-hub/gla-2.7B-100B"}
+    done = typed("bash", str(ROOT / script), str(tmp_path / "out"), "--dry-run")
+    words = shlex.split(done.stdout.splitlines()[0])
+    assert set(words[words.index("--model") + 1].split(",")) == wanted
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

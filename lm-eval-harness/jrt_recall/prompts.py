@@ -116,7 +116,8 @@ def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: st
         ValueError: unknown task, strategy or protocol; a protocol that does not fit the task; or a field that is
             missing, empty or not text (the message names it).
     """
-    form = _PASSAGE if PASSAGES.get(task) == "squad" else _FORMS[published_task(task).name]
+    name = published_task(task).name
+    form = _PASSAGE if PASSAGES.get(task) == "squad" else _FORMS[name]
     chosen = strategy_named(strategy)
     upstream = None if protocol is None else LM_EVAL.get(protocol_named(protocol, task).name)
     if not isinstance(doc, dict):

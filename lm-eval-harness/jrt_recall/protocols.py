@@ -99,7 +99,7 @@ def task_named(name: str) -> str:
 
     `reference_pages` may be named without a window, which the protocol then gives. Raises ValueError for unknown
     names."""
-    plain = name.strip()
+    plain = name.strip() if isinstance(name, str) else ""
     for found in (plain, PREFIX + plain):
         if found in TASKS or found == PAGES:
             return found
@@ -111,7 +111,7 @@ def published_task(name: str) -> PublishedTask:
     uses.
 
     `nq` gives `nq_1024`: the three NQ sizes share their rules. Raises ValueError for unknown names."""
-    plain = PASSAGES.get(name, name).removeprefix(PREFIX)
+    plain = PASSAGES.get(name, name).removeprefix(PREFIX) if isinstance(name, str) else ""
     task = PUBLISHED.get("nq_1024" if plain == "nq" else plain)
     if task is None:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(PUBLISHED)}")
@@ -232,7 +232,8 @@ def cells(name: str | Protocol | None, task: str) -> tuple[Protocol, ...]:
         chosen: tuple[Protocol, ...] = (name,)
     else:
         name = default(task) if name is None else name
-        chosen = tuple(map(_by_name, FAMILIES.get(name, (name,))))
+        members = FAMILIES.get(name, (name,)) if isinstance(name, str) else (name,)
+        chosen = tuple(map(_by_name, members))
     fitting = tuple(protocol for protocol in chosen if _fits(protocol, task_named(task)))
     if not fitting:
         allowed = ", ".join(protocol.name for protocol in _ALL if _fits(protocol, task_named(task)))
@@ -247,10 +248,10 @@ def _by_name(name: str) -> Protocol:
 
     Up to a window of 2048, prompts are cut to 2000 tokens, as in the authors' released code: 2048 positions, 48 of them
     for the answer. A longer window would not fit that limit, so its prompts are cut to the model's own limit."""
-    if name in PROTOCOLS:
-        return PROTOCOLS[name]
     if not isinstance(name, str):
         raise ValueError(f"a protocol is named by text such as 'w1536-a64', got {name!r}")
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
     numbers = _BY_NUMBER.fullmatch(name)
     if numbers is None and _NEARLY_BY_NUMBER.fullmatch(name):
         raise ValueError(

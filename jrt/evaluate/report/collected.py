@@ -34,7 +34,7 @@ class Collected:
         protocols: dict[tuple[str, int], dict] = {}
         manifests: dict[str, dict] = {}
         self.settings: dict[Cell, mixtures.Settings] = {}
-        """For each cell, the dtype and package versions with which it was computed."""
+        """For each cell, the dtype, items and package versions with which it was computed."""
         for folder in folders:
             records, predictions, manifest = read_run(folder)
             labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}
@@ -88,11 +88,20 @@ def collect(folders: Sequence[Path], output: Path, layout: str | None = None) ->
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TITLES)}")
     if layout in layouts.FROM_FILES:
         return _from_files(layout, folders, output)
-    found = Collected(runs_in(folders))
+    try:
+        runs = runs_in(folders)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}{'' if layout is None else f'; {TITLES[layout]} is made of {cells_of(layout)}'}"
+        ) from None
+    found = Collected(runs)
     text = results_text(found.records, protocols_of(found.manifest), found.failed)
     if layout is None:
         title, (header, rows) = None, _plain_rows(found.records)
-        more = [protocols_side_by_side(found.records, found.predictions), *mixtures.unlike(found.settings)]
+        more = [
+            protocols_side_by_side(found.records, found.predictions),
+            *mixtures.unlike(found.settings, found.records),
+        ]
         text = "\n".join([text, *filter(None, more)]).rstrip("\n") + "\n"
     else:
         title, (header, rows), below = paper_table(layout, found)
@@ -112,16 +121,22 @@ def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
     runs).
 
     Raises ValueError if no run holds a cell of the table."""
+    table = published_tables()["table1" if layout == "mean-gain" else layout]
+    also = [*layouts.not_run(table, found.records, found.failed), *mixtures.limited(found.settings)]
     if layout == "mean-gain":
         rows, below = layouts.mean_gain(found.records)
-        return TITLES[layout], rows, [*below, *mixtures.unlike(found.settings)]
-    table = published_tables()[layout]
+        return TITLES[layout], rows, [*below, *also, *mixtures.unlike(found.settings, found.records)]
     mixed = mixtures.mixture(table, found.records, found.settings)
     header, lines = layouts.layout_rows(table, found.records, found.predictions, mixed)
     if not lines:
-        cells = dict.fromkeys(f"{column.task} {column.strategy} under {column.protocol}" for column in table.columns)
-        raise ValueError(f"no run holds a cell of {table.title}; it is made of {', '.join(cells)}")
-    return table.title, (header, lines), [*mixed.reasons, *layouts.missing_runs(table, found.records)]
+        raise ValueError(f"no run holds a cell of {table.title}; it is made of {cells_of(layout)}")
+    return table.title, (header, lines), [*mixed.reasons, *layouts.missing_runs(table, found.records), *also]
+
+
+def cells_of(layout: str) -> str:
+    """The cells that a table of recall is made of, in words."""
+    columns = published_tables()["table1" if layout == "mean-gain" else layout].columns
+    return ", ".join(dict.fromkeys(f"{column.task} {column.strategy} under {column.protocol}" for column in columns))
 
 
 def _from_files(layout: str, folders: Sequence[Path], output: Path) -> tuple[str, tuple[str, ...]]:

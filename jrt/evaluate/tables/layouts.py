@@ -230,6 +230,20 @@ def missing_runs(table: Table, records: Sequence[dict]) -> list[str]:
     return lines + _missing_rules(table, set(models))
 
 
+def not_run(table: Table, records: Sequence[dict], failed: Mapping[Cell, str]) -> list[str]:
+    """A line for each model that could not be run in a cell of a table of recall, with the reason.
+
+    failed: cells without a score, with the reason. A cell that another run holds is left out."""
+    run = {cell_of(record) for record in records}
+    own = {column[1:4] for column in table.columns}
+    lines = (
+        f"missing: {cell.model}: could not be run: {' '.join(why.split())}"
+        for cell, why in failed.items()
+        if cell[1:] in own and cell not in run
+    )
+    return list(dict.fromkeys(lines))
+
+
 def _options(model: str) -> str:
     """Turns a model's label, `NAME [pad, bfloat16]`, into options: `NAME --short-prompt pad --dtype bfloat16`."""
     name, _, label = model.partition(" [")

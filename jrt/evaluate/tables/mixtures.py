@@ -16,7 +16,8 @@ from typing import TypeVar
 from jrt.evaluate.folder import Cell, cell_of
 from jrt.evaluate.tables.published import Table
 
-Settings = Mapping[str, str]  # dtype, and the version of each package
+WHOLE = "all"
+Settings = Mapping[str, str]  # dtype, which items of a task (WHOLE or "the first N"), and the version of each package
 Key = TypeVar("Key")
 
 
@@ -39,9 +40,13 @@ NOTHING_MIXED = Mixture()
 
 
 def settings_of(manifest: dict) -> dict[str, dict[str, str]]:
-    """For each model of a run, the dtype and package versions with which its cells were computed."""
+    """For each model of a run, the dtype, items and package versions with which its cells were computed."""
     versions = {name: str(value) for name, value in manifest.get("versions", {}).items() if name != "platform"}
-    return {model["name"]: {"dtype": model["dtype"], **versions} for model in manifest["identity"]["models"]}
+    limit = manifest["identity"].get("limit")
+    items = WHOLE if limit is None else f"the first {limit}"
+    return {
+        model["name"]: {"dtype": model["dtype"], "items": items, **versions} for model in manifest["identity"]["models"]
+    }
 
 
 def mixture(table: Table, records: Sequence[dict], settings: Mapping[Cell, Settings]) -> Mixture:
@@ -65,6 +70,9 @@ def mixture(table: Table, records: Sequence[dict], settings: Mapping[Cell, Setti
                 substitutes[cell] = other
                 cells.append(cell)
     said = differences({cell: settings.get(substitutes.get(cell, cell), {}) for cell in cells})
+    versions = other_versions(records)
+    for cell in cells:
+        said[cell] += versions.get(substitutes.get(cell, cell), ())
     for cell, other in substitutes.items():
         said[cell].insert(0, f"measured under {other.protocol}, not {cell.protocol}: no published value beside it")
     reasons: dict[str, str] = {}
@@ -72,18 +80,43 @@ def mixture(table: Table, records: Sequence[dict], settings: Mapping[Cell, Setti
     return Mixture(substitutes, letters, explained(reasons))
 
 
+def usual(settings: Mapping[Key, Settings]) -> dict[str, str]:
+    """The settings that most cells have."""
+    counted = Counter(tuple(sorted(found.items())) for found in settings.values())
+    return dict(counted.most_common(1)[0][0]) if counted else {}
+
+
+def limited(settings: Mapping[Key, Settings]) -> list[str]:
+    """A line if most cells were measured on a part of their task's items, which no mark says."""
+    items = usual(settings).get("items", WHOLE)
+    return [] if items == WHOLE else [f"measured on {items} items of each task (--limit)"]
+
+
 def differences(settings: Mapping[Key, Settings]) -> dict[Key, list[str]]:
     """For each cell, a line for each setting that differs from the most common settings."""
-    counted = Counter(tuple(sorted(found.items())) for found in settings.values())
-    usual = dict(counted.most_common(1)[0][0]) if counted else {}
+    most = usual(settings)
     return {
         cell: [
-            f"{name} {_short(found.get(name))}, the others {_short(usual.get(name))}"
-            for name in {**usual, **found}
-            if found.get(name) != usual.get(name)
+            f"{name} {_short(found.get(name))}, the others {_short(most.get(name))}"
+            for name in {**most, **found}
+            if found.get(name) != most.get(name)
         ]
         for cell, found in settings.items()
     }
+
+
+def other_versions(records: Sequence[dict]) -> dict[Cell, list[str]]:
+    """For each cell whose protocol has another version than most cells of that task and protocol, a line that says so."""
+    counted: dict[tuple[str, str], Counter[int]] = {}
+    for record in records:
+        counted.setdefault((record["task"], record["protocol"]), Counter())[record.get("version", 1)] += 1
+    found = {}
+    for record in records:
+        (most, _), *_ = counted[record["task"], record["protocol"]].most_common(1)
+        version = record.get("version", 1)
+        if version != most:
+            found[cell_of(record)] = [f"{record['protocol']} v{version}, the others v{most}"]
+    return found
 
 
 def marked(said: Mapping[Key, Sequence[str]], reasons: dict[str, str]) -> dict[Key, str]:
@@ -98,11 +131,12 @@ def explained(reasons: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{letter}: {reason}" for reason, letter in reasons.items())
 
 
-def unlike(settings: Mapping[Cell, Settings]) -> list[str]:
+def unlike(settings: Mapping[Cell, Settings], records: Sequence[dict]) -> list[str]:
     """For tables without marks: a line for each group of cells that was not computed like most cells."""
     groups: dict[str, list[str]] = {}
-    for cell, said in differences(settings).items():
-        if said:
+    versions = other_versions(records)
+    for cell, others in differences(settings).items():
+        if said := [*others, *versions.get(cell, ())]:
             groups.setdefault("; ".join(said), []).append(cell.model)
     return [f"not measured alike: {', '.join(dict.fromkeys(models))}: {reason}" for reason, models in groups.items()]
 

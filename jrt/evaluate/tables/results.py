@@ -64,23 +64,23 @@ def protocols_of(manifest: dict) -> list[Protocol]:
 def results_text(
     records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str] | None = None
 ) -> str:
-    """One table for each task and protocol, below a description of the protocol and the numbers of items.
+    """One table for each task, protocol and version of it, below a description of the protocol and the numbers of items.
 
     failed: cells without a score; they are rows of the table, with their reason below it."""
     described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
     parts = []
 
-    def group(record: dict) -> tuple[str, str]:
-        return record["task"], record["protocol"]
+    def group(record: dict) -> tuple[str, str, int]:
+        return record["task"], record["protocol"], record.get("version", 1)
 
-    for (task, protocol), members in groupby(sorted(records, key=group), key=group):
+    for (task, protocol, version), members in groupby(sorted(records, key=group), key=group):
         found = list(members)
         without = not_run(failed or {}, task, protocol)
         empty = [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in without]
         table = aligned(HEADER, [*map(result_row, found), *empty])
         reasons = dict.fromkeys(f"{cell.model}: {why}" for cell, why in without.items())
         parts += [
-            f"{task} | {described[protocol, found[0].get('version', 1)]}",
+            f"{task} | {described[protocol, version]}",
             counts_line(found[0]),
             table,
             *notes(found),

@@ -84,7 +84,7 @@ def _results(folders: Sequence[Path]) -> list[dict]:
     results = [found for found in contents if SUPER_GLUE_SIZES.keys() & found.get("results", {}).keys()]
     if not results:
         names = ", ".join(map(str, folders))
-        raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue.sh")
+        raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue_tables.sh")
     return results
 
 
