@@ -9,6 +9,7 @@ from random_mamba import CONV, HEAD, HEADS, INNER, LAYERS, ROWS, STATE, save_ran
 from torch import Tensor
 
 from jrt.checkpoints.files import CheckpointError
+from jrt.cli import main
 from jrt.evaluate.models import ModelSpec, is_ours, open_model, open_tokenizer
 from jrt.evaluate.others import open_mamba2
 
@@ -87,3 +88,10 @@ def test_without_tokenizer_files_the_size_names_gpt_neox(tmp_path, monkeypatch):
 def test_what_it_cannot_compute_is_refused(tmp_path, settings, changes, said):
     with pytest.raises(CheckpointError, match=said):
         open_mamba2(save_random_mamba2(tmp_path / "mamba2", None, changes, **settings), torch.float32)
+
+
+def test_what_reads_no_mamba_2_says_so(tmp_path, capsys):
+    folder = str(save_random_mamba2(tmp_path / "mamba2", None))
+    for words in (["info", folder], ["convert", folder, str(tmp_path / "out")]):
+        assert main(words) == 2
+        assert "is Mamba-2, which only `jrt eval`" in capsys.readouterr().err

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from jrt_recall import PUBLISHED, fixtures, harness, items, task_folder
 from jrt_recall.harness import hooks, settings, super_glue
+from jrt_recall.harness.saved import acting_settings
 from jrt_recall.protocols import PASSAGES
 from lm_eval._cli import HarnessCLI
+from transformers import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lm-eval-harness"
@@ -145,6 +147,21 @@ def test_every_command_gives_the_same_answers(tiny_gpt2, mirror, tmp_path):
     assert main([*run, "--data", str(mirror), "--output", str(tmp_path / "run")]) == 0
     lines = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert {row["id"]: row["prediction"] for row in map(json.loads, lines)} == answers
+
+
+def test_saved_settings_that_change_answers_are_told(tmp_path):
+    quiet, loud = tmp_path / "quiet", tmp_path / "loud"
+    GenerationConfig(do_sample=True, temperature=0.7, repetition_penalty=1.0, eos_token_id=3).save_pretrained(quiet)
+    GenerationConfig(repetition_penalty=1.3, min_length=2, suppress_tokens=[5]).save_pretrained(loud)
+    assert acting_settings({"model": "hf", "model_args": f"pretrained={quiet}"}) is None
+    assert acting_settings({"model": "jrt", "model_args": f"pretrained={loud}"}) is None
+    assert acting_settings({"model": "hf", "model_args": f"pretrained={tmp_path / 'absent'}"}) is None
+    told = acting_settings({"model_args": {"pretrained": str(loud)}})
+    assert told is not None and "min_length=2, repetition_penalty=1.3, suppress_tokens=[5]" in told
+    command = [sys.executable, "-c", "from jrt_recall.harness import main; main()", "--model", "hf", "--device", "cpu"]
+    command += ["--tasks", "recall_squad", "--limit", "1", "--model_args", f"pretrained={loud}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and told in done.stderr  # the folder has no weights
 
 
 def test_the_command_adds_the_include_path_and_nothing_else(capsys, monkeypatch):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from .. import task_folder
 from ..protocols import PREFIX, PROTOCOLS
-from . import repeat, settings
+from . import repeat, saved, settings
 
 _USAGE = """usage: jrt-recall [lm_eval's options]     runs lm_eval with the recall tasks
        jrt-recall --path                 prints the folder for lm_eval --include_path
@@ -97,6 +97,8 @@ def command_line(
     settings.check(found)
     if check_model is not None:
         check_model(found)
+    if (told := saved.acting_settings(found)) is not None:
+        logger.warning(told)
     if (cache := settings.response_cache(found)) is not None:
         namespace.use_cache = cache
     for name in (*settings.NUMBERS, "samples"):  # lm-eval reads the `--config` file again, whose numbers may be text
