@@ -105,7 +105,9 @@ def test_a_model_that_does_not_exist_leaves_the_others_their_table(shared, tmp_p
     done = typed("bash", script, str(tmp_path / "runs"), *options, JRT_DATA=str(mirror))
     assert done.returncode == 1, done.stderr
     table = done.stdout[done.stdout.index("Table 1:") :].split("recall_")[0]
-    assert "mini-based" in table and "none" not in table
+    grid, _, told = table.partition("missing: ")
+    assert "mini-based" in grid and "none" not in grid
+    assert f"{tmp_path / 'none'}: could not be run: unknown model" in told
 
 
 def test_table_2_end_to_end(model, shared, tmp_path):
