@@ -123,9 +123,14 @@ def console(step: int, last: int, values: dict[str, float], seconds_a_step: floa
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a metrics.csv. A last row that a crash cut off is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and None not in row.values()]
+    """Returns the rows of a metrics.csv. A last row that a crash cut off is left out.
+
+    Raises ValueError if it is not a run's metrics.csv."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        table = csv.DictReader(file)
+        if table.fieldnames is not None and tuple(table.fieldnames) != COLUMNS:
+            raise ValueError(f"{path} is not the metrics.csv of a run: choose another output, or move it away")
+        return [row for row in table if (row["step"] or "").isdigit() and None not in row.values()]
 
 
 def plot(metrics: Path, picture: Path) -> None:
