@@ -32,7 +32,7 @@ from torch.nn.attention.varlen import varlen_attn
 from jrt.config import presets
 from jrt.mixers.attention import compiled_window_attention, rotary_angles, window_attention
 from jrt.model import RMSNorm
-from jrt.ops import rotary_pytorch, short_convolution, split_rotated
+from jrt.ops import rotary_pytorch, short_convolution, silu_convolution, split_rotated
 
 CONFIG = presets()["jrt-360m"]
 B, T, E, H, M = 16, 2048, CONFIG.width, CONFIG.heads, CONFIG.enc_length
@@ -101,11 +101,8 @@ def convolution_fla(x: Tensor, taps: Tensor, weight: Tensor, state: Tensor | Non
 
 
 def convolution_dao(x: Tensor, taps: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
-    from causal_conv1d import causal_conv1d_fn
-
     u, gate = x.chunk(2, -1)
-    before = None if state is None else state.mT
-    return (F.linear(causal_conv1d_fn(u.mT, taps, initial_states=before, activation="silu").mT * gate, weight),)
+    return (F.linear(silu_convolution(u, taps, None, state, backend="causal-conv1d")[0] * gate, weight),)
 
 
 def convolution(with_state: bool) -> Layer:

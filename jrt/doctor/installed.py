@@ -26,6 +26,11 @@ PACKAGES = (
     ("triton", "kernels for training and decoding on a GPU", "pip install 'jrt[gpu]'"),
     ("liger-kernel", "a faster loss in training on a GPU", "pip install 'jrt[gpu]'"),
     ("pybind11", "building the Hopper kernels", "pip install 'jrt[kernels]'"),
+    (
+        "causal-conv1d",
+        "the short convolution on a GPU where no Triton kernel serves it",
+        "pip install --no-build-isolation causal-conv1d, with CUDA's compiler",
+    ),
     ("flash-attn", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),
     ("flash-linear-attention", "GLA models (`fla-hub/gla-*`) and benchmarks, on a GPU", "pip install 'jrt[gpu]'"),
     (

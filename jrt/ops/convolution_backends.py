@@ -1,6 +1,7 @@
 """The backends of the gated short convolution, and which of them serves a call.
 
     triton          the kernels of `gated_triton`, forward and backward, in training on a GPU
+    causal-conv1d   the package, where it is installed, on a GPU (`causal_conv1d`)
     pytorch         shifted products in PyTorch (`gated_pytorch`), anywhere
 
 Shapes: B batch, N packed sequences, T tokens, E channels, K taps.
@@ -10,28 +11,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from jrt.ops import checks
+from jrt.ops import causal_conv1d, checks
+from jrt.ops.convolution_call import Call
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BACKENDS = ("triton", "pytorch")
-
-
-class Call(NamedTuple):
-    """The arguments of a convolution."""
-
-    u: Tensor  # (B, T, E)
-    weight: Tensor  # (E, K)
-    bias: Tensor | None  # (E,)
-    state: Tensor | None  # (B, K - 1, E), or (N, K - 1, E) for packed sequences
-    mask: Tensor | None  # (B, T) bool
-    cu_seqlens: Tensor | None  # (N + 1,)
-    linear: nn.Module | None = None  # the projection behind it, of the gated convolution
+BACKENDS = ("causal-conv1d", "triton", "pytorch")
+# With a gate and a projection the Triton kernels come first, because they compute all three in one pass over memory: in
+# training they take half the time of separate kernels for the convolution (benchmarks/layers.py).
+GATED_BACKENDS = ("triton", "causal-conv1d", "pytorch")
 
 
 def choose(call: Call, backend: str | None) -> str:
@@ -42,7 +34,8 @@ def choose(call: Call, backend: str | None) -> str:
     """
     checks.convolution(*call[:6])
     if backend is None:
-        return next(name for name in BACKENDS if unsupported(name, call) is None)
+        order = BACKENDS if call.linear is None else GATED_BACKENDS
+        return next(name for name in order if unsupported(name, call) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: expected one of {BACKENDS}, or None for the fastest")
     if reason := unsupported(backend, call):
@@ -54,7 +47,7 @@ def unsupported(backend: str, call: Call) -> str | None:
     """The reason why a backend cannot serve the call; None if it can."""
     if backend == "triton":
         return _triton_unsupported(call)
-    return None
+    return causal_conv1d.unsupported(call) if backend == "causal-conv1d" else None
 
 
 def _triton_unsupported(call: Call) -> str | None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jrt.ops import gated_operators, gated_pytorch  # noqa: F401 - gated_operators registers operators
-from jrt.ops.convolution_backends import Call, choose, fusion_unsupported, is_plain
+from jrt.ops import causal_conv1d, gated_operators, gated_pytorch  # noqa: F401 - gated_operators registers operators
+from jrt.ops.convolution_backends import choose, fusion_unsupported, is_plain
+from jrt.ops.convolution_call import Call
 from jrt.ops.short_convolution import last_inputs, owners
 
 
@@ -51,7 +52,8 @@ def gated_convolution_linear(
         mask: (B, T) bool, False where a token is padding; None: no padding.
         cu_seqlens: (N + 1,) int32 or int64, for N sequences packed into one row (B = 1): sequence n has the tokens
             cu_seqlens[n] to cu_seqlens[n + 1] - 1. States are then (N, K - 1, E). On a GPU its values are not checked.
-        backend: "triton" (training on a GPU) or "pytorch"; None takes the first of these that can serve the call.
+        backend: "triton" (training on a GPU), "causal-conv1d" (the package, on a GPU) or "pytorch"; None takes the
+            fastest that can serve the call.
 
     Returns:
         The outputs (B, T, O), and the last K - 1 inputs of the convolution (B, K - 1, E).
@@ -59,11 +61,15 @@ def gated_convolution_linear(
     Raises:
         ValueError: shapes do not fit, or the backend that was asked for cannot serve the call.
     """
-    u = x.chunk(2, dim=-1)[0]  # (B, T, E)
+    u, gate = x.chunk(2, dim=-1)  # (B, T, E) each
     call = Call(u, weight, bias, state, mask, cu_seqlens, linear)
-    if choose(call, backend) == "triton":
+    chosen = choose(call, backend)
+    if chosen == "triton":
         y = torch.ops.jrt.gated_convolution_linear(x, weight, bias, *_weights(linear, x), _starts(call))
         return y, last_inputs(u, weight.shape[1], None, cu_seqlens)
+    if chosen == "causal-conv1d":
+        c, state = causal_conv1d.silu_convolution(call)
+        return linear(c * gate), state
     return gated_pytorch.gated_convolution_linear(x, weight, bias, linear, state, mask, cu_seqlens)
 
 
@@ -79,10 +85,12 @@ def silu_convolution(
 ) -> tuple[Tensor, Tensor]:
     """silu(conv(u)) (B, T, E) for u (B, T, E), and the state; other arguments as in `gated_convolution_linear`."""
     call = Call(u, weight, bias, state, mask, cu_seqlens)
-    if choose(call, backend) == "triton":
-        return torch.ops.jrt.silu_convolution(u, weight, bias, _starts(call)), last_inputs(
-            u, weight.shape[1], None, cu_seqlens
-        )
+    chosen = choose(call, backend)
+    if chosen == "triton":
+        y = torch.ops.jrt.silu_convolution(u, weight, bias, _starts(call))
+        return y, last_inputs(u, weight.shape[1], None, cu_seqlens)
+    if chosen == "causal-conv1d":
+        return causal_conv1d.silu_convolution(call)
     return gated_pytorch.silu_convolution(u, weight, bias, state, mask, cu_seqlens)
 
 

@@ -1,0 +1,78 @@
+"""Stand-ins for packages with CUDA kernels that cannot be installed here.
+
+Each has the signature of the package's function and refuses what the package refuses (layouts, dtypes, sizes), but it
+computes on a CPU, in fp32 with PyTorch. So a test that passes with it shows that the adapter gives the package the right
+tensors and reads its results rightly.
+"""
+
+import importlib.machinery
+import sys
+import types
+
+import torch
+import torch.nn.functional as F
+
+from jrt.ops import packages
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Installed:
+    """Puts a function where a package has it, for the time of a test, and counts its calls."""
+
+    def __init__(self, monkeypatch, module, function):
+        self.calls = 0
+
+        def counted(*args, **kwargs):
+            self.calls += 1
+            return function(*args, **kwargs)
+
+        parts = module.split(".")
+        for depth in range(1, len(parts) + 1):
+            name = ".".join(parts[:depth])
+            made = types.ModuleType(name)
+            made.__spec__ = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
+            made.__path__ = []
+            monkeypatch.setitem(sys.modules, name, made)
+        setattr(made, function.__name__, counted)
+        monkeypatch.setattr(packages, "DEVICE", "cpu")
+        packages._probe.cache_clear()
+
+
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
+    """Dao-AILab/causal-conv1d, causal_conv1d/causal_conv1d_interface.py with the checks of csrc/causal_conv1d.cpp."""
+    batch, channels, steps = x.shape
+    width = weight.shape[1]
+    kinds = (torch.float32, *HALF)
+    assert x.dtype in kinds and weight.dtype in kinds and weight.shape == (channels, width) and 2 <= width <= 4
+    assert x.stride(1) == 1 and x.stride(2) > 1, "states and sequences need channels last"
+    assert channels % 8 == 0 and x.stride(2) % 8 == 0 and x.stride(0) % 8 == 0
+    assert x.storage_offset() * x.element_size() % 16 == 0, "not checked there: a misaligned address"
+    assert bias is None or (bias.dtype == weight.dtype and bias.shape == (channels,) and bias.stride(-1) == 1)
+    assert activation in (None, "silu", "swish") and not return_final_states and final_states_out is None
+    before = x.new_zeros(batch, channels, width - 1)
+    if initial_states is not None:
+        assert seq_idx is None and initial_states.dtype == x.dtype and initial_states.stride(1) == 1
+        assert initial_states.shape == (batch, channels, width - 1)
+        before = initial_states
+    if seq_idx is not None:
+        assert seq_idx.dtype == torch.int32 and seq_idx.is_contiguous() and seq_idx.shape == (batch, steps)
+    inputs = torch.cat([before, x], -1).float()
+    out = 0 if bias is None else bias.float()[:, None]
+    for tap in range(width):
+        shifted = inputs[..., tap : tap + steps]
+        if seq_idx is not None:
+            back = width - 1 - tap
+            same = F.pad(seq_idx, (back, 0), value=-1)[:, :steps] == seq_idx  # (B, T)
+            shifted = torch.where(same[:, None], shifted, 0)
+        out = out + weight[:, tap, None].float() * shifted
+    return (out if activation is None else F.silu(out)).to(x.dtype)
