@@ -76,3 +76,30 @@ def causal_conv1d_fn(
             shifted = torch.where(same[:, None], shifted, 0)
         out = out + weight[:, tap, None].float() * shifted
     return (out if activation is None else F.silu(out)).to(x.dtype)
+
+
+def flash_attn_func(
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py: heads after tokens; causal masks are aligned to the
+    last key, and without `causal` all keys are seen."""
+    assert q.dtype in HALF and q.dtype == k.dtype == v.dtype and q.shape[-1] <= 256
+    assert dropout_p == 0 and softcap == 0 and alibi_slopes is None and not return_attn_probs
+    queries, keys = q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    ahead = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)  # (T, K), 0 for the query's own key
+    left, right = window_size[0], 0 if causal else window_size[1]
+    shown = (ahead >= -left if left >= 0 else ahead < keys) & (ahead <= right if right >= 0 else ahead < keys)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
+    weights = scores.masked_fill(~shown, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.float()).to(q.dtype)

@@ -12,7 +12,8 @@ import stand_ins
 import torch
 from torch import nn
 
-from jrt.ops import gated_convolution_linear, packages, silu_convolution
+import jrt
+from jrt.ops import gated_convolution_linear, packages, silu_convolution, softmax_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -143,6 +144,90 @@ def test_compiled_convolutions_are_whole_graphs_without_the_package(causal_conv1
     assert not causal_conv1d.calls
 
 
+# ---- flash-attn
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    return stand_ins.Installed(monkeypatch, "flash_attn", stand_ins.flash_attn_func)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 0, 1, 5, 40])
+@pytest.mark.parametrize("steps", [1, 4, 23])
+def test_attention(flash_attn, dtype, window, steps):
+    inputs = {name: drawn(2, steps, 3, 8) for name in "qkv"}
+
+    def attend(backend):
+        return lambda q, k, v: (softmax_attention(q, k, v, scale=0.7, window=window, backend=backend),)
+
+    compare(attend("flash-attn"), attend("sdpa"), inputs, dtype)
+    assert flash_attn.calls
+
+
+def test_windows_of_a_model_take_the_package(flash_attn):
+    """Whole texts in half precision: in the first call. Decoding, padding and full attention go elsewhere."""
+    config = jrt.Config(pattern="SAS", width=32, vocab_rows=64, heads=2, rotary_dim=16, window=3, mlp_width=48)
+    torch.manual_seed(0)
+    model = jrt.JRTForCausalLM(jrt.JRTConfig(architecture=config.to_dict())).bfloat16().eval()
+    ids = torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        found = model(ids)
+        assert flash_attn.calls == 2
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        model(ids, attention_mask=mask)
+        step = model(ids[:, :1], past_key_values=found.past_key_values).logits
+        assert flash_attn.calls == 2
+        expected = model(torch.cat([ids, ids[:, :1]], 1)).logits
+    torch.testing.assert_close(step[:, 0], expected[:, -1], rtol=0.05, atol=0.05)
+
+
+def test_the_backward_pass_is_ordered_where_that_is_asked_for(monkeypatch):
+    asked = []
+
+    def flash_attn_func(*args, deterministic, **kwargs):
+        asked.append(deterministic)
+        return stand_ins.flash_attn_func(*args, **kwargs)
+
+    stand_ins.Installed(monkeypatch, "flash_attn", flash_attn_func)
+    q = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16)
+    softmax_attention(q, q, q, scale=1.0, window=2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        softmax_attention(q, q, q, scale=1.0, window=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "changes", "reason"),
+    [
+        (torch.float32, 8, {}, "q, k and v are torch.float32"),
+        (torch.bfloat16, 264, {}, "head size 264: expected at most 256"),
+        (torch.bfloat16, 8, {"valid": torch.ones(1, 4, dtype=torch.bool)}, "whole texts without padding"),
+    ],
+)
+def test_attention_that_the_package_cannot_serve(flash_attn, dtype, size, changes, reason):
+    q = torch.zeros(1, 4, 2, size, dtype=dtype)
+    with pytest.raises(ValueError, match=f"'flash-attn' cannot serve this call: .*{reason}"):
+        softmax_attention(q, q, q, scale=1.0, window=2, backend="flash-attn", **changes)
+    softmax_attention(q, q, q, scale=1.0, window=2, **changes)
+    assert not flash_attn.calls
+
+
+def test_compiled_windows_are_whole_graphs_without_the_package(flash_attn):
+    q, k, v = (drawn(1, 9, 2, 8).bfloat16() for _ in range(3))
+
+    def attend(q, k, v):
+        return softmax_attention(q, k, v, scale=0.5, window=2)
+
+    found = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert not flash_attn.calls
+    torch.testing.assert_close(found, attend(q, k, v), rtol=0.02, atol=0.02)
+
+
 # ---- all packages
 
 
@@ -188,10 +273,13 @@ def test_forward_mode_derivatives_are_left_to_pytorch(causal_conv1d):
     assert tangent.abs().sum() > 0 and not causal_conv1d.calls
 
 
-def test_doctor_checks_the_packages_that_are_installed(causal_conv1d):
+def test_doctor_checks_the_packages_that_are_installed(causal_conv1d, flash_attn):
     from jrt.doctor.backends import check_backends
 
     found = {(check.op, check.backend, check.dtype): check for check in check_backends()}
     for op in ("short convolution", "short convolution, from a state"):
         for dtype in ("float32", "bfloat16"):
             assert found[op, "causal-conv1d", dtype].holds, found[op, "causal-conv1d", dtype]
+    for op in ("softmax attention", "sliding window"):
+        assert found[op, "flash-attn", "bfloat16"].holds, found[op, "flash-attn", "bfloat16"]
+        assert "float32" in found[op, "flash-attn", "float32"].reason

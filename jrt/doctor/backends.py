@@ -6,22 +6,32 @@ the float64 result as the definition is when it computes in the same dtype.
 Shapes: as in `jrt.ops`; B = 2, T = 130 (no multiple of a chunk), H = 2, d = 16, D = 64.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from jrt.ops import BACKENDS, State, encode_prefix, linear_attention, selective_scan, silu_convolution
+from jrt.ops import (
+    BACKENDS,
+    State,
+    encode_prefix,
+    linear_attention,
+    selective_scan,
+    silu_convolution,
+    softmax_attention,
+)
 from jrt.ops.convolution_backends import BACKENDS as CONVOLUTION_BACKENDS
 from jrt.ops.selective_scan import BACKENDS as SCAN_BACKENDS
+from jrt.ops.softmax_attention import BACKENDS as ATTENTION_BACKENDS
 
 TIMES = 2.0
 """The largest error of a backend, as a multiple of the definition's error in the same dtype."""
 STATE_FLOOR = 1e-6
 """Added to the bound of outputs in float32, in case the definition happens to round well. For outputs in half precision
 it is a quarter of the dtype's resolution (eps)."""
-STEPS, HEADS, KEY, VALUE, STATES, TAPS = 130, 2, 16, 64, 8, 4
+STEPS, HEADS, KEY, VALUE, STATES, TAPS, WINDOW = 130, 2, 16, 64, 8, 4, 20
 
 
 class BackendCheck(NamedTuple):
@@ -105,6 +115,10 @@ def _convolve(u: Tensor, **call: Any) -> tuple[Tensor, ...]:
     return y.detach(), state.detach()
 
 
+def _look_at(window: int | None, **call: Any) -> tuple[Tensor, ...]:
+    return (softmax_attention(scale=VALUE**-0.5, window=window, **call),)
+
+
 def _ops() -> list[_Op]:
     generator = torch.Generator().manual_seed(0)
 
@@ -127,6 +141,8 @@ def _ops() -> list[_Op]:
     }
     taps, starts = random(VALUE, TAPS), {"state": random(2, TAPS - 1, VALUE)}
     convolution = {"u": random(2, STEPS, VALUE), "weight": taps, "bias": random(VALUE)}
+    attention = {name: random(2, STEPS, HEADS, VALUE) for name in "qkv"}
+    full, windowed = functools.partial(_look_at, None), functools.partial(_look_at, WINDOW)
     return [
         _Op("encode_prefix", tuple(BACKENDS), encode_prefix, {"k": k, "v": v, "mask": mask}),
         _Op("linear_attention", tuple(BACKENDS), _attend, {"q": q, "k": k, "v": v, "mask": mask, "S": S, "z": z}),
@@ -134,4 +150,6 @@ def _ops() -> list[_Op]:
         _Op("selective_scan", tuple(SCAN_BACKENDS), selective_scan, scan),
         _Op("short convolution", CONVOLUTION_BACKENDS, _convolve, convolution, "pytorch"),
         _Op("short convolution, from a state", CONVOLUTION_BACKENDS, _convolve, convolution | starts, "pytorch"),
+        _Op("softmax attention", ATTENTION_BACKENDS, full, attention, "sdpa"),
+        _Op("sliding window", ATTENTION_BACKENDS, windowed, attention, "sdpa"),
     ]

@@ -31,7 +31,7 @@ PACKAGES = (
         "the short convolution on a GPU where no Triton kernel serves it",
         "pip install --no-build-isolation causal-conv1d, with CUDA's compiler",
     ),
-    ("flash-attn", "benchmarks on a GPU, as a peer; nothing else needs it", "pip install 'jrt[gpu]'"),
+    ("flash-attn", "sliding windows on a GPU, outside torch.compile", "pip install 'jrt[gpu]', with CUDA's compiler"),
     ("flash-linear-attention", "GLA models (`fla-hub/gla-*`) and benchmarks, on a GPU", "pip install 'jrt[gpu]'"),
     (
         "mamba-ssm",

@@ -1,5 +1,5 @@
-"""Checks of the arguments of linear attention and of the short convolution. Each function raises ValueError with what
-was expected.
+"""Checks of the arguments of linear attention, softmax attention and the short convolution. Each function raises
+ValueError with what was expected.
 
 Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D value size, F features, E channels, K taps.
 """
@@ -117,3 +117,23 @@ def convolution(
     expected = (rows, weight.shape[1] - 1, u.shape[2])
     if state is not None and state.shape != expected:
         raise ValueError(f"state has shape {tuple(state.shape)}; expected (B, K - 1, E) = {expected}")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None) -> None:
+    """Checks the arguments of `jrt.ops.softmax_attention`."""
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:1] + k.shape[2:] != q.shape[:1] + q.shape[2:]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"expected q (B, T, H, D), k and v (B, K, H, D), got {shapes}")
+    if window is not None and window < 0:
+        raise ValueError(f"window is {window}; expected the number of earlier tokens, at least 0")
+    queries, keys = q.shape[1], k.shape[1]
+    most = keys if window is None else window + queries
+    if not queries <= keys <= most:
+        raise ValueError(
+            f"{keys} keys for {queries} queries: expected {queries} to {most}, the last of the queries' own"
+        )
+    if window is None and valid is None and queries not in (1, keys):
+        raise ValueError(f"{keys} keys for {queries} queries: expected valid (B, K), which says which of them are seen")
+    if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != torch.bool):
+        found = f"{valid.dtype} {tuple(valid.shape)}"
+        raise ValueError(f"valid is {found}; expected torch.bool (B, K) = {tuple(k.shape[:2])}")
