@@ -103,3 +103,28 @@ def flash_attn_func(
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
     weights = scores.masked_fill(~shown, -torch.inf).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.float()).to(q.dtype)
+
+
+def selective_scan_fn(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    """state-spaces/mamba, mamba_ssm/ops/selective_scan_interface.py with the checks of
+    csrc/selective_scan/selective_scan.cpp. The last state has no gradient there."""
+    batch, channels, steps = u.shape
+    states = A.shape[1]
+    assert u.dtype in (torch.float32, *HALF) and delta.dtype == B.dtype == C.dtype == u.dtype
+    assert delta.shape == u.shape and A.shape == (channels, states) and states <= 256
+    assert B.shape == C.shape == (batch, states, steps)
+    assert all(x is None or (x.dtype == torch.float32 and x.shape == (channels,)) for x in (D, delta_bias))
+    assert A.dtype == torch.float32 and (z is None or (z.dtype == u.dtype and z.shape == u.shape))
+    step = delta.float() if delta_bias is None else delta.float() + delta_bias[:, None]
+    step = F.softplus(step) if delta_softplus else step
+    state, ys = A.new_zeros(batch, channels, states), []
+    for t in range(steps):
+        write = (step[..., t] * u[..., t].float())[..., None] * B[:, None, :, t].float()
+        state = torch.exp(step[..., t, None] * A) * state + write
+        ys.append((state * C[:, None, :, t].float()).sum(-1))
+    y = torch.stack(ys, -1)
+    y = y if D is None else y + D[:, None] * u.float()
+    y = (y if z is None else y * F.silu(z.float())).to(u.dtype)
+    return (y, state.detach()) if return_last_state else y

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 import jrt
-from jrt.ops import gated_convolution_linear, packages, silu_convolution, softmax_attention
+from jrt.ops import gated_convolution_linear, packages, selective_scan, silu_convolution, softmax_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def forget_what_is_installed():
+def same_every_time():
+    """Fixed random numbers, and nothing known of installed packages."""
+    torch.manual_seed(0)
     packages._probe.cache_clear()
     yield
     packages._probe.cache_clear()
@@ -34,18 +36,20 @@ def values_and_gradients(function, inputs, dtype, weights):
     leaves = {name: x.to(dtype).detach().clone().requires_grad_() for name, x in inputs.items()}
     outputs = function(**leaves)
     torch.autograd.backward(outputs, [w.to(y.dtype) for y, w in zip(outputs, weights, strict=True)])
-    return [*(y.detach() for y in outputs), *(x.grad for x in leaves.values())]
+    gradients = (torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.values())
+    return [*(y.detach() for y in outputs), *gradients]
 
 
 def compare(package, plain, inputs, dtype):
-    """Outputs and gradients of the package are as near to fp64 as twice those of PyTorch in the same dtype."""
+    """Outputs and gradients of the package have at most twice PyTorch's error in the same dtype against fp64, plus the
+    dtype's resolution, in case PyTorch happens to round well. A wrong layout is wrong by much more."""
     inputs = {name: x.to(dtype).double() for name, x in inputs.items()}
     weights = [torch.randn_like(y) for y in plain(**inputs)]
     truth = values_and_gradients(plain, inputs, torch.float64, weights)
     eager, found = (values_and_gradients(f, inputs, dtype, weights) for f in (plain, package))
     for value, same_dtype, exact in zip(found, eager, truth, strict=True):
         assert value.dtype == same_dtype.dtype and value.shape == exact.shape
-        bound = 2 * (same_dtype.double() - exact).norm() + 1e-6 * exact.norm()
+        bound = 2 * (same_dtype.double() - exact).norm() + torch.finfo(value.dtype).eps * exact.norm()
         assert (value.double() - exact).norm() <= bound
 
 
@@ -228,6 +232,131 @@ def test_compiled_windows_are_whole_graphs_without_the_package(flash_attn):
     torch.testing.assert_close(found, attend(q, k, v), rtol=0.02, atol=0.02)
 
 
+# ---- mamba-ssm
+
+
+@pytest.fixture
+def mamba_ssm(monkeypatch):
+    return stand_ins.Installed(monkeypatch, "mamba_ssm.ops.selective_scan_interface", stand_ins.selective_scan_fn)
+
+
+def scan_inputs(steps, states=5):
+    return {
+        "u": drawn(2, steps, 6),
+        "delta": drawn(2, steps, 6).abs(),
+        "A": -drawn(6, states).abs(),
+        "B": drawn(2, steps, states),
+        "C": drawn(2, steps, states),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", ["y", "state", "both"])
+@pytest.mark.parametrize("kind", ["bare", "skip", "model"])
+@pytest.mark.parametrize("steps", [1, 40])
+def test_scan(mamba_ssm, dtype, outputs, kind, steps):
+    """Outputs, last states, and gradients through either and both."""
+    inputs = scan_inputs(steps)
+    if kind != "bare":
+        inputs["D"] = drawn(6)
+    if kind == "model":
+        inputs |= {"delta": drawn(2, steps, 6), "delta_bias": drawn(6), "wide": drawn(2, steps, 12)}
+    padding = torch.arange(steps)[None, :, None] < torch.tensor([0, steps // 2])[:, None, None]
+
+    def scan(backend):
+        def call(u, delta, A, B, C, D=None, delta_bias=None, wide=None):
+            if delta_bias is not None:
+                delta = delta.masked_fill(padding, -torch.inf)
+            given = {"A": A, "D": D, "delta_bias": delta_bias}
+            if u.dtype == torch.bfloat16:  # weights are in fp32, as in the model
+                given = {name: x if x is None else x.float() for name, x in given.items()}
+            gate = None if wide is None else wide[..., 6:]
+            found = selective_scan(u, delta, B=B, C=C, **given, gate=gate, backend=backend)
+            return found if outputs == "both" else found[:1] if outputs == "y" else found[1:]
+
+        return call
+
+    compare(scan("mamba-ssm"), scan("reference"), inputs, dtype)
+    assert mamba_ssm.calls
+
+
+def test_the_scan_is_taken_where_it_serves(mamba_ssm):
+    x = {name: value.float() for name, value in scan_inputs(9).items()}
+    y, state = selective_scan(**x)
+    assert mamba_ssm.calls == 1 and state.dtype == torch.float32 and y.is_contiguous()
+    selective_scan(**x, initial_state=state)
+    selective_scan(**scan_inputs(9))
+    selective_scan(**{name: value if name == "A" else value[:, :1] for name, value in x.items()})  # one token
+    assert mamba_ssm.calls == 1
+
+
+def test_a_mamba_model_reads_and_trains_with_the_package(mamba_ssm):
+    """Padding, a cache to go on from, gradients of all weights; and autocast."""
+    config = jrt.Config(pattern="MM", width=16, vocab_rows=64, state_dim=4)
+    torch.manual_seed(0)
+    model = jrt.JRTForCausalLM(jrt.JRTConfig(architecture=config.to_dict()))
+    ids, mask = torch.randint(0, 64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+
+    def trained(**options):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, **options):
+            out = model(ids, attention_mask=mask, labels=ids, use_cache=True)
+        out.loss.backward()
+        step = model(ids[:, :1], past_key_values=out.past_key_values).logits
+        return out.loss.detach(), step.detach(), [p.grad.clone() for p in model.parameters()]
+
+    loss, step, gradients = trained(enabled=False)
+    assert mamba_ssm.calls == 4  # two layers, forward and backward
+    narrow = trained()[0]
+    assert mamba_ssm.calls == 8
+    packages._probe.cache_clear()
+    del sys.modules["mamba_ssm"]
+    for found, expected in zip(
+        [loss, step, *gradients], [*(plain := trained(enabled=False))[:2], *plain[2]], strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(narrow, loss, rtol=0.02, atol=0)
+
+
+def test_compiled_scans_are_whole_graphs_with_the_package(mamba_ssm):
+    x = {name: value.float().requires_grad_() for name, value in scan_inputs(9).items()}
+
+    def loss(x):
+        y, state = selective_scan(**x)
+        return y.square().sum() + state.sum()
+
+    expected = torch.autograd.grad(loss(x), x.values())
+    calls = mamba_ssm.calls
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x.values()), expected)
+    assert calls == 2 and mamba_ssm.calls == 4
+
+
+def test_the_scan_s_operator_obeys_pytorch(mamba_ssm):
+    inputs = [x.float().requires_grad_() for x in scan_inputs(9).values()]
+    bias, gate = torch.zeros(6, requires_grad=True), torch.ones(2, 9, 6, requires_grad=True)
+    for others in ((None, None, None), (torch.ones(6, requires_grad=True), bias, gate)):
+        torch.library.opcheck(torch.ops.jrt.selective_scan_mamba_ssm.default, (*inputs, *others))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"initial_state": torch.zeros(2, 6, 5)}, "initial_state is given"),
+        ({"B": torch.zeros(2, 9, 5, dtype=torch.bfloat16)}, "expected one of float32, bfloat16 and float16 for all"),
+        ({"A": torch.zeros(6, 5, dtype=torch.float64)}, "an input is fp64"),
+        ({name: torch.zeros(*shape, 300) for name, shape in (("A", (6,)), ("B", (2, 9)), ("C", (2, 9)))}, "300 states"),
+    ],
+)
+def test_scans_that_the_package_cannot_serve(mamba_ssm, changes, reason):
+    given = {name: x.float() for name, x in scan_inputs(9).items()} | changes
+    with pytest.raises(ValueError, match=f"'mamba-ssm' cannot serve this call: .*{reason}"):
+        selective_scan(**given, backend="mamba-ssm")
+    selective_scan(**given)
+    assert not mamba_ssm.calls
+
+
 # ---- all packages
 
 
@@ -273,13 +402,16 @@ def test_forward_mode_derivatives_are_left_to_pytorch(causal_conv1d):
     assert tangent.abs().sum() > 0 and not causal_conv1d.calls
 
 
-def test_doctor_checks_the_packages_that_are_installed(causal_conv1d, flash_attn):
+def test_doctor_checks_the_packages_that_are_installed(causal_conv1d, flash_attn, mamba_ssm):
     from jrt.doctor.backends import check_backends
 
     found = {(check.op, check.backend, check.dtype): check for check in check_backends()}
     for op in ("short convolution", "short convolution, from a state"):
         for dtype in ("float32", "bfloat16"):
             assert found[op, "causal-conv1d", dtype].holds, found[op, "causal-conv1d", dtype]
+    for dtype in ("float32", "bfloat16"):
+        assert "initial_state is given" in found["selective_scan", "mamba-ssm", dtype].reason
+        assert found["selective_scan, from zero", "mamba-ssm", dtype].holds
     for op in ("softmax attention", "sliding window"):
         assert found[op, "flash-attn", "bfloat16"].holds, found[op, "flash-attn", "bfloat16"]
         assert "float32" in found[op, "flash-attn", "float32"].reason

