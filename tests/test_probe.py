@@ -315,10 +315,11 @@ def test_doctor_on_the_installation(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sound"]
-    for package in ("flash-linear-attention", "flash-attn", "mamba-ssm", "wandb", "pybind11", "ray"):
+    for package in ("flash-linear-attention", "causal-conv1d", "flash-attn", "mamba-ssm", "wandb", "pybind11", "ray"):
         assert "(" in found["installed"][package]
     tried = {(check["op"], check["backend"]) for check in found["backends"] if check["holds"]}
     assert {("linear_attention", "chunked"), ("encode_prefix", "chunked"), ("selective_scan", "chunked")} <= tried
+    assert ("short convolution", "pytorch") in tried
 
 
 def test_doctor_finds_a_backend_that_is_wrong(monkeypatch):
