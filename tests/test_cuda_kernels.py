@@ -510,10 +510,18 @@ def test_shapes_are_known_without_a_device():
 
 
 @pytest.mark.parametrize(
-    "device, backend, calls", [("cpu", "chunked", 252), pytest.param("cuda", "cuda", 258, marks=pytest.mark.hopper)]
+    "device, backend, calls", [("cpu", "chunked", 324), pytest.param("cuda", "cuda", 330, marks=pytest.mark.hopper)]
 )
 def test_what_the_sanitizer_runs(device, backend, calls):
     assert runpy.run_path(str(ROOT / "benchmarks" / "kernel_launches.py"))["launch_all"](device, backend) == calls
+
+
+@pytest.mark.parametrize(
+    "device, backend", [("cpu", "chunked"), pytest.param("cuda", "cuda", marks=pytest.mark.hopper)]
+)
+def test_what_the_sanitizer_runs_of_the_scan(device, backend):
+    launches = runpy.run_path(str(ROOT / "benchmarks" / "kernel_launches.py"))
+    assert launches["launch_scan"](device, backend) == 72
 
 
 @pytest.mark.hopper

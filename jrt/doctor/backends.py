@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jrt.ops import BACKENDS, State, encode_prefix, linear_attention, selective_scan
+from jrt.ops import BACKENDS, State, encode_prefix, linear_attention, prefix_linear_attention, selective_scan
 from jrt.ops.selective_scan import BACKENDS as SCAN_BACKENDS
 
 TIMES = 2.0
@@ -97,6 +97,12 @@ def _attend(S: Tensor, z: Tensor, mask: Tensor | None = None, **call: Any) -> tu
     return o if mask is None else o * mask[:, :, None, None], state.S, state.z
 
 
+def _attend_after_prefix(mask: Tensor, **call: Any) -> tuple[Tensor, ...]:
+    """o, with zeros at padding, S and z of `prefix_linear_attention`."""
+    o, state = prefix_linear_attention(mask=mask, **call)
+    return o * mask[:, :, None, None], state.S, state.z
+
+
 def _ops() -> list[_Op]:
     generator = torch.Generator().manual_seed(0)
 
@@ -108,6 +114,7 @@ def _ops() -> list[_Op]:
     mask = torch.arange(STEPS)[None] >= torch.tensor([[0], [37]])  # (B, T), the second row padded on the left
     S, z = encode_prefix(random(2, 50, HEADS, KEY), random(2, 50, HEADS, VALUE), backend="reference")
     token = {"q": q[:, :1], "k": k[:, :1], "v": v[:, :1], "S": S, "z": z}
+    pair = {"q": q, "k": k, "v": v, "mask": mask, "prefix_k": q[:, :50] / 2, "prefix_v": v[:, 50:100] / 2}
     scan = {
         "u": random(2, STEPS, VALUE),
         "delta": random(2, STEPS, VALUE).abs(),
@@ -121,5 +128,6 @@ def _ops() -> list[_Op]:
         _Op("encode_prefix", tuple(BACKENDS), encode_prefix, {"k": k, "v": v, "mask": mask}),
         _Op("linear_attention", tuple(BACKENDS), _attend, {"q": q, "k": k, "v": v, "mask": mask, "S": S, "z": z}),
         _Op("linear_attention, one token", tuple(BACKENDS), _attend, token),
+        _Op("prefix_linear_attention", tuple(BACKENDS), _attend_after_prefix, pair | {"prefix_mask": mask[:, :50]}),
         _Op("selective_scan", tuple(SCAN_BACKENDS), selective_scan, scan),
     ]
