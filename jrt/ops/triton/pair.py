@@ -89,10 +89,8 @@ def backward(
     tiles = choose_tiles("keys", d, D, k.dtype)
     pieces = cut(k, cu, choose_tiles("queries", d, D, k.dtype), "backward")
     if pieces.number == sequences(k, cu) or tiles != choose_tiles("prefix keys", d, D, k.dtype):
-        dq, dk, dv, *between = launch.backward(
-            q, k, v, S, z, mask, log_decay, cu_seqlens, o, do, dS, dz, normalize
-        )  # fmt: skip
-        return dq, dk, dv, *launch.prefix_backward(prefix_k, prefix_v, prefix_mask, prefix_cu_seqlens, *between)
+        dq, dk, dv, dS, dz = launch.backward(q, k, v, S, z, mask, log_decay, cu_seqlens, o, do, dS, dz, normalize)
+        return dq, dk, dv, *launch.prefix_backward(prefix_k, prefix_v, prefix_mask, prefix_cu_seqlens, dS, dz)
     q, k, v, prefix_k, prefix_v, do = (rows(x) for x in (q, k, v, prefix_k, prefix_v, do))
     mask, prefix_mask, o = mask_bytes(mask), mask_bytes(prefix_mask), o.contiguous()
     prefix_cu = offsets(prefix_cu_seqlens, prefix_k)
