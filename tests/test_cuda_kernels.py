@@ -488,8 +488,14 @@ def test_a_derivative_that_cannot_be_had_is_a_reason(monkeypatch):
     seen = []
     torch.func.jvp(lambda y: (seen.append(cuda._no_gradient(Call(x, x, y))), y)[1], (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
-        seen.append(cuda._no_gradient(Call(x, x, torch.autograd.forward_ad.make_dual(x, x))))
-    assert seen == ["a forward-mode derivative is wanted and the kernels have none"] * 2
+        dual = Call(x, x, torch.autograd.forward_ad.make_dual(x, x))
+        seen.append(cuda._no_gradient(dual))
+        with torch.no_grad():  # this switches off the other mode only
+            seen.append(cuda._no_gradient(dual))
+        seen.append(cuda._no_gradient(Call(x, x, x, prefix=dual)))
+    assert seen == ["a forward-mode derivative is wanted and the kernels have none"] * 4
+    torch.func.grad(lambda y: (seen.append(cuda._no_gradient(Call(x, x, y))), y.sum())[1])(x)
+    assert "torch.func" in seen[-1]
     monkeypatch.setattr(cuda.triton, "INSTALLED", False)
     assert cuda._no_gradient(Call(x, x, x)) is None
     assert "needs triton" in cuda._no_gradient(Call(x, x, x.clone().requires_grad_()))

@@ -457,6 +457,57 @@ def test_what_the_kernels_cannot_serve_is_said(change, message):
         prefix_linear_attention(*change(draw(tokens=4, heads=1)).values(), backend="triton")
 
 
+FUNCTIONS = {
+    "linear_attention": lambda x, name: linear_attention(x["q"], x["k"], x["v"], backend=name)[0],
+    "encode_prefix": lambda x, name: encode_prefix(x["k"], x["v"], backend=name).S,
+    "prefix_linear_attention": lambda x, name: prefix_linear_attention(**x, backend=name)[0],
+}
+
+
+@kernels
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_a_forward_mode_derivative_is_refused_and_else_computed_in_pytorch(function, grad_mode):
+    """PyTorch would take zero for the derivative of an operator without a rule, and say nothing."""
+    x, call = draw(tokens=5, prefix=3), FUNCTIONS[function]
+
+    def derivative(name: str | None) -> Tensor:
+        with torch.autograd.forward_ad.dual_level(), grad_mode():
+            dual = x | {"k": torch.autograd.forward_ad.make_dual(x["k"], x["k"])}
+            return torch.autograd.forward_ad.unpack_dual(call(dual, name)).tangent
+
+    torch.testing.assert_close(derivative(None), derivative("reference"), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*forward-mode derivative"):
+        derivative("triton")
+
+
+@kernels
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_transforms_of_functions_are_refused_and_else_computed_in_pytorch(function):
+    x, call = draw(tokens=5, prefix=3), FUNCTIONS[function]
+
+    def gradient(name: str | None) -> Tensor:
+        return torch.func.grad(lambda k: call(x | {"k": k}, name).square().sum())(x["k"])
+
+    torch.testing.assert_close(gradient(None), gradient("reference"), rtol=1e-4, atol=1e-4)
+    each = torch.vmap(lambda k: call(x | {"k": k}, None))(torch.stack([x["k"], x["k"] + 1]))
+    torch.testing.assert_close(each[1], call(x | {"k": x["k"] + 1}, "reference"), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*torch\.func"):
+        gradient("triton")
+
+
+@kernels
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_second_derivative_is_an_error_and_not_zero(function):
+    x, call = draw(tokens=5, prefix=3), FUNCTIONS[function]
+    x["k"].requires_grad_()
+    gradient = torch.autograd.grad(call(x, "triton").square().sum(), x["k"], create_graph=True)[0]
+    expected = torch.autograd.grad(call(x, "reference").square().sum(), x["k"])[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match=r"second derivative.*backend='chunked'"):
+        gradient.sum().backward()
+
+
 # ---- on a GPU: the lengths and widths that models have
 
 

@@ -18,12 +18,11 @@ import importlib.util
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from jrt.ops import checks, triton
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
-from jrt.ops.registration import register
+from jrt.ops.registration import register, without_rule
 
 DIM = 16
 FEATURES = feature_count(DIM)
@@ -278,11 +277,10 @@ def _contiguous_rows(mask: Tensor | None) -> Tensor | None:
 
 def _no_gradient(call: Call) -> str | None:
     """The reason why a derivative that the call asks for cannot be computed; None if there is no problem."""
+    if reason := without_rule(call.tensors()):
+        return reason
     if not torch.is_grad_enabled():
         return None
-    # torch.compile cannot trace `unpack_dual`, and does not compile forward-mode derivatives.
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in call.tensors()):
-        return "a forward-mode derivative is wanted and the kernels have none"
     if not triton.INSTALLED and any(x.requires_grad for x in call.tensors()):
         return "an input requires grad and the backward needs triton, which is not installed"
     return None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jrt.ops import cuda
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register
 
 CHUNK = 64  # tokens
 COLUMNS = 64  # of v, that a block handles
@@ -232,6 +232,8 @@ register(
 torch.library.register_autograd("jrt::linear_attention_prefill", _prefill_gradients, setup_context=_save_prefill)
 torch.library.register_autograd("jrt::encode_prefix", _prefix_gradients, setup_context=_save_prefix)
 torch.library.register_autograd("jrt::prefix_linear_attention_prefill", _pair_gradients, setup_context=_save_pair)
+for _name in ("linear_attention_prefill", "encode_prefix_prefill", "prefix_linear_attention_prefill"):
+    refuse_second_derivative(f"{_name}_backward")
 
 
 def _each_piece(

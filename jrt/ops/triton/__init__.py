@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,7 +49,7 @@ def unsupported(call: Call) -> str | None:
         return f"{k.shape[0]} x {k.shape[1]} tokens: the kernels count them in 32 bits"
     if call.log_decay is not None and call.log_decay.requires_grad and torch.is_grad_enabled():
         return "log_decay requires grad and the kernels take it for a constant"
-    return None
+    return without_rule(call.tensors())
 
 
 def linear_attention(call: Call) -> tuple[Tensor, State]:
@@ -280,3 +280,5 @@ register(
 torch.library.register_autograd("jrt::linear_attention_triton", gradients_of_call, setup_context=save_call)
 torch.library.register_autograd("jrt::encode_prefix_triton", gradients_of_prefix, setup_context=save_prefix)
 torch.library.register_autograd("jrt::prefix_linear_attention_triton", gradients_of_pair, setup_context=save_pair)
+for _name in ("linear_attention", "encode_prefix", "prefix_linear_attention"):
+    refuse_second_derivative(f"{_name}_backward")
