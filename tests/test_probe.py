@@ -318,7 +318,8 @@ def test_doctor_on_the_installation(capsys):
     for package in ("flash-linear-attention", "causal-conv1d", "flash-attn", "mamba-ssm", "wandb", "pybind11", "ray"):
         assert "(" in found["installed"][package]
     tried = {(check["op"], check["backend"]) for check in found["backends"] if check["holds"]}
-    assert {("linear_attention", "chunked"), ("encode_prefix", "chunked"), ("selective_scan", "chunked")} <= tried
+    ops = ("linear_attention", "encode_prefix", "prefix_linear_attention", "selective_scan")
+    assert {(op, "chunked") for op in ops} <= tried
     assert ("short convolution", "pytorch") in tried
 
 
