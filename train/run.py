@@ -274,11 +274,11 @@ def _probe(config: DictConfig, data: Data) -> Callable[[LanguageModel], float] |
 
 
 def _made(config: DictConfig) -> Any:
-    """Builds the object that a `_target_` names. Hydra's wrapper around a ValueError is removed."""
+    """Builds the object that a `_target_` names. Hydra's wrapper around a user's error is removed."""
     try:
         return instantiate(config, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
         raise ValueError(" ".join(str(error).splitlines()[:2])) from error
 
