@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 
 pytest.importorskip("hydra")
 
+from hydra.core.override_parser.types import ValueType
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from train_runs import CONFIGS, ROOT, composed, curve, trained
@@ -397,6 +400,31 @@ def test_sweeps_go_through_hydras_launchers(launcher):
     override = OverridesParser.create().parse_overrides([f"experiment={','.join(groups)}"])
     jobs = BasicSweeper.split_arguments(override, max_batch_size=None)[0]
     assert sorted(job[0] for job in jobs) == [f"experiment={name}" for name in groups]
+
+
+def readme_commands() -> list[str]:
+    """The commands of train/README.md that start train/run.py, each in one line."""
+    text = (ROOT / "train" / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"train/run\.py ([^`\n#]+)", text)
+    return [command for command in found if "NAME" not in command]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_commands_of_the_readme_have_jobs_that_compose(command):
+    """Hydra starts no job, and says so in passing, where a sweep's pattern matches nothing."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    words = shlex.split(command.replace('"$SLURM_NNODES"', "2"))
+    for launcher in re.findall(r"hydra/launcher=([a-z]+)", command):
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
+    overrides = OverridesParser.create().parse_overrides([word for word in words if "=" in word])
+    assert not any(override.is_sweep_override() for override in overrides) or words[0] == "-m"
+    assert not any(override.value_type == ValueType.GLOB_CHOICE_SWEEP for override in overrides)
+    jobs = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    assert len(jobs) == (3 if words[0] == "-m" else 1)
+    for job in jobs:
+        assert composed(*job).name
 
 
 def run_command(
