@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and resumed equals one that never stopped. A run that cannot be resumed says why."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -274,3 +275,18 @@ def test_a_full_disk_leaves_no_half_of_a_model(text, tmp_path):
     assert "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert not (tmp_path / ".model.partial").exists()
+
+
+def test_a_step_without_a_token_to_predict_stops_the_run(text, tmp_path, monkeypatch):
+    from jrt.training.objective import IGNORED, Objective
+
+    targets = Objective.targets
+
+    def nothing(self, *arguments):
+        found = targets(self, *arguments)
+        return dataclasses.replace(found, labels=found.labels.new_full(found.labels.shape, IGNORED))
+
+    monkeypatch.setattr(Objective, "targets", nothing)
+    with pytest.raises(ValueError, match="step 0 has no token to predict"):
+        trained(text, tmp_path, "model.pattern=C")
+    assert not (tmp_path / "checkpoints").exists()

@@ -131,3 +131,39 @@ def test_validation_asks_answers_after_the_prefix_only(pages):
 def test_a_corpus_without_facts_is_refused(tokenizer):
     with pytest.raises(ValueError, match="no line"):
         Pages(encode(["nothing to ask here"], tokenizer), Alphabet.of(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "told"),
+    [
+        (
+            "shapes",
+            ([], "abc", [[128, 4]], [[128, 0, 1.0]], [[0, 4, 1.0]], [[128, 4, 0.0]], [[128, 4, -1.0]]),
+            "shapes",
+        ),
+        ("readings", ([], [0, 0, 0], [1, 1], [0.5, -0.5, 1], "x"), "readings"),
+        ("announced", (2, -1, "x", float("nan"), True), "announced"),
+        ("asked_in_prefix", (1.5,), "asked_in_prefix"),
+        ("renamed_text", (-1, 0.9), "renamed_text"),
+        ("shortest_window", (0, -5, "x", 3000), "_window"),
+        ("longest_window", (0, 10), "_window"),
+        ("longest_answer", (0, -1), "longest_answer"),
+        ("common_words", (-1, "x"), "common_words"),
+        ("weight_question", (-1, float("inf"), "x"), "weight_question"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(field, values, told):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"recipe\.\w*{told}"):
+            Recipe(**{field: value})
+
+
+def test_a_corpus_that_is_cut_or_foreign_is_told(tmp_path, tokenizer):
+    for name, content, told in (
+        ("empty", b"", "has 0 bytes"),
+        ("cut", bytes(401), "has 401 bytes: expected ids of two bytes each"),
+        ("foreign", np.array([5, 51_037], np.uint16).tobytes(), "has id 51037, outside the vocabulary of 4096"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=told):
+            Pages.load(tmp_path / name, tokenizer)

@@ -150,7 +150,8 @@ class Loop:
         )
         self.progress = Progress()
         self.generator = torch.Generator(place.device)
-        self._unseen: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, gradient norm) not yet checked for NaN
+        # (3,) loss, gradient norm and weight of the next-token labels of the steps that are not yet checked.
+        self._unseen: list[tuple[int, Tensor]] = []
         self._place_in_data: Tensor | None = None  # `resume` of the last batch
         parameters = sum(p.numel() for p in model.parameters())
         self._flops = flops_per_token(self.config, parameters, data.length)
@@ -251,7 +252,7 @@ class Loop:
         sums = self.place.sum(sums)
         loss = loss_of(sums, totals, self.objective)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP spreads it over the devices
-        self._unseen.append((step, loss, whole))
+        self._unseen.append((step, torch.stack([loss, whole, totals[0]])))
 
         def values() -> dict[str, float]:
             means = (sums / totals.clamp(min=1e-9)).tolist()
@@ -332,14 +333,16 @@ class Loop:
                 )
 
     def _look(self) -> None:
-        """Stops at the first loss or gradient that is not finite: nothing that comes after it may be saved."""
-        if not self._unseen:
-            return
-        steps, losses, norms = zip(*self._unseen, strict=True)
-        for step, loss, norm in zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), strict=True):
+        """Stops at the first loss or gradient that is not finite: nothing that comes after it may be saved.
+
+        Stops also at a step without a token to predict, from which nothing is learnt."""
+        found = torch.stack([values for _, values in self._unseen]).tolist() if self._unseen else []
+        for (step, _), (loss, norm, weight) in zip(self._unseen, found, strict=True):
             for name, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     self._stop(step, f"{name} of", value)
+            if weight <= 0:
+                raise ValueError(f"step {step} has no token to predict: are the sequences too short for this data?")
         self._unseen.clear()
 
     def _stop(self, step: int, what: str, value: float) -> NoReturn:

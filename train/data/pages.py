@@ -91,9 +91,18 @@ class Pages:
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: PreTrainedTokenizerBase) -> "Pages":
+        """Reads a corpus. Raises ValueError if it is missing, cut, or of another vocabulary."""
         if not Path(path).is_file():
             raise ValueError(f"no corpus at {path}: make it with train/corpus.py")
-        return cls(np.fromfile(path, np.uint16), Alphabet.of(tokenizer))
+        size = Path(path).stat().st_size
+        if not size or size % 2:
+            raise ValueError(f"{path} has {size} bytes: expected ids of two bytes each; is it cut?")
+        tokens = np.fromfile(path, np.uint16)
+        if (largest := int(tokens.max())) >= len(tokenizer):
+            raise ValueError(
+                f"{path} has id {largest}, outside the vocabulary of {len(tokenizer)} entries: was it made with another one?"
+            )
+        return cls(tokens, Alphabet.of(tokenizer))
 
     def window(self, generator: np.random.Generator, size: int) -> tuple[int, int]:
         """Returns the lines [first, last) of a window of one page: at most `size` tokens around a randomly drawn fact.

@@ -11,6 +11,8 @@ run continues with the right batch, and all model families read the same tokens 
 Shapes: R rows, T tokens of a row.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jrt.training.settings import check_kind, check_whole
 from train.data.pages import Fact, Pages
 
 Batch = dict[str, Tensor]
@@ -59,12 +62,46 @@ class Recipe:
     weight_again: float = 0.2
     weight_question: float = 0.1
 
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            if not isinstance(shape, list | tuple) or len(shape) != 3:
+                raise ValueError(f"recipe.shapes has {shape}: expected [length, rows, share of steps]")
+            check_whole("length in recipe.shapes", shape[0], 1)
+            check_whole("rows in recipe.shapes", shape[1], 1)
+        for name in ("shortest_window", "longest_window", "longest_answer"):
+            check_whole(f"recipe.{name}", getattr(self, name), 1)
+        check_whole("recipe.common_words", self.common_words, 0)
+        if self.longest_window < self.shortest_window:
+            raise ValueError(
+                f"recipe.longest_window is {self.longest_window}: expected at least the shortest, {self.shortest_window}"
+            )
+        _check_shares("recipe.shapes", [shape[2] for shape in self.shapes])
+        _check_shares("recipe.readings", self.readings)
+        if not math.isclose(sum(self.readings), 1, abs_tol=1e-8):
+            raise ValueError(f"recipe.readings is {list(self.readings)}: expected shares whose sum is 1")
+        for name in ("announced", "asked_in_prefix", "renamed_headings", "renamed_text"):
+            check_kind(f"recipe.{name}", getattr(self, name), float)
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}: expected a share between 0 and 1")
+        if self.renamed_headings + self.renamed_text > 1:
+            raise ValueError("recipe.renamed_headings and recipe.renamed_text are more than all sequences together")
+        for name in ("weight_text", "weight_again", "weight_question"):
+            _check_shares(f"recipe.{name}", [getattr(self, name)], some=False)
+
     def shape(self, generator: np.random.Generator, step: int) -> tuple[int, int]:
         """Returns (T, rows) of a step. The first steps have every shape once, so that all are compiled early."""
         if step < len(self.shapes):
             return self.shapes[step][:2]
         shares = np.array([share for _, _, share in self.shapes])
         return self.shapes[generator.choice(len(self.shapes), p=shares / shares.sum())][:2]
+
+
+def _check_shares(name: str, shares: Sequence[object], some: bool = True) -> None:
+    """Raises ValueError if a share is no number of at least 0, or, if `some`, all are 0 or there are none."""
+    for share in shares:
+        check_kind(name, share, float)
+    if any(share < 0 for share in shares) or (some and not sum(shares)):
+        raise ValueError(f"{name} has {list(shares)}: expected shares of at least 0" + " and one above it" * some)
 
 
 @dataclass
