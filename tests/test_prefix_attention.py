@@ -166,6 +166,26 @@ def test_a_row_without_a_prefix_is_a_text_alone(name):
     torch.testing.assert_close(State(*(part[:1] for part in state)), after)
 
 
+def assert_two_parts_are_the_whole(name: str, dtype: torch.dtype, **tolerance: float) -> None:
+    """Prefix and first part in one call, the rest in another: the same outputs, state and gradients."""
+    x = draw(tokens=40, prefix=20, dtype=dtype)
+    whole = results(x, name, log_decay=decay(x))
+
+    def in_parts(q, k, v, prefix_k, prefix_v, **arguments):
+        first, state = prefix_linear_attention(q[:, :17], k[:, :17], v[:, :17], prefix_k, prefix_v, **arguments)
+        rest, state = linear_attention(q[:, 17:], k[:, 17:], v[:, 17:], initial_state=state, **arguments)
+        return torch.cat([first, rest], 1), state
+
+    for key, value in results(x, name, call=in_parts, log_decay=decay(x)).items():
+        torch.testing.assert_close(value, whole[key], **tolerance)
+
+
+@plain
+@pytest.mark.parametrize("name", PYTORCH)
+def test_reading_on_in_pytorch_is_reading_at_once(name):
+    assert_two_parts_are_the_whole(name, torch.float64)
+
+
 @plain
 @pytest.mark.parametrize("name", PYTORCH)
 @pytest.mark.parametrize("how", ["masked", "packed"])
@@ -209,6 +229,8 @@ def test_compiled_in_pytorch_without_a_graph_break(name, how):
         (dict(log_decay=torch.zeros(2)), r"expected \(H,\)"),
         (dict(cu_seqlens=torch.tensor([0, 5])), "prefix_cu_seqlens is None and the other is given; expected both"),
         (dict(prefix_cu_seqlens=torch.tensor([0, 3])), "^cu_seqlens is None and the other is given"),
+        (dict(prefix_v=torch.zeros(2, 3, 3, 12).to_sparse()), "prefix_v has layout torch.sparse_coo; expected a dense"),
+        (dict(normalize="no"), "normalize is 'no'; expected True or False"),
         (dict(backend="cuda"), "cannot serve this call: tensors are on cpu"),
         (dict(backend="magic"), "expected one of"),
     ],
@@ -301,6 +323,12 @@ def test_output_and_state_are_those_of_two_calls(cut, pieces):
         expected, expected_state = in_two_calls(*x.values(), backend="triton", **arguments)
     assert torch.equal(o, expected)
     assert torch.equal(state.S, expected_state.S) and torch.equal(state.z, expected_state.z)
+
+
+@kernels
+def test_reading_on_is_reading_at_once(cut):
+    cut(2)
+    assert_two_parts_are_the_whole("triton", torch.float32, rtol=1e-4, atol=1e-4)
 
 
 @kernels
