@@ -30,9 +30,10 @@ from torch.func import functional_call
 from torch.nn.attention.varlen import varlen_attn
 
 from jrt.config import presets
-from jrt.mixers.attention import compiled_window_attention, rotary_angles, window_attention
+from jrt.mixers.attention import rotary_angles
 from jrt.model import RMSNorm
-from jrt.ops import rotary_pytorch, short_convolution, split_rotated
+from jrt.ops import rotary_pytorch, short_convolution, silu_convolution, softmax_attention, split_rotated
+from jrt.ops.attention_pytorch import compiled_window_attention
 
 CONFIG = presets()["jrt-360m"]
 B, T, E, H, M = 16, 2048, CONFIG.width, CONFIG.heads, CONFIG.enc_length
@@ -101,11 +102,8 @@ def convolution_fla(x: Tensor, taps: Tensor, weight: Tensor, state: Tensor | Non
 
 
 def convolution_dao(x: Tensor, taps: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
-    from causal_conv1d import causal_conv1d_fn
-
     u, gate = x.chunk(2, -1)
-    before = None if state is None else state.mT
-    return (F.linear(causal_conv1d_fn(u.mT, taps, initial_states=before, activation="silu").mT * gate, weight),)
+    return (F.linear(silu_convolution(u, taps, None, state, backend="causal-conv1d")[0] * gate, weight),)
 
 
 def convolution(with_state: bool) -> Layer:
@@ -225,10 +223,7 @@ def rotary() -> Layer:
 
 
 def window_here(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    empty = k.new_zeros(k.shape[0], W, H, D)
-    k, v = torch.cat([empty, k], 1), torch.cat([empty, v], 1)
-    valid = (torch.arange(W + T, device=q.device) >= W).expand(q.shape[0], -1)
-    return (window_attention(q, k, v, valid, W, D**-0.5),)
+    return (softmax_attention(q, k, v, scale=D**-0.5, window=W, backend="sdpa"),)
 
 
 def window_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
@@ -250,9 +245,7 @@ def window_varlen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
 
 
 def window_dao(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    from flash_attn import flash_attn_func
-
-    return (flash_attn_func(q, k, v, causal=True, window_size=(W, 0)),)
+    return (softmax_attention(q, k, v, scale=D**-0.5, window=W, backend="flash-attn"),)
 
 
 def window() -> Layer:

@@ -21,6 +21,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -135,9 +136,14 @@ class Run:
         return all(code == 0 for code in codes)
 
     def kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
+        """Ends the processes. Shows the last lines of those that were still running."""
+        for process, log in zip(self._processes, self._logs, strict=True):
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                print(
+                    f"{self.setting}: stopped\n{log.read_text(errors='replace')[-2000:]}", file=sys.stderr, flush=True
+                )
 
     def metrics(self) -> list[dict[str, float]]:
         """Returns the rows of metrics.csv."""
@@ -281,6 +287,7 @@ def main() -> None:
     if min(options.steps, SPEED_STEPS) < 2 * options.every or (options.resume and options.steps % 3):
         parser.error("expected at least two figures a run (--steps, --every), and with --resume a multiple of 3 steps")
     name = "train_resume" if options.resume else "train_scaling"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the runs are stopped too
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         vocabulary = min(presets()[preset].vocab_rows for preset in options.presets) - 1

@@ -5,7 +5,10 @@
 //
 // and through later queries dphi(k) = v R^T + r, dv += phi(k) R. Rows of the products are keys, columns are queries.
 //
-// A prefix has no queries of its own: every chunk is read through one gradient of the state, which does not change.
+// A prefix has no queries of its own: every chunk is read through one gradient of the state, which does not change. So the state
+// side publishes it once and then only fills stages again. Nothing holds a token side back to the pace of the other, so it says
+// with an mbarrier of each stage that the stage is free. (A named barrier would count two arrivals of the faster side as a meeting
+// of both, and the state side would then wait forever.)
 #pragma once
 
 #include "backward.cuh"
@@ -51,6 +54,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     const uint32_t memory = aligned_shared_memory();
     const uint32_t full = memory + kKeysBarriers;           // a stage's tiles have arrived
     const uint32_t published = full + 8 * kBackwardStages;  // the state side has completed a copy of the gradient of the state
+    const uint32_t free = published + 8 * kTokenSides;      // prefix: a token side is done with a stage
     const int block_warp = warp_uniform(threadIdx.x / 32);
     const int warp = block_warp % 4, side = block_warp / 4;
     int lane = threadIdx.x % 32;
@@ -75,8 +79,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     };
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kBackwardStages; ++i) mbarrier_init(full + 8 * i, 1);
-        for (int i = 0; i < 2; ++i) mbarrier_init(published + 8 * i, kWarpgroup);
+        for (int i = 0; i < kBackwardStages; ++i) mbarrier_init(full + 8 * i, 1), mbarrier_init(free + 8 * i, kWarpgroup);
+        for (int i = 0; i < kTokenSides; ++i) mbarrier_init(published + 8 * i, kWarpgroup);
         mbarrier_init_fence();
         for (int step = 0; step < min(kBackwardStages, piece.chunks); ++step) load(step);
     }
@@ -173,7 +177,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #pragma unroll
             for (int upper = 0; upper < 2; ++upper) add_row_gradient<0>(dy[upper], y[upper], first, upper, t);
             wgmma_wait<0>();
-            if (step + 2 < piece.chunks) barrier_arrive<2 * kWarpgroup>(kRead + side);
+            if (!kText) {
+                mbarrier_arrive(free + 8 * (step % kBackwardStages));
+            } else if (step + 2 < piece.chunks) {
+                barrier_arrive<2 * kWarpgroup>(kRead + side);
+            }
 #pragma unroll
             for (int upper = 0; upper < 2; ++upper) {
                 add_row_gradient<5>(dy[upper], y[upper], rest, upper, t);
@@ -229,7 +237,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         publish(0);
         if (!kText) {
             publish(1);
-            for (int step = 1; step < piece.chunks - 1; ++step) take_back_stage(step);
+            for (int step = kBackwardStages; thread == 0 && step < piece.chunks; ++step) {
+                mbarrier_wait(free + 8 * (step % kBackwardStages), (step / kBackwardStages - 1) & 1);
+                load(step);
+            }
             return;
         }
         // w phi(q) of a chunk, for the tensor cores once the state side has met.

@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, H heads, d = 16, D value size, F = 153 features.
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,25 @@ def test_a_prefix_alone(poisoned, cut, batch, tokens, heads, D, masked, pieces):
         assert relative_error(value, truth) <= FACTOR * relative_error(eager, truth) + ROUNDING
         if masked:
             assert (value[~mask] == 0).all()
+
+
+MANY_PREFIXES = """
+import torch
+from jrt.ops import cuda, cuda_backward
+
+k, v = (torch.randn(16, 8192, 16, size, device="cuda").bfloat16() for size in (16, 64))
+dS, dz = (torch.randn_like(x) for x in cuda._empty_state(v))
+for tokens in (1024, 8192):
+    for _ in range(1500 * 1024 // tokens):
+        torch.ops.jrt.encode_prefix_prefill_backward(k[:, :tokens], v[:, :tokens], None, dS, dz)
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.hopper
+def test_the_two_token_sides_of_a_prefix_may_run_at_any_pace():
+    """In its own process: a kernel that waits for itself forever stops the process that launched it."""
+    subprocess.run([sys.executable, "-c", MANY_PREFIXES], check=True, timeout=120, cwd=ROOT)
 
 
 @pytest.mark.hopper

@@ -89,6 +89,47 @@ def test_silu_convolution_of_a_slice(dtype, taps):
 
 
 @kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("ends", "channels", "taps"),
+    [([0, 1, 1, 4, 17], 130, 4), ([0, 125, 128, 129, 261], 8, 3), ([0, 8], 24, 2)],  # segments and tiles are cut
+)
+def test_packed_sequences(dtype, gated, ends, channels, taps):
+    ends = torch.tensor(ends, device=DEVICE)
+    steps = int(ends[-1])
+    inputs = {"x": drawn(1, steps, 2 * channels if gated else channels), "taps": drawn(channels, taps)}
+    inputs |= {"tap_bias": drawn(channels), "w": drawn(6, channels, scale=0.2)}
+
+    def function(gated_op, silu_op):
+        def call(x, taps, tap_bias, w):
+            if gated:
+                return gated_op(x, taps, tap_bias, linear_of(w, None), None, None, cu_seqlens=ends)[0]
+            return silu_op(x, taps, tap_bias, None, None, cu_seqlens=ends)[0] @ w.mT
+
+        return call
+
+    plain = function(gated_pytorch.gated_convolution_linear, gated_pytorch.silu_convolution)
+    compare(function(gated_convolution_linear, silu_convolution), plain, inputs, dtype)
+
+
+@kernels
+def test_the_kernels_read_nothing_of_the_sequence_before():
+    x, taps = drawn(1, 300, 16).float(), drawn(8, 3).float()
+    x[:, 100:150] = torch.nan
+    x.requires_grad_()
+    ends = torch.tensor([0, 100, 150, 300], device=DEVICE)
+    linear = linear_of(drawn(4, 8).float(), None)
+    y, state = gated_convolution_linear(x, taps, None, linear, cu_seqlens=ends, backend="triton")
+    expected = torch.stack([x[0, end - 2 : end, :8] for end in (100, 150, 300)])
+    torch.testing.assert_close(state, expected, equal_nan=True, rtol=0, atol=0)
+    others = torch.cat([y[:, :100], y[:, 150:]], 1)
+    assert others.isfinite().all()
+    (dx,) = torch.autograd.grad(others.sum(), x)
+    assert dx[:, :100].isfinite().all() and dx[:, 150:].isfinite().all()
+
+
+@kernels
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_the_state_is_that_of_plain_pytorch(steps):
     x, taps = drawn(2, steps, 16).float().requires_grad_(), drawn(16, 4).float()
@@ -106,6 +147,11 @@ def test_operators_obey_pytorch():
     torch.library.opcheck(torch.ops.jrt.swiglu_linear.default, (x, w, b), test_utils=checks)
     torch.library.opcheck(torch.ops.jrt.gated_convolution_linear.default, (x, taps, bias, w, b), test_utils=checks)
     torch.library.opcheck(torch.ops.jrt.silu_convolution.default, (x, drawn(16, 3).float(), None), test_utils=checks)
+    packed, starts = x.detach()[:1].requires_grad_(), torch.tensor([0, 0, 2, 2, 2], dtype=torch.int32, device=DEVICE)
+    of_gated = (packed, taps, bias, w, b, starts)
+    torch.library.opcheck(torch.ops.jrt.gated_convolution_linear.default, of_gated, test_utils=checks)
+    of_silu = (packed, drawn(16, 3).float(), None, starts)
+    torch.library.opcheck(torch.ops.jrt.silu_convolution.default, of_silu, test_utils=checks)
 
 
 @kernels

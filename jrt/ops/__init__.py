@@ -22,6 +22,7 @@ from jrt.ops.gated import gated_convolution_linear, silu_convolution, swiglu_lin
 from jrt.ops.rotary import split_rotated
 from jrt.ops.selective_scan import selective_scan
 from jrt.ops.short_convolution import short_convolution
+from jrt.ops.softmax_attention import softmax_attention
 
 Backend = Literal["cuda", "triton", "chunked", "reference"]
 BACKENDS = tuple(backends.TABLE)
@@ -36,6 +37,7 @@ __all__ = [
     "selective_scan",
     "short_convolution",
     "silu_convolution",
+    "softmax_attention",
     "split_rotated",
     "swiglu_linear",
     "taylor_features",

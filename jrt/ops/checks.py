@@ -1,6 +1,7 @@
-"""Checks of the arguments of linear attention. Each function raises ValueError with what was expected.
+"""Checks of the arguments of linear attention, softmax attention and the short convolution. Each function raises
+ValueError with what was expected.
 
-Shapes: B batch, T tokens, H heads, d query/key size, D value size, F features.
+Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D value size, F features, E channels, K taps.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from jrt.ops.feature_map import State, feature_count
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def tensor(name: str, x: object, device: torch.device | None = None) -> None:
+def tensor(name: str, x: object, device: torch.device | None = None, other: str = "k") -> None:
+    """device: that of the argument called `other`, which x must share."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor")
     if x.layout != torch.strided:
         raise ValueError(f"{name} has layout {x.layout}; expected a dense tensor")
     if device is not None and x.device != device:
-        raise ValueError(f"{name} is on {x.device}; expected {device}, as k")
+        raise ValueError(f"{name} is on {x.device}; expected {device}, as {other}")
 
 
 def keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None, of: str = "") -> None:
@@ -82,16 +84,18 @@ def decay(log_decay: Tensor, k: Tensor) -> None:
         raise ValueError(f"log_decay is {log_decay.dtype}; expected a floating-point dtype")
 
 
-def packing(cu_seqlens: Tensor, k: Tensor, of: str = "") -> None:
-    """of: what stands before their names, "" or "prefix_"."""
-    tensor(f"{of}cu_seqlens", cu_seqlens, k.device)
+def packing(cu_seqlens: Tensor, k: Tensor, name: str = "k", of: str = "") -> None:
+    """k: tokens (B, T, ...); name: what messages call it; of: what stands before the names, "" or "prefix_"."""
+    tensor(f"{of}cu_seqlens", cu_seqlens, k.device, f"{of}{name}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{of}cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
             "expected int32 or int64 (N + 1,) for N sequences"
         )
     if k.shape[0] != 1:
-        raise ValueError(f"{of}cu_seqlens is given and {of}k has B = {k.shape[0]} rows; expected all sequences in one")
+        raise ValueError(
+            f"{of}cu_seqlens is given and {of}{name} has B = {k.shape[0]} rows; expected all sequences in one"
+        )
     if k.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != k.shape[1] or (cu_seqlens.diff() < 0).any():
@@ -105,7 +109,7 @@ def packing_of_both(cu_seqlens: Tensor | None, prefix_cu_seqlens: Tensor | None,
         missing = "cu_seqlens" if cu_seqlens is None else "prefix_cu_seqlens"
         raise ValueError(f"{missing} is None and the other is given; expected both, or neither")
     packing(cu_seqlens, k)
-    packing(prefix_cu_seqlens, prefix_k, "prefix_")
+    packing(prefix_cu_seqlens, prefix_k, of="prefix_")
     if cu_seqlens.shape != prefix_cu_seqlens.shape:
         raise ValueError(
             f"prefix_cu_seqlens has shape {tuple(prefix_cu_seqlens.shape)}; "
@@ -128,3 +132,50 @@ def state(given: State, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) 
             f"initial_state has S {tuple(given.S.shape)} and z {tuple(given.z.shape)}; "
             f"expected (B, H, F, D) = {expected} and (B, H, F): is it from another model?"
         )
+
+
+def convolution(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Checks the arguments of `jrt.ops.silu_convolution`; u (B, T, E)."""
+    if u.ndim != 3 or weight.ndim != 2 or weight.shape[0] != u.shape[-1]:
+        raise ValueError(f"expected u (B, T, E) and weight (E, K), got {tuple(u.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected (E,) = {tuple(weight.shape[:1])}")
+    if mask is not None and (mask.shape != u.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool (B, T) = {tuple(u.shape[:2])}, False where a "
+            "token is padding"
+        )
+    rows = u.shape[0]
+    if cu_seqlens is not None:
+        packing(cu_seqlens, u, "u")
+        rows = cu_seqlens.shape[0] - 1
+    expected = (rows, weight.shape[1] - 1, u.shape[2])
+    if state is not None and state.shape != expected:
+        raise ValueError(f"state has shape {tuple(state.shape)}; expected (B, K - 1, E) = {expected}")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None) -> None:
+    """Checks the arguments of `jrt.ops.softmax_attention`."""
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:1] + k.shape[2:] != q.shape[:1] + q.shape[2:]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"expected q (B, T, H, D), k and v (B, K, H, D), got {shapes}")
+    if window is not None and window < 0:
+        raise ValueError(f"window is {window}; expected the number of earlier tokens, at least 0")
+    queries, keys = q.shape[1], k.shape[1]
+    most = keys if window is None else window + queries
+    if not queries <= keys <= most:
+        raise ValueError(
+            f"{keys} keys for {queries} queries: expected {queries} to {most}, the last of the queries' own"
+        )
+    if window is None and valid is None and queries not in (1, keys):
+        raise ValueError(f"{keys} keys for {queries} queries: expected valid (B, K), which says which of them are seen")
+    if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != torch.bool):
+        found = f"{valid.dtype} {tuple(valid.shape)}"
+        raise ValueError(f"valid is {found}; expected torch.bool (B, K) = {tuple(k.shape[:2])}")

@@ -1,5 +1,7 @@
 """Triton kernels of `jrt.ops.gated`. Each reads its inputs once and computes in fp32.
 
+With packed sequences each token knows the first token of its own, before which no tap reads.
+
 The gradients of the taps are sums over tokens. Programs write partial sums to memory, which are then added in a fixed
 order; there are no atomic additions, so that results are bit for bit reproducible.
 
@@ -43,8 +45,10 @@ def swiglu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return dx, y
 
 
-def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, is_gated: bool) -> Tensor:
-    """silu(conv(u)) (B, T, E) for x = u (B, T, E), or that times gate for x = [u, gate] (B, T, 2 E)."""
+def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, starts: Tensor | None, is_gated: bool) -> Tensor:
+    """silu(conv(u)) (B, T, E) for x = u (B, T, E), or that times gate for x = [u, gate] (B, T, 2 E).
+
+    starts: (T,) int32, the first token of each token's packed sequence (B = 1); None: each row is one text."""
     x, (channels, count) = _rows(x), taps.shape
     batch, steps, taps = x.shape[0], x.shape[1], taps.mT.contiguous()
     y = x.new_empty(batch, steps, channels)
@@ -52,17 +56,17 @@ def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, is_gated: bool) ->
     grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(steps, STEPS), batch)
     with torch.cuda.device_of(x):
         _convolution_kernel[grid](
-            x, taps, _given(bias, taps), y, **sizes, BIASED=bias is not None, GATED=is_gated, L=STEPS, W=CHANNELS,
-            num_warps=4,
+            x, taps, _given(bias, taps), _given(starts, taps), y, **sizes, BIASED=bias is not None, GATED=is_gated,
+            PACKED=starts is not None, L=STEPS, W=CHANNELS, num_warps=4,
         )  # fmt: skip
     return y
 
 
 def convolution_backward(
-    x: Tensor, taps: Tensor, bias: Tensor | None, dy: Tensor, is_gated: bool
+    x: Tensor, taps: Tensor, bias: Tensor | None, dy: Tensor, starts: Tensor | None, is_gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of x, taps and bias (the latter two in fp32); and with a gate the result of `convolution` again, else
-    None."""
+    None. starts: as in `convolution`."""
     x, dy, (channels, count) = _rows(x), dy.contiguous(), taps.shape
     batch, steps, taps = x.shape[0], x.shape[1], taps.mT.contiguous()
     segments = triton.cdiv(steps, SEGMENT)
@@ -73,8 +77,8 @@ def convolution_backward(
     grid = (triton.cdiv(channels, CHANNELS), segments, batch)
     with torch.cuda.device_of(x):
         _convolution_backward_kernel[grid](
-            x, taps, _given(bias, taps), dy, dx, _given(y, dx), partial, **sizes, BIASED=bias is not None,
-            GATED=is_gated, L=STEPS, W=CHANNELS, num_warps=1,
+            x, taps, _given(bias, taps), _given(starts, taps), dy, dx, _given(y, dx), partial, **sizes,
+            BIASED=bias is not None, GATED=is_gated, PACKED=starts is not None, L=STEPS, W=CHANNELS, num_warps=1,
         )  # fmt: skip
     summed = partial.sum(0)  # (K + 1, E)
     return dx, summed[:count].mT.contiguous(), summed[count], y
@@ -126,9 +130,9 @@ def _swiglu_backward_kernel(x, dy, dx, y, rows, units, R: tl.constexpr, W: tl.co
 
 
 @triton.jit
-def _inputs(x, steps, e, first, T, E, S):
-    """x (L, W) in fp32 at these steps, zero outside of the text."""
-    inside = ((steps >= 0) & (steps < T))[:, None] & (e < E)[None, :]
+def _inputs(x, steps, begin, e, first, T, E, S):
+    """x (L, W) in fp32 at these steps, zero outside of the text, which begins at `begin`, a number or one a step."""
+    inside = ((steps >= begin) & (steps < T))[:, None] & (e < E)[None, :]
     return tl.load(x + (first + steps)[:, None] * S + e[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
@@ -153,31 +157,35 @@ def _input(x, step, e, first, T, E, S):
 
 @triton.jit(do_not_specialize=["T"])
 def _convolution_kernel(
-    x, taps, bias, y, T, E, S, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr,
+    x, taps, bias, starts, y, T, E, S, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0) * W + tl.arange(0, W)
     steps = tl.program_id(1) * L + tl.arange(0, L)
     first = tl.program_id(2).to(tl.int64) * T
     tap, offset = _load_filter(taps, bias, e, E, K, BIASED)
+    begin = steps * 0
+    if PACKED:
+        begin = tl.load(starts + steps, mask=steps < T, other=0)
     c = offset[None, :]
     for k in tl.static_range(K):
-        c = c + tap[k][None, :] * _inputs(x, steps - (K - 1) + k, e, first, T, E, S)
+        c = c + tap[k][None, :] * _inputs(x, steps - (K - 1) + k, begin, e, first, T, E, S)
     out = c * tl.sigmoid(c)
     if GATED:
-        out *= _inputs(x + E, steps, e, first, T, E, S)
+        out *= _inputs(x + E, steps, begin, e, first, T, E, S)
     inside = (steps < T)[:, None] & (e < E)[None, :]
     tl.store(y + (first + steps)[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _convolution_backward_kernel(
-    x, taps, bias, dy, dx, y, partial, T, E, S, SEGMENT, K: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr,
+    x, taps, bias, starts, dy, dx, y, partial, T, E, S, SEGMENT, K: tl.constexpr, BIASED: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """du_t = sum_j taps[K - 1 - j] dc_{t + j}: a program walks through its segment and the K - 1 steps after it.
 
-    dc is the gradient of the convolution before silu. u and dc hold K steps, the newest last."""
+    dc is the gradient of the convolution before silu. u, dc and own (the first step of a step's packed sequence) hold K
+    steps, the newest last."""
     e = tl.program_id(0) * W + tl.arange(0, W)
     start = tl.program_id(1) * SEGMENT
     stop = tl.minimum(T, start + SEGMENT)
@@ -185,25 +193,34 @@ def _convolution_backward_kernel(
     width = E * (2 if GATED else 1)  # of a row of dx
     tap, offset = _load_filter(taps, bias, e, E, K, BIASED)
     by_bias = tl.zeros((W,), tl.float32)
-    by_taps, u, dc = (), (), ()
+    by_taps, u, dc, own = (), (), (), ()
     for k in tl.static_range(K):
         by_taps = by_taps + (tl.zeros((W,), tl.float32),)
         u = u + (_input(x, start - K + k, e, first, T, E, S),)
         dc = dc + (tl.zeros((W,), tl.float32),)
+        own = own + (start * 0,)
     for begin in range(start, stop + K - 1, L):
-        next_u, next_out, next_gate = (), (), ()  # all loads of L steps come before the arithmetic
+        next_u, next_out, next_gate, next_own = (), (), (), ()  # all loads of L steps come before the arithmetic
         for i in tl.static_range(L):
             next_u = next_u + (_input(x, begin + i, e, first, T, E, S),)
             next_out = next_out + (_input(dy, begin + i, e, first, T, E, E),)
             if GATED:
                 next_gate = next_gate + (_input(x + E, begin + i, e, first, T, E, S),)
+            if PACKED:
+                next_own = next_own + (tl.load(starts + begin + i, mask=begin + i < T, other=0),)
         for i in tl.static_range(L):
             step = begin + i
             is_own = step < stop
             u = _shifted(u, next_u[i], K)
-            c = offset
+            if PACKED:
+                own = _shifted(own, next_own[i], K)
+            c, read = offset, ()
             for k in tl.static_range(K):
-                c = c + tap[k] * u[k]
+                value = u[k]
+                if PACKED:
+                    value = tl.where(step - (K - 1) + k >= own[K - 1], value, 0.0)
+                read = read + (value,)
+                c = c + tap[k] * value
             share = tl.sigmoid(c)
             by_silu = next_out[i]
             if GATED:
@@ -216,11 +233,14 @@ def _convolution_backward_kernel(
             counted = tl.where(is_own, dc[K - 1], 0.0)
             by_bias += counted
             sums, du = (), tl.zeros((W,), tl.float32)
-            for k in tl.static_range(K):
-                sums = sums + (by_taps[k] + counted * u[k],)
-                du += dc[k] * tap[K - 1 - k]
-            by_taps = sums
             done = step - (K - 1)  # du of this step is complete
+            for k in tl.static_range(K):
+                sums = sums + (by_taps[k] + counted * read[k],)
+                asked = dc[k]
+                if PACKED:
+                    asked = tl.where(done >= own[k], asked, 0.0)
+                du += asked * tap[K - 1 - k]
+            by_taps = sums
             inside = (done >= start) & (done < stop) & (e < E)
             tl.store(dx + (first + done) * width + e, du.to(dx.dtype.element_ty), mask=inside)
     partial += (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * E + e

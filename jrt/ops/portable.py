@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jrt.ops.attention_pytorch import softmax_attention
 from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
 from jrt.ops.chunked import linear_attention as chunked_attention
@@ -30,6 +31,7 @@ __all__ = [
     "selective_scan",
     "short_convolution",
     "silu_convolution",
+    "softmax_attention",
     "split_rotated",
     "swiglu_linear",
     "taylor_features",

@@ -2,11 +2,12 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = (C_t . h_t + D u_t) silu(z_t)
 
-Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk. Four backends compute it:
+Shapes: B batch, T steps, E channels, N states a channel, K chunks, L steps of a chunk. Five backends compute it:
 "reference" is the loop over t and the definition; "chunked" is PyTorch with scratch memory that does not grow with T;
-"triton" and "cuda" are the GPU kernels of `selective_scan_triton` and `selective_scan_cuda`. The last three are custom
-operators, so that torch.compile sees a single node. They save only the states between chunks, and compute the others
-again in the backward pass.
+"triton" and "cuda" are the GPU kernels of `selective_scan_triton` and `selective_scan_cuda`; "mamba-ssm" is the package
+of Mamba's authors, where it is installed (`mamba_ssm`). All but the first are custom operators, so that torch.compile
+sees a single node. The three of this project save only the states between chunks, and compute the others again in the
+backward pass.
 """
 
 import importlib.util
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jrt.ops import selective_scan_cuda
+from jrt.ops import mamba_ssm, selective_scan_cuda
 from jrt.ops.registration import register
 from jrt.ops.selective_scan_pytorch import CHUNK as PYTORCH_CHUNK
 from jrt.ops.selective_scan_pytorch import between_shape, chunked_backward, chunked_forward, state_dtype, stepwise
 
-BACKENDS = ("reference", "chunked", "triton", "cuda")
+BACKENDS = ("reference", "chunked", "triton", "cuda", "mamba-ssm")
 CHUNK = {"chunked": PYTORCH_CHUNK, "triton": 16}  # steps between two states kept for the backward
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -53,8 +54,8 @@ def selective_scan(
             step size is delta.
         initial_state: state before the first step `(B, E, N)`; None is zero.
         gate: z `(B, T, E)`; None: y is not multiplied.
-        backend: "reference" (loop over T), "chunked" (PyTorch, any device), "triton" (GPU) or "cuda" (Hopper GPU, built
-            kernels); None takes the fastest that serves the call.
+        backend: "reference" (loop over T), "chunked" (PyTorch, any device), "triton" (GPU), "cuda" (Hopper GPU, built
+            kernels) or "mamba-ssm" (the package, GPU); None takes the last of these that serves the call.
 
     Returns:
         y `(B, T, E)` in u's dtype, and the state after the last step `(B, E, N)` in fp32 (fp64 when an input is fp64).
@@ -69,6 +70,12 @@ def selective_scan(
     one_step = u.shape[1] == 1
     whole = (u, delta, A, B, C, D, delta_bias, initial_state, gate)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in whole)
+    if backend == "mamba-ssm" or (backend is None and not one_step):
+        reason = mamba_ssm.unsupported(whole)
+        if backend == "mamba-ssm" and reason:
+            raise ValueError(f"selective_scan: backend 'mamba-ssm' cannot serve this call: {reason}")
+        if reason is None:
+            return mamba_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, gate)
     if backend == "cuda" or (backend is None and not one_step):
         reason = selective_scan_cuda.unsupported(whole)
         if backend == "cuda" and reason:

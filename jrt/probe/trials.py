@@ -30,13 +30,12 @@ LENGTH = 64
 SHARE = 1e-4
 """The largest deviation in float32 that counts as rounding, as a share of the largest logit."""
 SPREADS = 4.0
-"""The same in half precision, as a multiple of the spread of one row's logits over a batch of copies
-(`Trials._bound`)."""
+"""The same in half precision, as a multiple of the spread of one row's logits over batch sizes (`Trials._bound`)."""
 
 TEXT = 24  # prompt tokens of the measured row; the longer row beside it has LENGTH
 HALF = 16  # tokens of this prompt that are read in a first call, where a check makes two
 STEPS = 4  # tokens that are decoded after the prompt
-ROWS = 4  # copies of the row in the batch that measures rounding in half precision
+ROWS = 8  # copies of the row in the batch that measures rounding in half precision
 MOVED = 64  # in the second half of these rows, one in so many embedding values is moved to a neighbouring number
 
 STATES = (CACHE, "cache_params", "state")
@@ -217,15 +216,23 @@ class Trials:
     def _bound(self) -> float:
         """The largest deviation that counts as rounding, as a share of the largest logit.
 
-        In half precision it is measured: SPREADS times the largest difference between the logits of the row alone and
-        of its copies in a batch. On a CPU all copies would round alike, though other shapes round differently. So the
-        embeddings of half of the copies are changed by about one rounding error here and there (`_rounded_otherwise`).
-        """
+        In half precision it is SPREADS times the row's own spread over batch sizes. Where a batch gives its rows bitwise
+        the logits of the row alone, this spread is 0, and the one over roundings stands for it."""
         if self.model.dtype in (torch.float32, torch.float64):
             return SHARE
+        over_batches, over_roundings = self.spreads()
+        return SPREADS * (over_batches or over_roundings)
+
+    def spreads(self) -> tuple[float, float]:
+        """The row's spread over batch sizes, and its spread over roundings, as shares of the largest logit.
+
+        The first is the largest difference between the logits of the row alone and those of its copies in a batch. The
+        second is the same for copies whose embeddings differ by one rounding error here and there
+        (`_rounded_otherwise`)."""
         with _rounded_otherwise(self.model.get_input_embeddings()):
             many = self.read(self.row.expand(ROWS, -1))  # (ROWS, T, V)
-        return SPREADS * float(_difference(many, self.truth).max() / self.truth.float().abs().max())
+        apart = _difference(many, self.truth).amax((1, 2)) / self.truth.float().abs().max()  # (ROWS,)
+        return float(apart[: ROWS // 2].max()), float(apart[ROWS // 2 :].max())
 
 
 @contextmanager

@@ -22,6 +22,8 @@ PACKAGES = (
     "numpy",
     "flash-linear-attention",
     "flash-attn",
+    "causal-conv1d",
+    "mamba-ssm",
 )
 
 

@@ -1,0 +1,75 @@
+"""Optional packages with GPU kernels that some backends call: causal-conv1d, flash-attn, mamba-ssm.
+
+They are published as source code only, which needs CUDA's compiler to install, so nothing depends on them. A backend
+asks `unavailable` before it serves a call, and gets the package's function from `function`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from jrt.system.breaks import BREAKS, one_line
+
+DEVICE = "cuda"  # the kind of device that the packages compute on
+
+
+def unavailable(package: str, module: str, name: str, tensors: Sequence[Tensor | None]) -> str | None:
+    """The reason why a package's function cannot be called with these tensors; None if nothing speaks against it.
+
+    Args:
+        package: its name on the package index.
+        module, name: where its function is.
+        tensors: those given to the function; None for one that is left out.
+    """
+    given = [x for x in tensors if x is not None]
+    if any(x.device.type != DEVICE for x in given):
+        return f"tensors are on {given[0].device}; expected a CUDA device"
+    if reason := _missing(package, module, name):
+        return reason
+    # torch.compile cannot trace `unpack_dual`, and does not compile forward-mode derivatives.
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        return f"a forward-mode derivative is wanted and {package} has none"
+    return None
+
+
+def unordered_sums(package: str, tensors: Sequence[Tensor | None]) -> str | None:
+    """The reason for a package whose gradients are sums in an order that changes from run to run, where that is not
+    allowed; else None."""
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if wanted and torch.are_deterministic_algorithms_enabled():
+        return f"the gradients of {package} differ from run to run, and torch.use_deterministic_algorithms is on"
+    return None
+
+
+def function(module: str, name: str) -> Callable:
+    """A function of a package for which `unavailable` returns None."""
+    return getattr(importlib.import_module(module), name)
+
+
+def _missing(package: str, module: str, name: str) -> str | None:
+    return _probe(package, module, name)
+
+
+# Does what torch.compiler.assume_constant_result does, without importing the compiler: torch.compile cannot trace
+# `_probe`.
+vars(_missing)["_dynamo_marked_constant"] = True
+
+
+@functools.cache
+def _probe(package: str, module: str, name: str) -> str | None:
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"{package} is not installed"
+    try:
+        found = importlib.import_module(module)
+    except BREAKS as error:
+        return f"{package} is installed and cannot be imported ({one_line(error)}): build it again on this machine"
+    if not hasattr(found, name):
+        return f"{package} is installed and has no {module}.{name}: install another version"
+    return None
