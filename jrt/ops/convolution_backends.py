@@ -52,10 +52,6 @@ def unsupported(backend: str, call: Call) -> str | None:
 
 def _triton_unsupported(call: Call) -> str | None:
     """Never imports triton."""
-    if call.state is not None:
-        return "a text that goes on from a state is not implemented in the kernels"
-    if call.mask is not None:
-        return "padding is not implemented in the kernels"
     if reason := fusion_unsupported(call.u):
         return reason
     if call.linear is not None and not is_plain(call.linear):
