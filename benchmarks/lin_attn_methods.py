@@ -63,8 +63,7 @@ class Method:
 
 def jrt_rnn(backend: str) -> Callable[[Inputs], Tensor]:
     def call(x: Inputs) -> Tensor:
-        state = ops.encode_prefix(x.k_prefix, x.v_prefix, backend=backend)
-        return ops.linear_attention(x.q, x.k, x.v, initial_state=state, backend=backend)[0]
+        return ops.prefix_linear_attention(x.q, x.k, x.v, x.k_prefix, x.v_prefix, backend=backend)[0]
 
     return call
 

@@ -251,8 +251,7 @@ def repeatable(shape: Shape) -> bool:
     x = draw(shape, next(method for method in methods(None) if method.name == "JRT-RNN"))
 
     def once() -> list[Tensor]:
-        state = ops.encode_prefix(x.k_prefix, x.v_prefix, backend="cuda")
-        o, state = ops.linear_attention(x.q, x.k, x.v, initial_state=state, backend="cuda")
+        o, state = ops.prefix_linear_attention(x.q, x.k, x.v, x.k_prefix, x.v_prefix, backend="cuda")
         return [o, *state]
 
     first = once()

@@ -1,6 +1,6 @@
 """Measures time and memory of linear attention in training, beside softmax attention and other libraries.
 
-    python benchmarks/op_training.py [--output FILE] [--backends cuda triton ...]
+    python benchmarks/op_training.py [--output FILE] [--backends cuda triton ...] [--methods NAME ...]
 
 The forward pass, and forward and backward together, are measured. Outputs and gradients of every method are first
 compared with fp64 on one head; a wrong method is not timed. The call is captured in a CUDA graph and replayed, so that
@@ -58,7 +58,16 @@ class Method:
 
 def ours(backend: str) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, *prefix: Tensor) -> Tensor:
-        state = ops.encode_prefix(*prefix, backend=backend) if prefix else None
+        if prefix:
+            return ops.prefix_linear_attention(q, k, v, *prefix, backend=backend)[0]
+        return ops.linear_attention(q, k, v, backend=backend)[0]
+
+    return call
+
+
+def in_two_calls(backend: str) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, *prefix: Tensor) -> Tensor:
+        state = ops.encode_prefix(*prefix, backend=backend)
         return ops.linear_attention(q, k, v, initial_state=state, backend=backend)[0]
 
     return call
@@ -123,6 +132,7 @@ def methods() -> list[Method]:
         reason = backends.TABLE[name].unsupported(Call(*probe))
         found.append(Method("Based", name, ours(name), reason=reason))
         found.append(Method("JRT-RNN", name, ours(name), prefix=True, reason=reason))
+        found.append(Method("JRT-RNN, two calls", name, in_two_calls(name), prefix=True, reason=reason))
     softmax = dict(kind="softmax", quadratic=False, head=(HEADS, VALUE_DIM, VALUE_DIM))
     found.append(Method("FlashAttention-2", "sdpa", attention(SDPBackend.FLASH_ATTENTION), **softmax))
     found.append(Method("cuDNN", "sdpa", attention(SDPBackend.CUDNN_ATTENTION), **softmax))
@@ -297,6 +307,7 @@ def main() -> None:
     parser.add_argument(
         "--backends", nargs="+", help="only the methods of these, for instance to compile their kernels"
     )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help='only these, e.g. "JRT-RNN" "JRT-RNN, two calls"')
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("op_training.py measures a GPU: no CUDA device found")
@@ -307,6 +318,8 @@ def main() -> None:
     found = methods()
     if arguments.backends:
         found = [method for method in found if method.backend in arguments.backends]
+    if arguments.methods:
+        found = [method for method in found if method.name in arguments.methods]
     # Other libraries come last, since they compile and tune themselves for minutes; the file is written after every row.
     for libraries in (False, True):
         for (batch, tokens, backward), method in itertools.product(plan, found):

@@ -104,6 +104,9 @@ def _measured(core: Config) -> list[tuple[str, str]]:
 def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from jrt.foreign.architectures import register_architecture
+
+    register_architecture(str(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):

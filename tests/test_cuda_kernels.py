@@ -488,8 +488,14 @@ def test_a_derivative_that_cannot_be_had_is_a_reason(monkeypatch):
     seen = []
     torch.func.jvp(lambda y: (seen.append(cuda._no_gradient(Call(x, x, y))), y)[1], (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
-        seen.append(cuda._no_gradient(Call(x, x, torch.autograd.forward_ad.make_dual(x, x))))
-    assert seen == ["a forward-mode derivative is wanted and the kernels have none"] * 2
+        dual = Call(x, x, torch.autograd.forward_ad.make_dual(x, x))
+        seen.append(cuda._no_gradient(dual))
+        with torch.no_grad():  # this switches off the other mode only
+            seen.append(cuda._no_gradient(dual))
+        seen.append(cuda._no_gradient(Call(x, x, x, prefix=dual)))
+    assert seen == ["a forward-mode derivative is wanted and the kernels have none"] * 4
+    torch.func.grad(lambda y: (seen.append(cuda._no_gradient(Call(x, x, y))), y.sum())[1])(x)
+    assert "torch.func" in seen[-1]
     monkeypatch.setattr(cuda.triton, "INSTALLED", False)
     assert cuda._no_gradient(Call(x, x, x)) is None
     assert "needs triton" in cuda._no_gradient(Call(x, x, x.clone().requires_grad_()))
@@ -510,10 +516,18 @@ def test_shapes_are_known_without_a_device():
 
 
 @pytest.mark.parametrize(
-    "device, backend, calls", [("cpu", "chunked", 252), pytest.param("cuda", "cuda", 258, marks=pytest.mark.hopper)]
+    "device, backend, calls", [("cpu", "chunked", 324), pytest.param("cuda", "cuda", 330, marks=pytest.mark.hopper)]
 )
 def test_what_the_sanitizer_runs(device, backend, calls):
     assert runpy.run_path(str(ROOT / "benchmarks" / "kernel_launches.py"))["launch_all"](device, backend) == calls
+
+
+@pytest.mark.parametrize(
+    "device, backend", [("cpu", "chunked"), pytest.param("cuda", "cuda", marks=pytest.mark.hopper)]
+)
+def test_what_the_sanitizer_runs_of_the_scan(device, backend):
+    launches = runpy.run_path(str(ROOT / "benchmarks" / "kernel_launches.py"))
+    assert launches["launch_scan"](device, backend) == 72
 
 
 @pytest.mark.hopper

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from jrt.ops import encode_prefix, linear_attention
+from jrt.ops import prefix_linear_attention
 
 B, T, M, E, H, d = 4, 70, 40, 32, 2, 8
 WRAPPERS = ("ddp", "fsdp")
@@ -41,10 +41,9 @@ class PrefixReader(nn.Module):
         return self.read(x)
 
     def read(self, x: Tensor) -> Tensor:
-        prefix = x[:, :M]
-        state = encode_prefix(heads(self.prefix_keys(prefix)), heads(self.prefix_values(prefix)), backend=self.backend)
+        prefix = (heads(project(x[:, :M])) for project in (self.prefix_keys, self.prefix_values))
         q, k, v = (heads(project(x)) for project in (self.queries, self.keys, self.values))
-        o, _ = linear_attention(q, k, v, initial_state=state, backend=self.backend)
+        o, _ = prefix_linear_attention(q, k, v, *prefix, backend=self.backend)
         return self.out(o.flatten(2))
 
 

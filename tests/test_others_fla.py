@@ -6,6 +6,8 @@ need a GPU."""
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from jrt.cli import main
 from jrt.evaluate.models import ModelSpec, open_model
-from jrt.evaluate.others import register_architecture
+from jrt.foreign.architectures import register_architecture
 
 WIDTH, LAYERS, HEADS, NORMALIZER, EPS = 64, 2, 2, 16, 1e-6
 WORDS = "the valve opens slowly when pressure in the outer chamber rises above one bar and closes again"
@@ -91,6 +93,36 @@ def test_without_the_package_one_line_names_it(tmp_path, shared):
     with pytest.raises(ValueError, match=r"'gla'.*pip install flash-linear-attention") as told:
         open_model(ModelSpec(str(gla_folder(tmp_path / "gla", shared / "gpt2"))))
     assert "\n" not in str(told.value) and "unknown model" not in str(told.value)
+
+
+@pytest.mark.skipif(INSTALLED, reason="flash-linear-attention is installed")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "jrt", "info", "MODEL"],
+        ["-m", "jrt", "doctor", "MODEL"],
+        ["-m", "jrt", "generate", "--prompt", "a", "--model", "MODEL"],
+        ["-m", "jrt", "eval", "--tasks", "squad", "--output", "OUT", "--model", "MODEL"],
+        [
+            "-c",
+            "from jrt_recall.harness import main; main()",
+            "--model",
+            "hf",
+            "--model_args",
+            "pretrained=MODEL",
+            "--tasks",
+            "recall_squad",
+        ],
+    ],
+    ids=lambda words: " ".join(words[1:3]),
+)
+def test_every_command_names_the_package(tmp_path, shared, command):
+    gla = gla_folder(tmp_path / "gla", shared / "gpt2")
+    words = [word.replace("MODEL", str(gla)).replace("OUT", str(tmp_path / "out")) for word in command]
+    ended = subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "'gla'" in ended.stderr.splitlines()[-1]
+    assert "pip install flash-linear-attention" in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.gpu

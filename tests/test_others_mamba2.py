@@ -10,8 +10,8 @@ from torch import Tensor
 
 from jrt.checkpoints.files import CheckpointError
 from jrt.cli import main
+from jrt.evaluate.mamba2 import open_mamba2
 from jrt.evaluate.models import ModelSpec, is_ours, open_model, open_tokenizer
-from jrt.evaluate.others import open_mamba2
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from jrt.cli import main
 from jrt.foreign.caches import keeps_no_tokens, select_rows
 from jrt.foreign.greedy import set_aside
 from jrt.probe import CHECKS, LENGTH, PASSES, RunMode, probe
+from jrt.probe.trials import Trials
 from jrt.recurrent_cache import CACHE
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -165,6 +166,30 @@ def test_a_model_that_reads_one_token_on_top_of_the_call_before_is_not_asked_suc
     assert "one token" in findings.mode.sentences()[0]
 
 
+class RoundsByBatch(Broken):
+    """Its logits in a batch are one part in 16 larger, as where a batch takes another matrix product (much less there)."""
+
+    def forward(self, *args, **given):
+        output = super().forward(*args, **given)
+        output.logits = output.logits * (1 + (len(output.logits) > 1) / 16)
+        return output
+
+
+def test_the_bound_of_half_precision_is_four_times_the_spread_over_batch_sizes():
+    (bound,) = {check.bound for check in probe(RoundsByBatch().bfloat16().eval()).checks}
+    assert bound == pytest.approx(4 / 16, rel=0.1)
+
+
+@torch.no_grad()
+def test_where_batches_are_bitwise_equal_the_spread_over_roundings_stands_for_it():
+    model = Broken().bfloat16().eval()
+    trials = Trials(model, 0)
+    trials.truth = trials.read(trials.row[None])[0]
+    over_batches, over_roundings = trials.spreads()
+    assert over_batches == 0 < over_roundings  # on a CPU this model rounds alike at all batch sizes
+    assert {check.bound for check in probe(model).checks} == {4 * over_roundings}
+
+
 def test_a_model_that_cannot_read_is_a_finding_with_its_error():
     class Broken2(Broken):
         def forward(self, *args, **given):
@@ -293,7 +318,8 @@ def test_doctor_on_the_installation(capsys):
     for package in ("flash-linear-attention", "causal-conv1d", "flash-attn", "mamba-ssm", "wandb", "pybind11", "ray"):
         assert "(" in found["installed"][package]
     tried = {(check["op"], check["backend"]) for check in found["backends"] if check["holds"]}
-    assert {("linear_attention", "chunked"), ("encode_prefix", "chunked"), ("selective_scan", "chunked")} <= tried
+    ops = ("linear_attention", "encode_prefix", "prefix_linear_attention", "selective_scan")
+    assert {(op, "chunked") for op in ops} <= tried
     assert ("short convolution", "pytorch") in tried
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from jrt.ops.call import Call
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTOR = 2.0
 KERNELS = ("forward", "sums", "queries", "keys", "prefix keys")
+BOTH = {"both sums": "sums", "both keys": "keys"}  # kernels that work on a prefix and a text, and whose tiles they take
 
 kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_run_in_the_interpreter"
@@ -39,10 +41,10 @@ def test_the_kernels_run_in_the_interpreter():
 @pytest.fixture
 def cut(monkeypatch):
     """Sets the number of pieces of a sequence."""
-    from jrt.ops.triton import launch
+    from jrt.ops.triton import sizes
 
     def set_pieces(count: int) -> None:
-        monkeypatch.setattr(launch, "piece_count", lambda programs, chunks, *_: min(count, chunks))
+        monkeypatch.setattr(sizes, "piece_count", lambda programs, chunks, *_: min(count, chunks))
 
     return set_pieces
 
@@ -371,13 +373,13 @@ def test_importing_the_package_imports_no_triton():
 # ---- compiled for GPUs that are not here
 
 
-def compiled(name: str, architecture: int, d: int, D: int, dtype: torch.dtype):
-    """A kernel as `launch` would have it for a call with an initial state and neither mask nor decay."""
+def compiled(name: str, architecture: int, d: int, D: int, dtype: torch.dtype, everything: bool = False):
+    """A kernel as it is launched for a call with an initial state, and with `everything` masks, decay and packing."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from jrt.ops.triton import launch
+    from jrt.ops.triton import launch, pair, sizes
 
     kernel = {
         "forward": launch.forward_kernel,
@@ -385,29 +387,41 @@ def compiled(name: str, architecture: int, d: int, D: int, dtype: torch.dtype):
         "queries": launch.queries_kernel,
         "keys": launch.keys_kernel,
         "prefix keys": launch.keys_kernel,
+        "both sums": pair.both_pieces_kernel,
+        "both keys": pair.both_keys_kernel,
     }[name]
-    tiles = launch.choose_tiles(name, d, D, dtype)
+    tiles = sizes.choose_tiles(BOTH.get(name, name), d, D, dtype)
     k, v = (torch.empty(1, 1, 1, size, dtype=dtype) for size in (d, D))
-    constants = launch._constants(k, v, None, None, None, tiles)
+    constants = sizes.constants(k, v, None, None, None, tiles)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     of_text = name != "prefix keys"
     constants |= dict(HAS_START=True, NORMALIZE=True, HAS_QUERIES=of_text, BY_PIECE=of_text, GRADIENT=False, ALL=False)
+    constants |= dict(HAS_PREFIX_MASK=everything)
+    constants |= dict(HAS_MASK=everything, HAS_DECAY=everything, PACKED=everything)
     given = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32"}[str(dtype)]
     absent = {"mask", "log_decay", "piece_sequence", "piece_start", "piece_end", "cu_seqlens"}
+    absent |= {"prefix_mask", "prefix_sequence", "prefix_start", "prefix_end", "prefix_cu_seqlens"}
+    integers = absent - {"mask", "prefix_mask", "log_decay"}
+    absent = set() if everything else absent
     absent |= {"weight", "sum_weight"} if name == "sums" else set()
+    counts = {"T", "H", "PIECES", "PIECE_TOKENS", "TEXT_PIECES", "prefix_T", "PREFIX_PIECES", "PREFIX_PIECE_TOKENS"}
     signature, known, aligned = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants or argument in absent:
             signature[argument], known[(i,)] = "constexpr", constants.get(argument)
-        elif argument in ("T", "H", "PIECES", "PIECE_TOKENS"):
+        elif argument in counts:
             signature[argument] = "i32"
         else:
             aligned[(i,)] = [["tt.divisibility", 16]]
             if argument.endswith(("_batch", "_token", "_head", "_tile")):
                 signature[argument] = "i32"
             else:
-                partial = argument in ("dq", "dk") and tiles.DV < D
-                own = argument in ("q", "k", "v", "o", "do", "x", "u", "dq", "dk", "dv") and not partial
+                kind = argument.removeprefix("prefix_")
+                if argument in integers or kind == "mask":
+                    signature[argument] = "*u8" if kind == "mask" else "*i32"
+                    continue
+                partial = kind in ("dq", "dk") and tiles.DV < D
+                own = kind in ("q", "k", "v", "o", "do", "x", "u", "dq", "dk", "dv") and not partial
                 signature[argument] = given if own else "*fp32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -417,15 +431,15 @@ def compiled(name: str, architecture: int, d: int, D: int, dtype: torch.dtype):
 def test_every_setting_has_few_enough_tiles(dtype):
     """More than five tiles of a state gave wrong addresses on Hopper: d = 32 in tiles of 64 rows, for one."""
     require_triton()
-    from jrt.ops.triton import launch
+    from jrt.ops.triton import sizes
 
     for kernel, d, D in itertools.product(KERNELS, range(1, 33), (1, 16, 64, 112, 128)):
-        launch.state_tiles(d, launch.choose_tiles(kernel, d, D, dtype).rows)
+        sizes.state_tiles(d, sizes.choose_tiles(kernel, d, D, dtype).rows)
     with pytest.raises(AssertionError, match="d = 32 makes 9 tiles of 64 rows: expected at most 5, so more rows"):
-        launch.state_tiles(32, 64)
+        sizes.state_tiles(32, 64)
 
 
-COMPILED = [(name, architecture) for name in KERNELS for architecture in (80, 86, 89)]
+COMPILED = [(name, architecture) for name in (*KERNELS, *BOTH) for architecture in (80, 86, 89)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -444,6 +458,10 @@ COMPILED = [(name, architecture) for name in KERNELS for architecture in (80, 86
             for dtype in (torch.float16, torch.float32)
         ),
         pytest.param("prefix keys", 86, 32, 64, torch.float32, marks=pytest.mark.slow),
+        *(
+            pytest.param("both keys", 86, 32, 128, dtype, marks=pytest.mark.slow)
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
     ],
 )
 def test_compiled_for_other_gpus_within_their_shared_memory(name, architecture, d, D, dtype):
@@ -451,6 +469,18 @@ def test_compiled_for_other_gpus_within_their_shared_memory(name, architecture, 
     kernel = compiled(name, architecture, d, D, dtype)
     limit = 100 * 1024 if architecture in (86, 89) else 163 * 1024
     assert 0 < kernel.metadata.shared <= limit
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 86, 90])
+@pytest.mark.parametrize("everything", [False, True])
+def test_sums_of_a_prefix_and_a_text_are_loaded_sixteen_bytes_at_a_time(architecture, everything):
+    """Their addresses are chosen while the kernel runs. The compiler must still know that they are aligned."""
+    require_triton()
+    kernel = compiled("both sums", architecture, 16, 64, torch.bfloat16, everything)
+    wide = re.findall(r"cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], 0x10", kernel.asm["ptx"])
+    assert len(wide) >= 5  # k and v of a chunk of 64 tokens, by 128 threads
+    assert not re.search(r"ld\.global\.b16|ld\.local", kernel.asm["ptx"])
 
 
 # ---- on a GPU: the lengths and widths that models have

@@ -1,7 +1,8 @@
 """Runs every backend of every op on small random inputs and compares it with the definition in float64.
 
-"The definition" is the backend "reference", or PyTorch for layers that have no other definition. Each backend sums in another order, so it may be up to twice as far from
-the float64 result as the definition is when it computes in the same dtype.
+"The definition" is the backend "reference", or PyTorch for layers that have no other definition. Each backend sums in
+another order, so it may be up to twice as far from the float64 result as the definition is when it computes in the same
+dtype.
 
 Shapes: as in `jrt.ops`; B = 2, T = 130 (no multiple of a chunk), H = 2, d = 16, D = 64.
 """
@@ -18,6 +19,7 @@ from jrt.ops import (
     State,
     encode_prefix,
     linear_attention,
+    prefix_linear_attention,
     selective_scan,
     silu_convolution,
     softmax_attention,
@@ -119,6 +121,12 @@ def _look_at(window: int | None, **call: Any) -> tuple[Tensor, ...]:
     return (softmax_attention(scale=VALUE**-0.5, window=window, **call),)
 
 
+def _attend_after_prefix(mask: Tensor, **call: Any) -> tuple[Tensor, ...]:
+    """o, with zeros at padding, S and z of `prefix_linear_attention`."""
+    o, state = prefix_linear_attention(mask=mask, **call)
+    return o * mask[:, :, None, None], state.S, state.z
+
+
 def _ops() -> list[_Op]:
     generator = torch.Generator().manual_seed(0)
 
@@ -130,6 +138,7 @@ def _ops() -> list[_Op]:
     mask = torch.arange(STEPS)[None] >= torch.tensor([[0], [37]])  # (B, T), the second row padded on the left
     S, z = encode_prefix(random(2, 50, HEADS, KEY), random(2, 50, HEADS, VALUE), backend="reference")
     token = {"q": q[:, :1], "k": k[:, :1], "v": v[:, :1], "S": S, "z": z}
+    pair = {"q": q, "k": k, "v": v, "mask": mask, "prefix_k": q[:, :50] / 2, "prefix_v": v[:, 50:100] / 2}
     scan = {
         "u": random(2, STEPS, VALUE),
         "delta": random(2, STEPS, VALUE).abs(),
@@ -149,6 +158,7 @@ def _ops() -> list[_Op]:
         _Op("encode_prefix", tuple(BACKENDS), encode_prefix, {"k": k, "v": v, "mask": mask}),
         _Op("linear_attention", tuple(BACKENDS), _attend, {"q": q, "k": k, "v": v, "mask": mask, "S": S, "z": z}),
         _Op("linear_attention, one token", tuple(BACKENDS), _attend, token),
+        _Op("prefix_linear_attention", tuple(BACKENDS), _attend_after_prefix, pair | {"prefix_mask": mask[:, :50]}),
         _Op("selective_scan", tuple(SCAN_BACKENDS), selective_scan, scan),
         _Op("selective_scan, from zero", tuple(SCAN_BACKENDS), selective_scan, from_zero),
         _Op("short convolution", CONVOLUTION_BACKENDS, _convolve, convolution, "pytorch"),

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
-from jrt.evaluate.others import mamba2_folder, open_mamba2, register_architecture
+from jrt.evaluate.mamba2 import mamba2_folder, open_mamba2
+from jrt.foreign.architectures import register_architecture
 from jrt.foreign.greedy import plain_settings, saved_settings, set_aside
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.probe import STATES, Findings, RunMode, probe

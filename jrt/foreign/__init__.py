@@ -1,1 +1,2 @@
-"""Handles models of other projects: chooses rows of their caches, and replaces their saved generation settings."""
+"""Handles models of other projects: registers their classes, chooses rows of their caches, and replaces their saved
+generation settings."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jrt.config import Config
 from jrt.mixers.batch import TokenBatch
-from jrt.ops import State, encode_prefix, linear_attention
+from jrt.ops import State, linear_attention, prefix_linear_attention
 
 
 class LinearAttention(nn.Module):
@@ -58,10 +58,11 @@ class PrefixLinearAttention(LinearAttention):
 
     def forward(self, x: Tensor, batch: TokenBatch, state: State | None) -> tuple[Tensor, State]:
         q, k, v = self.project(x, batch)
-        if batch.prefix is not None:
-            k_enc, v_enc = self.project_prefix(x, batch)
-            state = encode_prefix(k_enc, v_enc, mask=batch.prefix.mask)
-        o, state = linear_attention(q, k, v, initial_state=state, mask=batch.mask)
+        if batch.prefix is None:
+            o, state = linear_attention(q, k, v, initial_state=state, mask=batch.mask)
+        else:
+            prefix = self.project_prefix(x, batch)
+            o, state = prefix_linear_attention(q, k, v, *prefix, mask=batch.mask, prefix_mask=batch.prefix.mask)
         return self.out_proj(o.flatten(2)), state
 
     def project_prefix(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@ used.
 
 Prefix linear attention is causal linear attention that starts from a state that is not zero: `encode_prefix` turns the
 prefix into a state, `linear_attention` continues from any state, and decoding a token is the same call with T = 1.
+`prefix_linear_attention` is the first two in one call.
 
 Shapes: B batch, N packed sequences, T tokens, M prefix tokens, H heads, d query/key size, D value size, F = 1 + d + d
 (d + 1) / 2 features.
@@ -32,6 +33,7 @@ __all__ = [
     "feature_count",
     "gated_convolution_linear",
     "linear_attention",
+    "prefix_linear_attention",
     "selective_scan",
     "short_convolution",
     "silu_convolution",
@@ -127,3 +129,50 @@ def encode_prefix(
         checks.packing(cu_seqlens, k)
     call = Call(None, k, v, mask=mask, cu_seqlens=cu_seqlens)
     return backends.choose(call, backend).encode_prefix(call)
+
+
+def prefix_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    prefix_mask: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+    prefix_cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, State]:
+    """Prefix linear attention (paper equation 3): reads a prefix without causal mask, then a text after it.
+
+        state = encode_prefix(prefix_k, prefix_v, mask=prefix_mask)
+        o, state = linear_attention(q, k, v, initial_state=state, mask=mask)
+
+    It computes what these two calls do, in one operator forward and one backward.
+
+    Args:
+        q, k, v, mask, log_decay, normalize, backend: the text, as in `linear_attention`. The prefix does not decay.
+        prefix_k: (B, M, H, d), before the feature map.
+        prefix_v: (B, M, H, D).
+        prefix_mask: (B, M) bool, False where a token is not part of the prefix; None: all are. A row may have none.
+        cu_seqlens, prefix_cu_seqlens: (N + 1,) each, for N texts packed into one row and their N prefixes packed into
+            another; both or neither.
+
+    Returns:
+        As `linear_attention`: o (B, T, H, D) and the State after the last token of the text.
+
+    Raises:
+        ValueError: as in `linear_attention`, or prefix and text do not fit together.
+    """
+    checks.keys_and_values(k, v, mask)
+    checks.queries(q, k)
+    checks.prefix(prefix_k, prefix_v, prefix_mask, k, v)
+    if log_decay is not None:
+        checks.decay(log_decay, k)
+    checks.packing_of_both(cu_seqlens, prefix_cu_seqlens, k, prefix_k)
+    before = Call(None, prefix_k, prefix_v, mask=prefix_mask, cu_seqlens=prefix_cu_seqlens)
+    call = Call(q, k, v, None, mask, log_decay, normalize, cu_seqlens, before)
+    return backends.choose(call, backend).prefix_linear_attention(call)

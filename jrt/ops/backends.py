@@ -5,8 +5,9 @@ A backend is a module with
     unsupported(call) -> str | None           the reason why it cannot serve the call; None if it can
     linear_attention(call) -> (o, State)
     encode_prefix(call) -> State
+    prefix_linear_attention(call) -> (o, State)
 
-Both are differentiable wherever `unsupported` lets a call pass whose inputs require a gradient.
+They are differentiable wherever `unsupported` lets a call pass whose inputs require a gradient.
 """
 
 from __future__ import annotations

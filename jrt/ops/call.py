@@ -20,11 +20,19 @@ class Call(NamedTuple):
     log_decay: Tensor | None = None  # (H,)
     normalize: bool = True
     cu_seqlens: Tensor | None = None  # (N + 1,)
+    prefix: Call | None = (
+        None  # keys and values (B, M, H, .) of `jrt.ops.prefix_linear_attention`; then no initial state
+    )
 
     def tensors(self) -> list[Tensor]:
         """All floating-point tensors that are not None."""
         given = (self.q, self.k, self.v, *(self.initial_state or ()), self.log_decay)
-        return [x for x in given if x is not None]
+        of_prefix = [] if self.prefix is None else self.prefix.tensors()
+        return [x for x in given if x is not None] + of_prefix
+
+    def after_prefix(self, state: State) -> Call:
+        """The call of `linear_attention` that remains when the prefix has been read."""
+        return self._replace(prefix=None, initial_state=state)
 
     def without_padding(self) -> Call:
         """The call with keys and values of padding set to zero. They may hold NaN, and 0 times NaN would be NaN."""

@@ -22,26 +22,43 @@ def tensor(name: str, x: object, device: torch.device | None = None, other: str 
         raise ValueError(f"{name} is on {x.device}; expected {device}, as {other}")
 
 
-def keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    tensor("k", k)
-    tensor("v", v)
+def keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None, of: str = "") -> None:
+    """of: what stands before their names, "" or "prefix_"."""
+    tensor(f"{of}k", k)
+    tensor(f"{of}v", v)
     if k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"expected k (B, T, H, d) and v (B, T, H, D), got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(
+            f"expected {of}k (B, T, H, d) and {of}v (B, T, H, D), got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k has (B, T, H) = {tuple(k.shape[:3])} and v {tuple(v.shape[:3])}; expected the same")
+        raise ValueError(
+            f"{of}k has (B, T, H) = {tuple(k.shape[:3])} and {of}v {tuple(v.shape[:3])}; expected the same"
+        )
     if 0 in k.shape or 0 in v.shape:
-        raise ValueError(f"expected at least one token, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+        raise ValueError(f"expected at least one token, got {of}k {tuple(k.shape)} and {of}v {tuple(v.shape)}")
     if k.dtype not in FLOATING or v.dtype not in FLOATING:
-        raise ValueError(f"expected floating-point k and v of 16 bits or more, got {k.dtype} and {v.dtype}")
+        raise ValueError(f"expected floating-point {of}k and {of}v of 16 bits or more, got {k.dtype} and {v.dtype}")
     if k.device != v.device or k.dtype != v.dtype:
-        raise ValueError(f"v is {v.dtype} on {v.device}; expected {k.dtype} on {k.device}, as k")
+        raise ValueError(f"{of}v is {v.dtype} on {v.device}; expected {k.dtype} on {k.device}, as {of}k")
     if mask is None:
         return
-    tensor("mask", mask, k.device)
+    tensor(f"{of}mask", mask, k.device)
     if mask.shape != k.shape[:2]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (B, T) = {tuple(k.shape[:2])}")
+        raise ValueError(f"{of}mask has shape {tuple(mask.shape)}; expected (B, T) = {tuple(k.shape[:2])}")
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}; expected torch.bool, False where a token is padding")
+        raise ValueError(f"{of}mask is {mask.dtype}; expected torch.bool, False where a token is padding")
+
+
+def prefix(prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor | None, k: Tensor, v: Tensor) -> None:
+    """k and v: those of the text, which are checked already."""
+    keys_and_values(prefix_k, prefix_v, prefix_mask, "prefix_")
+    if prefix_k.dtype != k.dtype or prefix_k.device != k.device:
+        raise ValueError(f"prefix_k is {prefix_k.dtype} on {prefix_k.device}; expected {k.dtype} on {k.device}, as k")
+    for name, given, text in (("prefix_k", prefix_k, k), ("prefix_v", prefix_v, v)):
+        batch, _, *sizes = text.shape
+        if given.shape[0] != batch or list(given.shape[2:]) != sizes:
+            expected = f"({batch}, M, {', '.join(map(str, sizes))})"
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {expected}, as {name[-1]}")
 
 
 def queries(q: Tensor, k: Tensor) -> None:
@@ -60,19 +77,37 @@ def decay(log_decay: Tensor, k: Tensor) -> None:
         raise ValueError(f"log_decay is {log_decay.dtype}; expected a floating-point dtype")
 
 
-def packing(cu_seqlens: Tensor, k: Tensor, name: str = "k") -> None:
-    """k: tokens (B, T, ...); name: what messages call it."""
-    tensor("cu_seqlens", cu_seqlens, k.device, name)
+def packing(cu_seqlens: Tensor, k: Tensor, name: str = "k", of: str = "") -> None:
+    """k: tokens (B, T, ...); name: what messages call it; of: what stands before the names, "" or "prefix_"."""
+    tensor(f"{of}cu_seqlens", cu_seqlens, k.device, f"{of}{name}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; expected int32 or int64 (N + 1,) for N sequences"
+            f"{of}cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
+            "expected int32 or int64 (N + 1,) for N sequences"
         )
     if k.shape[0] != 1:
-        raise ValueError(f"cu_seqlens is given and {name} has B = {k.shape[0]} rows; expected all sequences in one")
+        raise ValueError(
+            f"{of}cu_seqlens is given and {of}{name} has B = {k.shape[0]} rows; expected all sequences in one"
+        )
     if k.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != k.shape[1] or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected to rise from 0 to T = {k.shape[1]}")
+        raise ValueError(f"{of}cu_seqlens is {cu_seqlens.tolist()}; expected to rise from 0 to T = {k.shape[1]}")
+
+
+def packing_of_both(cu_seqlens: Tensor | None, prefix_cu_seqlens: Tensor | None, k: Tensor, prefix_k: Tensor) -> None:
+    if cu_seqlens is None and prefix_cu_seqlens is None:
+        return
+    if cu_seqlens is None or prefix_cu_seqlens is None:
+        missing = "cu_seqlens" if cu_seqlens is None else "prefix_cu_seqlens"
+        raise ValueError(f"{missing} is None and the other is given; expected both, or neither")
+    packing(cu_seqlens, k)
+    packing(prefix_cu_seqlens, prefix_k, of="prefix_")
+    if cu_seqlens.shape != prefix_cu_seqlens.shape:
+        raise ValueError(
+            f"prefix_cu_seqlens has shape {tuple(prefix_cu_seqlens.shape)}; "
+            f"expected that of cu_seqlens, {tuple(cu_seqlens.shape)}: one prefix for each text"
+        )
 
 
 def state(given: State, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> None:

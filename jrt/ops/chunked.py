@@ -49,7 +49,7 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
     """Computes what `reference.linear_attention` does, in T / C chunks."""
     if call.cu_seqlens is not None:
         return attend_apart(linear_attention, call)
-    q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
+    q, k, v, initial_state, mask, log_decay, normalize, *_ = call.without_padding()
     assert q is not None
     dtype = v.dtype
     q, k, v = _to_compute_dtype(q), _to_compute_dtype(k), _to_compute_dtype(v)
@@ -72,6 +72,12 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
         start += tokens
     assert state is not None
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
+
+
+def prefix_linear_attention(call: Call) -> tuple[Tensor, State]:
+    """The state of the prefix, then the text. Both are PyTorch's operations, so nothing is gained by one operator."""
+    assert call.prefix is not None
+    return linear_attention(call.after_prefix(encode_prefix(call.prefix)))
 
 
 def _step(q, k, v, state, mask, log_decay, normalize, dtype):

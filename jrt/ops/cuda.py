@@ -1,6 +1,8 @@
 """Backend "cuda": Hopper kernels for linear attention as torch operators (prefill, prefix encoder, decode step).
 
-Gradients of prefill and encoder come from `jrt.ops.cuda_backward`.
+Gradients of prefill and encoder come from `jrt.ops.cuda_backward`. A prefix and the text after it are one operator,
+which launches the encoder's kernels and then those of the prefill. A kernel for both would save only a launch: the text
+needs the state of the whole prefix, and each of the two fills the GPU by itself.
 
 The kernels live in the extension module `jrt_kernels` (kernels/, built by JRT_BUILD_KERNELS=1); this file checks what
 they can serve (`unsupported`), allocates tensors, and passes addresses.
@@ -16,12 +18,11 @@ import importlib.util
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from jrt.ops import checks, triton
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
-from jrt.ops.registration import register
+from jrt.ops.registration import register, without_rule
 
 DIM = 16
 FEATURES = feature_count(DIM)
@@ -59,6 +60,8 @@ def unsupported(call: Call) -> str | None:
     for name, x in (("k" if q is k else "q", q), ("k", k), ("v", v)):
         if reason := _unsuitable_layout(name, x):
             return reason
+    if call.prefix is not None and (reason := unsupported(call.prefix)):
+        return f"prefix: {reason}"
     return None
 
 
@@ -75,6 +78,16 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
 def encode_prefix(call: Call) -> State:
     """`jrt.ops.encode_prefix`, for calls for which `unsupported` returns None."""
     return State(*torch.ops.jrt.encode_prefix(call.k, call.v, call.mask))
+
+
+def prefix_linear_attention(call: Call) -> tuple[Tensor, State]:
+    """`jrt.ops.prefix_linear_attention`, for calls for which `unsupported` returns None."""
+    of_prefix = call.prefix
+    assert of_prefix is not None
+    o, S, z, _, _ = torch.ops.jrt.prefix_linear_attention_prefill(
+        call.q, call.k, call.v, of_prefix.k, of_prefix.v, call.mask, of_prefix.mask, call.normalize
+    )
+    return o, State(S, z)
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, state: State, normalize: bool = True) -> Tensor:
@@ -130,6 +143,25 @@ def _encode_fake(k, v, mask):
     return _empty_state(v)
 
 
+def _pair(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    mask: Tensor | None,
+    prefix_mask: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Also returns the state between prefix and text."""
+    between = _encode(prefix_k, prefix_v, prefix_mask)
+    return *_prefill(q, k, v, *between, mask, normalize), *between
+
+
+def _pair_fake(q, k, v, prefix_k, prefix_v, mask, prefix_mask, normalize):
+    return v.new_empty(v.shape), *_empty_state(v), *_empty_state(v)
+
+
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -162,6 +194,10 @@ def _decode_in_place_fake(q, k, v, S, z, normalize):
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor? initial_S, Tensor? initial_z, Tensor? mask, bool normalize"
 register("linear_attention_prefill", f"({_CALL}) -> (Tensor, Tensor, Tensor)", _prefill, _prefill_fake)
 register("linear_attention_decode", f"({_CALL}) -> (Tensor, Tensor, Tensor)", _decode, _prefill_fake)
+_PAIR = (
+    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? mask, Tensor? prefix_mask, bool normalize"
+)
+register("prefix_linear_attention_prefill", f"({_PAIR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _pair, _pair_fake)
 register("encode_prefix", "(Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)", _encode, _encode_fake)
 register(
     "linear_attention_decode_in_place",
@@ -241,11 +277,10 @@ def _contiguous_rows(mask: Tensor | None) -> Tensor | None:
 
 def _no_gradient(call: Call) -> str | None:
     """The reason why a derivative that the call asks for cannot be computed; None if there is no problem."""
+    if reason := without_rule(call.tensors()):
+        return reason
     if not torch.is_grad_enabled():
         return None
-    # torch.compile cannot trace `unpack_dual`, and does not compile forward-mode derivatives.
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in call.tensors()):
-        return "a forward-mode derivative is wanted and the kernels have none"
     if not triton.INSTALLED and any(x.requires_grad for x in call.tensors()):
         return "an input requires grad and the backward needs triton, which is not installed"
     return None

@@ -2,9 +2,9 @@
 
 For a text, `backward_queries` computes dq, and the weights w = 1 / den and c = -(do . o) / den of each token;
 `backward_keys` takes them and computes dk, dv and the gradient of the initial state. For a prefix, `backward_keys` does
-everything. Where a text is cut into pieces, `backward_sums` computes what each piece adds to the state or to its
-gradient. The kernels are in kernels/backward*.cuh. In fp16, and for a text of one token, the whole backward pass is that
-of `jrt.ops.triton`.
+everything. Of a prefix and a text, the text comes first: it gives the gradient of the state between them. Where a text
+is cut into pieces, `backward_sums` computes what each piece adds to the state or to its gradient. The kernels are in
+kernels/backward*.cuh. In fp16, and for a text of one token, the whole backward pass is that of `jrt.ops.triton`.
 
 Shapes: B batch, T tokens, H heads, d = 16 query/key size, D value size, P pieces of all sequences together, F = 153
 features.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jrt.ops import cuda
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register
 
 CHUNK = 64  # tokens
 COLUMNS = 64  # of v, that a block handles
@@ -134,6 +134,31 @@ def _prefix_backward_fake(k, v, mask, dS, dz):
     return k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _pair_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    mask: Tensor | None,
+    prefix_mask: Tensor | None,
+    o: Tensor,
+    S: Tensor,
+    z: Tensor,
+    do: Tensor,
+    dS: Tensor | None,
+    dz: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """S and z: the state between prefix and text."""
+    dq, dk, dv, *between = _backward(q, k, v, S, z, mask, o, do, dS, dz, normalize)
+    return dq, dk, dv, *_prefix_backward(prefix_k, prefix_v, prefix_mask, *between)
+
+
+def _pair_backward_fake(q, k, v, prefix_k, prefix_v, mask, prefix_mask, o, S, z, do, dS, dz, normalize):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, prefix_k, prefix_v))
+
+
 def _save_prefill(ctx, inputs, output) -> None:
     *tensors, ctx.normalize = inputs
     ctx.save_for_backward(*tensors, output[0])
@@ -142,13 +167,37 @@ def _save_prefill(ctx, inputs, output) -> None:
 
 def _prefill_gradients(ctx, do: Tensor | None, dS: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, S, z, mask, o = ctx.saved_tensors
-    do = torch.zeros_like(o) if do is None else do
+    backward = torch.ops.jrt.linear_attention_prefill_backward
+    given = _all_or_none(v, do, dS, dz)
+    dq, dk, dv, initial_S, initial_z = backward(q, k, v, S, z, mask, o, *given, ctx.normalize)
+    return dq, dk, dv, *((None, None) if S is None else (initial_S, initial_z)), None, None
+
+
+def _all_or_none(
+    v: Tensor, do: Tensor | None, dS: Tensor | None, dz: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of o, S and z with zeros for None, except where both of S and z are None."""
+    do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do
     if (dS is None) != (dz is None):
         zero_S, zero_z = (x.zero_() for x in cuda._empty_state(v))
         dS, dz = zero_S if dS is None else dS, zero_z if dz is None else dz
-    backward = torch.ops.jrt.linear_attention_prefill_backward
-    dq, dk, dv, initial_S, initial_z = backward(q, k, v, S, z, mask, o, do, dS, dz, ctx.normalize)
-    return dq, dk, dv, *((None, None) if S is None else (initial_S, initial_z)), None, None
+    return do, dS, dz
+
+
+def _save_pair(ctx, inputs, output) -> None:
+    *tensors, ctx.normalize = inputs
+    o, _, _, *between = output
+    ctx.mark_non_differentiable(*between)
+    ctx.save_for_backward(*tensors, o, *between)
+    ctx.set_materialize_grads(False)
+
+
+def _pair_gradients(
+    ctx, do: Tensor | None, dS: Tensor | None, dz: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    given = _all_or_none(ctx.saved_tensors[2], do, dS, dz)
+    backward = torch.ops.jrt.prefix_linear_attention_prefill_backward
+    return *backward(*ctx.saved_tensors, *given, ctx.normalize), None, None, None
 
 
 def _save_prefix(ctx, inputs, output) -> None:
@@ -172,8 +221,19 @@ register(
     _prefix_backward,
     _prefix_backward_fake,
 )
+register(
+    "prefix_linear_attention_prefill_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? mask, Tensor? prefix_mask, Tensor o, "
+    "Tensor S, Tensor z, Tensor do, Tensor? dS, Tensor? dz, bool normalize) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pair_backward,
+    _pair_backward_fake,
+)
 torch.library.register_autograd("jrt::linear_attention_prefill", _prefill_gradients, setup_context=_save_prefill)
 torch.library.register_autograd("jrt::encode_prefix", _prefix_gradients, setup_context=_save_prefix)
+torch.library.register_autograd("jrt::prefix_linear_attention_prefill", _pair_gradients, setup_context=_save_pair)
+for _name in ("linear_attention_prefill", "encode_prefix_prefill", "prefix_linear_attention_prefill"):
+    refuse_second_derivative(f"{_name}_backward")
 
 
 def _each_piece(
@@ -184,10 +244,10 @@ def _each_piece(
     S, z = (None if x is None else x.float().contiguous() for x in (S, z))
     if work.pieces == 1:
         return S, z
-    from jrt.ops.triton import launch
+    from jrt.ops.triton import launch, sizes
 
     (batch, T, heads, _), value_dim = k.shape, v.shape[-1]
-    pieces = launch.even_pieces(batch, T, work.tokens)
+    pieces = sizes.even_pieces(batch, T, work.tokens)
     piece_S = v.new_empty(pieces.number, heads, cuda.FEATURES, value_dim, dtype=torch.float32)
     piece_z = v.new_empty(pieces.number, heads, cuda.FEATURES, dtype=torch.float32)
     cuda._module().backward_sums(*work.arguments, _addresses(piece_S, piece_z), of_queries)

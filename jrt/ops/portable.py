@@ -15,6 +15,7 @@ from jrt.ops.attention_pytorch import softmax_attention
 from jrt.ops.call import Call
 from jrt.ops.chunked import encode_prefix as chunked_prefix
 from jrt.ops.chunked import linear_attention as chunked_attention
+from jrt.ops.chunked import prefix_linear_attention as chunked_prefix_attention
 from jrt.ops.feature_map import State, taylor_features
 from jrt.ops.gated_pytorch import gated_convolution_linear, silu_convolution, swiglu_linear
 from jrt.ops.rotary_pytorch import split_rotated
@@ -26,6 +27,7 @@ __all__ = [
     "encode_prefix",
     "gated_convolution_linear",
     "linear_attention",
+    "prefix_linear_attention",
     "selective_scan",
     "short_convolution",
     "silu_convolution",
@@ -54,6 +56,25 @@ def linear_attention(
 def encode_prefix(k: Tensor, v: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> State:
     """As `jrt.ops.encode_prefix`."""
     return chunked_prefix(Call(None, k, v, mask=mask, cu_seqlens=cu_seqlens))
+
+
+def prefix_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    prefix_mask: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+    prefix_cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """As `jrt.ops.prefix_linear_attention`."""
+    before = Call(None, prefix_k, prefix_v, mask=prefix_mask, cu_seqlens=prefix_cu_seqlens)
+    return chunked_prefix_attention(Call(q, k, v, None, mask, log_decay, normalize, cu_seqlens, before))
 
 
 def selective_scan(

@@ -30,7 +30,7 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
     """y_i = phi(q_i) (S_0 + sum_{j<=i} phi(k_j) v_j^T) / phi(q_i) . (z_0 + sum_{j<=i} phi(k_j)), as T^2 scores."""
     if call.cu_seqlens is not None:
         return packing.attend_apart(linear_attention, call)
-    q, k, v, initial_state, mask, log_decay, normalize, _ = call.without_padding()
+    q, k, v, initial_state, mask, log_decay, normalize, *_ = call.without_padding()
     assert q is not None
     dtype = torch.promote_types(q.dtype, torch.float32)
     steps = torch.arange(q.shape[1], device=q.device)
@@ -63,6 +63,12 @@ def linear_attention(call: Call) -> tuple[Tensor, State]:
     # 4. Divide; a padded query with nothing before it gives 0, not 0 / 0.
     o = numerator / denominator.masked_fill(denominator == 0, 1)[..., None] if normalize else numerator
     return o.to(v.dtype), State(S, z)
+
+
+def prefix_linear_attention(call: Call) -> tuple[Tensor, State]:
+    """The state of the prefix, then the text. Both are PyTorch's operations, so nothing is gained by one operator."""
+    assert call.prefix is not None
+    return linear_attention(call.after_prefix(encode_prefix(call.prefix)))
 
 
 def _masked_features(k: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,9 +6,11 @@ process that compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def register(name: str, signature: str, kernel: Callable, fake: Callable) -> None:
@@ -22,3 +24,28 @@ def register(name: str, signature: str, kernel: Callable, fake: Callable) -> Non
     torch.library.define(f"jrt::{name}", signature, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"jrt::{name}", "default", kernel)
     torch.library.register_fake(f"jrt::{name}", fake)
+
+
+def without_rule(tensors: Iterable[Tensor]) -> str | None:
+    """What is wanted of these inputs, that a registered operator has no rule for; None if there is no problem.
+
+    PyTorch says nothing when a forward-mode derivative lacks its rule: it takes zero.
+    """
+    if torch.compiler.is_compiling():  # it cannot trace the next lines, and compiles no forward-mode derivatives
+        return None
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return "a forward-mode derivative is wanted and the kernels have none"
+    if torch._C._are_functorch_transforms_active():
+        return "it is inside a transform of torch.func and the kernels have no rule for one"
+    return None
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Makes it an error to differentiate jrt::name, an operator that computes gradients. PyTorch would take zero."""
+
+    def refuse(ctx, *gradients: Tensor) -> None:
+        raise ValueError(
+            "a second derivative is wanted and the kernels have none: call the op with backend='chunked' or 'reference'"
+        )
+
+    torch.library.register_autograd(f"jrt::{name}", refuse)

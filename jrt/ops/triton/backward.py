@@ -3,7 +3,8 @@
 With den the denominator of a token, w = 1 / den and c = -(do . o) / den, the gradient of the numerator is w do and that
 of the denominator is c. Both kernels go over a piece chunk by chunk, as the forward kernel does. `queries_kernel` keeps
 the state S, z in registers and computes den again. `keys_kernel` keeps the gradient of the state: R, the sum of phi(q)
-(w do)^T over later queries, and r, the sum of c phi(q).
+(w do)^T over later queries, and r, the sum of c phi(q). `both_keys_kernel` does this for a text and for the prefix
+before it in one launch, from the gradients of the states after all pieces.
 
     P = 1 + s + s^2 / 2,  dP = w (do v^T) + c,  ds = dP (1 + s) / sqrt(d)         inside a chunk
     dphi(q) = w do S^T + c z,  dphi(k) = v R^T + r,  dv = P^T w do + phi(k) R     between chunks
@@ -122,30 +123,20 @@ def queries_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "PIECES", "PIECE_TOKENS"])
-def keys_kernel(
-    q, k, v, mask, log_decay, do, weight, sum_weight, end_S, end_z, dk, dv, initial_S, initial_z,
-    piece_sequence, piece_start, piece_end, cu_seqlens,
-    T, H, PIECES, PIECE_TOKENS,
+@triton.jit
+def piece_gradients(
+    q, k, v, mask, log_decay, do, weight, sum_weight, end_S, end_z, which, dk, dv, row, start, end, T, H, h,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     do_batch, do_token, do_head, mask_batch, dk_tile,
-    HAS_QUERIES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, PACKED: tl.constexpr,
-    BY_PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    C: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_QUERIES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, PAIR_TILES: tl.constexpr,
+    PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk (column tiles, B, T, H, d), dv (B, T, H, D), and the gradient of the initial state.
+    """dk and dv of one piece, tokens start to end of a row; returns the gradient of the state before it.
 
-    Without queries (for a prefix) all tokens use the gradient of the final state, of which there is one for each
-    sequence.
+    which: the number of the gradient of the state after the piece, in end_S and end_z. Without queries (for a prefix)
+    all tokens use it as it is.
     """
-    p = tl.program_id(0) // H
-    h = (tl.program_id(0) % H).to(tl.int64)
-    sequence, row, start, end, is_first, _ = find_piece(
-        p, T, PIECES, PIECE_TOKENS, piece_sequence, piece_start, piece_end, cu_seqlens, PACKED
-    )
-    if sequence < 0:
-        return
     row = row + h * 0  # 64 bits
     if HAS_QUERIES:
         q += row * q_batch + h * q_head
@@ -158,8 +149,9 @@ def keys_kernel(
     columns = own_columns(D, DV)
     dims = tl.arange(0, DK)
     step = tl.arange(0, C)
-    which = (p if BY_PIECE else sequence) * H + h
-    tiles, sums = start_state(end_S, end_z, which, columns, True, True, d, D, F, DV, PAIR_TILES, PAIR_ROWS, REST_ROWS)
+    tiles, sums = start_state(
+        end_S, end_z, which * H + h, columns, True, True, d, D, F, DV, PAIR_TILES, PAIR_ROWS, REST_ROWS
+    )
     whole = 1.0
     if HAS_DECAY:
         rate = tl.load(log_decay + h).to(tl.float32)
@@ -229,9 +221,92 @@ def keys_kernel(
             )  # fmt: skip
         store_rows(dk, tl.where(keep[:, None], dk_c, 0.0), t, H * d, inside, dims, d)
         store_rows(dv, tl.where(keep[:, None], dv_c, 0.0), t, H * D, inside, columns, D)
+    return tiles, sums
+
+
+@triton.jit(do_not_specialize=["T", "PIECES", "PIECE_TOKENS"])
+def keys_kernel(
+    q, k, v, mask, log_decay, do, weight, sum_weight, end_S, end_z, dk, dv, initial_S, initial_z,
+    piece_sequence, piece_start, piece_end, cu_seqlens,
+    T, H, PIECES, PIECE_TOKENS,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    do_batch, do_token, do_head, mask_batch, dk_tile,
+    HAS_QUERIES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, PACKED: tl.constexpr,
+    BY_PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    C: tl.constexpr, PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (column tiles, B, T, H, d), dv (B, T, H, D), and the gradient of the initial state.
+
+    Without queries (for a prefix) all tokens use the gradient of the final state, of which there is one for each
+    sequence.
+    """
+    p = tl.program_id(0) // H
+    h = (tl.program_id(0) % H).to(tl.int64)
+    sequence, row, start, end, is_first, _ = find_piece(
+        p, T, PIECES, PIECE_TOKENS, piece_sequence, piece_start, piece_end, cu_seqlens, PACKED
+    )
+    if sequence < 0:
+        return
+    tiles, sums = piece_gradients(
+        q, k, v, mask, log_decay, do, weight, sum_weight, end_S, end_z, p if BY_PIECE else sequence, dk, dv,
+        row, start, end, T, H, h, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+        do_batch, do_token, do_head, mask_batch, dk_tile,
+        HAS_QUERIES, HAS_MASK, HAS_DECAY, d, D, F, DK, DV, C, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
+    )  # fmt: skip
     if HAS_QUERIES:  # noqa: SIM102 - without queries there is no initial state to compile a store to
         if is_first:
             write_state(
-                initial_S, initial_z, tiles, sums, sequence * H + h, columns, tl.program_id(1) == 0,
+                initial_S, initial_z, tiles, sums, sequence * H + h, own_columns(D, DV), tl.program_id(1) == 0,
                 True, d, D, F, PAIR_TILES, PAIR_ROWS, REST_ROWS,
+            )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["T", "PIECES", "PIECE_TOKENS", "TEXT_PIECES", "prefix_T", "PREFIX_PIECES", "PREFIX_PIECE_TOKENS"]
+)
+def both_keys_kernel(
+    q, k, v, mask, log_decay, do, weight, sum_weight, end_S, end_z, dk, dv,
+    piece_sequence, piece_start, piece_end, cu_seqlens, T, PIECES, PIECE_TOKENS,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
+    mask_batch, dk_tile,
+    prefix_k, prefix_v, prefix_mask, prefix_end_S, prefix_end_z, prefix_dk, prefix_dv,
+    prefix_sequence, prefix_start, prefix_end, prefix_cu_seqlens, prefix_T, PREFIX_PIECES, PREFIX_PIECE_TOKENS,
+    prefix_k_batch, prefix_k_token, prefix_k_head, prefix_v_batch, prefix_v_token, prefix_v_head, prefix_mask_batch,
+    prefix_dk_tile, H, TEXT_PIECES,
+    HAS_MASK: tl.constexpr, HAS_PREFIX_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, PACKED: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+    PAIR_TILES: tl.constexpr, PAIR_ROWS: tl.constexpr, REST_ROWS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`keys_kernel` for a text and for the prefix before it. The first TEXT_PIECES pieces are the text's.
+
+    end_S and end_z: the gradient of the state after each piece of the text; prefix_end_S and prefix_end_z: that of the
+    state between prefix and text.
+    """
+    number = tl.program_id(0) // H
+    h = (tl.program_id(0) % H).to(tl.int64)
+    if number < TEXT_PIECES:
+        sequence, row, start, end, _, _ = find_piece(
+            number, T, PIECES, PIECE_TOKENS, piece_sequence, piece_start, piece_end, cu_seqlens, PACKED
+        )
+        if sequence >= 0:
+            piece_gradients(
+                q, k, v, mask, log_decay, do, weight, sum_weight, end_S, end_z, number, dk, dv,
+                row, start, end, T, H, h, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+                do_batch, do_token, do_head, mask_batch, dk_tile,
+                True, HAS_MASK, HAS_DECAY, d, D, F, DK, DV, C, PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
+            )  # fmt: skip
+    else:
+        sequence, row, start, end, _, _ = find_piece(
+            number - TEXT_PIECES, prefix_T, PREFIX_PIECES, PREFIX_PIECE_TOKENS, prefix_sequence, prefix_start,
+            prefix_end, prefix_cu_seqlens, PACKED,
+        )  # fmt: skip
+        if sequence >= 0:
+            piece_gradients(
+                None, prefix_k, prefix_v, prefix_mask, None, None, None, None, prefix_end_S, prefix_end_z, sequence,
+                prefix_dk, prefix_dv, row, start, end, prefix_T, H, h, 0, 0, 0, prefix_k_batch, prefix_k_token,
+                prefix_k_head, prefix_v_batch, prefix_v_token, prefix_v_head, 0, 0, 0, prefix_mask_batch,
+                prefix_dk_tile, False, HAS_PREFIX_MASK, False, d, D, F, DK, DV, C, PAIR_TILES, PAIR_ROWS, REST_ROWS,
+                WIDE, PRECISION,
             )  # fmt: skip

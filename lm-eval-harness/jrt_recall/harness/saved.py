@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .settings import as_dict
+from .settings import hf_model
 
 # Each setting with the value at which it has no effect; None has none for any of them.
 NEUTRAL: dict[str, object] = {
@@ -44,8 +44,8 @@ def acting_settings(settings: Mapping[str, Any]) -> str | None:
     """
     from transformers import GenerationConfig
 
-    name = as_dict("model_args", settings.get("model_args")).get("pretrained")
-    if settings.get("model", "hf") not in ("hf", "huggingface", "hf-auto") or not isinstance(name, str):
+    name = hf_model(settings)
+    if name is None:
         return None
     try:
         saved = vars(GenerationConfig.from_pretrained(name))

@@ -1,19 +1,14 @@
-"""Models that transformers cannot open without help: those of flash-linear-attention, and Mamba-2 in its authors'
-layout."""
+"""Mamba-2 in its authors' layout, which transformers cannot open without help."""
 
 from __future__ import annotations
 
-import importlib
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from jrt.checkpoints.files import CheckpointError, Reader, entries
 from jrt.checkpoints.names import find, read_config
-from jrt.system.breaks import BREAKS, as_value_error
 
 # Fields of a Mamba-2 config.json (arXiv 2405.21060). _SIZES: the defaults of `mamba_ssm` for sizes that ssm_cfg leaves
 # out. _FIXED (in ssm_cfg) and _MODEL_FIXED (beside it): the only values that transformers' class computes correctly.
@@ -22,37 +17,6 @@ _SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64}
 _FIXED = {"layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False}
 _WITHOUT_EFFECT = ("chunk_size", "use_mem_eff_path", "dt_min", "dt_max", "dt_init_floor", "A_init_range")
 _MODEL_FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
-
-
-def register_architecture(name: str) -> None:
-    """Imports flash-linear-attention if a model's type is unknown to transformers: the import registers its models.
-
-    Args:
-        name: folder or hub id.
-
-    Raises:
-        ValueError: transformers does not have the type, and flash-linear-attention is not installed or cannot be
-            imported, or the model's code is in its own files.
-    """
-    try:
-        config = PreTrainedConfig.get_config_dict(name)[0]
-    except BREAKS:
-        return  # no such model, or a broken one: the caller that opens it reports the error
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
-        return
-    if find_spec("fla") is None and config.get("auto_map"):
-        raise ValueError(
-            f"the model {name!r} is of the type {kind!r}, which transformers does not have: it needs the code among its "
-            "own files, and code of a checkpoint is never run"
-        )
-    if find_spec("fla") is None:
-        raise ValueError(
-            f"the model {name!r} is of the type {kind!r}, which transformers does not have; "
-            "models of flash-linear-attention need it installed: pip install flash-linear-attention"
-        )
-    with as_value_error("flash-linear-attention cannot be imported"):
-        importlib.import_module("fla.models")
 
 
 def mamba2_folder(name: str) -> Path | None:
