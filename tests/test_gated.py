@@ -182,6 +182,25 @@ def test_compiled_training_takes_the_kernel_without_a_graph_break():
     assert any("swiglu_linear" in str(operator) for operator in operators)
 
 
+@kernels
+@pytest.mark.parametrize("name", ["swiglu", "gated", "silu"])
+def test_derivatives_that_the_kernels_lack_are_pytorch_s_or_an_error(name):
+    taps, linear = drawn(8, 3).float(), nn.Linear(8, 4).to(DEVICE)
+    functions = {
+        "swiglu": lambda x: swiglu_linear(x, linear),
+        "gated": lambda x: gated_convolution_linear(x, taps, None, linear)[0],
+        "silu": lambda x: silu_convolution(x[..., :8], taps, None)[0],
+    }
+    x = drawn(2, 5, 16).float().requires_grad_()
+    _, tangent = torch.func.jvp(functions[name], (x,), (torch.ones_like(x),))
+    step = 1e-3
+    expected = (functions[name](x + step) - functions[name](x - step)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=0.02, atol=0.02)
+    (dx,) = torch.autograd.grad(functions[name](x).square().sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="second derivative is wanted"):
+        torch.autograd.grad(dx.sum(), x)
+
+
 @pytest.mark.gpu
 def test_results_repeat_and_no_memory_is_read_before_it_is_written():
     x, taps, w = (t.bfloat16().requires_grad_() for t in (drawn(2, 300, 64), drawn(32, 3), drawn(16, 32)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from jrt.ops import causal_conv1d, checks
 from jrt.ops.convolution_call import Call
+from jrt.ops.registration import without_rule
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,15 +53,15 @@ def unsupported(backend: str, call: Call) -> str | None:
 
 def _triton_unsupported(call: Call) -> str | None:
     """Never imports triton."""
-    if reason := fusion_unsupported(call.u):
-        return reason
     if call.linear is not None and not is_plain(call.linear):
         return "the projection has hooks or is a subclass of nn.Linear, so it has to be called"
-    return None
+    given = (call.u, call.weight, call.bias, call.state, *(() if call.linear is None else call.linear.parameters()))
+    return fusion_unsupported(*given)
 
 
-def fusion_unsupported(x: Tensor) -> str | None:
-    """The reason why the Triton kernels of SwiGLU and convolution cannot serve inputs like x; None if they can."""
+def fusion_unsupported(x: Tensor, *others: Tensor | None) -> str | None:
+    """The reason why the Triton kernels of SwiGLU and convolution cannot serve inputs like x, with other tensors of any
+    kind; None if they can."""
     if not INSTALLED:
         return "triton is not installed"
     if not (x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")):
@@ -69,7 +70,7 @@ def fusion_unsupported(x: Tensor) -> str | None:
         return f"dtype {x.dtype}: expected bfloat16, float16 or float32"
     if not (x.requires_grad and torch.is_grad_enabled()):
         return "no gradient is wanted, and the kernels are for training"
-    return None
+    return without_rule(tensor for tensor in (x, *others) if tensor is not None)
 
 
 def is_plain(linear: nn.Module) -> bool:

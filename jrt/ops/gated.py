@@ -26,7 +26,7 @@ def swiglu_linear(x: Tensor, linear: nn.Module) -> Tensor:
         x: (..., 2 M).
         linear: the projection from M units; if it has hooks or is a subclass of nn.Linear, it is called as a module.
     """
-    if fusion_unsupported(x) or not is_plain(linear):
+    if not is_plain(linear) or fusion_unsupported(x, *linear.parameters()):
         return gated_pytorch.swiglu_linear(x, linear)
     return torch.ops.jrt.swiglu_linear(x, *_weights(linear, x))
 

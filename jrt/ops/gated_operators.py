@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jrt.ops.convolution_state import state_gradient
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register
 
 
 def _swiglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,6 +222,9 @@ register(
     _silu_convolution_backward,
     _silu_convolution_backward_fake,
 )
+refuse_second_derivative("swiglu_linear_backward", "jrt.ops.gated_pytorch.swiglu_linear")
+refuse_second_derivative("gated_convolution_linear_backward", "the op with backend='pytorch'")
+refuse_second_derivative("silu_convolution_backward", "the op with backend='pytorch'")
 torch.library.register_autograd("jrt::swiglu_linear", _swiglu_gradients, setup_context=_save_swiglu)
 torch.library.register_autograd(
     "jrt::gated_convolution_linear", _convolution_gradients, setup_context=_save_convolution

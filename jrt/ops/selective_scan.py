@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jrt.ops import mamba_ssm, selective_scan_cuda
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register, without_rule
 from jrt.ops.selective_scan_pytorch import CHUNK as PYTORCH_CHUNK
 from jrt.ops.selective_scan_pytorch import between_shape, chunked_backward, chunked_forward, state_dtype, stepwise
 
@@ -62,7 +62,8 @@ def selective_scan(
         Sums run in the state's dtype whatever the inputs' dtypes are, which may differ from each other.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call.
+        ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call. Only
+            "reference" has second and forward-mode derivatives; None takes it for the latter.
     """
     _check(u, delta, A, B, C, D, delta_bias, initial_state, gate)
     if backend not in (None, *BACKENDS):
@@ -85,11 +86,15 @@ def selective_scan(
     if delta_bias is not None:
         delta = F.softplus(delta.to(state_dtype(*whole)) + delta_bias)
     inputs = (u, delta, A, B, C, D, initial_state)
-    reason = None if backend in ("reference", "chunked") else triton_unsupported(inputs)
+    ruled_out = without_rule(x for x in whole if x is not None)
+    reason = None if backend in ("reference", "chunked") else triton_unsupported(inputs) or ruled_out
     if backend == "triton" and reason:
         raise ValueError(f"selective_scan: backend 'triton' cannot serve this call: {reason}")
+    if backend == "chunked" and ruled_out and not one_step:
+        raise ValueError(f"selective_scan: backend 'chunked' cannot serve this call: {ruled_out}")
     if backend is None:
         backend = "triton" if u.is_cuda and not one_step and reason is None else "chunked"
+        backend = "reference" if ruled_out else backend
     if backend == "reference" or (backend == "chunked" and one_step):  # one step of decoding is the definition itself
         y, state = stepwise(*inputs)
     else:
@@ -207,4 +212,5 @@ register(
     _backward,
     _backward_fake,
 )
+refuse_second_derivative("selective_scan_backward", "the op with backend='reference'")
 torch.library.register_autograd("jrt::selective_scan", _gradients, setup_context=_save)
