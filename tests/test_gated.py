@@ -240,6 +240,11 @@ def test_a_projection_that_is_more_than_a_linear_is_called():
     doubled.load_state_dict(linear.state_dict())
     torch.testing.assert_close(swiglu_linear(x, doubled), 2 * swiglu_linear(x, linear))
 
+    wrapped = nn.Linear(8, 4).to(DEVICE)  # as accelerate wraps a module whose weights are elsewhere
+    wrapped.weight = nn.Parameter(torch.empty_like(wrapped.weight, device="meta"))
+    wrapped.forward = linear.forward
+    torch.testing.assert_close(swiglu_linear(x, wrapped), swiglu_linear(x, linear))
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")

@@ -54,7 +54,7 @@ def unsupported(backend: str, call: Call) -> str | None:
 def _triton_unsupported(call: Call) -> str | None:
     """Never imports triton."""
     if call.linear is not None and not is_plain(call.linear):
-        return "the projection has hooks or is a subclass of nn.Linear, so it has to be called"
+        return "the projection is not a plain nn.Linear without hooks, so it has to be called"
     given = (call.u, call.weight, call.bias, call.state, *(() if call.linear is None else call.linear.parameters()))
     return fusion_unsupported(*given)
 
@@ -74,5 +74,10 @@ def fusion_unsupported(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether the module is an nn.Linear without hooks, so that it can be replaced by `F.linear`."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    """Whether the module is an nn.Linear that nobody has changed, so that it can be replaced by `F.linear`.
+
+    Others have hooks, a forward of their own (accelerate, which loads the weights in it), or weights of another class
+    (quantised ones)."""
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+        return False
+    return type(linear.weight) in (nn.Parameter, Tensor)
