@@ -11,8 +11,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -368,6 +370,13 @@ def test_on_a_cpu_the_reason_is_said():
 def test_importing_the_package_imports_no_triton():
     code = "import sys, jrt, jrt.ops; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies no bfloat16")
+@pytest.mark.parametrize("name", ["chunked", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_what_the_sanitizer_runs(name):
+    launches = runpy.run_path(str(Path(__file__).resolve().parent.parent / "benchmarks" / "kernel_launches.py"))
+    assert launches["launch_gradients"](DEVICE, name) == 36
 
 
 # ---- compiled for GPUs that are not here

@@ -1,10 +1,11 @@
-"""Launches the kernels for a prefix and the text after it.
+"""Launches the kernels for a prefix and the text after it: one launch for both where both have the same work to do.
 
-A launch works on both where that makes it larger. Forward, and if the text is cut into pieces, the sums of prefix and
-text come from one launch; the scan over the text's pieces starts with the total of the prefix. A text in one piece has
-no sums. Backward, and if the text is cut into pieces, the scan also gives the gradient of the state between prefix and
-text, so one launch computes the gradients of all keys and values. Else that gradient is known only when the text has
-been read, and the prefix is a launch of its own, as it is where the two need tiles of different sizes.
+- Forward, a text that is cut into pieces needs the sums of its pieces, as the prefix does: one launch computes both, and
+  one scan gives the state after the prefix and before each piece. A text in one piece has no sums, so there is nothing
+  to join.
+- Backward, the scan over the pieces of the text also gives the gradient of the state after the prefix. So one launch
+  computes the gradients of all keys and values. With the text in one piece, that gradient is a result of the launch for
+  the text, and the prefix follows in a second one. It does so too where the two need tiles of different sizes.
 
 Shapes: B batch, N sequences (B, or those packed into one row), T tokens, M prefix tokens, H heads, d query/key size,
 D value size, F features.
