@@ -5,7 +5,8 @@
 The forward pass, and forward and backward together, are measured. Outputs and gradients of every method are first
 compared with fp64 on one head; a wrong method is not timed. The call is captured in a CUDA graph and replayed, so that
 only the GPU's time counts. Several sets of inputs are used in turn, so that no cache holds them. `eager_ms` is the time
-without a graph. `extra_bytes` is the peak memory beyond inputs, output and gradients.
+without a graph. `extra_bytes` is the peak memory beyond inputs, output and gradients. JRT-RNN is one call for prefix and
+text; the same in two calls is a row of its own.
 
 Shapes: B batch, N tokens, H heads, d query/key size, D value size; `prefix` tokens are read before the text.
 """
@@ -316,10 +317,14 @@ def main() -> None:
     plan = [(*shape, backward) for backward in (False, True) for shape in SHAPES]
     plan += [(*shape, False) for shape in FORWARD_SHAPES]
     found = methods()
-    if arguments.backends:
-        found = [method for method in found if method.backend in arguments.backends]
-    if arguments.methods:
-        found = [method for method in found if method.name in arguments.methods]
+    for asked, known in (
+        (arguments.backends, [method.backend for method in found]),
+        (arguments.methods, [method.name for method in found]),
+    ):
+        if unknown := set(asked or ()) - set(known):
+            parser.error(f"unknown {', '.join(sorted(unknown))}: expected some of {', '.join(dict.fromkeys(known))}")
+    found = [method for method in found if not arguments.backends or method.backend in arguments.backends]
+    found = [method for method in found if not arguments.methods or method.name in arguments.methods]
     # Other libraries come last, since they compile and tune themselves for minutes; the file is written after every row.
     for libraries in (False, True):
         for (batch, tokens, backward), method in itertools.product(plan, found):

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from jrt.ops import BACKENDS, State, encode_prefix, feature_count, linear_attention, taylor_features
+from jrt.ops import (
+    BACKENDS,
+    State,
+    encode_prefix,
+    feature_count,
+    linear_attention,
+    prefix_linear_attention,
+    taylor_features,
+)
 
 BATCH, HEADS, DIM, VALUE = 2, 3, 8, 12
 LENGTHS = (1, 63, 64, 129, 1000)
@@ -207,6 +215,32 @@ def test_packed_sequences_are_compiled_without_a_graph_break(backend, decays, st
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("length", [1, 140])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_autocast_changes_nothing(backend, length, dtype, compiles):
+    """States stay in fp32, and the products of fp32 inputs too."""
+    leaves = [x.requires_grad_() for x in inputs(length, dtype)]
+
+    def read(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        state = encode_prefix(k, v, backend=backend)
+        o, after = linear_attention(q, k, v, initial_state=state, backend=backend)
+        return [o, *after, *prefix_linear_attention(q, k, v, k, v, backend=backend)[1]]
+
+    expected = read(*leaves)
+    torch._dynamo.reset()
+    call = torch.compile(read, fullgraph=True, backend="aot_eager") if compiles else read
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(*leaves)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    if not compiles:  # PyTorch traces the backward pass of compiled code under the autocast that surrounds the call
+        gradients = [torch.autograd.grad(sum(x.float().sin().sum() for x in y), leaves) for y in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_backends_are_tried_in_order():
     assert BACKENDS == ("cuda", "triton", "chunked", "reference")
     q, k, v = inputs(30)
@@ -277,6 +311,10 @@ def _eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
         (dict(cu_seqlens=[0, 5]), "cu_seqlens is a list; expected a tensor"),
         (dict(cu_seqlens=torch.zeros(3)), "expected int32 or int64"),
         (dict(log_decay=torch.zeros(3).long()), "log_decay is torch.int64; expected a floating-point dtype"),
+        (dict(k=torch.zeros(2, 5, 3, 8).to_sparse()), "k has layout torch.sparse_coo; expected a dense tensor"),
+        (dict(mask=torch.ones(2, 5, dtype=torch.bool).to_sparse()), "mask has layout torch.sparse_coo"),
+        (dict(normalize="no"), "normalize is 'no'; expected True or False"),
+        (dict(normalize=None), "normalize is None; expected True or False"),
         (dict(backend="magic"), "expected one of"),
         (dict(backend=["cuda"]), "expected one of"),
         (dict(backend="triton"), "cannot serve"),

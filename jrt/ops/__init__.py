@@ -67,7 +67,7 @@ def linear_attention(
         mask: (B, T) bool, False where a token is padding. Its key and value may hold anything, even NaN, and change
             nothing. Its output has no meaning. None: no padding.
         log_decay: (H,) log of the factor by which the numerator's sum is multiplied at each token (the released
-            Based-360M); None: no decay.
+            Based-360M), finite; None: no decay.
         normalize: divide by the denominator; False gives the numerator.
         cu_seqlens: (N + 1,) int32 or int64, for N sequences packed into one row (B = 1): sequence n has the tokens
             cu_seqlens[n] to cu_seqlens[n + 1] - 1. States are then (N, H, F, D) and (N, H, F). On a GPU its values are
@@ -89,6 +89,7 @@ def linear_attention(
     """
     checks.keys_and_values(k, v, mask)
     checks.queries(q, k)
+    checks.normalization(normalize)
     if log_decay is not None:
         checks.decay(log_decay, k)
     if cu_seqlens is not None:
@@ -170,6 +171,7 @@ def prefix_linear_attention(
     checks.keys_and_values(k, v, mask)
     checks.queries(q, k)
     checks.prefix(prefix_k, prefix_v, prefix_mask, k, v)
+    checks.normalization(normalize)
     if log_decay is not None:
         checks.decay(log_decay, k)
     checks.packing_of_both(cu_seqlens, prefix_cu_seqlens, k, prefix_k)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from jrt.ops.feature_map import State
@@ -40,3 +43,21 @@ class Call(NamedTuple):
             return self
         padding = ~self.mask[:, :, None, None]
         return self._replace(k=self.k.masked_fill(padding, 0), v=self.v.masked_fill(padding, 0))
+
+
+Result = TypeVar("Result")
+
+
+def in_given_dtypes(function: Callable[[Call], Result]) -> Callable[[Call], Result]:
+    """Decorates a function of a call, so that autocast does not reach into it: its products run in the dtypes that it
+    chooses, and its states stay in fp32."""
+
+    @functools.wraps(function)
+    def run(call: Call) -> Result:
+        device = call.k.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(call)
+        with torch.autocast(device, enabled=False):
+            return function(call)
+
+    return run

@@ -18,6 +18,8 @@ def tensor(name: str, x: object, device: torch.device | None = None, other: str 
     """device: that of the argument called `other`, which x must share."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} has layout {x.layout}; expected a dense tensor")
     if device is not None and x.device != device:
         raise ValueError(f"{name} is on {x.device}; expected {device}, as {other}")
 
@@ -67,6 +69,11 @@ def queries(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected that of k, {tuple(k.shape)}")
     if q.dtype != k.dtype or q.device != k.device:
         raise ValueError(f"q is {q.dtype} on {q.device}; expected {k.dtype} on {k.device}, as k")
+
+
+def normalization(normalize: bool) -> None:
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize is {normalize!r}; expected True or False")
 
 
 def decay(log_decay: Tensor, k: Tensor) -> None:

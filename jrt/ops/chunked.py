@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jrt.ops.call import Call
+from jrt.ops.call import Call, in_given_dtypes
 from jrt.ops.feature_map import State, taylor_features
 from jrt.ops.packing import attend_apart, encode_apart
 
@@ -26,6 +26,7 @@ def unsupported(call: Call) -> None:
     """None: this backend serves every call."""
 
 
+@in_given_dtypes
 def encode_prefix(call: Call) -> State:
     """The state of a prefix (equation 3, encoder sums), summed segment by segment; no scores are needed."""
     if call.cu_seqlens is not None:
@@ -45,6 +46,7 @@ def encode_prefix(call: Call) -> State:
     return states[0]
 
 
+@in_given_dtypes
 def linear_attention(call: Call) -> tuple[Tensor, State]:
     """Computes what `reference.linear_attention` does, in T / C chunks."""
     if call.cu_seqlens is not None:

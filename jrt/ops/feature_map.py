@@ -42,7 +42,9 @@ def taylor_features(x: Tensor) -> Tensor:
     """
     d = x.shape[-1]
     first = x * d**-0.25
-    rows, columns, weights = _pairs(d, x.device, x.dtype)
+    # torch.compile looks through a cache, and warns that it does.
+    pairs_of = _pairs.__wrapped__ if torch.compiler.is_compiling() else _pairs
+    rows, columns, weights = pairs_of(d, x.device, x.dtype)
     if x.numel() <= SMALL * d:
         pairs = first.index_select(-1, rows) * first.index_select(-1, columns)  # (..., d (d + 1) / 2)
     else:  # slices read memory in order, and their backward pass needs no scattered additions

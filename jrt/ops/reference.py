@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jrt.ops import packing
-from jrt.ops.call import Call
+from jrt.ops.call import Call, in_given_dtypes
 from jrt.ops.feature_map import State, taylor_features
 
 
@@ -17,6 +17,7 @@ def unsupported(call: Call) -> None:
     """None: this backend serves every call."""
 
 
+@in_given_dtypes
 def encode_prefix(call: Call) -> State:
     """S = sum_j phi(k_j) v_j^T and z = sum_j phi(k_j), over all tokens at once (equation 3, encoder sums)."""
     if call.cu_seqlens is not None:
@@ -26,6 +27,7 @@ def encode_prefix(call: Call) -> State:
     return State(S=torch.einsum("bmhf,bmhe->bhfe", phi, call.v.to(phi.dtype)), z=phi.sum(1).contiguous())
 
 
+@in_given_dtypes
 def linear_attention(call: Call) -> tuple[Tensor, State]:
     """y_i = phi(q_i) (S_0 + sum_{j<=i} phi(k_j) v_j^T) / phi(q_i) . (z_0 + sum_{j<=i} phi(k_j)), as T^2 scores."""
     if call.cu_seqlens is not None:
