@@ -5,7 +5,7 @@
   to join.
 - Backward, the scan over the pieces of the text also gives the gradient of the state after the prefix. So one launch
   computes the gradients of all keys and values. With the text in one piece, that gradient is a result of the launch for
-  the text, and the prefix follows in a second one. It does so too where the two need tiles of different sizes.
+  the text, and the prefix follows in a second one. It does so too where a kernel for both would not fit.
 
 Shapes: B batch, N sequences (B, or those packed into one row), T tokens, M prefix tokens, H heads, d query/key size,
 D value size, F features.
@@ -89,7 +89,7 @@ def backward(
     cu, d, D = offsets(cu_seqlens, k), k.shape[-1], v.shape[-1]
     tiles = choose_tiles("keys", d, D, k.dtype)
     pieces = cut(k, cu, choose_tiles("queries", d, D, k.dtype), "backward")
-    if pieces.number == sequences(k, cu) or tiles != choose_tiles("prefix keys", d, D, k.dtype):
+    if pieces.number == sequences(k, cu) or not fits_both(d, D, k.dtype):
         dq, dk, dv, dS, dz = launch.backward(q, k, v, S, z, mask, log_decay, cu_seqlens, o, do, dS, dz, normalize)
         return dq, dk, dv, *launch.prefix_backward(prefix_k, prefix_v, prefix_mask, prefix_cu_seqlens, dS, dz)
     q, k, v, prefix_k, prefix_v, do = (rows(x) for x in (q, k, v, prefix_k, prefix_v, do))
@@ -116,6 +116,12 @@ def backward(
             **constants(k, v, mask, log_decay, cu, tiles),
         )  # fmt: skip
     return dq, launch.sum_of(dk, k), dv, launch.sum_of(prefix_dk, prefix_k), prefix_dv
+
+
+def fits_both(d: int, D: int, dtype: torch.dtype) -> bool:
+    """Whether `both_keys_kernel` serves these sizes: both parts have tiles of one size, and in four bytes it would need
+    more shared memory than smaller GPUs have."""
+    return dtype == torch.bfloat16 and choose_tiles("keys", d, D, dtype) == choose_tiles("prefix keys", d, D, dtype)
 
 
 def _places(k: Tensor, cu_seqlens: Tensor | None, pieces: Pieces) -> tuple[Tensor | int | None, ...]:
