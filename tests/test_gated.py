@@ -97,7 +97,7 @@ def test_silu_convolution_of_a_slice(dtype, taps):
     [
         (2, 2, None, 8, 4),
         (1, 17, [0, 1, 1, 4, 17], 130, 4),
-        (1, 261, [0, 125, 128, 129, 261], 8, 3),  # segments and tiles are cut
+        (1, 132, [0, 125, 128, 129, 132], 8, 3),  # segments and tiles are cut
     ],
 )
 def test_states_padding_and_packed_sequences(dtype, gated, has_state, padded, rows, steps, ends, channels, taps):
@@ -123,18 +123,18 @@ def test_states_padding_and_packed_sequences(dtype, gated, has_state, padded, ro
 
 @kernels
 def test_the_kernels_read_nothing_of_the_sequence_before():
-    x, taps = drawn(1, 300, 16).float(), drawn(8, 3).float()
-    x[:, 100:150] = torch.nan
+    x, taps = drawn(1, 30, 16).float(), drawn(8, 3).float()
+    x[:, 10:15] = torch.nan
     x.requires_grad_()
-    ends = torch.tensor([0, 100, 150, 300], device=DEVICE)
+    ends = torch.tensor([0, 10, 15, 30], device=DEVICE)
     linear = linear_of(drawn(4, 8).float(), None)
     y, state = gated_convolution_linear(x, taps, None, linear, cu_seqlens=ends, backend="triton")
-    expected = torch.stack([x[0, end - 2 : end, :8] for end in (100, 150, 300)])
+    expected = torch.stack([x[0, end - 2 : end, :8] for end in (10, 15, 30)])
     torch.testing.assert_close(state, expected, equal_nan=True, rtol=0, atol=0)
-    others = torch.cat([y[:, :100], y[:, 150:]], 1)
+    others = torch.cat([y[:, :10], y[:, 15:]], 1)
     assert others.isfinite().all()
     (dx,) = torch.autograd.grad(others.sum(), x)
-    assert dx[:, :100].isfinite().all() and dx[:, 150:].isfinite().all()
+    assert dx[:, :10].isfinite().all() and dx[:, 15:].isfinite().all()
 
 
 @kernels

@@ -433,3 +433,55 @@ def test_doctor_checks_the_packages_that_are_installed(causal_conv1d, flash_attn
     for op in ("softmax attention", "sliding window"):
         assert found[op, "flash-attn", "bfloat16"].holds, found[op, "flash-attn", "bfloat16"]
         assert "float32" in found[op, "flash-attn", "float32"].reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("package", ["causal-conv1d", "flash-attn", "mamba-ssm"])
+def test_the_package_itself_where_it_is_installed(package, dtype):
+    """What its stand-in shows for the adapter: outputs and gradients, on a GPU."""
+    ends = torch.tensor([0, 100, 101, 300], device="cuda")
+
+    def convolve(backend):
+        def call(u, weight, bias, state, packed):
+            y, after = silu_convolution(u[..., 8:], weight, bias, state, backend=backend)
+            return y, after, silu_convolution(packed, weight, bias, cu_seqlens=ends, backend=backend)[0]
+
+        return call
+
+    def attend(backend):
+        return lambda q, k, v: (softmax_attention(q, k, v, scale=0.2, window=20, backend=backend),)
+
+    def scan(backend):
+        def call(u, delta, A, B, C, D, bias, gate):
+            weights = {"A": -A.float().abs(), "D": D.float(), "delta_bias": bias.float()}
+            return selective_scan(u, delta, B=B, C=C, **weights, gate=gate, backend=backend)
+
+        return call
+
+    sizes = {
+        "causal-conv1d": {
+            "u": (2, 300, 72),
+            "weight": (64, 4),
+            "bias": (64,),
+            "state": (2, 3, 64),
+            "packed": (1, 300, 64),
+        },
+        "flash-attn": {name: (2, 300, 4, 64) for name in "qkv"},
+        "mamba-ssm": {"u": (2, 300, 64), "delta": (2, 300, 64), "A": (64, 16), "B": (2, 300, 16), "C": (2, 300, 16)}
+        | {"D": (64,), "bias": (64,), "gate": (2, 300, 64)},
+    }
+    backends = {
+        "causal-conv1d": (convolve, "pytorch"),
+        "flash-attn": (attend, "sdpa"),
+        "mamba-ssm": (scan, "reference"),
+    }
+    function, plain = backends[package]
+    inputs = {name: drawn(*size).cuda() for name, size in sizes[package].items()}
+    try:
+        function(package)(**{name: x.to(dtype) for name, x in inputs.items()})
+    except ValueError as refusal:
+        if "is not installed" in str(refusal):
+            pytest.skip(f"{package} is not installed")
+        raise
+    compare(function(package), function(plain), inputs, dtype)
