@@ -248,7 +248,8 @@ def test_a_folder_belongs_to_one_run(models, pages, tmp_path):
 def test_damaged_folders_are_named(models, pages, tmp_path):
     folder = tmp_path / "run"
     run(pages, LocalPool(), folder)
-    assert len(read_run(folder)[2]["versions"]["code"]) == 64
+    manifest = read_run(folder)[2]
+    assert len(manifest["versions"]["code"]) == 64 and manifest["device"] and manifest["commit"]
     whole = (folder / "predictions.jsonl").read_text()
     (folder / "predictions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:7]))
     with pytest.raises(ValueError, match=r"rests on 6 answers.*holds 1"):

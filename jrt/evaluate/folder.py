@@ -16,14 +16,18 @@ import fcntl
 import json
 import os
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import jrt_recall
 from jrt_recall import task_named
 from jrt_recall.protocols import PAGES
 
+import jrt
 from jrt.evaluate.shapes import CELL, PREDICTION, RECORD, check, check_each, check_finished, check_manifest
 from jrt.system.files import json_lines, write_json, write_text
+from jrt.system.provenance import code_sha256, commit, device_name, versions
 
 MANIFEST, PREDICTIONS, RESULTS, COMPARISONS = "manifest.json", "predictions.jsonl", "results.json", "comparisons.json"
 _LOCK = "run.lock"
@@ -36,6 +40,16 @@ class Cell(NamedTuple):
     task: str
     strategy: str
     protocol: str
+
+
+def origin(device: str) -> dict[str, object]:
+    """Where a run's numbers come from, for its manifest: versions, a hash of the code, device, commit and date."""
+    return {
+        "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},
+        "device": device_name(device),
+        "commit": commit(Path(jrt.__file__).parent),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 class RunFolder:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
-import jrt_recall
 import torch
 from jrt_recall.data import digest, read_text
 from jrt_recall.reference_pages import library_pages
@@ -26,14 +24,12 @@ from jrt_recall.tokenizers import token_ids
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import jrt
-from jrt.evaluate.folder import MANIFEST, former_manifest, read_json
+from jrt.evaluate.folder import MANIFEST, former_manifest, origin, read_json
 from jrt.evaluate.models import ModelInfo, ModelSpec, OpenModel, open_model
 from jrt.evaluate.shapes import check_each
 from jrt.evaluate.tables.results import aligned
 from jrt.system.breaks import as_value_error
 from jrt.system.files import write_json
-from jrt.system.provenance import code_sha256, commit, device_name, versions
 
 LENGTH = 2048
 DISTANCES = (64, 256, 512, 1024)
@@ -90,10 +86,7 @@ def run(
         check_each(str(output / RESULT), records, {"model": str}, ("model",))
     kept = {
         "identity": identity,
-        "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},
-        "device": device_name(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(Path(jrt.__file__).parent),
+        **origin(specs[0].device),
     }
     failed: dict[str, str] = {}
     for spec in specs:

@@ -13,11 +13,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 
-import jrt_recall
 from jrt_recall import Protocol, TaskItems, contains, items, strategy_named, task_named
 from jrt_recall.protocols import PAGES, PASSAGES
 from jrt_recall.protocols import cells as protocols_of
@@ -25,13 +23,11 @@ from jrt_recall.scoring import bootstrap, paired_difference
 from jrt_recall.tokenizers import reachable
 from tqdm import tqdm
 
-import jrt
 from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
-from jrt.evaluate.folder import Cell, RunFolder, cell_of
+from jrt.evaluate.folder import Cell, RunFolder, cell_of, origin
 from jrt.evaluate.models import ModelSpec, open_tokenizer
 from jrt.evaluate.workers import Failure, Job, Pool, Throughput
-from jrt.system.provenance import code_sha256, versions
 
 CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
 CPU_PADDING = 1024  # the most padding of a batch, in tokens: more costs as much time as one more batch
@@ -195,8 +191,7 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, res
     _first_that_opens(plan.request.models, pool.info)  # before anything is written
     manifest = {
         "identity": plan.identity(),
-        "versions": {**versions(), "code": code_sha256(jrt, jrt_recall)},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(plan.request.models[0].device),
     }
     with RunFolder(output, manifest, resume) as folder:
         return _run(plan, pool, folder, batch_size)

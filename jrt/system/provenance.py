@@ -43,9 +43,11 @@ def command(*words: str) -> str:
     return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
 
-def device_name() -> str:
-    """The name of the GPU if there is one, else of the processor with PyTorch's number of threads."""
-    if torch.cuda.is_available():
+def device_name(kind: str = "cuda") -> str:
+    """The name of the GPU if there is one, else of the processor with PyTorch's number of threads.
+
+    kind: a device, such as "cuda:0"; "cpu" gives the processor's name beside a GPU too."""
+    if torch.cuda.is_available() and kind != "cpu":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
