@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "$0")/../prompt_scripts/common.sh"
 
 models=hazyresearch/JRT-360M-30B,hazyresearch/based-360M-30B,hazyresearch/mamba-360M-30B,hazyresearch/attn-360M-30B
-batch_size=4
+batch_size=16
 read_arguments "$@"
 
 extra=

@@ -6,7 +6,7 @@ source "$(dirname "$0")/../prompt_scripts/common.sh"
 
 models=hazyresearch/JRT-360M-30B,hazyresearch/based-360M-30B,hazyresearch/mamba-360M-30B,hazyresearch/attn-360M-30B
 models+=,hazyresearch/JRT-1B-50B,hazyresearch/based-1b-50b,hazyresearch/mamba-1b-50b,hazyresearch/attn-1b-50bn
-batch_size=4
+batch_size=16
 read_arguments "$@"
 
 for model in ${models//,/ }; do

@@ -89,8 +89,8 @@ def convolution_cudnn(u: Tensor, taps: Tensor, state: Tensor | None = None) -> T
     return F.conv1d(u, taps[:, None].to(u.dtype), groups=u.shape[1]).mT
 
 
-def convolution_triton(x: Tensor, taps: Tensor, weight: Tensor) -> tuple[Tensor]:
-    return (torch.ops.jrt.gated_convolution_linear(x, taps, None, weight, None),)
+def convolution_triton(x: Tensor, taps: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor]:
+    return (torch.ops.jrt.gated_convolution_linear(x, taps, None, weight, None, *state),)
 
 
 def convolution_fla(x: Tensor, taps: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor]:
@@ -118,7 +118,7 @@ def convolution(with_state: bool) -> Layer:
         "PyTorch": shifted,
         "PyTorch, compiled": compiled(shifted),
         "PyTorch's conv1d (cuDNN), compiled": compiled(gated(convolution_cudnn)),
-        "here, Triton": "a text that goes on from a state is computed by PyTorch" if with_state else convolution_triton,
+        "here, Triton": convolution_triton,
         "flash-linear-attention": installed("fla", convolution_fla),
         "causal-conv1d": installed("causal_conv1d", convolution_dao),
     }

@@ -27,6 +27,7 @@ from jrt.config import Config, presets
 from jrt.model import LanguageModel
 from jrt.ops.backends import choose
 from jrt.ops.call import Call
+from jrt.ops.selective_scan import choose as choose_scan
 from jrt.training.flops import flops_per_token, peak_flops
 from jrt.training.loss import ModelWithLoss, has_liger, loss_of, room_for
 from jrt.training.objective import Objective, prefix_of
@@ -187,7 +188,7 @@ def backend_of(config: Config | None, row: Row, device: torch.device) -> str:
         return "sdpa, whole logits"
     if config.has("PL"):
         return f"{_linear_backend(config, row, device)}, {loss}"
-    return f"{'selective scan' if config.has('M') else 'sdpa'}, {loss}"
+    return f"{_scan_backend(config, row, device) if config.has('M') else 'sdpa'}, {loss}"
 
 
 def _linear_backend(config: Config, row: Row, device: torch.device) -> str:
@@ -201,6 +202,21 @@ def _linear_backend(config: Config, row: Row, device: torch.device) -> str:
     decay = None if config.decay_const is None else torch.zeros(heads, device=device)
     chosen = choose(Call(q, q, v, log_decay=decay, normalize=decay is None), None)
     return chosen.__name__.rsplit(".", 1)[-1]
+
+
+def _scan_backend(config: Config, row: Row, device: torch.device) -> str:
+    """The backend that the selective scan chooses for a training call of this shape."""
+    sizes = (row.batch, config.train_length)
+    text, of_states = (
+        torch.empty(*sizes, size, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for size in (config.mamba_expand * config.width, config.state_dim)
+    )
+    rates, weight = (
+        torch.empty(text.shape[2], config.state_dim, device=device),
+        torch.empty(text.shape[2], device=device),
+    )
+    chosen = choose_scan((text, text, rates, of_states, of_states, weight, weight, None, text), None)
+    return f"selective scan by {chosen}"
 
 
 def main() -> None:

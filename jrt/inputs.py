@@ -115,9 +115,9 @@ def check_unknown(given: dict[str, object]) -> None:
         raise ValueError("inputs_embeds is not supported: pass input_ids")
     if given.get("output_attentions"):
         raise ValueError("output_attentions is not supported: most layers here have no attention weights")
-    if given.get("is_causal", True) is not None and not given.get("is_causal", True):
+    if (causal := given.get("is_causal")) is not None and causal is not True:
         raise ValueError(
-            "is_causal=False is not supported: only a prefix is read without the causal mask (prefix_length)"
+            f"is_causal={causal!r} is not supported: only a prefix is read without the causal mask (prefix_length)"
         )
     unknown = [
         name for name, value in given.items() if value is not None and value is not False and name not in HARMLESS

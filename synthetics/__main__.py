@@ -15,7 +15,7 @@ from synthetics import plot
 from synthetics.folder import Folder
 from synthetics.runs import Run, groups
 from synthetics.sweeps import SWEEPS
-from synthetics.workers import check_device, train_all
+from synthetics.workers import check_device, check_ray, train_all
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"synthetics: {error}", file=sys.stderr)
         return 2
 
@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     units = torch.cuda.device_count() if options.device == "cuda" else torch.get_num_threads()
     workers = max(1, units) if options.workers is None else options.workers
     check_device(options.device, workers)
+    check_ray(options.ray)
     folder = Folder(options.out, options.sweep, runs, options.resume)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     missing = [group for group in part_of(groups(runs), options.part) if not folder.is_done(group)]

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jrt.training.settings import check_whole
+from synthetics.permutations import LARGEST
+
 MASK, PREFIX, SEPARATE_LISTS, SEPARATE_ANSWER = range(4)
 SPECIAL_TOKENS = 4
 IGNORED = -100
@@ -75,6 +78,10 @@ class Task(Protocol):
         """Number of training examples of each size."""
 
     @property
+    def test_examples(self) -> int:
+        """Number of test examples of each size."""
+
+    @property
     def longest(self) -> int:
         """C + Q of the longest example."""
 
@@ -83,6 +90,28 @@ class Task(Protocol):
 
     def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
         """Draws training and test examples. They depend on the seed alone."""
+
+
+def check_task(task: Task, train: Sequence[object], test: Sequence[object]) -> None:
+    """Raises ValueError for a task without sizes, with one size twice, without examples, or with ids that cannot be
+    drawn."""
+    check_whole(f"vocab_size of {task.name}", task.vocab_size, SPECIAL_TOKENS + 1, LARGEST)
+    check_whole(f"train_examples of {task.name}", task.train_examples, 1)
+    check_whole(f"test_examples of {task.name}", task.test_examples, 1)
+    for split, sizes in (("train", train), ("test", test)):
+        if not sizes or len(set(sizes)) < len(sizes):
+            raise ValueError(f"{task.name}, {split}: expected at least one size, and each size once, not {sizes}")
+
+
+def check_examples(size: str, different: int, train_examples: int) -> None:
+    """Raises ValueError if there are fewer different examples than training examples of a size that is tested, too.
+
+    Training would hold nearly all of them, and none would be left to test on."""
+    if different < train_examples:
+        raise ValueError(
+            f"{size}: there are {different} different examples, and {train_examples} are for training: expected fewer "
+            "training examples or a larger vocabulary, so that some are left to test on"
+        )
 
 
 def generator(*key: int) -> torch.Generator:

@@ -13,6 +13,7 @@ from jrt.system.provenance import commit, device_name, versions
 from synthetics.runs import Run
 
 VERSIONS = ("python", "torch", "triton")
+BEGUN = ("unfinished", "results.json.partial")  # what a folder holds whose sweep was killed at its very beginning
 
 
 class Folder:
@@ -31,7 +32,7 @@ class Folder:
         self.rows: dict[str, dict] = {}
         if self.file.exists():
             self._open(resume)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(each.name not in BEGUN for each in path.iterdir())):
             raise ValueError(f"{path} is not a sweep's folder: expected an empty or a new one")
         self.origin = provenance()
         (path / "unfinished").mkdir(parents=True, exist_ok=True)
@@ -82,15 +83,20 @@ def check(sweep: str, runs: Sequence[Run]) -> None:
 def read(path: Path) -> dict:
     """Returns the content of results.json in a sweep's folder. Raises ValueError if there is none."""
     try:
-        report = json.loads((path / "results.json").read_text())
-        found = {"sweep", "fingerprint", "rows"} <= set(report)
+        report = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        found = isinstance(report, dict) and {"sweep", "fingerprint", "rows"} <= set(report)
+        found = found and isinstance(report["rows"], list) and all(map(_is_row, report["rows"]))
     except FileNotFoundError as error:
         raise ValueError(f"{path} holds no results: expected the folder of python -m synthetics") from error
-    except json.JSONDecodeError:
+    except ValueError:
         found = False
     if not found:
         raise ValueError(f"{path / 'results.json'} was not written by python -m synthetics")
     return report
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict) and {"run", "method", "task", "accuracy"} <= set(row)
 
 
 def provenance() -> dict:

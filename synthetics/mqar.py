@@ -13,11 +13,13 @@ Shapes: N examples, K pairs, Q columns of questions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from synthetics.data import PREFIX, SPECIAL_TOKENS, Examples, Split, draw_split
+from jrt.training.settings import check_whole
+from synthetics.data import PREFIX, SPECIAL_TOKENS, Examples, Split, check_examples, check_task, draw_split
 from synthetics.permutations import draw_distinct
 
 
@@ -38,11 +40,17 @@ class MQAR:
         return max((*self.train, *self.test)) * (2 + self.columns) + 1
 
     def check(self) -> None:
-        """Raises ValueError for more pairs than there are keys or values, or too few columns for the questions."""
+        """Raises ValueError for more pairs than there are keys or values, too few columns for the questions, and too
+        few different examples."""
+        check_task(self, self.train, self.test)
+        check_whole("columns for each pair", self.columns, 1)
         for pairs in (*self.train, *self.test):
             check_pairs(self.vocab_size, pairs)
-        if self.columns < 1:
-            raise ValueError(f"{self.columns} columns for each pair: expected at least 1, every key is asked for once")
+        keys, values = self.vocab_size // 2 - SPECIAL_TOKENS, self.vocab_size - self.vocab_size // 2
+        for pairs in set(self.train) & set(self.test):
+            columns = pairs * self.columns
+            different = math.perm(keys, pairs) * math.perm(values, pairs) * math.perm(columns, pairs)
+            check_examples(str(pairs), different * values ** (columns - pairs), self.train_examples)
 
     def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
         """Draws training and test examples. No test example is a training example. Raises ValueError as `check`."""
@@ -56,6 +64,7 @@ class MQAR:
 
 def check_pairs(vocab_size: int, pairs: int) -> None:
     """Raises ValueError if the vocabulary has too few keys or values for so many pairs."""
+    check_whole("number of pairs", pairs, 0)
     most = min(vocab_size // 2 - SPECIAL_TOKENS, vocab_size - vocab_size // 2)
     if not 0 < pairs <= most:
         raise ValueError(f"{pairs} pairs of key and value of {vocab_size} ids: expected 1 to {most}")

@@ -1,7 +1,8 @@
 """Draws figures and tables from a sweep's folder: ``python -m synthetics.plot DIR``. Running a sweep does so too.
 
 Every task gets the frontier, accuracy against size of the state. Set disjointness also gets the panels of the paper's
-figure 2 and heat maps over the lengths of both lists. Figures are PNG and SVG files, the table is a CSV file.
+figure 2 and heat maps over the lengths of both lists. Figures are PNG and SVG files, the table is a CSV file. If a
+sweep has several tasks, each has its own files, with the task's name.
 """
 
 from __future__ import annotations
@@ -24,19 +25,25 @@ def draw_all(folder: Path) -> str:
     rows = read(folder)["rows"]
     if not rows:
         raise ValueError(f"{folder} has no results yet")
-    lines = summarize(rows)
-    write_csv(lines, folder / "summary.csv")
-    save(frontier(lines), folder / "frontier")
-    if set(PANELS) <= set(lines[0].panels):
-        save(by_order(lines), folder / "order")
-        save(heat_maps(lines), folder / "lengths")
-    return markdown(lines)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tables = []
+    for task in tasks:
+        lines = summarize([row for row in rows if row["task"] == task])
+        suffix = "" if len(tasks) == 1 else f"-{task}"
+        write_csv(lines, folder / f"summary{suffix}.csv")
+        save(frontier(lines), folder / f"frontier{suffix}")
+        if set(PANELS) <= set(lines[0].panels):
+            save(by_order(lines), folder / f"order{suffix}")
+        if any(pair_of(size) for size in lines[0].accuracy):
+            save(heat_maps(lines), folder / f"lengths{suffix}")
+        tables.append(markdown(lines) if len(tasks) == 1 else f"{task}\n\n{markdown(lines)}")
+    return "\n\n".join(tables)
 
 
 def save(figure: Figure, stem: Path) -> None:
     """Saves a figure as STEM.png and STEM.svg."""
-    figure.savefig(stem.with_suffix(".png"), dpi=150)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(stem.with_name(stem.name + ".png"), dpi=150)
+    figure.savefig(stem.with_name(stem.name + ".svg"), metadata={"Date": None})
 
 
 def by_order(lines: Sequence[Line]) -> Figure:

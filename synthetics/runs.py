@@ -9,6 +9,7 @@ import torch
 
 from jrt.config import Config
 from jrt.model import LanguageModel
+from jrt.training.settings import check_kind, check_seed, check_whole
 from synthetics.data import Task
 from synthetics.readings import READINGS, Reading
 
@@ -101,10 +102,14 @@ class Run:
 
     def check(self) -> None:
         """Raises ValueError if the run cannot be trained. Nothing is drawn or trained here."""
-        if min(self.epochs, self.batch) < 1 or not 0 < self.rate < float("inf"):
-            raise ValueError(
-                f"{self.name}: expected at least one epoch, one example a batch and a positive learning rate"
-            )
+        for name in ("width", "feature_dim", "epochs", "batch", "window"):
+            check_whole(f"{name} of a run", getattr(self, name), 1)
+        check_seed("seed of a run", self.seed)
+        check_kind("rate of a run", self.rate, float)
+        if self.rate <= 0:
+            raise ValueError(f"rate of a run is {self.rate}: expected a positive learning rate")
+        if "/" in self.name:
+            raise ValueError(f"{self.name}: names of methods and tasks are names of files, so they have no /")
         self.task.check()
         config = self.config
         assert config.vocab_rows == self.task.vocab_size

@@ -13,10 +13,12 @@ Shapes: N examples, a and b tokens in the first and in the second list.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from jrt.training.settings import check_whole
 from synthetics.data import (
     PREFIX,
     SEPARATE_ANSWER,
@@ -24,6 +26,8 @@ from synthetics.data import (
     SPECIAL_TOKENS,
     Examples,
     Split,
+    check_examples,
+    check_task,
     draw_split,
 )
 from synthetics.permutations import draw_distinct
@@ -49,9 +53,15 @@ class SetDisjointness:
         return max(first + second for first, second in (*self.train, *self.test)) + 3
 
     def check(self) -> None:
-        """Raises ValueError for lists that the vocabulary cannot fill."""
-        for first, second in (*self.train, *self.test):
-            check_lengths(self.vocab_size, first, second)
+        """Raises ValueError for lists that the vocabulary cannot fill, and for too few different examples."""
+        check_task(self, self.train, self.test)
+        for pair in (*self.train, *self.test):
+            if not (isinstance(pair, tuple) and len(pair) == 2):
+                raise ValueError(f"{self.name}: {pair} is no pair of lengths")
+            check_lengths(self.vocab_size, *pair)
+        for first, second in set(self.train) & set(self.test):
+            different = math.perm(self.vocab_size - SPECIAL_TOKENS, first + second - 1) * first * second
+            check_examples(f"{first}_{second}", different, self.train_examples)
 
     def draw(self, seed: int, device: torch.device | str = "cpu") -> Split:
         """Draws training and test examples. No test example is a training example.
@@ -69,6 +79,8 @@ class SetDisjointness:
 
 def check_lengths(vocab_size: int, first: int, second: int) -> None:
     """Raises ValueError if a list is empty (it can share nothing) or longer than its half of the vocabulary."""
+    check_whole("length of a list", first, 0)
+    check_whole("length of a list", second, 0)
     halves = (vocab_size // 2, vocab_size - SPECIAL_TOKENS - vocab_size // 2)
     if not (0 < first <= halves[0] and 0 < second <= halves[1]):
         raise ValueError(

@@ -45,7 +45,7 @@ class Line:
     rate: float
     seeds: int
     seconds: float  # of the device, for all rates and seeds of the model
-    panels: dict[str, Estimate]  # PANELS (set disjointness only) and OVERALL
+    panels: dict[str, Estimate]  # OVERALL, and of PANELS those that the sizes allow
     accuracy: dict[str, float]  # by size of the examples, mean over seeds
 
     @property
@@ -60,25 +60,34 @@ def pair_of(size: str) -> tuple[int, int] | None:
 
 
 def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
-    """Returns mean accuracies: over all sizes, and over the pairs whose first list is the shorter or the longer one."""
+    """Returns mean accuracies: over all sizes, and over the pairs whose first list is the shorter or the longer one.
+
+    A mean over no pair is left out, and so is the difference from it."""
     found = {OVERALL: mean(accuracy.values())}
     pairs = {pair: share for size, share in accuracy.items() if (pair := pair_of(size))}
-    if pairs:
-        short = mean(share for (first, second), share in pairs.items() if first < second)
-        long = mean(share for (first, second), share in pairs.items() if first > second)
-        found |= dict(zip(PANELS, (short, long, short - long), strict=True))
+    short = [share for (first, second), share in pairs.items() if first < second]
+    long = [share for (first, second), share in pairs.items() if first > second]
+    found |= {panel: mean(shares) for panel, shares in zip(PANELS, (short, long), strict=False) if shares}
+    if short and long:
+        found[PANELS[2]] = mean(short) - mean(long)
     return found
 
 
 def summarize(rows: Sequence[dict]) -> list[Line]:
-    """Returns one line for each model, sorted by method and size of the state.
+    """Returns one line for each model of one task, sorted by method and size of the state.
 
-    All panels use the same learning rate: the one with the best mean over all sizes and seeds. A rate with more
+    Models of one method and size that were trained for other numbers of epochs, or in batches of another size, have
+    lines of their own, and the numbers in the method's name. All panels use the same learning rate: the one with the best mean over all sizes and seeds. A rate with more
     finished seeds is preferred to any rate with fewer.
     """
+    assert len({row["task"] for row in rows}) == 1, "seeds of different tasks have no mean"
     models: dict[tuple, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    lengths = {(row["epochs"], row["batch"]) for row in rows}
     for row in rows:
-        key = (row["method"], row["state_bytes"], row["width"], row["feature_dim"], row["window"])
+        method = row["method"]
+        if len(lengths) > 1:
+            method += f", {row['epochs']} epochs, batch {row['batch']}"
+        key = (method, row["state_bytes"], row["width"], row["feature_dim"], row["window"])
         models[key][row["rate"]].append(row)
     lines = []
     for (method, state, width, feature_dim, window), rates in models.items():

@@ -32,7 +32,8 @@ TASKS: dict[str, Task] = {
         SetDisjointness(
             name="grid",
             vocab_size=256,
-            train=tuple(product((1, 4, 16, 64), repeat=2)),
+            # Without (1, 1): only 252 examples of it exist, and all would be trained on.
+            train=tuple(pair for pair in product((1, 4, 16, 64), repeat=2) if pair != (1, 1)),
             train_examples=8_000,
             test=tuple(product((1, 2, 4, 8, 16, 32, 64, 96), repeat=2)),
             test_examples=250,

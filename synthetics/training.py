@@ -9,12 +9,14 @@ vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from synthetics.graphs import RecordedSteps
 from synthetics.optimizer import StackedAdamW
 from synthetics.runs import Run
 from synthetics.stack import Stack
+
+log = logging.getLogger(__name__)
 
 ENOUGH = 0.99  # test accuracy at which a model's training ends
 ORDER = 2  # first number of the generator's key for the order of batches
@@ -159,7 +163,8 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
     rows: dict[str, dict] = {}
     seconds, state = 0.0, None
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        state = _read(checkpoint, device)
+    if state is not None:
         rows, seconds = state["rows"], state["seconds"]
     training = Training([run for run in runs if run.name not in rows], device)
     if state is not None:
@@ -182,6 +187,15 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
             torch.save({**training.state_dict(), "rows": rows, "seconds": seconds}, content)
             write_bytes(checkpoint, content.getvalue())
     return [rows[run.name] for run in runs]
+
+
+def _read(checkpoint: Path, device: torch.device) -> dict | None:
+    """Returns the content of a checkpoint, or None with a warning if it is damaged."""
+    try:
+        return torch.load(checkpoint, weights_only=True, map_location=device)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        log.warning("%s is damaged (%s): the group begins again", checkpoint, str(error).partition("\n")[0])
+        return None
 
 
 def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float) -> dict:

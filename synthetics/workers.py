@@ -38,6 +38,7 @@ def train_all(
         ValueError: the device or Ray is missing, or workers is below 1.
     """
     check_device(device, workers)
+    check_ray(use_ray)
     if use_ray:
         yield from _over_ray(groups, device, deadline)
     elif workers == 1:
@@ -55,6 +56,12 @@ def check_device(device: str, workers: int) -> None:
         raise ValueError("device cuda: PyTorch sees no GPU here; use --device cpu")
     if workers < 1:
         raise ValueError(f"{workers} workers: expected at least 1")
+
+
+def check_ray(use_ray: bool) -> None:
+    """Raises ValueError if Ray is asked for and not installed."""
+    if use_ray and importlib.util.find_spec("ray") is None:
+        raise ValueError("ray is not installed: pip install 'jrt[scale]', or leave --ray out")
 
 
 def _train_one(group: Group, device: torch.device, deadline: float | None) -> Rows:
@@ -96,8 +103,6 @@ def _over_processes(groups: Sequence[Group], device: str, workers: int, deadline
 
 
 def _over_ray(groups: Sequence[Group], device: str, deadline: float | None) -> Iterator[Rows]:
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError("ray is not installed: pip install 'jrt[scale]', or leave --ray out")
     import ray
 
     ray.init(ignore_reinit_error=True)

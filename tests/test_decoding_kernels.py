@@ -18,6 +18,8 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
 }
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true",

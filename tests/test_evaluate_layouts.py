@@ -186,6 +186,9 @@ def test_versions_of_one_protocol_are_told_apart(tmp_path):
     assert line in text_of(runs, "mean-gain")
     plain, _ = collect(runs, tmp_path / "out")
     assert line in plain and "recall_fda | jrt-table1 v1:" in plain and "recall_fda | jrt-table1 v2:" in plain
+    web = (tmp_path / "out" / "report.html").read_text()
+    older = web.split("jrt-table1 v1:")[1].split("jrt-table1 v2:")[0]
+    assert "mamba-370m" in older and "mamba-130m" not in older
 
 
 def changed_manifest(folder, **changes):

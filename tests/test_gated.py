@@ -91,21 +91,29 @@ def test_silu_convolution_of_a_slice(dtype, taps):
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("has_state", "padded"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
-    ("ends", "channels", "taps"),
-    [([0, 1, 1, 4, 17], 130, 4), ([0, 125, 128, 129, 261], 8, 3), ([0, 8], 24, 2)],  # segments and tiles are cut
+    ("rows", "steps", "ends", "channels", "taps"),
+    [
+        (2, 2, None, 8, 4),
+        (1, 17, [0, 1, 1, 4, 17], 130, 4),
+        (1, 261, [0, 125, 128, 129, 261], 8, 3),  # segments and tiles are cut
+    ],
 )
-def test_packed_sequences(dtype, gated, ends, channels, taps):
-    ends = torch.tensor(ends, device=DEVICE)
-    steps = int(ends[-1])
-    inputs = {"x": drawn(1, steps, 2 * channels if gated else channels), "taps": drawn(channels, taps)}
+def test_states_padding_and_packed_sequences(dtype, gated, has_state, padded, rows, steps, ends, channels, taps):
+    """Outputs and all gradients, that of the state among them."""
+    cu_seqlens = None if ends is None else torch.tensor(ends, device=DEVICE)
+    mask = torch.rand(rows, steps, device=DEVICE) < 0.7 if padded else None
+    inputs = {"x": drawn(rows, steps, 2 * channels if gated else channels), "taps": drawn(channels, taps)}
     inputs |= {"tap_bias": drawn(channels), "w": drawn(6, channels, scale=0.2)}
+    if has_state:
+        inputs["state"] = drawn(rows if ends is None else len(ends) - 1, taps - 1, channels)
 
     def function(gated_op, silu_op):
-        def call(x, taps, tap_bias, w):
+        def call(x, taps, tap_bias, w, state=None):
             if gated:
-                return gated_op(x, taps, tap_bias, linear_of(w, None), None, None, cu_seqlens=ends)[0]
-            return silu_op(x, taps, tap_bias, None, None, cu_seqlens=ends)[0] @ w.mT
+                return gated_op(x, taps, tap_bias, linear_of(w, None), state, mask, cu_seqlens=cu_seqlens)[0]
+            return silu_op(x, taps, tap_bias, state, mask, cu_seqlens=cu_seqlens)[0] @ w.mT
 
         return call
 
@@ -131,11 +139,15 @@ def test_the_kernels_read_nothing_of_the_sequence_before():
 
 @kernels
 @pytest.mark.parametrize("steps", [1, 2, 9])
-def test_the_state_is_that_of_plain_pytorch(steps):
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_state_is_that_of_plain_pytorch(steps, has_state, padded):
     x, taps = drawn(2, steps, 16).float().requires_grad_(), drawn(16, 4).float()
+    before = drawn(2, 3, 16).float() if has_state else None
+    mask = torch.arange(steps, device=DEVICE).expand(2, -1) != steps - 1 if padded else None
     for u in (x, x.detach()):
-        _, state = silu_convolution(u, taps, None)
-        _, expected = gated_pytorch.silu_convolution(u, taps, None, None, None)
+        _, state = silu_convolution(u, taps, None, before, mask)
+        _, expected = gated_pytorch.silu_convolution(u, taps, None, before, mask)
         assert torch.equal(state, expected)
 
 
@@ -147,10 +159,12 @@ def test_operators_obey_pytorch():
     torch.library.opcheck(torch.ops.jrt.swiglu_linear.default, (x, w, b), test_utils=checks)
     torch.library.opcheck(torch.ops.jrt.gated_convolution_linear.default, (x, taps, bias, w, b), test_utils=checks)
     torch.library.opcheck(torch.ops.jrt.silu_convolution.default, (x, drawn(16, 3).float(), None), test_utils=checks)
-    packed, starts = x.detach()[:1].requires_grad_(), torch.tensor([0, 0, 2, 2, 2], dtype=torch.int32, device=DEVICE)
-    of_gated = (packed, taps, bias, w, b, starts)
+    packed, cu_seqlens = x.detach()[:1].requires_grad_(), torch.tensor([0, 2, 5], device=DEVICE)
+    mask = torch.tensor([[True, True, False, True, True]], device=DEVICE)
+    states = drawn(2, 2, 16).float().requires_grad_()
+    of_gated = (packed, taps, bias, w, b, states[..., :8], mask, cu_seqlens)
     torch.library.opcheck(torch.ops.jrt.gated_convolution_linear.default, of_gated, test_utils=checks)
-    of_silu = (packed, drawn(16, 3).float(), None, starts)
+    of_silu = (packed, drawn(16, 3).float(), None, states, mask, cu_seqlens)
     torch.library.opcheck(torch.ops.jrt.silu_convolution.default, of_silu, test_utils=checks)
 
 
@@ -166,6 +180,25 @@ def test_compiled_training_takes_the_kernel_without_a_graph_break():
     found = torch.compile(swiglu_linear, fullgraph=True, backend=counted)(x, linear)
     torch.testing.assert_close(found, gated_pytorch.swiglu_linear(x, linear))
     assert any("swiglu_linear" in str(operator) for operator in operators)
+
+
+@kernels
+@pytest.mark.parametrize("name", ["swiglu", "gated", "silu"])
+def test_derivatives_that_the_kernels_lack_are_pytorch_s_or_an_error(name):
+    taps, linear = drawn(8, 3).float(), nn.Linear(8, 4).to(DEVICE)
+    functions = {
+        "swiglu": lambda x: swiglu_linear(x, linear),
+        "gated": lambda x: gated_convolution_linear(x, taps, None, linear)[0],
+        "silu": lambda x: silu_convolution(x[..., :8], taps, None)[0],
+    }
+    x = drawn(2, 5, 16).float().requires_grad_()
+    _, tangent = torch.func.jvp(functions[name], (x,), (torch.ones_like(x),))
+    step = 1e-3
+    expected = (functions[name](x + step) - functions[name](x - step)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=0.02, atol=0.02)
+    (dx,) = torch.autograd.grad(functions[name](x).square().sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="second derivative is wanted"):
+        torch.autograd.grad(dx.sum(), x)
 
 
 @pytest.mark.gpu
@@ -206,6 +239,11 @@ def test_a_projection_that_is_more_than_a_linear_is_called():
     doubled = Doubled(8, 4).to(DEVICE)
     doubled.load_state_dict(linear.state_dict())
     torch.testing.assert_close(swiglu_linear(x, doubled), 2 * swiglu_linear(x, linear))
+
+    wrapped = nn.Linear(8, 4).to(DEVICE)  # as accelerate wraps a module whose weights are elsewhere
+    wrapped.weight = nn.Parameter(torch.empty_like(wrapped.weight, device="meta"))
+    wrapped.forward = linear.forward
+    torch.testing.assert_close(swiglu_linear(x, wrapped), swiglu_linear(x, linear))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")

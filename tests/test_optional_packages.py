@@ -402,6 +402,24 @@ def test_forward_mode_derivatives_are_left_to_pytorch(causal_conv1d):
     assert tangent.abs().sum() > 0 and not causal_conv1d.calls
 
 
+def test_a_second_derivative_through_a_package_is_an_error(causal_conv1d, flash_attn, mamba_ssm):
+    """Their autograd functions would leave out a part of it."""
+    x = {name: value.float().requires_grad_() for name, value in scan_inputs(9).items()}
+    u, weight = drawn(2, 9, 16).float().requires_grad_(), drawn(16, 3).float()
+    q = drawn(1, 9, 2, 8).bfloat16().requires_grad_()
+    calls = (
+        (u, lambda: silu_convolution(u, weight, None)[0]),
+        (q, lambda: softmax_attention(q, q, q, scale=1.0, window=2)),
+        (x["u"], lambda: selective_scan(**x)[0]),
+    )
+    for leaf, call in calls:
+        torch.autograd.grad(call().square().sum(), leaf)
+        with pytest.raises(ValueError, match="second derivative is wanted"):
+            (gradient,) = torch.autograd.grad(call().square().sum(), leaf, create_graph=True)
+            torch.autograd.grad(gradient.sum(), leaf)
+    assert causal_conv1d.calls == flash_attn.calls == 2
+
+
 def test_doctor_checks_the_packages_that_are_installed(causal_conv1d, flash_attn, mamba_ssm):
     from jrt.doctor.backends import check_backends
 

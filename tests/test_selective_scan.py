@@ -328,3 +328,30 @@ def test_triton_kernels_in_the_interpreter(monkeypatch):
     truth = values_and_gradients(x, "reference", torch.float64)
     for name, value in values_and_gradients(x, "triton").items():
         assert relative_error(value, truth[name]) < 1e-6, name
+
+
+def test_derivatives_that_no_kernel_has_are_the_definition_s_or_an_error():
+    """PyTorch would take zero for an operator without a rule."""
+    x = make_inputs(steps=9)
+    tangents = {name: torch.randn_like(value) for name, value in x.items()}
+
+    def scan(backend):
+        def call(*values):
+            return call_by_name(dict(zip(x, values, strict=True)), backend)
+
+        return torch.func.jvp(call, tuple(x.values()), tuple(tangents.values()))[1]
+
+    call_by_name = call
+    torch.testing.assert_close(scan(None), scan("reference"))
+    assert scan("reference")[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="'chunked' cannot serve this call"):
+        scan("chunked")
+
+    x["u"].requires_grad_()
+    for backend in ("reference", None):
+        (du,) = torch.autograd.grad(call(x, backend)[0].square().sum(), x["u"], create_graph=True)
+        if backend == "reference":
+            assert torch.autograd.grad(du.sum(), x["u"])[0].abs().sum() > 0
+        else:
+            with pytest.raises(ValueError, match=r"second derivative is wanted .* backend='reference'"):
+                torch.autograd.grad(du.sum(), x["u"])

@@ -365,7 +365,10 @@ def test_impossible_tasks_are_refused_before_anything_is_written(message, tmp_pa
     [
         ([], "mine is an empty sweep: expected at least one run"),
         ([Run(METHODS["causal"], TINY, 9, 2, 1e-3, 1)], "width 9 is not a multiple of linear_heads 2"),
-        ([Run(METHODS["causal"], TINY, 8, 2, 1e-3, 1, epochs=0)], "expected at least one epoch"),
+        (
+            [Run(METHODS["causal"], TINY, 8, 2, 1e-3, 1, epochs=0)],
+            "epochs of a run is 0: expected a whole number of at least 1",
+        ),
         ([Run(METHODS["causal"], TINY, 8, 2, 1e-3, 1)] * 2, "mine has one run twice"),
         ([Run(Method("mine", "QQ"), TINY, 8, 2, 1e-3, 1)], "expected one letter per layer"),
     ],
@@ -461,6 +464,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 def test_the_best_rate_counts_in_every_panel_and_seeds_give_the_interval():
     def row(rate, seed, short, long):
         model = {"method": "causal", "state_bytes": 608, "width": 8, "feature_dim": 2, "window": None}
+        model |= {"task": "debug", "epochs": 1, "batch": 128}
         return {**model, "rate": rate, "seed": seed, "seconds": 10, "accuracy": {"1_4": short, "4_1": long}}
 
     rows = [row(1e-3, 1, 0.9, 0.1), row(1e-3, 2, 0.7, 0.3), row(2e-3, 1, 0.6, 0.6), row(2e-3, 2, 0.6, 0.5)]

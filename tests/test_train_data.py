@@ -340,7 +340,7 @@ def test_text_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         prepare(str(tmp_path / "empty"), out / "x")
     with pytest.raises(ValueError, match="no tokenizer"):
-        prepare(str(tmp_path / "one.txt"), out / "x", tokenizer=str(tmp_path / "no-tokenizer"))
+        prepare(str(tmp_path / "rows.jsonl"), out / "x", tokenizer=str(tmp_path / "no-tokenizer"))
     other = tmp_path / "other"
     other.mkdir()
     token_file(other, np.arange(100))

@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and resumed equals one that never stopped. A run that cannot be resumed says why."""
 
+import json
 import os
 import resource
 import shutil
@@ -196,3 +197,80 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(text, run, whole):
     trained(text, run, *EVERY_TWO)
     # It was validated where it stopped, too: the last column differs there.
     assert [row[:5] for row in curve(run)] == [row[:5] for row in whole]
+
+
+def test_checkpoints_that_are_all_damaged_are_told_and_left_alone(text, run):
+    """A run that began again would delete its own checkpoints: those of later steps are newer by their numbers."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        (folder / ".metadata").unlink()
+    before = sorted(run.rglob("*"))
+    for more in ((), ("resume=false",)):
+        with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged: remove this folder"):
+            trained(text, run, *EVERY_TWO, *more)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_older_damaged_checkpoint_is_not_the_best_one(text, run):
+    (run / "checkpoints" / "step-0000002" / "run.json").write_text("{")
+    trained(text, run, *EVERY_TWO, "trainer.keep_best=1", "trainer.keep_last=1")
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-0000006"]
+
+
+@pytest.mark.parametrize("change", [{"tokens": 9}, {"step": 5}, {"files": {}}, {"identity": {}}])
+def test_a_changed_record_of_a_checkpoint_is_noticed(text, run, whole, change, caplog):
+    record = run / "checkpoints" / "step-0000004" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    trained(text, run, *EVERY_TWO)
+    assert curve(run) == whole
+    assert "run.json is not what was written" in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_is_told_before_anything_is_saved(text, tmp_path, monkeypatch):
+    """The loss of that step is finite; the weights after it are not."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, 0
+
+    def broken(parameters, *arguments):
+        nonlocal calls
+        calls, parameters = calls + 1, list(parameters)
+        if calls == 3:
+            parameters[0].grad.view(-1)[0] = float("nan")
+        return clip(parameters, *arguments)
+
+    monkeypatch.setattr("train.loop.nn.utils.clip_grad_norm_", broken)
+    every = ("trainer.checkpoint_every=1", "trainer.log_every=1", "model.pattern=C", "trainer.keep_last=1")
+    with pytest.raises(ValueError, match="the gradient norm of step 2 is nan"):
+        trained(text, tmp_path, *every)
+    assert torch.load(tmp_path / "not-finite-step-2-rank-0.pt")["ids"].shape == (4, 129)
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-0000002"]
+    assert trained(text, tmp_path, *every)["train/loss"] > 0  # from the checkpoint before it
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.loop.Loop.validate", lambda self: {"validation/loss": float("nan")})
+    with pytest.raises(ValueError, match="the validation loss after step 2 is nan"):
+        trained(text, tmp_path, "model.pattern=C", "trainer.checkpoint_every=3")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_table_of_something_else_is_left_alone(text, tmp_path):
+    (tmp_path / "metrics.csv").write_text("name,score\na,1\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv is not the metrics\.csv of a run"):
+        trained(text, tmp_path, *EVERY_TWO)
+    assert (tmp_path / "metrics.csv").read_text() == "name,score\na,1\n"
+
+
+def test_a_full_disk_leaves_no_half_of_a_model(text, tmp_path):
+    trained(text, tmp_path, *EVERY_TWO, "export=true")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(ValueError, match="the model could not be written") as error:
+            trained(text, tmp_path, *EVERY_TWO, "export=true")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert not (tmp_path / ".model.partial").exists()

@@ -96,6 +96,7 @@ def test_positions_that_say_what_is_so_change_nothing():
         {"token_type_ids": torch.zeros(1, 6)},
         {"is_causal": False},
         {"is_causal": 0},
+        {"is_causal": "no"},
         {"output_attentions": True},
         {"atention_mask": torch.ones(1, 6)},
         {"head_mask": torch.ones(2)},

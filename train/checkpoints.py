@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -29,7 +30,6 @@ from train.optimizer import MovingAverage
 
 log = logging.getLogger(__name__)
 FACTS = "run.json"
-BEST = "best.json"
 LAST = "last.ckpt"  # as PyTorch Lightning calls its newest checkpoint
 
 
@@ -115,18 +115,27 @@ class Checkpoints:
         self.place.wait()
 
     def latest(self) -> Checkpoint | None:
-        """Returns the newest complete checkpoint. A damaged one is skipped with a warning."""
-        found = None
+        """Returns the newest complete checkpoint, or None if there are no checkpoints.
+
+        A damaged one is skipped with a warning.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        found, steps = None, []
         if self.place.is_first:
-            for step in reversed(self._steps()):
-                folder = self.folder / f"step-{step:07d}"
+            steps = self._steps()
+            for step in reversed(steps):
                 try:
-                    found = Checkpoint(folder, step, _verified(folder))
+                    found = Checkpoint(self._folder(step), step, _verified(self._folder(step)))
                     break
                 except ValueError as error:
-                    log.warning("%s is damaged (%s): the checkpoint before it is used", folder, error)
-        found = self.place.same(found)
-        assert found is None or isinstance(found, Checkpoint)
+                    log.warning("%s is damaged (%s) and left out", self._folder(step), error)
+        found, steps = self.place.same((found, steps))
+        if found is None and steps:
+            raise ValueError(
+                f"all checkpoints in {self.folder} are damaged: remove this folder to start again, or choose another output"
+            )
         return found
 
     def load(self, checkpoint: Checkpoint, training: Training) -> None:
@@ -154,12 +163,15 @@ class Checkpoints:
         if self.place.is_first:
             for later in self._steps():
                 if later > step:
-                    shutil.rmtree(self.folder / f"step-{later:07d}")
+                    shutil.rmtree(self._folder(later))
         self.place.wait()
 
     def _steps(self) -> list[int]:
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
+
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
 
     def _clear_away(self) -> None:
         steps = self._steps()
@@ -170,13 +182,17 @@ class Checkpoints:
             losses = {step: self._loss(step) for step in steps}
             kept |= set(sorted(steps, key=lambda step: losses[step])[: self.keep_best])
         for step in set(steps) - kept:
-            shutil.rmtree(self.folder / f"step-{step:07d}")
+            shutil.rmtree(self._folder(step))
         for leftover in self.folder.glob(".step-*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _loss(self, step: int) -> float:
-        loss = json.loads((self.folder / f"step-{step:07d}" / FACTS).read_text()).get("validation_loss")
-        return float("inf") if loss is None else loss
+        """The validation loss of a checkpoint; infinite if it was not measured, is no number, or cannot be read."""
+        try:
+            loss = _facts(self._folder(step)).get("validation_loss")
+        except ValueError:
+            return math.inf
+        return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
 
 
 def _seal(folder: Path, facts: dict) -> None:
@@ -185,20 +201,33 @@ def _seal(folder: Path, facts: dict) -> None:
         for path in sorted(folder.iterdir())
         if path.name != FACTS
     }
+    facts = json.loads(json.dumps(facts | {"files": files}))  # as it will be read, for the checksum
     with (folder / FACTS).open("w", encoding="utf-8") as file:
-        json.dump(facts | {"files": files}, file, indent=1)
+        json.dump(facts | {"crc32": _checksum_of(facts)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync(folder)
 
 
-def _verified(folder: Path) -> dict:
+def _facts(folder: Path) -> dict:
+    """Returns the content of a checkpoint's run.json. Raises ValueError if it is not what was written."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        files = facts["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = facts.pop("crc32")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{FACTS} cannot be read: {error}") from error
-    for name, told in files.items():
+    if _checksum_of(facts) != told:
+        raise ValueError(f"{FACTS} is not what was written")
+    return facts
+
+
+def _checksum_of(facts: dict) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
+def _verified(folder: Path) -> dict:
+    facts = _facts(folder)
+    for name, told in facts["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from jrt.model import LanguageModel
 from jrt.training.loss import ModelWithLoss
 
 STRATEGIES = ("ddp", "fsdp")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,30 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+
+class SaidElsewhere(ValueError):
+    """Another process has the same problem and says so."""
+
+
+def on_first(place: World, work: Callable[[], T]) -> T | None:
+    """Returns what `work` returns on the first process, and None on the others, which wait for it.
+
+    Raises:
+        ValueError, OSError: what `work` raised; on the other processes SaidElsewhere.
+    """
+    found, problem = None, None
+    if place.is_first:
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            problem = error
+    failed = place.same(problem is not None)
+    if problem is not None:
+        raise problem
+    if failed:
+        raise SaidElsewhere
+    return found
 
 
 def is_launched() -> bool:

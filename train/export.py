@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from jrt.configuration_jrt import JRTConfig
@@ -16,10 +20,12 @@ from jrt.modeling_jrt import JRTForCausalLM
 from jrt.system.files import write_json, write_text
 from jrt.system.provenance import commit, device_name, versions
 from train import recall
+from train.data.vocabulary import vocabulary_size
 from train.distributed import whole_state
 from train.loop import Loop
 
 log = logging.getLogger(__name__)
+_PATH = re.compile(r"[^\s,\[\]{}:'\"]*/[^\s,\[\]{}'\"]*")  # of a folder, inside an argument
 LICENSE = "apache-2.0"
 
 
@@ -27,10 +33,16 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
     """Writes ``output/model`` and ``output/training.json``.
 
     ``output/model`` holds the weights in bf16, the tokenizer and the model card README.md. ``training.json`` has the
-    card's content in a form for programs. If the run keeps a moving average of the weights, the average is exported.
-    All processes must call this; only the first one writes."""
+    card's content in a form for programs. If the run keeps a moving average of the weights, the average is exported,
+    and the card's validation figures are the average's. All processes must call this; only the first one writes.
+
+    Raises:
+        ValueError: the files could not be written. Those of an earlier export are unchanged.
+    """
+    metrics = dict(loop.progress.metrics)
     if loop.training.average is not None:
         loop.training.average.exchange()
+        metrics |= loop.validate()
     state = whole_state(loop.model)
     if loop.training.average is not None:
         # Copied, because these tensors may be the parameters themselves, which the next line changes.
@@ -41,8 +53,8 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
     folder = loop.output / "model"
     settings = JRTConfig(
         architecture=loop.config.to_dict(),
-        vocab_tokens=None if tokenizer is None else min(len(tokenizer), loop.config.vocab_rows),
-        source=config.name,
+        vocab_tokens=None if tokenizer is None else min(vocabulary_size(tokenizer), loop.config.vocab_rows),
+        source=str(config.name),
         eos_token_id=None if tokenizer is None else tokenizer.eos_token_id,
     )
     with torch.device("meta"):
@@ -51,29 +63,55 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
     if loop.config.tied:
         model.model.head.weight = model.model.embedding.weight
     model = model.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    record = _record(loop, config, tokenizer, metrics)
+    if config.score_items and tokenizer is not None:
+        scored = copy.deepcopy(model).float().model.to(loop.place.device).eval()  # the stored weights, in fp32
+        record["recall"] = recall.score(scored, tokenizer, count=config.score_items)
+    partial = loop.output / ".model.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        write_text(partial / "README.md", card(record))
+        folder.mkdir(exist_ok=True)
+        for file in partial.iterdir():
+            file.replace(folder / file.name)
+        write_json(loop.output / "training.json", record)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the model could not be written to {folder} ({error}): the same command tries it again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     if tokenizer is None:
         log.warning("the data does not say which tokenizer made it: %s has none; copy it there before use", folder)
-    else:
-        tokenizer.save_pretrained(folder)
-    record = _record(loop, config, tokenizer)
-    if config.score_items and tokenizer is not None:
-        scored = model.float().model.to(loop.place.device).eval()  # the stored weights, computed in fp32
-        record["recall"] = recall.score(scored, tokenizer, count=config.score_items)
-    write_json(loop.output / "training.json", record)
-    write_text(folder / "README.md", card(record))
 
 
 def _without_path(argument: str) -> str:
-    """An argument of the command, with PATH in place of a folder of this machine."""
+    """An argument of the command, with PATH in place of each folder of this machine.
+
+    Names of datasets and tokenizers on the Hugging Face hub have a stroke too, and stay."""
     name, _, value = argument.partition("=")
-    return f"{name}=PATH" if "/" in value and name != "experiment" else argument
+    is_hub = name in ("data.path", "data.tokenizer") and value.count("/") == 1 and not _is_local(value)
+    is_hub = is_hub and value[0] not in "~./"
+    if "/" not in argument or name == "experiment" or is_hub:
+        return argument
+    if not value:
+        return "PATH"
+    return f"{name}={_PATH.sub('PATH', value) if '{' in value else 'PATH'}"
 
 
-def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict:
+def _is_local(name: str) -> bool:
+    return Path(name).expanduser().exists()
+
+
+def _record(
+    loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | None, metrics: dict[str, float]
+) -> dict:
     progress = loop.progress
     return {
-        "name": config.name,
+        "name": str(config.name),
         "pattern": loop.config.pattern,
         "parameters": sum(p.numel() for p in loop.model.parameters()),
         "objective": loop.objective.kind,
@@ -87,21 +125,35 @@ def _record(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase |
         "versions": versions(),
         "commit": commit(Path(__file__).parent),
         "corpus": _corpus(config),
-        "tokenizer entries": None if tokenizer is None else len(tokenizer),
+        "tokenizer entries": None if tokenizer is None else vocabulary_size(tokenizer),
         "moving average": loop.trainer.ema,
-        "metrics": progress.metrics,
+        "metrics": metrics,
     }
 
 
 def _corpus(config: DictConfig) -> dict:
-    """The part of the data's manifest that the model card shows. Paths of this machine are left out."""
-    folder = config.data.get("folder")
-    manifest = Path(folder).expanduser() / "manifest.json" if folder else None
-    if manifest is None or not manifest.is_file():
+    """What the model card says about the data. Paths of this machine are left out."""
+    data = OmegaConf.to_container(config.data, resolve=True)
+    assert isinstance(data, dict)
+    if data.get("mixture"):
+        parts = [{"weight": part["weight"]} | _manifest_of(part["folder"]) for part in data["mixture"]]
+        return {"mixture": parts}
+    if data.get("path"):
+        name = "a dataset of this machine" if _is_local(str(data["path"])) else f"hub:{data['path']}"
+        return {"source": name} | {key: data[key] for key in ("name", "train_split", "streaming") if data.get(key)}
+    return _manifest_of(data["folder"]) if data.get("folder") else {}
+
+
+def _manifest_of(folder: object) -> dict:
+    manifest = Path(str(folder)).expanduser() / "manifest.json"
+    if not manifest.is_file():
         return {}
     told = json.loads(manifest.read_text(encoding="utf-8"))
     kept = {key: told[key] for key in ("splits", "tokenizer", "tokenizer sha256", "dropped") if key in told}
-    if str(told.get("source", "")).startswith("hub:"):
+    tokenizer = kept.get("tokenizer")
+    if isinstance(tokenizer, dict) and _is_local(str(tokenizer.get("name"))):
+        kept["tokenizer"] = {key: value for key, value in tokenizer.items() if key != "name"}
+    if str(told.get("source", "")).startswith("hub:") and not _is_local(told["source"].removeprefix("hub:")):
         kept["source"] = told["source"]
     return kept
 
@@ -132,8 +184,11 @@ def card(record: dict) -> str:
 
 
 def _data(corpus: dict) -> str:
+    if "mixture" in corpus:
+        return "; ".join(f"weight {part['weight']}: {_data(part)}" for part in corpus["mixture"])
     if "splits" not in corpus:
-        return "see the command"
+        settings = ", ".join(f"{name} {value}" for name, value in corpus.items() if name not in ("source", "weight"))
+        return corpus.get("source", "see the command") + (f" ({settings})" if settings else "")
     train = corpus["splits"]["train"]
     source = f"{corpus['source']}: " if "source" in corpus else ""
     return f"{source}{train['tokens']:,} tokens in {train['documents']:,} documents, sha256 of train.bin {train['sha256'][:16]}"

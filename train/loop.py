@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ from jrt.model import LanguageModel
 from jrt.training.flops import flops_per_token, peak_flops
 from jrt.training.loss import loss_of, room_for, split_rows
 from jrt.training.objective import Objective, Targets
+from jrt.training.settings import check_fields, check_whole
 from train.checkpoints import Checkpoint, Checkpoints, Training
-from train.data.batches import Batch, Data, Resumable, loader, local_part
+from train.data.batches import Batch, Data, Resumable
+from train.data.loader import loader, local_part
 from train.distributed import World, unsynchronised
 from train.optimizer import MovingAverage, Schedule
 from train.report import Logger, console
@@ -59,15 +62,16 @@ class Trainer:
     ema: float = 0.0  # decay of the weights' moving average (`MovingAverage`); 0: no average
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"trainer.precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
         for name in ("max_steps", "devices", "nodes", "log_every", "validate_every", "keep_last"):
-            _check_whole(name, getattr(self, name), 1)
+            check_whole(f"trainer.{name}", getattr(self, name), 1)
         for name in ("checkpoint_every", "keep_best", "keep_every", "probe_every"):
-            _check_whole(name, getattr(self, name), 0)
+            check_whole(f"trainer.{name}", getattr(self, name), 0)
         for name in ("global_batch", "rows"):
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), 1)
+                check_whole(f"trainer.{name}", getattr(self, name), 1)
+        check_fields(self, "trainer")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
 
     def passes(self, total: int) -> int:
         """Returns the number of passes that each device needs for its share of `total` rows.
@@ -83,11 +87,6 @@ class Trainer:
                 f"choose trainer.global_batch, trainer.devices and trainer.rows so that it can"
             )
         return total // (world * rows)
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"trainer.{name} is {value}: expected a whole number of at least {least}")
 
 
 @dataclass
@@ -151,7 +150,7 @@ class Loop:
         )
         self.progress = Progress()
         self.generator = torch.Generator(place.device)
-        self._unseen: list[tuple[int, Tensor]] = []  # (step, loss) that are not yet checked for NaN
+        self._unseen: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, gradient norm) not yet checked for NaN
         self._place_in_data: Tensor | None = None  # `resume` of the last batch
         parameters = sum(p.numel() for p in model.parameters())
         self._flops = flops_per_token(self.config, parameters, data.length)
@@ -176,7 +175,7 @@ class Loop:
         """
         trainer, progress = self.trainer, self.progress
         last = trainer.max_steps
-        batches = iter(loader(self.data, progress.step, last, self.place.rank, self.place.size, trainer.global_batch))
+        batches = loader(self.data, progress.step, last, self.place.rank, self.place.size, trainer.global_batch)
         interval = _Interval(self.place.device, progress.tokens)
         start, before = time.monotonic(), progress.seconds
         saved = progress.step
@@ -196,6 +195,8 @@ class Loop:
             if progress.step % trainer.validate_every == 0 or progress.step == last:
                 self._look()
                 found |= self.validate()
+                if not math.isfinite(found["validation/loss"]):
+                    self._stop(progress.step - 1, "validation loss after", found["validation/loss"])
                 interval = _Interval(self.place.device, progress.tokens)
             if self.probe and trainer.probe_every and progress.step % trainer.probe_every == 0:
                 found["recall/score"] = self.probe(self.model)
@@ -249,11 +250,11 @@ class Loop:
             self.training.average.update()
         sums = self.place.sum(sums)
         loss = loss_of(sums, totals, self.objective)
-        self._unseen.append((step, loss))
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP spreads it over the devices
+        self._unseen.append((step, loss, whole))
 
         def values() -> dict[str, float]:
             means = (sums / totals.clamp(min=1e-9)).tolist()
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             found = {"train/loss": float(loss), "train/next_token": means[0]}
             if self.objective.kind == "jrt" and self.objective.masked_share:
                 found["train/masked"] = means[1]
@@ -331,18 +332,25 @@ class Loop:
                 )
 
     def _look(self) -> None:
-        """Raises ValueError at the first loss that is not a finite number, and saves the batch that gave it."""
-        losses = torch.stack([loss for _, loss in self._unseen]).tolist() if self._unseen else []
-        for (step, _), loss in zip(self._unseen, losses, strict=True):
-            if not math.isfinite(loss):
-                path = self.output / f"not-finite-step-{step}-rank-{self.place.rank}.pt"
-                share = (self.data, step, self.place.rank, self.place.size, self.trainer.global_batch)
-                torch.save(local_part(*share), path)
-                raise ValueError(
-                    f"the loss of step {step} is {loss}: training stopped, the batch is in {path}, and the last "
-                    "checkpoint is from before; try a lower rate (task.schedule.peak)"
-                )
+        """Stops at the first loss or gradient that is not finite: nothing that comes after it may be saved."""
+        if not self._unseen:
+            return
+        steps, losses, norms = zip(*self._unseen, strict=True)
+        for step, loss, norm in zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), strict=True):
+            for name, value in (("loss", loss), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    self._stop(step, f"{name} of", value)
         self._unseen.clear()
+
+    def _stop(self, step: int, what: str, value: float) -> NoReturn:
+        """Saves this device's batch of a step, and raises ValueError."""
+        path = self.output / f"not-finite-step-{step}-rank-{self.place.rank}.pt"
+        share = (self.data, step, self.place.rank, self.place.size, self.trainer.global_batch)
+        torch.save(local_part(*share), path)
+        raise ValueError(
+            f"the {what} step {step} is {value}: training stopped, the batch is in {path}, and the last "
+            "checkpoint is from before; try a lower rate (task.schedule.peak)"
+        )
 
 
 class _Interval:

@@ -25,7 +25,8 @@ import numpy as np  # noqa: E402
 
 from jrt.system.files import write_json  # noqa: E402
 from jrt.system.provenance import commit, versions  # noqa: E402
-from train.data.batches import TextData, loader  # noqa: E402
+from train.data.batches import TextData  # noqa: E402
+from train.data.loader import loader  # noqa: E402
 from train.data.order import Shuffled  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -76,7 +77,7 @@ def main() -> None:
     order = speed_of(lambda i: shuffle(i * ROWS + np.arange(ROWS)), options.batches) * ROWS
     read = speed_of(lambda i: data.part(i, ROWS, 0, ROWS), options.batches) * ROWS
     # Other batches than before, whose pages are not in memory yet.
-    batches = iter(loader(data, options.batches, 2 * options.batches, 0, 1, ROWS))
+    batches = loader(data, options.batches, 2 * options.batches, 0, 1, ROWS)
     next(batches)  # starts the worker
     start = time.perf_counter()
     for _ in range(options.batches - 1):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from jrt.training.settings import check_fields
+
 DECAYED = ("matrices", "released")
 
 
@@ -32,12 +34,13 @@ class Schedule:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "schedule")
         if self.decayed not in DECAYED:
             raise ValueError(f"schedule.decayed is {self.decayed!r}: expected one of {', '.join(DECAYED)}")
         if self.steps < 1:
             raise ValueError(f"schedule.steps is {self.steps}: expected at least 1")
-        for name in ("peak", "floor", "start", "warmup", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("peak", "floor", "start", "warmup", "weight_decay", "clip", "eps"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} is {getattr(self, name)}: expected a number of at least 0")
 
     def rate(self, step: int) -> float:

@@ -1,9 +1,10 @@
 """Turns text into token files: ``python train/prepare.py SOURCE OUT [--tokenizer NAME]``.
 
-SOURCE is a folder of text, JSONL or Parquet files, one such file, NAME.bin with NAME.idx, or ``hub:NAME`` for a dataset of
-the Hugging Face hub. OUT gets train.bin and validation.bin (token ids; each document ends with the tokenizer's
-end-of-text id), their .idx files in the format of GPT-NeoX and Megatron, the tokenizer, and manifest.json. If the
-command is stopped, the same command continues the work. The tokens do not depend on the number of workers.
+SOURCE is a folder of text, JSONL or Parquet files, one JSONL or Parquet file, NAME.bin with NAME.idx, ``hub:NAME`` for
+a dataset of the Hugging Face hub, or a folder that the package datasets saved. OUT gets train.bin and validation.bin
+(token ids; each text ends with the tokenizer's end-of-text id, and token files are copied as they are), their .idx
+files in the format of GPT-NeoX and Megatron, the tokenizer, and manifest.json. If the command is stopped, the same
+command continues the work. The tokens do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ sys.path[0] = str(
 )  # so that this file finds its package wherever it is started from
 
 import numpy as np  # noqa: E402
-from jrt_recall.tokenizers import shipped_tokenizer  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 from jrt.system.files import write_json  # noqa: E402
 from jrt.system.provenance import versions  # noqa: E402
-from train.data.documents import TEXT, Documents, find_documents  # noqa: E402
+from train.data.documents import Documents, find_documents  # noqa: E402
 from train.data.indexed import write_index  # noqa: E402
 from train.data.sources import encode_documents  # noqa: E402
+from train.data.vocabulary import load_tokenizer, tokenizer_sha256, vocabulary_size  # noqa: E402
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
@@ -52,7 +53,7 @@ def prepare(
     workers: int = 1,
     column: str = "text",
     split: str = "train",
-    suffixes: tuple[str, ...] = TEXT,
+    suffixes: tuple[str, ...] | None = None,
     max_documents: int | None = None,
 ) -> dict:
     """Writes token files and returns their manifest. Continues work that was stopped.
@@ -60,8 +61,9 @@ def prepare(
     Args:
         source: as `train.data.documents.find_documents` takes it.
         out: folder for the files.
-        tokenizer: "mini" for the vocabulary that jrt_recall ships, or a name that AutoTokenizer loads, such as "gpt2".
+        tokenizer: as `train.data.vocabulary.load_tokenizer` takes it.
         validation: share of the documents that become validation text: the first one, and then one in every 1 / share.
+            Empty documents do not count.
         workers: number of processes that encode.
         column, split, suffixes: as `find_documents` takes them.
         max_documents: most documents that are read; None: all.
@@ -78,7 +80,7 @@ def prepare(
     vocabulary = load_tokenizer(tokenizer)
     if vocabulary.eos_token_id is None:
         raise ValueError(f"tokenizer {tokenizer} has no end-of-text token, which separates documents")
-    fingerprint = _fingerprint(vocabulary)
+    fingerprint = tokenizer_sha256(vocabulary)
     settings = {
         "inputs": documents.inputs,
         "tokenizer": fingerprint,
@@ -86,7 +88,7 @@ def prepare(
         "column": column,
         "max_documents": max_documents,
     }
-    dtype = np.dtype(np.uint16 if len(vocabulary) <= 1 << 16 else np.int32)
+    dtype = np.dtype(np.uint16 if vocabulary_size(vocabulary) <= 1 << 16 else np.int32)
     out.mkdir(parents=True, exist_ok=True)
     manifest = _finished(out, settings)
     if manifest is not None:
@@ -94,24 +96,6 @@ def prepare(
     writer = _Writer(out, settings, dtype)
     _write_all(writer, documents, tokenizer, validation, workers, max_documents)
     return writer.finish(source, tokenizer, vocabulary, fingerprint)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of that name, as `prepare` takes it. Raises ValueError if there is none."""
-    if name == "mini":
-        return shipped_tokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer {name!r}: expected 'mini', a folder, or a name on the Hugging Face hub that can be reached"
-        ) from error
-
-
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_all(
@@ -148,12 +132,14 @@ def _blocks(texts: Iterator[Any]) -> Iterator[list]:
 
 
 _tokenizer: PreTrainedTokenizerBase | None = None  # of a worker process
+_vocabulary = 0  # its size
 
 
 def _start_worker(tokenizer: str) -> None:
-    global _tokenizer  # noqa: PLW0603
+    global _tokenizer, _vocabulary  # noqa: PLW0603
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer = load_tokenizer(tokenizer)
+    _vocabulary = vocabulary_size(_tokenizer)
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
@@ -168,12 +154,11 @@ def _encode(texts: list[str]) -> list[np.ndarray]:
 
 
 def _as_ids(documents: list[np.ndarray]) -> list[np.ndarray]:
-    assert _tokenizer is not None
     for ids in documents:
         for id in (ids.min(), ids.max()) if len(ids) else ():
-            if not 0 <= id < len(_tokenizer):
+            if not 0 <= id < _vocabulary:
                 raise ValueError(
-                    f"the token file has id {id}, outside the {len(_tokenizer)} entries of the tokenizer: "
+                    f"the token file has id {id}, outside the {_vocabulary} entries of the tokenizer: "
                     "name the one that made it (--tokenizer)"
                 )
     return documents
@@ -191,6 +176,8 @@ class _Writer:
             note = json.loads(path.read_text(encoding="utf-8"))
             _compare(out, note["settings"], settings)
             self.documents, done = note["documents"], note["splits"]
+        self.filled = sum(documents for _, documents in done.values())  # documents that are not empty
+        if self.documents:
             log.info("going on after %d documents", self.documents)
         self.files, self.sizes = {}, {}
         for split in SPLITS:
@@ -200,10 +187,11 @@ class _Writer:
     def add(self, block: list[np.ndarray], validation: float) -> None:
         chosen: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         for ids in block:
-            held_out = int(self.documents * validation) != int((self.documents - 1) * validation) or not self.documents
-            if len(ids):
-                chosen["validation" if held_out else "train"].append(ids)
             self.documents += 1
+            if len(ids):
+                held_out = not self.filled or int(self.filled * validation) != int((self.filled - 1) * validation)
+                chosen["validation" if held_out else "train"].append(ids)
+                self.filled += 1
         for split, arrays in chosen.items():
             if arrays:
                 self.files[split].write(np.concatenate(arrays).astype(self.dtype).tobytes())
@@ -242,7 +230,7 @@ class _Writer:
             "tokenizer": {
                 "name": name,
                 "sha256": fingerprint,
-                "vocabulary": len(tokenizer),
+                "vocabulary": vocabulary_size(tokenizer),
                 "end_token": tokenizer.eos_token_id,
             },
             "settings": self.settings,
@@ -298,7 +286,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--column", default="text", help="of JSONL, Parquet and datasets")
     parser.add_argument("--split", default="train", help="of datasets")
-    parser.add_argument("--suffixes", nargs="+", default=list(TEXT), help="which files of a folder are text")
+    parser.add_argument(
+        "--suffixes", nargs="+", help="which files of a folder are read; default: JSONL and Parquet, else text"
+    )
     parser.add_argument("--max-documents", type=int, help="read no more than so many")
     options = parser.parse_args()
     try:
@@ -310,7 +300,7 @@ def main() -> None:
             options.workers,
             options.column,
             options.split,
-            tuple(options.suffixes),
+            None if options.suffixes is None else tuple(options.suffixes),
             options.max_documents,
         )
     except (ValueError, OSError) as error:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import inspect
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
+
+from jrt.system.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -82,23 +86,37 @@ class TensorBoard:
 
 
 class WandB:
-    """Sends metrics to Weights & Biases. Raises ValueError if wandb is not installed or has no key."""
+    """Sends metrics to Weights & Biases. A resumed run goes on with its curve there: its id is in wandb-run.txt.
+
+    Raises ValueError if wandb is not installed, has no key, or cannot begin."""
 
     def __init__(self, project: str, name: str, folder: str) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise ValueError("logger=wandb needs the package wandb: pip install 'jrt[wandb]'")
         import wandb
 
-        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
-        if not offline and not wandb.api.api_key:
-            raise ValueError("logger=wandb has no key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
-        self.run = wandb.init(project=project, name=name, dir=folder, resume="allow")
+        try:
+            if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not _has_key(wandb):
+                raise ValueError("no key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
+            file = Path(folder) / "wandb-run.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            known = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+            self.run = wandb.init(project=project, name=str(name), dir=folder, id=known, resume="allow")
+            write_text(file, f"{self.run.id}\n")
+        except (wandb.Error, ValueError) as error:
+            raise ValueError(f"logger=wandb: {' '.join(str(error).split())}") from error
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _has_key(wandb: ModuleType) -> bool:
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return wandb.login(prompt=False)
+    return bool(wandb.api.api_key)  # of versions before 0.31, which warn of it from then on
 
 
 def console(step: int, last: int, values: dict[str, float], seconds_a_step: float) -> None:
@@ -123,9 +141,14 @@ def console(step: int, last: int, values: dict[str, float], seconds_a_step: floa
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a metrics.csv. A last row that a crash cut off is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and None not in row.values()]
+    """Returns the rows of a metrics.csv. A last row that a crash cut off is left out.
+
+    Raises ValueError if it is not a run's metrics.csv."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        table = csv.DictReader(file)
+        if table.fieldnames is not None and tuple(table.fieldnames) != COLUMNS:
+            raise ValueError(f"{path} is not the metrics.csv of a run: choose another output, or move it away")
+        return [row for row in table if (row["step"] or "").isdigit() and None not in row.values()]
 
 
 def plot(metrics: Path, picture: Path) -> None:

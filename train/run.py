@@ -24,6 +24,7 @@ import hydra  # noqa: E402
 import torch  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import InstantiationException  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
@@ -33,16 +34,19 @@ from jrt.config import Config, presets  # noqa: E402
 from jrt.model import LanguageModel  # noqa: E402
 from jrt.system.provenance import code_sha256  # noqa: E402
 from jrt.training.objective import Objective, prefix_of  # noqa: E402
+from jrt.training.settings import check_kind, check_seed, check_whole  # noqa: E402
 from train import recall  # noqa: E402
 from train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 from train.data.batches import Data  # noqa: E402
-from train.distributed import World, build, is_launched, launch, world  # noqa: E402
+from train.data.vocabulary import vocabulary_size  # noqa: E402
+from train.distributed import SaidElsewhere, World, build, is_launched, launch, on_first, world  # noqa: E402
 from train.export import export  # noqa: E402
 from train.loop import Loop, Trainer  # noqa: E402
 from train.optimizer import Schedule  # noqa: E402
 from train.report import loggers, plot  # noqa: E402
 
 log = logging.getLogger(__name__)
+STEPS_LOOKED_AT = 100  # the first steps have batches of all sizes that the data has
 IDENTITY = ("preset", "model", "objective", "rate", "seed", "data", "batch", "precision", "ema", "code")
 
 
@@ -59,7 +63,8 @@ def train(config: DictConfig) -> dict[str, float]:
 
 def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, float]:
     torch.set_float32_matmul_precision("high")
-    output = Path(config.output).expanduser()
+    output = Path(str(config.output)).expanduser()
+    _check_settings(config)
     model_config = model_of(config)
     schedule: Schedule = _made(config.task.schedule)
     found = _checkpoint_before(config, output, place)
@@ -67,14 +72,19 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
         _check_same_run(found, {"preset": config.preset, "model": model_config.to_dict()}, config)
     data: Data = _data(config, place)
     objective, prefix = objective_of(config, model_config, data)
+    if config.score_items and data.tokenizer() is None:
+        raise ValueError("score_items asks questions, and the data does not say which tokenizer made it")
     rows = trainer.global_batch or data.rows(0) or 0
-    trainer.passes(rows)
+    for total in {rows if data.rows(0) is None else data.rows(step) or 0 for step in range(STEPS_LOOKED_AT)}:
+        trainer.passes(total)
+    if trainer.global_batch and data.rows(0) is not None:
+        raise ValueError("this data says how many rows each step has: leave out trainer.global_batch")
     if data.windows is not None and data.windows < rows:
         raise ValueError(f"the training text has {data.windows} windows of {data.length} tokens; a batch needs {rows}")
     identity = identity_of(config, model_config, objective, schedule, data)
     if found is not None:
         _check_same_run(found, identity, config)
-    configured = [_made(config.logger)] if config.logger and place.is_first else []
+    logger = on_first(place, lambda: _made(config.logger) if config.logger else None)
     model, module = build(
         model_config,
         objective.kind == "jrt" and objective.masked_share > 0,
@@ -102,12 +112,21 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
         loop.resume(found)
     output.mkdir(parents=True, exist_ok=True)
     metrics = output / "metrics.csv"
-    progress = loop.fit(loggers(configured, metrics, loop.progress.step) if place.is_first else [])
+    chosen = on_first(place, lambda: loggers([] if logger is None else [logger], metrics, loop.progress.step))
+    progress = loop.fit(chosen or [])
     if place.is_first:
         plot(metrics, output / "loss.png")
     if config.export:
         export(loop, config, data.tokenizer())
     return progress.metrics
+
+
+def _check_settings(config: DictConfig) -> None:
+    """Raises ValueError for a setting of the configuration's top level that has the wrong kind."""
+    check_seed("seed", config.seed)
+    check_whole("score_items", config.score_items, 0)
+    for name in ("resume", "export"):
+        check_kind(name, config[name], bool)
 
 
 def model_of(config: DictConfig) -> Config:
@@ -144,12 +163,18 @@ def objective_of(config: DictConfig, model: Config, data: Data) -> tuple[Objecti
             f"prefixes of this data have up to {data.length} tokens, and the model's encoder reads {model.enc_length}: raise "
             "model.enc_length, or shorten the sequences"
         )
+    for name in ("mask_token", "ignored_token"):
+        if (getattr(objective, name) or 0) >= model.vocab_rows:
+            raise ValueError(
+                f"objective.{name} is {getattr(objective, name)}: expected an id below the model's {model.vocab_rows} rows"
+            )
     tokenizer = data.tokenizer()
-    if tokenizer is not None and len(tokenizer) > model.vocab_rows:
+    size = 0 if tokenizer is None else vocabulary_size(tokenizer)
+    if size > model.vocab_rows:
         raise ValueError(
-            f"the data's tokenizer has {len(tokenizer)} entries, the model {model.vocab_rows} rows: raise model.vocab_rows"
+            f"the data's tokenizer has {size} entries, the model {model.vocab_rows} rows: raise model.vocab_rows"
         )
-    if tokenizer is not None and objective.kind == "jrt" and objective.mask_token < len(tokenizer):
+    if tokenizer is not None and objective.kind == "jrt" and objective.mask_token < size:
         own = tokenizer.mask_token_id
         if own != objective.mask_token:
             raise ValueError(
@@ -172,7 +197,7 @@ def identity_of(
         "model": model.to_dict(),
         "objective": dataclasses.asdict(objective),
         "rate": dataclasses.asdict(schedule),
-        "seed": config.seed,
+        "seed": config.seed if data.seed == config.seed else {"run": config.seed, "data": data.seed},
         "data": data.identity(),
         "batch": config.trainer.global_batch,
         "precision": config.trainer.precision,
@@ -200,8 +225,6 @@ def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkp
         raise ValueError(
             f"accept={','.join(unknown or given)}: expected names out of {', '.join(IDENTITY)}, in a list such as [code]"
         )
-    if not isinstance(config.seed, int):
-        raise ValueError(f"seed is {config.seed}: expected a whole number")
     found = Checkpoints(output / "checkpoints", place).latest()
     if found is not None and not config.resume:
         raise ValueError(
@@ -230,8 +253,7 @@ def _shown(before: Any, now: Any) -> str:
 
 def _data(config: DictConfig, place: World) -> Data:
     """Opens the data. The first process does so before the others, because it may have to make the data."""
-    found = _made(config.data) if place.is_first else None
-    place.wait()
+    found = on_first(place, lambda: _made(config.data))
     return found if found is not None else _made(config.data)
 
 
@@ -252,11 +274,11 @@ def _probe(config: DictConfig, data: Data) -> Callable[[LanguageModel], float] |
 
 
 def _made(config: DictConfig) -> Any:
-    """Builds the object that a `_target_` names. Hydra's wrapper around a ValueError is removed."""
+    """Builds the object that a `_target_` names. Hydra's wrapper around a user's error is removed."""
     try:
         return instantiate(config, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
         raise ValueError(" ".join(str(error).splitlines()[:2])) from error
 
@@ -280,11 +302,30 @@ def _run(config: DictConfig) -> None:
             "trainer.nodes > 1: start train/run.py with torchrun on each machine, as train/README.md shows"
         )
     trainer.passes(trainer.global_batch or 0)
-    arguments = [*HydraConfig.get().overrides.task, f"hydra.run.dir={HydraConfig.get().runtime.output_dir}"]
-    arguments = [a for a in arguments if not a.startswith("output=")] + [f"output={config.output}"]
-    code = launch(str(Path(__file__).resolve()), arguments, trainer.devices)
+    code = launch(str(Path(__file__).resolve()), _arguments(config), trainer.devices)
     if code:
         sys.exit(code)
+
+
+def _arguments(config: DictConfig) -> list[str]:
+    """Returns the arguments with which each device's process gets this process's configuration."""
+    job = HydraConfig.get()
+    places = {source.provider: source.path for source in job.runtime.config_sources if source.schema == "file"}
+    options = [f"--config-name={job.job.config_name}", f"--config-path={places['main']}"]
+    if "command-line" in places:
+        options.append(f"--config-dir={places['command-line']}")
+    overrides = [override for override in job.overrides.task if not override.startswith("output=")]
+    return [
+        *options,
+        *overrides,
+        f"output={_quoted(config.output)}",
+        f"hydra.run.dir={_quoted(job.runtime.output_dir)}",
+    ]
+
+
+def _quoted(value: object) -> str:
+    """A value in Hydra's quotes, so that a folder's name may have any characters."""
+    return "'" + str(value).replace("'", "\\'") + "'"
 
 
 def _is_first() -> bool:
@@ -293,10 +334,19 @@ def _is_first() -> bool:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
-    if not any(override.startswith("output=") for override in HydraConfig.get().overrides.task):
-        config.output = HydraConfig.get().runtime.output_dir
+    if not os.environ.get("JRT_HOME", "unset"):
+        del os.environ["JRT_HOME"]  # an empty name counts as none: the configuration reads it from here on
+    job = HydraConfig.get()
+    if not any(override.startswith("output=") for override in job.overrides.task):
+        config.output = job.runtime.output_dir
+    elif job.mode == RunMode.MULTIRUN:  # each run of a sweep has its own folder
+        config.output = f"{config.output}/{job.job.num}"
     try:
+        if OmegaConf.is_missing(config, "steps"):
+            raise ValueError("steps is not set: choose an experiment, such as experiment=debug, or give data and steps")
         _run(config)
+    except SaidElsewhere:
+        sys.exit(2)
     except (ValueError, OSError) as error:
         log.error("%s", error)
         sys.exit(2)

@@ -23,9 +23,7 @@ class Call(NamedTuple):
     log_decay: Tensor | None = None  # (H,)
     normalize: bool = True
     cu_seqlens: Tensor | None = None  # (N + 1,)
-    prefix: Call | None = (
-        None  # keys and values (B, M, H, .) of `jrt.ops.prefix_linear_attention`; then no initial state
-    )
+    prefix: Call | None = None  # keys and values (B, M, H, .) of a prefix; initial_state is None then
 
     def tensors(self) -> list[Tensor]:
         """All floating-point tensors that are not None."""

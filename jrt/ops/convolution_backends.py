@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from jrt.ops import causal_conv1d, checks
 from jrt.ops.convolution_call import Call
+from jrt.ops.registration import without_rule
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,19 +53,15 @@ def unsupported(backend: str, call: Call) -> str | None:
 
 def _triton_unsupported(call: Call) -> str | None:
     """Never imports triton."""
-    if call.state is not None:
-        return "a text that goes on from a state is not implemented in the kernels"
-    if call.mask is not None:
-        return "padding is not implemented in the kernels"
-    if reason := fusion_unsupported(call.u):
-        return reason
     if call.linear is not None and not is_plain(call.linear):
-        return "the projection has hooks or is a subclass of nn.Linear, so it has to be called"
-    return None
+        return "the projection is not a plain nn.Linear without hooks, so it has to be called"
+    given = (call.u, call.weight, call.bias, call.state, *(() if call.linear is None else call.linear.parameters()))
+    return fusion_unsupported(*given)
 
 
-def fusion_unsupported(x: Tensor) -> str | None:
-    """The reason why the Triton kernels of SwiGLU and convolution cannot serve inputs like x; None if they can."""
+def fusion_unsupported(x: Tensor, *others: Tensor | None) -> str | None:
+    """The reason why the Triton kernels of SwiGLU and convolution cannot serve inputs like x, with other tensors of any
+    kind; None if they can."""
     if not INSTALLED:
         return "triton is not installed"
     if not (x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")):
@@ -73,9 +70,14 @@ def fusion_unsupported(x: Tensor) -> str | None:
         return f"dtype {x.dtype}: expected bfloat16, float16 or float32"
     if not (x.requires_grad and torch.is_grad_enabled()):
         return "no gradient is wanted, and the kernels are for training"
-    return None
+    return without_rule(tensor for tensor in (x, *others) if tensor is not None)
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether the module is an nn.Linear without hooks, so that it can be replaced by `F.linear`."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    """Whether the module is an nn.Linear that nobody has changed, so that it can be replaced by `F.linear`.
+
+    Others have hooks, a forward of their own (accelerate, which loads the weights in it), or weights of another class
+    (quantised ones)."""
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+        return False
+    return type(linear.weight) in (nn.Parameter, Tensor)

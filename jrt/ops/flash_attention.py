@@ -43,7 +43,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> str | 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """`jrt.ops.softmax_attention`, for calls for which `unsupported` returns None."""
-    return packages.function(MODULE, NAME)(
+    o = packages.function(MODULE, NAME)(
         q,
         k,
         v,
@@ -52,3 +52,4 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
         window_size=(-1, -1) if window is None else (window, 0),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
+    return packages.once_differentiable(o, "the op with backend='sdpa'")

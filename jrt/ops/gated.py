@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jrt.ops import causal_conv1d, gated_operators, gated_pytorch  # noqa: F401 - gated_operators registers operators
 from jrt.ops.convolution_backends import choose, fusion_unsupported, is_plain
 from jrt.ops.convolution_call import Call
-from jrt.ops.short_convolution import last_inputs, owners
+from jrt.ops.short_convolution import last_inputs
 
 
 def swiglu_linear(x: Tensor, linear: nn.Module) -> Tensor:
@@ -26,7 +26,7 @@ def swiglu_linear(x: Tensor, linear: nn.Module) -> Tensor:
         x: (..., 2 M).
         linear: the projection from M units; if it has hooks or is a subclass of nn.Linear, it is called as a module.
     """
-    if fusion_unsupported(x) or not is_plain(linear):
+    if not is_plain(linear) or fusion_unsupported(x, *linear.parameters()):
         return gated_pytorch.swiglu_linear(x, linear)
     return torch.ops.jrt.swiglu_linear(x, *_weights(linear, x))
 
@@ -65,8 +65,8 @@ def gated_convolution_linear(
     call = Call(u, weight, bias, state, mask, cu_seqlens, linear)
     chosen = choose(call, backend)
     if chosen == "triton":
-        y = torch.ops.jrt.gated_convolution_linear(x, weight, bias, *_weights(linear, x), _starts(call))
-        return y, last_inputs(u, weight.shape[1], None, cu_seqlens)
+        y = torch.ops.jrt.gated_convolution_linear(x, weight, bias, *_weights(linear, x), state, mask, cu_seqlens)
+        return y, _state_after(call)
     if chosen == "causal-conv1d":
         c, state = causal_conv1d.silu_convolution(call)
         return linear(c * gate), state
@@ -87,8 +87,8 @@ def silu_convolution(
     call = Call(u, weight, bias, state, mask, cu_seqlens)
     chosen = choose(call, backend)
     if chosen == "triton":
-        y = torch.ops.jrt.silu_convolution(u, weight, bias, _starts(call))
-        return y, last_inputs(u, weight.shape[1], None, cu_seqlens)
+        y = torch.ops.jrt.silu_convolution(u, weight, bias, state, mask, cu_seqlens)
+        return y, _state_after(call)
     if chosen == "causal-conv1d":
         return causal_conv1d.silu_convolution(call)
     return gated_pytorch.silu_convolution(u, weight, bias, state, mask, cu_seqlens)
@@ -101,8 +101,12 @@ def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return linear.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
-def _starts(call: Call) -> Tensor | None:
-    """(T,) int32, the first token of each token's packed sequence; None if each row is one text."""
+def _state_after(call: Call) -> Tensor:
+    """The last K - 1 inputs, zero where they are padding."""
+    u, mask, before = call.u, call.mask, call.weight.shape[1] - 1
     if call.cu_seqlens is None:
-        return None
-    return call.cu_seqlens[owners(call.cu_seqlens, call.u.shape[1])].int()
+        last = slice(max(0, u.shape[1] - before), None)
+        u, mask = u[:, last], None if mask is None else mask[:, last]
+    if mask is not None:
+        u = u.masked_fill(~mask[..., None], 0)
+    return last_inputs(u, before + 1, call.state, call.cu_seqlens)

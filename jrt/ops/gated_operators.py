@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jrt.ops.registration import register
+from jrt.ops.convolution_state import state_gradient
+from jrt.ops.registration import refuse_second_derivative, register
 
 
 def _swiglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,60 +40,98 @@ def _swiglu_linear_backward_fake(x: Tensor, weight: Tensor, dy: Tensor) -> tuple
 
 
 def _gated_convolution_linear(
-    x: Tensor, taps: Tensor, tap_bias: Tensor | None, weight: Tensor, bias: Tensor | None, starts: Tensor | None = None
+    x: Tensor,
+    taps: Tensor,
+    tap_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """starts: (T,) int32, the first token of each token's packed sequence; None: each row is one text."""
     from jrt.ops import gated_triton
 
-    return _linear(gated_triton.convolution(x, taps, tap_bias, starts, is_gated=True), weight, bias)
+    return _linear(gated_triton.convolution(x, taps, tap_bias, state, mask, cu_seqlens, is_gated=True), weight, bias)
 
 
-def _gated_convolution_linear_fake(x, taps, tap_bias, weight, bias, starts=None):
+def _gated_convolution_linear_fake(x, taps, tap_bias, weight, bias, state=None, mask=None, cu_seqlens=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _gated_convolution_linear_backward(
-    x: Tensor, taps: Tensor, tap_bias: Tensor | None, weight: Tensor, starts: Tensor | None, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, taps, tap_bias (fp32) and weight."""
+    x: Tensor,
+    taps: Tensor,
+    tap_bias: Tensor | None,
+    weight: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, taps, tap_bias, weight and state; those of taps, tap_bias and state in fp32."""
     from jrt.ops import gated_triton
 
+    text = (x, taps, tap_bias, state, mask, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):
         by_product = dy @ weight
-        dx, dtaps, dbias, product = gated_triton.convolution_backward(
-            x, taps, tap_bias, by_product, starts, is_gated=True
-        )
+        dx, dtaps, dbias, product = gated_triton.convolution_backward(*text, by_product, is_gated=True)
         assert product is not None
-        return dx, dtaps, dbias, _weight_gradient(dy, product)
+        return dx, dtaps, dbias, _weight_gradient(dy, product), _state_gradient(*text, by_product)
 
 
-def _gated_convolution_linear_backward_fake(x, taps, tap_bias, weight, starts, dy):
-    dtaps = taps.new_empty(taps.shape, dtype=torch.float32)
-    return x.new_empty(x.shape), dtaps, dtaps.new_empty(taps.shape[0]), weight.new_empty(weight.shape)
+def _gated_convolution_linear_backward_fake(x, taps, tap_bias, weight, state, mask, cu_seqlens, dy):
+    dtaps, dstate = taps.new_empty(taps.shape, dtype=torch.float32), _state_gradient_fake(taps, state)
+    return x.new_empty(x.shape), dtaps, dtaps.new_empty(taps.shape[0]), weight.new_empty(weight.shape), dstate
 
 
-def _silu_convolution(u: Tensor, taps: Tensor, tap_bias: Tensor | None, starts: Tensor | None = None) -> Tensor:
+def _silu_convolution(
+    u: Tensor,
+    taps: Tensor,
+    tap_bias: Tensor | None,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     from jrt.ops import gated_triton
 
-    return gated_triton.convolution(u, taps, tap_bias, starts, is_gated=False)
+    return gated_triton.convolution(u, taps, tap_bias, state, mask, cu_seqlens, is_gated=False)
 
 
-def _silu_convolution_fake(u: Tensor, taps: Tensor, tap_bias: Tensor | None, starts: Tensor | None = None) -> Tensor:
+def _silu_convolution_fake(u, taps, tap_bias, state=None, mask=None, cu_seqlens=None):
     return u.new_empty(u.shape)
 
 
 def _silu_convolution_backward(
-    u: Tensor, taps: Tensor, tap_bias: Tensor | None, starts: Tensor | None, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u, taps and tap_bias, the last two in fp32."""
+    u: Tensor,
+    taps: Tensor,
+    tap_bias: Tensor | None,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, taps, tap_bias and state, all but the first in fp32."""
     from jrt.ops import gated_triton
 
-    return gated_triton.convolution_backward(u, taps, tap_bias, dy, starts, is_gated=False)[:3]
+    text = (u, taps, tap_bias, state, mask, cu_seqlens)
+    du, dtaps, dbias, _ = gated_triton.convolution_backward(*text, dy, is_gated=False)
+    return du, dtaps, dbias, _state_gradient(*text, dy)
 
 
-def _silu_convolution_backward_fake(u, taps, tap_bias, starts, dy):
+def _silu_convolution_backward_fake(u, taps, tap_bias, state, mask, cu_seqlens, dy):
     dtaps = taps.new_empty(taps.shape, dtype=torch.float32)
-    return u.new_empty(u.shape), dtaps, dtaps.new_empty(taps.shape[0])
+    return u.new_empty(u.shape), dtaps, dtaps.new_empty(taps.shape[0]), _state_gradient_fake(taps, state)
+
+
+def _state_gradient(x, taps, tap_bias, state, mask, cu_seqlens, dy) -> Tensor:
+    """In fp32; empty if there is no state."""
+    if state is None:
+        return _state_gradient_fake(taps, state)
+    return state_gradient(x, taps, tap_bias, state, mask, cu_seqlens, dy)
+
+
+def _state_gradient_fake(taps: Tensor, state: Tensor | None) -> Tensor:
+    return taps.new_empty(0 if state is None else state.shape, dtype=torch.float32)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,16 +156,17 @@ def _swiglu_gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_convolution(ctx, inputs, output) -> None:
-    x, taps, tap_bias, weight, bias, starts = inputs
-    ctx.save_for_backward(x, taps, tap_bias, weight, starts)
+    *tensors, bias, state, mask, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, state, mask, cu_seqlens)
     ctx.has_bias = bias is not None
 
 
 def _convolution_gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    _, taps, tap_bias, _, _ = ctx.saved_tensors
-    dx, dtaps, dtap_bias, dweight = torch.ops.jrt.gated_convolution_linear_backward(*ctx.saved_tensors, dy)
-    own = None if tap_bias is None else dtap_bias.to(tap_bias.dtype)
-    return dx, dtaps.to(taps.dtype), own, dweight, _bias_gradient(dy) if ctx.has_bias else None, None
+    _, taps, tap_bias, _, state, _, _ = ctx.saved_tensors
+    dx, dtaps, dtap_bias, dweight, dstate = torch.ops.jrt.gated_convolution_linear_backward(*ctx.saved_tensors, dy)
+    dbias = _bias_gradient(dy) if ctx.has_bias else None
+    of_bias, of_state = _as(dtap_bias, tap_bias), _as(dstate, state)
+    return dx, dtaps.to(taps.dtype), of_bias, dweight, dbias, of_state, None, None
 
 
 def _save_silu(ctx, inputs, output) -> None:
@@ -134,9 +174,14 @@ def _save_silu(ctx, inputs, output) -> None:
 
 
 def _silu_gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    _, taps, tap_bias, _ = ctx.saved_tensors
-    du, dtaps, dtap_bias = torch.ops.jrt.silu_convolution_backward(*ctx.saved_tensors, dy)
-    return du, dtaps.to(taps.dtype), None if tap_bias is None else dtap_bias.to(tap_bias.dtype), None
+    _, taps, tap_bias, state, _, _ = ctx.saved_tensors
+    du, dtaps, dtap_bias, dstate = torch.ops.jrt.silu_convolution_backward(*ctx.saved_tensors, dy)
+    return du, dtaps.to(taps.dtype), _as(dtap_bias, tap_bias), _as(dstate, state), None, None
+
+
+def _as(gradient: Tensor, x: Tensor | None) -> Tensor | None:
+    """The gradient in the dtype of x; None if x is None."""
+    return None if x is None else gradient.to(x.dtype)
 
 
 def _bias_gradient(dy: Tensor) -> Tensor:
@@ -144,6 +189,8 @@ def _bias_gradient(dy: Tensor) -> Tensor:
 
 
 _TAPS = "Tensor taps, Tensor? tap_bias"
+_TEXT = "Tensor? state=None, Tensor? mask=None, Tensor? cu_seqlens=None"
+_SAVED_TEXT = "Tensor? state, Tensor? mask, Tensor? cu_seqlens"
 register("swiglu_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _swiglu_linear, _swiglu_linear_fake)
 register(
     "swiglu_linear_backward",
@@ -153,28 +200,31 @@ register(
 )
 register(
     "gated_convolution_linear",
-    f"(Tensor x, {_TAPS}, Tensor weight, Tensor? bias, Tensor? starts=None) -> Tensor",
+    f"(Tensor x, {_TAPS}, Tensor weight, Tensor? bias, {_TEXT}) -> Tensor",
     _gated_convolution_linear,
     _gated_convolution_linear_fake,
 )
 register(
     "gated_convolution_linear_backward",
-    f"(Tensor x, {_TAPS}, Tensor weight, Tensor? starts, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor x, {_TAPS}, Tensor weight, {_SAVED_TEXT}, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_convolution_linear_backward,
     _gated_convolution_linear_backward_fake,
 )
 register(
     "silu_convolution",
-    f"(Tensor u, {_TAPS}, Tensor? starts=None) -> Tensor",
+    f"(Tensor u, {_TAPS}, {_TEXT}) -> Tensor",
     _silu_convolution,
     _silu_convolution_fake,
 )
 register(
     "silu_convolution_backward",
-    f"(Tensor u, {_TAPS}, Tensor? starts, Tensor dy) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor u, {_TAPS}, {_SAVED_TEXT}, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)",
     _silu_convolution_backward,
     _silu_convolution_backward_fake,
 )
+refuse_second_derivative("swiglu_linear_backward", "jrt.ops.gated_pytorch.swiglu_linear")
+refuse_second_derivative("gated_convolution_linear_backward", "the op with backend='pytorch'")
+refuse_second_derivative("silu_convolution_backward", "the op with backend='pytorch'")
 torch.library.register_autograd("jrt::swiglu_linear", _swiglu_gradients, setup_context=_save_swiglu)
 torch.library.register_autograd(
     "jrt::gated_convolution_linear", _convolution_gradients, setup_context=_save_convolution

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from jrt.ops.registration import without_rule
 from jrt.system.breaks import BREAKS, one_line
 
 DEVICE = "cuda"  # the kind of device that the packages compute on
@@ -33,10 +33,7 @@ def unavailable(package: str, module: str, name: str, tensors: Sequence[Tensor |
         return f"tensors are on {given[0].device}; expected a CUDA device"
     if reason := _missing(package, module, name):
         return reason
-    # torch.compile cannot trace `unpack_dual`, and does not compile forward-mode derivatives.
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
-        return f"a forward-mode derivative is wanted and {package} has none"
-    return None
+    return without_rule(given)
 
 
 def unordered_sums(package: str, tensors: Sequence[Tensor | None]) -> str | None:
@@ -51,6 +48,20 @@ def unordered_sums(package: str, tensors: Sequence[Tensor | None]) -> str | None
 def function(module: str, name: str) -> Callable:
     """A function of a package for which `unavailable` returns None."""
     return getattr(importlib.import_module(module), name)
+
+
+def once_differentiable(y: Tensor, instead: str) -> Tensor:
+    """y, with an error if a second derivative is taken through a package that would leave it out.
+
+    instead: what to call for a second derivative."""
+
+    def refuse(gradient: Tensor) -> None:
+        if torch.is_grad_enabled():  # the backward pass is recorded to be differentiated
+            raise ValueError(f"a second derivative is wanted and the package has none: call {instead}")
+
+    if y.requires_grad:
+        y.register_hook(refuse)
+    return y
 
 
 def _missing(package: str, module: str, name: str) -> str | None:

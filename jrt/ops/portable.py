@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from jrt.ops.attention_pytorch import softmax_attention
 from jrt.ops.call import Call
@@ -110,6 +111,7 @@ class ChunkedScan(torch.autograd.Function):
         return y, state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, between = ctx.saved_tensors
         skip = A.new_zeros(A.shape[0]) if D is None else D

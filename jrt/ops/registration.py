@@ -40,12 +40,12 @@ def without_rule(tensors: Iterable[Tensor]) -> str | None:
     return None
 
 
-def refuse_second_derivative(name: str) -> None:
-    """Makes it an error to differentiate jrt::name, an operator that computes gradients. PyTorch would take zero."""
+def refuse_second_derivative(name: str, instead: str = "the op with backend='chunked' or 'reference'") -> None:
+    """Makes it an error to differentiate jrt::name, an operator that computes gradients. PyTorch would take zero.
+
+    instead: what to call for a second derivative."""
 
     def refuse(ctx, *gradients: Tensor) -> None:
-        raise ValueError(
-            "a second derivative is wanted and the kernels have none: call the op with backend='chunked' or 'reference'"
-        )
+        raise ValueError(f"a second derivative is wanted and the kernels have none: call {instead}")
 
     torch.library.register_autograd(f"jrt::{name}", refuse)

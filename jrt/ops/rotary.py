@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jrt.ops import rotary_pytorch
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,7 +28,7 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Te
         cos, sin: (B, T, 1, R) of the angles, fp32.
         heads: H.
     """
-    if not _fuses(qkv):
+    if not _fuses(qkv) or without_rule((qkv, cos, sin)):
         return rotary_pytorch.split_rotated(qkv, cos, sin, heads)
     return torch.ops.jrt.split_rotated(qkv, cos, sin, heads)
 
@@ -81,4 +81,5 @@ register(
     "split_rotated", "(Tensor qkv, Tensor cos, Tensor sin, int heads) -> (Tensor, Tensor, Tensor)", _split, _split_fake
 )
 register("join_rotated", "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor", _join, _join_fake)
+refuse_second_derivative("join_rotated", "jrt.ops.rotary_pytorch.split_rotated")
 torch.library.register_autograd("jrt::split_rotated", _gradients, setup_context=_save)

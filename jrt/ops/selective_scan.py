@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jrt.ops import mamba_ssm, selective_scan_cuda
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register, without_rule
 from jrt.ops.selective_scan_pytorch import CHUNK as PYTORCH_CHUNK
 from jrt.ops.selective_scan_pytorch import between_shape, chunked_backward, chunked_forward, state_dtype, stepwise
 
@@ -62,52 +62,65 @@ def selective_scan(
         Sums run in the state's dtype whatever the inputs' dtypes are, which may differ from each other.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call.
+        ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call. Only
+            "reference" has second and forward-mode derivatives; None takes it for the latter.
     """
     _check(u, delta, A, B, C, D, delta_bias, initial_state, gate)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"selective_scan: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
-    one_step = u.shape[1] == 1
     whole = (u, delta, A, B, C, D, delta_bias, initial_state, gate)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in whole)
-    if backend == "mamba-ssm" or (backend is None and not one_step):
-        reason = mamba_ssm.unsupported(whole)
-        if backend == "mamba-ssm" and reason:
-            raise ValueError(f"selective_scan: backend 'mamba-ssm' cannot serve this call: {reason}")
-        if reason is None:
-            return mamba_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, gate)
-    if backend == "cuda" or (backend is None and not one_step):
-        reason = selective_scan_cuda.unsupported(whole)
-        if backend == "cuda" and reason:
-            raise ValueError(f"selective_scan: backend 'cuda' cannot serve this call: {reason}")
-        if reason is None:
-            return selective_scan_cuda.selective_scan(*whole, keep)
+    chosen = choose(whole, backend)
+    if chosen == "mamba-ssm":
+        return mamba_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, gate)
+    if chosen == "cuda":
+        return selective_scan_cuda.selective_scan(*whole, keep)
     if delta_bias is not None:
         delta = F.softplus(delta.to(state_dtype(*whole)) + delta_bias)
     inputs = (u, delta, A, B, C, D, initial_state)
-    reason = None if backend in ("reference", "chunked") else triton_unsupported(inputs)
-    if backend == "triton" and reason:
-        raise ValueError(f"selective_scan: backend 'triton' cannot serve this call: {reason}")
-    if backend is None:
-        backend = "triton" if u.is_cuda and not one_step and reason is None else "chunked"
-    if backend == "reference" or (backend == "chunked" and one_step):  # one step of decoding is the definition itself
+    if chosen == "reference" or (u.shape[1] == 1 and chosen == "chunked"):  # one step is the definition itself
         y, state = stepwise(*inputs)
     else:
-        y, state, _ = torch.ops.jrt.selective_scan(*inputs, backend, keep)
+        y, state, _ = torch.ops.jrt.selective_scan(*inputs, chosen, keep)
     return y if gate is None else y * F.silu(gate), state
 
 
-def triton_unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
-    """The reason why the Triton kernels cannot serve these inputs; None if they can. Never imports triton."""
-    if not TRITON_INSTALLED:
-        return "triton is not installed; use 'chunked'"
-    if any(x is not None and x.dtype == torch.float64 for x in inputs):
-        return "it computes in fp32 and an input is fp64; use 'chunked'"
+def choose(inputs: tuple[Tensor | None, ...], backend: str | None) -> str:
+    """The backend that was asked for, or the fastest that serves (u, delta, A, B, C, D, delta_bias, initial_state,
+    gate).
+
+    Raises:
+        ValueError: there is no such backend, or it cannot serve the call.
+    """
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"selective_scan: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
+    if backend is not None:
+        if reason := unsupported(backend, inputs):
+            raise ValueError(f"selective_scan: backend {backend!r} cannot serve this call: {reason}")
+        return backend
     u = inputs[0]
     assert u is not None
-    if not u.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs CUDA tensors, these are on {u.device}; use 'chunked'"
-    return None
+    if u.shape[1] == 1:
+        return "chunked"
+    return next(name for name in reversed(BACKENDS) if unsupported(name, inputs) is None)
+
+
+def unsupported(backend: str, inputs: tuple[Tensor | None, ...]) -> str | None:
+    """The reason why a backend cannot serve these inputs (see `choose`); None if it can. Never imports triton."""
+    if backend == "mamba-ssm":
+        return mamba_ssm.unsupported(inputs)
+    if backend == "cuda":
+        return selective_scan_cuda.unsupported(inputs)
+    u = inputs[0]
+    assert u is not None
+    if backend == "reference" or (backend == "chunked" and u.shape[1] == 1):
+        return None
+    if backend == "triton":
+        if not TRITON_INSTALLED:
+            return "triton is not installed; use 'chunked'"
+        if any(x is not None and x.dtype == torch.float64 for x in inputs[:-1]):
+            return "it computes in fp32 and an input is fp64; use 'chunked'"
+        if not u.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it needs CUDA tensors, these are on {u.device}; use 'chunked'"
+    return without_rule(x for x in inputs if x is not None)
 
 
 def _check(u, delta, A, B, C, D, delta_bias, initial_state, gate) -> None:
@@ -207,4 +220,5 @@ register(
     _backward,
     _backward_fake,
 )
+refuse_second_derivative("selective_scan_backward", "the op with backend='reference'")
 torch.library.register_autograd("jrt::selective_scan", _gradients, setup_context=_save)

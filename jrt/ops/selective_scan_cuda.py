@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from jrt.ops import cuda
-from jrt.ops.registration import register
+from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
 STATES, STEPS = 16, 16  # N; steps of a chunk
 FORWARD_WIDTH, BACKWARD_WIDTH = 32, 128  # channels of a block
@@ -43,11 +42,7 @@ def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
         return "they compute in fp32 and an input is fp64"
     if u.shape[0] > 65535 or u.shape[1] >= 2**31 - STEPS:
         return "the text or the batch is too large for one launch"
-    if not torch.compiler.is_compiling() and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
-        return "a forward-mode derivative is wanted and the kernels have none"
-    return None
+    return without_rule(x for x in inputs if x is not None)
 
 
 def selective_scan(
@@ -223,4 +218,5 @@ register(
     _backward,
     _backward_fake,
 )
+refuse_second_derivative("selective_scan_cuda_backward", "the op with backend='reference'")
 torch.library.register_autograd("jrt::selective_scan_cuda", _gradients, setup_context=_save)

@@ -12,7 +12,6 @@ Shapes: B rows, T tokens of a row, V vocabulary rows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jrt.config import Config
+from jrt.training.settings import check_fields, check_whole
 
 IGNORED = -100
 KINDS = ("causal", "prefix-lm", "jrt")
@@ -60,13 +60,16 @@ class Objective:
     ignored_token: int | None = None  # id that is masked but never a label; the release's code does this to id 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "objective")
         if self.kind not in KINDS:
             raise ValueError(f"objective {self.kind!r}: expected one of {', '.join(KINDS)}")
         for name in ("masked_share", "masked_rows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a share between 0 and 1")
-        if not 0 <= self.masked_weight < math.inf:
+        if self.masked_weight < 0:
             raise ValueError(f"masked_weight is {self.masked_weight}: expected a number of at least 0")
+        if self.mask_token < 0:
+            raise ValueError(f"mask_token is {self.mask_token}: expected a token id")
         if self.ignored_token is not None and self.ignored_token < 0:
             raise ValueError(f"ignored_token is {self.ignored_token}: expected a token id, or null for none")
 
@@ -136,8 +139,8 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
     """
     if kind not in KINDS:
         raise ValueError(f"objective {kind!r}: expected one of {', '.join(KINDS)}")
-    if prefix_length is not None and prefix_length < 0:
-        raise ValueError(f"prefix_length is {prefix_length}: expected at least 0")
+    if prefix_length is not None:
+        check_whole("prefix_length", prefix_length, 0)
     encodes = config.has("P")
     if kind == "causal":
         if encodes:
@@ -148,6 +151,10 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
         if prefix_length:
             raise ValueError(f"prefix_length is {prefix_length}: the objective 'causal' has no prefix")
         return 0
+    if encodes and prefix_length == 0:
+        raise ValueError(
+            f"prefix_length is 0, but pattern {config.pattern!r} has a prefix encoder: leave it out, or give at least 1"
+        )
     prefix = prefix_length or (config.enc_length if encodes else 0)
     if prefix < 1:
         raise ValueError(

@@ -1,13 +1,14 @@
-"""Batches for the training loop. A batch depends on (seed, step) alone, so a resumed run reads the same batches.
+"""What the training loop reads. A batch depends on (seed, step) alone, so a resumed run reads the same batches.
 
 Shapes: G rows of a step's whole batch, R rows of a part of it, T tokens of a row.
 """
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 from jrt_recall.tokenizers import shipped_tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from jrt.training.settings import check_kind, check_seed, check_whole
+from train.data.files import sampled_sha256
 from train.data.order import Mixture, NeoxOrder, Shuffled, Straight, Stream
 from train.data.pages import Pages
 from train.data.sequences import Recipe, Sequences
-from train.data.sources import DatasetTokens, Joined, StreamedTokens, TokenFile, TokenSource
+from train.data.sources import DatasetTokens, Joined, StreamedTokens, StreamEnd, TokenFile, TokenSource
+from train.data.vocabulary import load_tokenizer, tokenizer_sha256
 
 Batch = dict[str, Tensor]
 """Tensors by name. Always: ids (R, T + 1) int64. Some data also has:
@@ -38,6 +41,7 @@ class Data(Protocol):
     """The data that the loop trains on."""
 
     length: int  # T of the longest row
+    seed: int  # of the order
     workers: int
     windows: int | None  # how many different rows there are; None: no limit
     validation_batches: int
@@ -112,20 +116,23 @@ class TextData:
         if bool(mixture) == bool(folder):
             raise ValueError("give data.folder or data.mixture, one of the two")
         for part in mixture:
-            if set(part) != {"folder", "weight"} or not isinstance(part["weight"], int | float):
-                raise ValueError(f"data.mixture has {part}: expected {{folder: A, weight: 0.7}}, the weight a number")
+            known = isinstance(part, dict) and set(part) == {"folder", "weight"}
+            if not known or type(part["weight"]) not in (int, float) or not 0 < part["weight"] < math.inf:
+                raise ValueError(
+                    f"data.mixture has {part}: expected {{folder: A, weight: 0.7}}, the weight a positive number"
+                )
+        _check_sizes(length, validation_windows, validation_rows)
+        check_whole("data.workers", workers, 0)
+        check_seed("data.seed", seed)
+        if neox_windows is not None:
+            check_whole("data.neox_windows", neox_windows, 1)
         self.length, self.seed, self.order, self.workers = length, seed, order, workers
-        self.folders = [Path(part["folder"]).expanduser() for part in mixture] or [Path(str(folder)).expanduser()]
+        self.folders = [Path(str(part["folder"])).expanduser() for part in mixture] or [Path(str(folder)).expanduser()]
         self.weights = [float(part["weight"]) for part in mixture] or [1.0]
         self.neox_windows = neox_windows
         self.manifests = [_manifest(path) for path in self.folders]
         if len({str(manifest.get("tokenizer", {}).get("sha256")) for manifest in self.manifests}) > 1:
             raise ValueError("the folders of data.mixture were made with different tokenizers")
-        least = {"length": (length, 1), "workers": (workers, 0)}
-        least |= {"validation_windows": (validation_windows, 1), "validation_rows": (validation_rows, 1)}
-        for name, (value, lowest) in least.items():
-            if not isinstance(value, int) or value < lowest:
-                raise ValueError(f"data.{name} is {value}: expected a whole number of at least {lowest}")
         self.windows = 0
         streams = [self._stream(path, manifest) for path, manifest in zip(self.folders, self.manifests, strict=True)]
         self.stream = streams[0] if len(streams) == 1 else Mixture(streams, self.weights, seed)
@@ -138,7 +145,7 @@ class TextData:
         self.validation_batches = -(-count // validation_rows)
 
     def _files(self, folder: Path, split: str, manifest: dict) -> TokenSource:
-        paths = sorted(glob.glob(str(folder / f"{split}*.bin")))
+        paths = sorted(folder.glob(f"{split}*.bin"))
         if not paths:
             raise ValueError(
                 f"no {split}.bin in {folder}: make it with `python train/prepare.py SOURCE {folder}`"
@@ -186,12 +193,14 @@ class TextData:
             ) from error
 
     def identity(self) -> dict:
-        files = sorted(path for folder in self.folders for path in folder.glob("*.bin"))
-        hashes = [
-            m.get("splits", {}).get(s, {}).get("sha256", "") for m in self.manifests for s in ("train", "validation")
-        ]
-        sizes = [path.stat().st_size for path in files]
-        return {"files": sizes, "sha256": hashes, "order": self.order, "length": self.length, "weights": self.weights}
+        files = [path for folder in self.folders for path in sorted(folder.glob("*.bin"))]
+        found = {
+            "files": [sampled_sha256(path) for path in files],
+            "order": self.order,
+            "length": self.length,
+            "weights": self.weights,
+        }
+        return found if self.order != "neox" else found | {"neox_windows": self.neox_windows}
 
 
 class HubData:
@@ -223,9 +232,17 @@ class HubData:
     ) -> None:
         import datasets
 
+        _check_sizes(length, validation_windows, validation_rows)
+        check_seed("data.seed", seed)
+        check_kind("data.streaming", streaming, bool)
+        check_whole("data.stream_windows", stream_windows, 1)
         self.length, self.seed, self.workers = length, seed, 1
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        self._settings = [path, name, train_split, validation_split, column, streaming]
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._identity = {
+            "dataset": [path, name, train_split, validation_split, column, streaming],
+            "tokenizer": tokenizer_sha256(self._tokenizer),
+            "length": length,
+        }
 
         def source(split: str, streams: bool, windows: int) -> TokenSource:
             try:
@@ -241,9 +258,11 @@ class HubData:
         self.stream: Stream = Straight(training) if streaming else Shuffled(training, seed)
         self._training = training
         held_out = source(validation_split, streaming, validation_windows)
-        count = min(validation_windows, len(held_out))
         # A stream can only be read forward, so its few validation windows are kept in memory.
-        self._kept = [held_out.read(i) for i in range(count)] if streaming else None
+        self._kept = _first_windows(held_out, validation_windows) if streaming else None
+        count = min(validation_windows, len(held_out)) if self._kept is None else len(self._kept)
+        if not count:
+            raise ValueError(f"the split {validation_split!r} of {path} holds less than one window of {length} tokens")
         self._held_out, self._count, self._rows = held_out, count, validation_rows
         self.validation_batches = -(-count // validation_rows)
 
@@ -273,7 +292,11 @@ class HubData:
         return self._tokenizer
 
     def identity(self) -> dict:
-        return {"dataset": self._settings, "length": self.length}
+        if isinstance(self._training, StreamedTokens):
+            return self._identity
+        places = sorted({0, len(self._training) // 2, len(self._training) - 1})
+        windows = b"".join(self._training.read(i).tobytes() for i in places)
+        return self._identity | {"windows": len(self._training), "sample": hashlib.sha256(windows).hexdigest()}
 
 
 class RecallData:
@@ -285,7 +308,10 @@ class RecallData:
     windows = None  # rows are drawn
 
     def __init__(self, folder: str, recipe: Recipe, seed: int, validation_batches: int, workers: int) -> None:
-        self.folder, self.recipe, self.seed, self.workers = Path(folder).expanduser(), recipe, seed, workers
+        check_seed("data.seed", seed)
+        check_whole("data.validation_batches", validation_batches, 1)
+        check_whole("data.workers", workers, 0)
+        self.folder, self.recipe, self.seed, self.workers = Path(str(folder)).expanduser(), recipe, seed, workers
         self.validation_batches = validation_batches
         self.length = max(length for length, _, _ in recipe.shapes)
         self._tokenizer = shipped_tokenizer()
@@ -306,51 +332,25 @@ class RecallData:
         return self._tokenizer
 
     def identity(self) -> dict:
-        sizes = [(self.folder / f"{name}.bin").stat().st_size for name in ("train", "validation")]
-        return {"files": sizes, "recipe": repr(self.recipe)}
+        files = [sampled_sha256(self.folder / f"{name}.bin") for name in ("train", "validation")]
+        return {"files": files, "recipe": repr(self.recipe)}
 
 
-class _Steps(IterableDataset):
-    """One device's rows of the steps from `start` to before `stop`. The workers take turns, one step each."""
-
-    def __init__(self, data: Data, start: int, stop: int, rank: int, world: int, global_batch: int | None) -> None:
-        self.data, self.start, self.stop = data, start, stop
-        self.rank, self.world, self.global_batch = rank, world, global_batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        turn, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None:
-            torch.set_num_threads(1)
-        for step in range(self.start + turn, self.stop, workers):
-            yield local_part(self.data, step, self.rank, self.world, self.global_batch)
+def _check_sizes(length: object, validation_windows: object, validation_rows: object) -> None:
+    check_whole("data.length", length, 1)
+    check_whole("data.validation_windows", validation_windows, 1)
+    check_whole("data.validation_rows", validation_rows, 1)
 
 
-def local_part(data: Data, step: int, rank: int, world: int, global_batch: int | None) -> Batch:
-    """Returns the rows of a step that device `rank` of `world` reads: an equal, consecutive share.
-
-    Raises:
-        ValueError: the batch cannot be split evenly.
-    """
-    total = global_batch or data.rows(step)
-    if total is None:
-        raise ValueError("trainer.global_batch is not set, and this data does not say how many rows a step has")
-    if total % world:
-        raise ValueError(f"step {step} has {total} rows, which {world} devices cannot share evenly")
-    own = total // world
-    return data.part(step, total, rank * own, own)
-
-
-def loader(data: Data, start: int, stop: int, rank: int, world: int, global_batch: int | None) -> DataLoader:
-    """Returns a loader of this device's rows, one batch for each step from `start` to before `stop`."""
-    steps = _Steps(data, start, stop, rank, world, global_batch)
-    return DataLoader(
-        steps,
-        batch_size=None,
-        num_workers=data.workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if data.workers else None,
-    )
+def _first_windows(stream: TokenSource, most: int) -> list[np.ndarray]:
+    """Returns the first windows of a stream, `most` or as many as it has."""
+    found: list[np.ndarray] = []
+    try:
+        while len(found) < most:
+            found.append(stream.read(len(found)))
+    except StreamEnd:
+        pass
+    return found
 
 
 def _manifest(folder: Path) -> dict:

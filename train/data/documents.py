@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from train.data.files import sampled_sha256
 from train.data.indexed import read_index
 
 log = logging.getLogger(__name__)
 TEXT = (".txt", ".text", ".md", ".rst")
+ROWS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst", ".parquet")  # a document each row
+SAVED = ("dataset_dict.json", "state.json")  # what a folder has that `datasets` saved
 HUB = "hub:"
+UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class Documents:
     """A source of documents: its files, and a function that reads its documents from a given number on."""
 
-    inputs: list[dict]  # name and bytes of each file, for the manifest
+    inputs: list[dict]  # name, bytes and sampled_sha256 of each file, for the manifest
     start: Callable[[int], Iterator[Any]]  # documents from number n on: text, or (tokens,) ids
 
     holds_ids: bool = False
 
 
 def find_documents(
-    source: str, column: str = "text", split: str = "train", suffixes: tuple[str, ...] = TEXT
+    source: str, column: str = "text", split: str = "train", suffixes: tuple[str, ...] | None = None
 ) -> Documents:
     """Finds the documents of a source.
 
     Args:
         source: a file, a folder, or `hub:NAME` or `hub:NAME:CONFIGURATION` for a dataset of the Hugging Face hub. A
-            text file is one document; a JSONL or Parquet file holds one document in each row. If a folder has JSONL or
-            Parquet files, its text files are not read.
+            text file is one document; a JSONL or Parquet file holds one document in each row. A folder may also be a
+            dataset that `datasets` saved.
         column: the column that holds the text, in JSONL, Parquet and hub datasets.
         split: split of a hub dataset.
-        suffixes: endings of the files in a folder that are text.
+        suffixes: endings of the files in a folder that are read. None: those of ROWS if there are any, else those of
+            TEXT.
 
     Raises:
         ValueError: nothing there, or nothing that can be read.
@@ -52,24 +58,43 @@ def find_documents(
     if path.suffix in (".bin", ".idx") or path.with_suffix(path.suffix + ".idx").is_file():
         return _indexed(path)
     if path.is_file():
+        if not _is_rows(path):
+            raise ValueError(
+                f"{source} is one document, too few for training and validation text: expected a folder of text files, "
+                f"or a file that ends in {', '.join(ROWS)} or .bin"
+            )
         return _files([path], path.parent, column)
+    if any((path / name).is_file() for name in SAVED):
+        return _hub(str(path), column, split)
     if not path.is_dir():
         raise ValueError(f"nothing at {source}: expected a folder, a .jsonl, .parquet, text or .bin file, or hub:NAME")
     everything = sorted(file for file in path.rglob("*") if file.is_file())
-    rows = [file for file in everything if _is_rows(file)]
-    chosen = rows or [file for file in everything if file.suffix in suffixes]
+    if suffixes is not None:
+        endings = tuple(f".{each.lstrip('.')}".lower() for each in suffixes)
+        chosen = [file for file in everything if file.name.lower().endswith(endings)]
+    else:
+        endings = (*TEXT, *ROWS)
+        texts = [file for file in everything if file.name.lower().endswith(TEXT)]
+        chosen = [file for file in everything if _is_rows(file)] or texts
+        if texts and chosen is not texts:
+            log.warning(
+                "%s has files with a document in each row, such as %s: its %d text files are left out "
+                "(--suffixes says which files are read)",
+                *(source, chosen[0].name, len(texts)),
+            )
     if not chosen:
-        expected = ", ".join((*suffixes, ".jsonl", ".jsonl.gz", ".parquet"))
-        raise ValueError(f"{source} holds no text: expected files that end in {expected} (--suffixes for others)")
+        raise ValueError(
+            f"{source} holds no text: expected files that end in {', '.join(endings)} (--suffixes for others)"
+        )
     return _files(chosen, path, column)
 
 
 def _is_rows(path: Path) -> bool:
-    return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+    return path.name.lower().endswith(ROWS)
 
 
 def _files(paths: list[Path], root: Path, column: str) -> Documents:
-    inputs = [{"name": str(path.relative_to(root)), "bytes": path.stat().st_size} for path in paths]
+    inputs = [_input(path, str(path.relative_to(root))) for path in paths]
 
     def start(number: int) -> Iterator[str]:
         position = 0
@@ -82,24 +107,44 @@ def _files(paths: list[Path], root: Path, column: str) -> Documents:
     return Documents(inputs, start)
 
 
+def _input(path: Path, name: str) -> dict:
+    return {"name": name, "bytes": path.stat().st_size, "sample": sampled_sha256(path)}
+
+
 def _texts(path: Path, column: str) -> Iterator[str]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from _parquet(path, column)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        opener = gzip.open if path.suffix == ".gz" else open
+    elif _is_rows(path):
         try:
-            with opener(path, "rt", encoding="utf-8-sig") as file:
+            with _opened(path) as file:
                 for row, line in enumerate(file, start=1):
                     if line.strip():
                         yield _field(line, column, path, row)
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is damaged, or not in UTF-8: {error}") from error
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
     else:
         content = path.read_bytes()
         if b"\0" in content:  # no text in UTF-8 has this byte; files in other formats do
             log.warning("%s is left out: it has a zero byte, so it is not text in UTF-8", path)
             content = b""
-        yield content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+        text = content.decode("utf-8-sig", errors="replace")
+        if (wrong := text.count(UNREADABLE)) and not content.count(UNREADABLE.encode()):
+            log.warning("%s is not all UTF-8: %d characters are replaced by %s", path, wrong, UNREADABLE)
+        yield text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _opened(path: Path) -> IO[str]:
+    """Opens a JSONL file that may be compressed."""
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path, "rt", encoding="utf-8-sig")
+        case ".zst":
+            import pyarrow
+
+            return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
 
 
 def _field(line: str, column: str, path: Path, row: int) -> str:
@@ -159,7 +204,7 @@ def _indexed(path: Path) -> Documents:
         for i in range(number, index.documents):
             yield np.asarray(tokens[0 if i == 0 else index.ends[i - 1] : index.ends[i]])
 
-    return Documents([{"name": tokens_path.name, "bytes": size}], start, holds_ids=True)
+    return Documents([_input(tokens_path, tokens_path.name)], start, holds_ids=True)
 
 
 def _hub(name: str, column: str, split: str) -> Documents:

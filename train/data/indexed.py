@@ -57,10 +57,11 @@ def read_index(path: Path) -> Index:
     sizes = data[start : start + 4 * sequences].view(np.int32)
     firsts = data[start + 12 * sequences :].view(np.int64)
     ends = np.cumsum(sizes, dtype=np.int64)
-    if boundaries and (firsts[-1] != sequences or (sizes < 0).any()):
+    in_order = not boundaries or (firsts[0] == 0 and firsts[-1] == sequences and (np.diff(firsts) >= 0).all())
+    if (sizes < 0).any() or not in_order:
         raise ValueError(f"{path} contradicts itself about where documents end: the file is damaged")
-    if boundaries > 1 and boundaries - 1 != sequences:  # documents of several sequences
-        ends = ends[firsts[1:] - 1]
+    if boundaries > 1:  # a document may be several sequences, or none
+        ends = np.append(0, ends)[firsts[1:]]
     return Index(np.dtype(DTYPES[code]), ends)
 
 

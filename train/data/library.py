@@ -22,7 +22,7 @@ class LibraryText(TextData):
     def __init__(
         self, folder: str, length: int, seed: int, validation_windows: int, validation_rows: int, workers: int
     ) -> None:
-        path = Path(folder).expanduser()
+        path = Path(str(folder)).expanduser()
         if not any(path.glob("train*.bin")):
             make_library_text(path)
         super().__init__(

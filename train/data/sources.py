@@ -170,6 +170,10 @@ class DatasetTokens:
         return starts[np.searchsorted(starts, start) : np.searchsorted(starts, start + self.length + 1)] - start
 
 
+class StreamEnd(ValueError):
+    """A stream has fewer windows than were asked for."""
+
+
 class StreamedTokens:
     """A Hugging Face dataset that is streamed. Windows are made in the order of its documents.
 
@@ -243,7 +247,9 @@ class StreamedTokens:
             while len(self._ids) < self.length + 1:
                 document = next(self._documents, None)
                 if document is None:
-                    raise ValueError(f"the stream ended after {self._next} windows of {self.length} tokens")
+                    raise StreamEnd(
+                        f"the stream ended after {self._next} windows of {self.length} tokens: there is no more text"
+                    )
                 self._starts = np.append(self._starts, len(self._ids))
                 self._ids = np.concatenate([self._ids, np.asarray(document, np.int64)])
             inside = self._starts[self._starts <= self.length]
@@ -288,14 +294,18 @@ def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
     The name of a special entry inside a text is read as plain text.
 
     Raises:
-        ValueError: the tokenizer has no end-of-text id.
+        ValueError: the tokenizer has no end-of-text id, or a document is no text.
     """
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a document is a {type(text).__name__}: expected text")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-text token, which separates documents"
         )
     found = tokenizer(
-        list(texts),
+        texts,
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,

@@ -86,25 +86,32 @@ def page(
 
 
 def _tables(records: Sequence[dict], manifest: dict, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
-    """For each task and protocol: the lines above and below its table, its records by model, and its cells without a
-    score."""
+    """For each task, protocol and version of it: the lines above and below its table, its records by model, and its
+    cells without a score. Such cells stand with the newest version that was measured."""
     described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
-    groups: dict[tuple[str, str], dict[str, list[dict]]] = {(cell.task, cell.protocol): {} for cell in failed}
+    groups: dict[tuple[str, str], dict[int, dict[str, list[dict]]]] = {(c.task, c.protocol): {} for c in failed}
     for record in records:
-        models = groups.setdefault((record["task"], record["protocol"]), {})
+        versions = groups.setdefault((record["task"], record["protocol"]), {})
+        models = versions.setdefault(record.get("version", 1), {})
         models.setdefault(record["model"], []).append(record)
     found = []
-    for (task, protocol), models in groups.items():
-        members = [record for rows in models.values() for record in rows]
-        if members:
-            above = [described[protocol, members[0].get("version", 1)], counts_line(members[0])]
-        else:  # no model answered
-            above = [text for (name, _), text in described.items() if name == protocol]
+    for (task, protocol), versions in groups.items():
         empty = not_run(failed, task, protocol)
-        found.append(
-            {"task": task, "above": above, "models": list(models.values()), "empty": empty, "below": notes(members)}
-        )
+        for version, models in sorted(versions.items()):
+            members = [record for rows in models.values() for record in rows]
+            above = [described[protocol, version], counts_line(members[0])]
+            lacking = empty if version == max(versions) else {}
+            found.append(_table(task, above, list(models.values()), lacking, members))
+        if not versions:  # no model answered
+            above = [text for (name, _), text in described.items() if name == protocol]
+            found.append(_table(task, above, [], empty, []))
     return found
+
+
+def _table(
+    task: str, above: list[str], models: list[list[dict]], empty: dict[Cell, str], members: list[dict]
+) -> dict[str, Any]:
+    return {"task": task, "above": above, "models": models, "empty": empty, "below": notes(members)}
 
 
 def _chosen_items(predictions: Sequence[dict], count: int) -> tuple[list[dict[str, Any]], int, list[str]]:

@@ -4,6 +4,7 @@ Each function returns a matplotlib Figure; pyplot, with its global state, is not
 """
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -151,18 +152,20 @@ def _drawn(heading: str, figure: Figure) -> Drawn:
 
 
 def _panels(rows: Sequence[dict]) -> tuple[Figure, list[tuple[Axes, list[dict]]]]:
-    """A figure with one panel for each task and protocol, and the rows that belong there."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    """A figure with one panel for each task, protocol and version of it, and the rows that belong there."""
+    groups: dict[tuple[str, str, int], list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["task"], row["protocol"]), []).append(row)
+        groups.setdefault((row["task"], row["protocol"], row.get("version", 1)), []).append(row)
+    versions = Counter((task, protocol) for task, protocol, _ in groups)
     columns = max(1, min(2, len(groups)))
     lines = max(1, -(-len(groups) // columns))
     figure = Figure(figsize=(5.2 * columns, 3.8 * lines), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis in axes[len(groups) :]:
         axis.set_axis_off()
-    for axis, (task, protocol) in zip(axes, groups, strict=False):
-        axis.set_title(f"{task}, {protocol}", fontsize="medium")
+    for axis, (task, protocol, version) in zip(axes, groups, strict=False):
+        which = f" version {version}" if versions[task, protocol] > 1 else ""
+        axis.set_title(f"{task}, {protocol}{which}", fontsize="medium")
         axis.set_ylabel("accuracy (contains)")
         axis.set_ylim(0, 1)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -1,0 +1,170 @@
+"""Documents of every kind of source: which files are read, which documents there are, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jrt_recall.tokenizers import shipped_tokenizer
+
+pytest.importorskip("datasets")
+
+from train.data.documents import find_documents
+from train.data.files import sampled_sha256
+from train.data.indexed import HEADER, MAGIC, read_index
+from train.data.vocabulary import load_tokenizer, vocabulary_size
+from train.prepare import prepare
+
+TEXTS = [f"Page {i} über № {i}: a door\n" for i in range(30)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+
+
+def texts_of(source: Path, **settings) -> list[str]:
+    return list(find_documents(str(source), **settings).start(0))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.jsonl.zst", "a.ndjson.gz"])
+def test_rows_of_json_by_any_of_their_names(tmp_path, name):
+    import pyarrow
+
+    kind = {"zst": "zstd", "gz": "gzip"}.get(name.rsplit(".", 1)[1])
+    with pyarrow.output_stream(str(tmp_path / name), compression=kind) as file:
+        file.write(LINES.encode())
+    assert texts_of(tmp_path / name) == texts_of(tmp_path) == TEXTS
+
+
+def test_a_cut_compressed_file_is_named(tmp_path):
+    import pyarrow
+
+    with pyarrow.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as file:
+        file.write(LINES.encode())
+    (tmp_path / "a.jsonl.zst").write_bytes((tmp_path / "a.jsonl.zst").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst (cannot be read|is damaged)"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_text_of_parquet_in_any_of_its_types(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array(TEXTS)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    table = pyarrow.table({"id": range(30), "a.text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    assert texts_of(tmp_path / "a.parquet", column="a.text") == TEXTS
+
+
+def test_a_folder_with_both_kinds_says_what_it_leaves_out(tmp_path, caplog):
+    """The packages of a Python environment hold a few Parquet files beside their text."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text(LINES)
+    for name in ("one.txt", "TWO.TXT", "three.py"):
+        (tmp_path / name).write_text(name)
+    assert texts_of(tmp_path) == TEXTS
+    assert "its 2 text files are left out" in caplog.text
+    assert texts_of(tmp_path, suffixes=(".txt", "py")) == ["TWO.TXT", "one.txt", "three.py"]  # in order of their names
+    assert texts_of(tmp_path, suffixes=("jsonl",)) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.txt"])
+def test_a_file_that_is_one_document_is_refused(tmp_path, name):
+    (tmp_path / name).write_text(LINES)
+    with pytest.raises(
+        ValueError, match="is one document, too few for training and validation text: expected a folder"
+    ):
+        prepare(str(tmp_path / name), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_in_another_encoding_is_told(tmp_path, caplog):
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "utf8.txt").write_text("café \N{REPLACEMENT CHARACTER}", encoding="utf-8")
+    assert texts_of(tmp_path) == ["caf\N{REPLACEMENT CHARACTER}", "café \N{REPLACEMENT CHARACTER}"]
+    assert "latin.txt is not all UTF-8: 1 characters" in caplog.text and "utf8.txt" not in caplog.text
+
+
+def test_a_dataset_that_was_saved_is_read(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    train = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict(train=train, validation=train.select(range(4))).save_to_disk(str(tmp_path / "saved"))
+    assert texts_of(tmp_path / "saved") == TEXTS
+    assert texts_of(tmp_path / "saved", split="validation") == TEXTS[:4]
+
+
+def test_the_first_document_that_is_not_empty_is_held_out(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text("" if number < 3 else f"page {number}")
+    splits = prepare(str(tmp_path), tmp_path / "out", validation=0.005)["splits"]
+    assert (splits["validation"]["documents"], splits["train"]["documents"]) == (1, 8)
+    ids = np.fromfile(tmp_path / "out" / "validation.bin", np.uint16)
+    assert load_tokenizer("mini").decode(ids[:-1]) == "page 3"
+
+
+def test_a_source_that_was_changed_is_noticed(tmp_path):
+    """The file has the same name and size as before."""
+    (tmp_path / "a.jsonl").write_text(LINES)
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", validation=0.1)
+    (tmp_path / "a.jsonl").write_text(LINES.replace("Page 7", "Sage 7"))
+    with pytest.raises(ValueError, match="begun with other inputs"):
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", validation=0.1)
+
+
+def test_a_hash_of_samples_reads_both_ends_of_a_large_file(tmp_path):
+    path = tmp_path / "large.bin"
+    path.write_bytes(bytes(3_000_000))
+    before = {sampled_sha256(path)}
+    for place in (0, 2_999_999):
+        content = bytearray(3_000_000)
+        content[place] = 1
+        path.write_bytes(content)
+        before.add(sampled_sha256(path))
+    path.write_bytes(bytes(3_000_001))
+    assert len(before | {sampled_sha256(path)}) == 4
+
+
+def index(path: Path, sizes: list[int], firsts: list[int]) -> Path:
+    tokens = np.asarray(sizes, np.int32)
+    offsets = (np.cumsum(tokens, dtype=np.int64) - tokens) * 2
+    head = HEADER.pack(MAGIC, 1, 8, len(sizes), len(firsts))
+    path.write_bytes(head + tokens.tobytes() + offsets.tobytes() + np.asarray(firsts, np.int64).tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("firsts", "ends"),
+    [
+        ([], [5, 11, 18]),
+        ([0, 1, 2, 3], [5, 11, 18]),
+        ([0, 2, 3], [11, 18]),
+        ([0, 0, 2, 3], [0, 11, 18]),
+        ([0, 1, 3, 3], [5, 18, 18]),
+        ([0, 1, 1, 1, 3], [5, 5, 5, 18]),
+    ],
+)
+def test_documents_of_several_sequences_or_none(tmp_path, firsts, ends):
+    assert read_index(index(tmp_path / "a.idx", [5, 6, 7], firsts)).ends.tolist() == ends
+
+
+@pytest.mark.parametrize("firsts", [[1, 2, 3], [0, 2, 1, 3], [0, 1, 2], [0, -1, 3], [0, 4, 3]])
+def test_boundaries_that_contradict_themselves_are_refused(tmp_path, firsts):
+    with pytest.raises(ValueError, match="contradicts itself"):
+        read_index(index(tmp_path / "a.idx", [5, 6, 7], firsts))
+
+
+def test_ids_of_a_vocabulary_with_gaps_are_kept(tmp_path):
+    """Three entries, but ids up to 70,000: they do not fit into 16 bits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1, "b": 70_000, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "words")
+    assert vocabulary_size(tokenizer) == 70_001 and vocabulary_size(shipped_tokenizer()) == 4096
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b a b"}\n')
+    manifest = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer=str(tmp_path / "words"))
+    assert manifest["tokenizer"]["vocabulary"] == 70_001
+    assert np.fromfile(tmp_path / "out" / "train.bin", manifest["dtype"]).tolist() == [70_000, 0, 70_000, 1]
