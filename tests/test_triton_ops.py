@@ -467,6 +467,7 @@ COMPILED = [(name, architecture) for name in (*KERNELS, *BOTH) for architecture 
             for dtype in (torch.float16, torch.float32)
         ),
         pytest.param("prefix keys", 86, 32, 64, torch.float32, marks=pytest.mark.slow),
+        pytest.param("queries", 86, 32, 128, torch.float32, marks=pytest.mark.slow),
         pytest.param("both keys", 86, 32, 128, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("both keys", 89, 16, 112, torch.bfloat16, marks=pytest.mark.slow),
     ],
@@ -476,6 +477,14 @@ def test_compiled_for_other_gpus_within_their_shared_memory(name, architecture, 
     kernel = compiled(name, architecture, d, D, dtype)
     limit = 100 * 1024 if architecture in (86, 89) else 163 * 1024
     assert 0 < kernel.metadata.shared <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["queries", "keys"])
+def test_masks_and_decay_fit_into_the_shared_memory_of_other_gpus(name):
+    """Matrices that are used at both ends of a chunk stayed in shared memory between: 144 KB in fp32."""
+    require_triton()
+    assert 0 < compiled(name, 86, 32, 128, torch.float32, everything=True).metadata.shared <= 100 * 1024
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

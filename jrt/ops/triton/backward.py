@@ -117,8 +117,9 @@ def queries_kernel(
         tl.store(sum_weight + at, -delta * w, mask=inside & (tl.program_id(1) == 0))
         if HAS_DECAY:
             v_c = (v_c * to_end[:, None]).to(WIDE)
+        again = zero_of(first + C, k, d)  # else the matrices of `picker` would stay in shared memory from above to here
         tiles, sums = add_chunk(
-            tiles, sums, kT, v_c, keep, keep.to(tl.float32), whole, zero, False, False, HAS_DECAY, d, DK,
+            tiles, sums, kT, v_c, keep, keep.to(tl.float32), whole, again, False, False, HAS_DECAY, d, DK,
             PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
         )  # fmt: skip
 
@@ -215,8 +216,9 @@ def piece_gradients(
             by_value = w
             if HAS_DECAY:
                 by_value = w * to_query
+            again = zero_of(first + C, k, d)  # as in `queries_kernel`
             tiles, sums = add_chunk(
-                tiles, sums, qT, do_c, by_value, c, whole, zero, True, True, HAS_DECAY, d, DK,
+                tiles, sums, qT, do_c, by_value, c, whole, again, True, True, HAS_DECAY, d, DK,
                 PAIR_TILES, PAIR_ROWS, REST_ROWS, WIDE, PRECISION,
             )  # fmt: skip
         store_rows(dk, tl.where(keep[:, None], dk_c, 0.0), t, H * d, inside, dims, d)
