@@ -102,7 +102,7 @@ int prefill_pieces(int batch, int tokens, int heads, int value_dim, bool only_st
 
 PYBIND11_MODULE(jrt_kernels, m) {
     m.doc() = "Hopper kernels for linear attention with the Taylor feature map; called through jrt.ops (backend 'cuda').";
-    m.attr("interface") = 5;  // jrt.ops.cuda refuses a build that speaks another one
+    m.attr("interface") = 6;  // jrt.ops.cuda refuses a build that speaks another one
     m.def("prefill", &prefill, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("mask"),
           py::arg("initial_state"), py::arg("state"), py::arg("workspace"), py::arg("sizes"), py::arg("pieces"),
           py::arg("dtype"), py::arg("normalize"), py::arg("device"), py::arg("stream"),

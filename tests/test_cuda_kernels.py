@@ -410,7 +410,7 @@ def test_what_is_missing_is_said(probed):
 @pytest.mark.parametrize(
     "source, expected",
     [
-        ("interface = 1", "has interface 1, expected 5: build it again"),
+        ("interface = 1", "has interface 1, expected 6: build it again"),
         (
             "raise ImportError('GLIBCXX_3.4.32 not found')",
             "cannot be loaded (GLIBCXX_3.4.32 not found): build it again",

@@ -26,7 +26,7 @@ from jrt.ops.registration import register, without_rule
 
 DIM = 16
 FEATURES = feature_count(DIM)
-INTERFACE = 5  # the version of jrt_kernels' interface that this file calls
+INTERFACE = 6  # the version of jrt_kernels that this file calls; 5 could stop forever in the gradients of a prefix
 LONGEST = 2**30  # most tokens: the kernels count them in 32 bits
 VECTOR_BYTES = 16  # addresses must be multiples of this: the kernels load and store so many bytes at a time
 DTYPES = (torch.bfloat16, torch.float16)
