@@ -41,6 +41,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "train" / "run.py"
 ROWS = {"jrt-360m": 16, "jrt-1.3b": 8}  # of a pass on one GPU; other presets: 4
 STRATEGIES = ("ddp", "fsdp")
 SPEED_STEPS = 15
+PATIENCE = 240  # seconds: longer than compiling takes, and than steps between two figures
 TOLERANCE = 1e-3  # between the losses of one GPU and of several, relative
 
 
@@ -102,6 +103,7 @@ class Run:
     ) -> None:
         self.setting, self.devices, self.output = setting, devices, output
         self.start, self.beside = time.monotonic(), 0
+        self._moved, self._written = self.start, 0  # when metrics.csv last grew, and its time of change then
         command = [sys.executable, str(SCRIPT), f"preset={setting.preset}", "name=scaling", f"steps={options.steps}"]
         command += [f"output={output}", f"data.folder={text}", f"data.length={options.length}", "export=false"]
         command += [f"trainer={'cpu' if options.cpu else 'gpu'}", f"trainer.devices={setting.gpus}"]
@@ -127,9 +129,15 @@ class Run:
         """Whether all processes have ended.
 
         Raises:
-            SystemExit: one of them failed. The message has its output.
+            SystemExit: one of them failed, or the run has written no figures for PATIENCE seconds. The message has its
+                output.
         """
         codes = [process.poll() for process in self._processes]
+        metrics = self.output / "metrics.csv"
+        if metrics.is_file() and metrics.stat().st_mtime_ns != self._written:
+            self._written, self._moved = metrics.stat().st_mtime_ns, time.monotonic()
+        if None in codes and time.monotonic() - self._moved > PATIENCE:
+            raise SystemExit(f"{self.setting}: no figures for {PATIENCE} s")
         for code, log in zip(codes, self._logs, strict=True):
             if code:
                 raise SystemExit(f"{self.setting}: exit code {code}\n{log.read_text(errors='replace')[-6000:]}")
