@@ -77,6 +77,11 @@ def test_without_tokenizer_files_the_size_names_gpt_neox(tmp_path, monkeypatch):
         ({"ngroups": 8}, {}, "ssm_cfg.ngroups = 8"),
         ({"norm_before_gate": True}, {}, "norm_before_gate"),
         ({"D_has_hdim": True}, {}, "D_has_hdim"),
+        ({"dt_limit": [0.001, 0.1]}, {}, "dt_limit"),
+        ({}, {"d_model": 10**30}, "backbone.embedding.weight has shape"),
+        ({}, {"n_layer": 10**9}, "layers.999999999.norm.weight is missing"),
+        ({}, {"tie_embeddings": None}, "tie_embeddings = None; expected true or false"),
+        ({}, {"residual_in_fp32": "no"}, "residual_in_fp32 = 'no'; expected true or false"),
         ({"headdim": 48}, {}, "no multiple of headdim"),
         ({"d_state": 8}, {}, "has shape"),
         ({"d_state": "16"}, {}, "whole number"),
@@ -95,3 +100,29 @@ def test_what_reads_no_mamba_2_says_so(tmp_path, capsys):
     for words in (["info", folder], ["convert", folder, str(tmp_path / "out")]):
         assert main(words) == 2
         assert "is Mamba-2, which only `jrt eval`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [{"d_conv": 10**30}, {"d_state": 2**62}])
+def test_sizes_beyond_numbers_of_pytorch_are_refused(tmp_path, size):
+    with pytest.raises(ValueError, match="sizes that no model can have"):
+        open_mamba2(save_random_mamba2(tmp_path / "mamba2", None, **size), torch.float32)
+
+
+def test_settings_that_spell_the_defaults_change_nothing(tmp_path):
+    folder = save_random_mamba2(
+        tmp_path / "mamba2", None, D_has_hdim=False, d_ssm=None, dt_limit=[0.0, float("inf")], conv_init=None
+    )
+    open_mamba2(folder, torch.float32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_is_kept_or_refused(tmp_path, tied):
+    """A head that differs from the embedding contradicts `tie_embeddings`, which would silently drop one of the two."""
+    folder = save_random_mamba2(tmp_path / "mamba2", None, {"tie_embeddings": tied})
+    head = torch.randn(ROWS, 64)
+    torch.save(weights() | {"lm_head.weight": head}, folder / "pytorch_model.bin")
+    if tied:
+        with pytest.raises(CheckpointError, match="differs from the embedding"):
+            open_mamba2(folder, torch.float32)
+    else:
+        assert torch.equal(open_mamba2(folder, torch.float32).lm_head.weight, head)
