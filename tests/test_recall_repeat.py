@@ -174,9 +174,42 @@ def test_minus_signs_of_jinja_do_not_join_the_copies():
         assert jinja2.Template(text).render(context="blue", question="Key?") == shown
 
 
-def written(folder: Path, name: str, text: str) -> None:
-    settings = {"task": name, "dataset_path": "json", "output_type": "generate_until", "doc_to_text": text}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+def test_a_column_in_a_comment_of_the_template_is_not_the_context():
+    text, what = repeated_template("{# {{context}} #}{{document}} Key?", 2)
+    assert what == "context" and jinja2.Template(text).render(context="x", document="blue") == "blue\nblue Key?"
+    assert repeated_template("{# {{context}} #}{{page}}", 2)[1] == "whole prompt"
+    assert repeated_template("{{+ context }} Key?", 2) == ("{{+ context }}\n{{+ context }} Key?", "context")
+
+
+def written(folder: Path, name: str, text: str, **more: object) -> None:
+    settings = {"task": name, "dataset_path": "json", "output_type": "generate_until", "doc_to_text": text, **more}
+    (folder / f"{name.replace('/', '-')}.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_prompts_that_a_new_doc_to_text_would_not_reach_are_refused(tmp_path):
+    written(tmp_path, "source", "{{context}}", use_prompt="promptsource:a")
+    written(tmp_path, "examples", "{{context}}", fewshot_config={"doc_to_text": "Example: {{context}}"})
+    index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
+    for name, told in (("source", "use_prompt"), ("examples", "prompt of their own")):
+        with pytest.raises(ValueError, match=told):
+            write_repeated(index, [name], 2, tmp_path, None)
+
+
+def test_a_name_with_a_slash_is_repeated(tmp_path):
+    written(tmp_path, "suite/a", "{{context}}")
+    index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
+    (tmp_path / "new").mkdir()
+    assert write_repeated(index, ["suite/a"], 2, tmp_path / "new", None) == ["suite/a_2x"]
+    assert "suite/a_2x" in TaskManager(include_path=tmp_path / "new", include_defaults=False).task_index
+
+
+def test_groups_without_an_end_or_without_tasks_are_refused(tmp_path):
+    for name, members in (("outer", ["inner"]), ("inner", ["outer"]), ("nothing", [])):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, "task": members}))
+    index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
+    for name, told in (("outer", "outer > inner > outer"), ("nothing", "nothing to repeat")):
+        with pytest.raises(ValueError, match=told):
+            write_repeated(index, [name], 2, tmp_path, None)
 
 
 def test_a_name_that_is_taken_and_a_prompt_without_a_column_are_refused(tmp_path):

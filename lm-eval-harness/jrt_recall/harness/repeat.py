@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -38,8 +39,10 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
         ValueError: the template does not show the named column, or shows it more than once.
     """
 
+    shown_part = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)  # without Jinja's comments
+
     def places(name: str) -> list[str]:
-        return re.findall(r"\{\{-?\s*" + re.escape(name) + r"\b[^{}]*\}\}", template)
+        return re.findall(r"\{\{[-+]?\s*" + re.escape(name) + r"\b[^{}]*\}\}", shown_part)
 
     if column is not None and not places(column):
         raise ValueError(f"the template {template[:80]!r} does not show the column {column!r}: name another --context")
@@ -103,10 +106,13 @@ def write_repeated(
         column: as in `repeated_template` and `repeating`.
 
     Raises:
-        ValueError: a task is unknown, does not generate text, or is a Python class.
+        ValueError: a task is unknown, does not generate text, is a Python class, or takes its prompt or its examples'
+            prompts from elsewhere; a group is empty or contains itself.
     """
     strategy = strategy_named(f"{copies}x")
     members = [member for name in names for member in _members(index, name)]
+    if not members:
+        raise ValueError(f"{', '.join(names) or '--tasks'}: no task in it, so nothing to repeat")
     new_names: list[str] = []
     for name in dict.fromkeys(members):
         original = index[name]
@@ -116,7 +122,15 @@ def write_repeated(
         if output_type != "generate_until":
             raise ValueError(f"{name} does not generate text (output_type {output_type}): --repeat needs that")
         if not isinstance(template, str):
-            raise ValueError(f"{name} is a Python class, which has no doc_to_text: --repeat cannot see its prompt")
+            raise ValueError(
+                f"{name} has no text in doc_to_text (such as a Python class): --repeat cannot see its prompt"
+            )
+        if settings.get("use_prompt") is not None:
+            raise ValueError(f"{name} takes its prompt from promptsource (use_prompt): --repeat cannot see its prompt")
+        if (settings.get("fewshot_config") or {}).get("doc_to_text") is not None:
+            raise ValueError(
+                f"{name} has examples with a prompt of their own (fewshot_config): --repeat would not reach it"
+            )
         new_name = f"{name}_{copies}x"
         if new_name in index:
             raise ValueError(f"there is a task {new_name} already: rename it, because {name} repeated has this name")
@@ -137,31 +151,38 @@ def write_repeated(
             text, what = repeated_template(template, copies, column)
             prompt = yaml.safe_dump({"doc_to_text": text}, allow_unicode=True)
         new["metadata"] = {**(settings.get("metadata") or {}), "strategy": strategy.name, "repeated": what}
-        (folder / f"{new_name}.yaml").write_text(yaml.safe_dump(new, allow_unicode=True) + prompt, encoding="utf-8")
+        (folder / f"{quote(new_name, safe='')}.yaml").write_text(
+            yaml.safe_dump(new, allow_unicode=True) + prompt, encoding="utf-8"
+        )
         new_names.append(new_name)
     return new_names
 
 
-def _members(index: Mapping[str, Any], name: str) -> list[str]:
+def _members(index: Mapping[str, Any], name: str, around: tuple[str, ...] = ()) -> list[str]:
+    """The tasks behind a name. around: the groups that contain it."""
     if name not in index:
         raise ValueError(f"unknown task {name!r}: `lm_eval ls tasks` lists those that are here")
+    if name in around:
+        raise ValueError(f"group {name} contains itself: {' > '.join((*around, name))}")
     entry = index[name]
     match entry.kind.name:
         case "TAG":
             return [one.name for one in index.values() if name in one.tags and one.kind.name.endswith("TASK")]
         case "GROUP":
-            return _listed(index, name, (entry.cfg or {}).get("task", []))
+            return _listed(index, (*around, name), (entry.cfg or {}).get("task", []))
     return [name]
 
 
-def _listed(index: Mapping[str, Any], group: str, members: Sequence[str | dict]) -> list[str]:
-    """The tasks of a group's list, in which a group can be written out as a dict with a list of its own."""
+def _listed(index: Mapping[str, Any], groups: tuple[str, ...], members: Sequence[str | dict]) -> list[str]:
+    """The tasks of a group's list, in which a group can be written out as a dict with a list of its own.
+
+    groups: the group, after those that contain it."""
     found: list[str] = []
     for member in members:
         inner = member if isinstance(member, str) else member.get("task")
         if isinstance(member, dict) and isinstance(inner, str):
-            raise ValueError(f"group {group} runs {inner} with settings of its own: name its tasks one by one")
-        found += _members(index, inner) if isinstance(inner, str) else _listed(index, group, inner or [])
+            raise ValueError(f"group {groups[-1]} runs {inner} with settings of its own: name its tasks one by one")
+        found += _members(index, inner, groups) if isinstance(inner, str) else _listed(index, groups, inner or [])
     return found
 
 
