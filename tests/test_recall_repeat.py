@@ -186,13 +186,20 @@ def written(folder: Path, name: str, text: str, **more: object) -> None:
     (folder / f"{name.replace('/', '-')}.yaml").write_text(yaml.safe_dump(settings))
 
 
-def test_prompts_that_a_new_doc_to_text_would_not_reach_are_refused(tmp_path):
+def test_a_prompt_that_a_new_doc_to_text_would_not_reach_is_refused(tmp_path):
     written(tmp_path, "source", "{{context}}", use_prompt="promptsource:a")
-    written(tmp_path, "examples", "{{context}}", fewshot_config={"doc_to_text": "Example: {{context}}"})
     index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
-    for name, told in (("source", "use_prompt"), ("examples", "prompt of their own")):
-        with pytest.raises(ValueError, match=told):
-            write_repeated(index, [name], 2, tmp_path, None)
+    with pytest.raises(ValueError, match="use_prompt"):
+        write_repeated(index, ["source"], 2, tmp_path, None)
+
+
+def test_examples_with_a_prompt_of_their_own_are_marked(tmp_path):
+    written(tmp_path, "own", "{{context}}", fewshot_config={"doc_to_text": "Example: {{context}}"})
+    written(tmp_path, "usual", "{{context}}", fewshot_config={"sampler": "first_n"})
+    index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
+    write_repeated(index, ["own", "usual"], 2, tmp_path, None)
+    said = [yaml.safe_load((tmp_path / f"{name}_2x.yaml").read_text())["metadata"] for name in ("own", "usual")]
+    assert said[0]["examples"] == "once" and "examples" not in said[1]
 
 
 def test_a_name_with_a_slash_is_repeated(tmp_path):

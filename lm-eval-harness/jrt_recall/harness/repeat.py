@@ -106,8 +106,8 @@ def write_repeated(
         column: as in `repeated_template` and `repeating`.
 
     Raises:
-        ValueError: a task is unknown, does not generate text, is a Python class, or takes its prompt or its examples'
-            prompts from elsewhere; a group is empty or contains itself.
+        ValueError: a task is unknown, does not generate text, is a Python class, or takes its prompt from
+            elsewhere; a group is empty or contains itself.
     """
     strategy = strategy_named(f"{copies}x")
     members = [member for name in names for member in _members(index, name)]
@@ -127,10 +127,6 @@ def write_repeated(
             )
         if settings.get("use_prompt") is not None:
             raise ValueError(f"{name} takes its prompt from promptsource (use_prompt): --repeat cannot see its prompt")
-        if (settings.get("fewshot_config") or {}).get("doc_to_text") is not None:
-            raise ValueError(
-                f"{name} has examples with a prompt of their own (fewshot_config): --repeat would not reach it"
-            )
         new_name = f"{name}_{copies}x"
         if new_name in index:
             raise ValueError(f"there is a task {new_name} already: rename it, because {name} repeated has this name")
@@ -151,6 +147,8 @@ def write_repeated(
             text, what = repeated_template(template, copies, column)
             prompt = yaml.safe_dump({"doc_to_text": text}, allow_unicode=True)
         new["metadata"] = {**(settings.get("metadata") or {}), "strategy": strategy.name, "repeated": what}
+        if (settings.get("fewshot_config") or {}).get("doc_to_text") is not None:
+            new["metadata"]["examples"] = "once"  # they have a prompt of their own, which stays
         (folder / f"{quote(new_name, safe='')}.yaml").write_text(
             yaml.safe_dump(new, allow_unicode=True) + prompt, encoding="utf-8"
         )
