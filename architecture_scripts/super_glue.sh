@@ -10,8 +10,13 @@ batch_size=16
 read_arguments "$@"
 
 extra=
-if [ "${more[0]:-}" = "--model_args-extra" ]; then extra=,${more[1]}; more=("${more[@]:2}"); fi
-for model in ${models//,/ }; do
+if [ "${more[0]:-}" = "--model_args-extra" ]; then
+  if [ -z "${more[1]:-}" ]; then echo "$(basename "$0"): --model_args-extra needs a value" >&2; exit 2; fi
+  extra=,${more[1]}; more=("${more[@]:2}")
+fi
+IFS=, read -ra names <<< "$models"
+for model in "${names[@]}"; do
+  if [ -z "$model" ]; then continue; fi
   beside jrt lm-eval --model jrt --model_args "pretrained=$model$extra" --tasks "${tasks:-recall_super_glue}" --num_fewshot 5 \
     --batch_size "$batch_size" --device "$device" --output_path "$output/super_glue/$(basename "$model")" \
     ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}

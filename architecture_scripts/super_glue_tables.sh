@@ -9,7 +9,9 @@ models+=,hazyresearch/JRT-1B-50B,hazyresearch/based-1b-50b,hazyresearch/mamba-1b
 batch_size=16
 read_arguments "$@"
 
-for model in ${models//,/ }; do
+IFS=, read -ra names <<< "$models"
+for model in "${names[@]}"; do
+  if [ -z "$model" ]; then continue; fi
   for shots in 0 1 5; do
     beside jrt lm-eval --model jrt --model_args "pretrained=$model" --tasks "${tasks:-recall_super_glue}" --num_fewshot "$shots" \
       --batch_size "$batch_size" --device "$device" --output_path "$output/super_glue/$(basename "$model")/$shots" \

@@ -74,6 +74,20 @@ def test_workers_are_passed_on(script, tmp_path):
     assert "super_glue" in script or "--workers 2" in done.stdout
 
 
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "super_glue" in script])
+def test_a_models_folder_can_have_a_space(script, tmp_path):
+    done = typed("bash", str(ROOT / script), str(tmp_path / "my runs"), "--models", "my models/a,,b/c", "--dry-run")
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if " lm-eval " in line]
+    found = {words[words.index("--model_args") + 1] for words in lines}
+    assert found == {"pretrained=my models/a", "pretrained=b/c"}
+
+
+def test_an_extra_argument_without_a_value_is_one_line(tmp_path):
+    script = str(ROOT / "architecture_scripts" / "super_glue.sh")
+    done = typed("bash", script, str(tmp_path / "out"), "--dry-run", "--", "--model_args-extra")
+    assert done.returncode == 2 and done.stderr == "super_glue.sh: --model_args-extra needs a value\n"
+
+
 @pytest.mark.slow
 def test_table_4_end_to_end(model, shared, tmp_path):
     mirror = fixtures.write(tmp_path / "mirror", count=1)
