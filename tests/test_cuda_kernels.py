@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from jrt import ops
-from jrt.ops import cuda
+from jrt.ops import cuda, packages
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State
 
@@ -496,7 +496,7 @@ def test_a_derivative_that_cannot_be_had_is_a_reason(monkeypatch):
     assert seen == ["a forward-mode derivative is wanted and the kernels have none"] * 4
     torch.func.grad(lambda y: (seen.append(cuda._no_gradient(Call(x, x, y))), y.sum())[1])(x)
     assert "torch.func" in seen[-1]
-    monkeypatch.setattr(cuda.triton, "INSTALLED", False)
+    monkeypatch.setattr(packages, "TRITON_INSTALLED", False)
     assert cuda._no_gradient(Call(x, x, x)) is None
     assert "needs triton" in cuda._no_gradient(Call(x, x, x.clone().requires_grad_()))
 

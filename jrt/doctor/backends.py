@@ -24,7 +24,7 @@ from jrt.ops import (
     silu_convolution,
     softmax_attention,
 )
-from jrt.ops.convolution_backends import BACKENDS as CONVOLUTION_BACKENDS
+from jrt.ops.gated import BACKENDS as CONVOLUTION_BACKENDS
 from jrt.ops.selective_scan import BACKENDS as SCAN_BACKENDS
 from jrt.ops.softmax_attention import BACKENDS as ATTENTION_BACKENDS
 

@@ -19,7 +19,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from jrt.ops import checks, triton
+from jrt.ops import checks, packages
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
 from jrt.ops.registration import register, without_rule
@@ -283,7 +283,7 @@ def _no_gradient(call: Call) -> str | None:
         return reason
     if not torch.is_grad_enabled():
         return None
-    if not triton.INSTALLED and any(x.requires_grad for x in call.tensors()):
+    if not packages.TRITON_INSTALLED and any(x.requires_grad for x in call.tensors()):
         return "an input requires grad and the backward needs triton, which is not installed"
     return None
 

@@ -1,7 +1,7 @@
-"""Optional packages with GPU kernels that some backends call: causal-conv1d, flash-attn, mamba-ssm.
+"""Optional packages for GPU kernels: Triton, and causal-conv1d, flash-attn and mamba-ssm, which some backends call.
 
-They are published as source code only, which needs CUDA's compiler to install, so nothing depends on them. A backend
-asks `unavailable` before it serves a call, and gets the package's function from `function`.
+The last three are published as source code only, which needs CUDA's compiler to install, so nothing depends on them. A
+backend asks `unavailable` before it serves a call, and gets the package's function from `function`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,18 @@ from jrt.ops.registration import without_rule
 from jrt.system.breaks import BREAKS, one_line
 
 DEVICE = "cuda"  # the kind of device that the packages compute on
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def triton_unavailable(x: Tensor) -> str | None:
+    """The reason why no Triton kernel can run on the device of x; None if one can. Never imports triton.
+
+    On a CPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 switches on."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if not (x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")):
+        return f"tensors are on {x.device}; expected a CUDA device"
+    return None
 
 
 def unavailable(package: str, module: str, name: str, tensors: Sequence[Tensor | None]) -> str | None:
