@@ -7,7 +7,6 @@ take memory. Tensors that stay on the CPU in their own dtype are memory-mapped, 
 from __future__ import annotations
 
 import json
-import pickle
 import pickletools
 import struct
 import zipfile
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jrt.system.breaks import first_line
+from jrt.system.breaks import BREAKS, first_line
 
 # The first of these that exists, as one file or as shards, is read; transformers has the same order.
 CHOICE = ("model.safetensors", "pytorch_model.bin")
@@ -31,24 +30,7 @@ LEGACY_PICKLES = 5  # pickles in a file of torch < 1.6: magic number, version, s
 
 
 # The errors that unpickling, unzipping and parsing raise on corrupted files.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    TypeError,
-    AttributeError,
-    NameError,
-    ImportError,
-    MemoryError,
-    SafetensorError,
-    pickle.PickleError,
-    zipfile.BadZipFile,
-    struct.error,
-)
+UNREADABLE = (*BREAKS, NameError, zipfile.BadZipFile, struct.error)
 LONGEST_MESSAGE = 1000
 
 

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places (a place 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -207,17 +208,8 @@ def _checkpointed(forward: Callable) -> Callable:
 
 def split_rows(targets: Targets, rows: int) -> list[Targets]:
     """Splits targets into parts of at most `rows` rows, for gradient accumulation."""
-
-    def part(tensor: Tensor | None, i: int) -> Tensor | None:
-        return None if tensor is None else tensor[i : i + rows]
-
+    tensors = [getattr(targets, field.name) for field in dataclasses.fields(targets)]
     return [
-        Targets(
-            targets.input_ids[i : i + rows],
-            targets.labels[i : i + rows],
-            targets.masked[i : i + rows],
-            part(targets.prefix_length, i),
-            part(targets.weights, i),
-        )
+        Targets(*(None if tensor is None else tensor[i : i + rows] for tensor in tensors))
         for i in range(0, len(targets.labels), rows)
     ]
