@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from jrt.ops import packages
-from jrt.ops.short_convolution import last_inputs, owners
+from jrt.ops.packing import owners
+from jrt.ops.short_convolution import last_inputs
 
 PACKAGE, MODULE, NAME = "causal-conv1d", "causal_conv1d", "causal_conv1d_fn"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

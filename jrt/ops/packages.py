@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from jrt.ops.registration import without_rule
+from jrt.ops.registration import constant_when_compiling, without_rule
 from jrt.system.breaks import BREAKS, one_line
 
 DEVICE = "cuda"  # the kind of device that the packages compute on
@@ -77,13 +77,9 @@ def once_differentiable(y: Tensor, instead: str) -> Tensor:
     return y
 
 
+@constant_when_compiling
 def _missing(package: str, module: str, name: str) -> str | None:
     return _probe(package, module, name)
-
-
-# Does what torch.compiler.assume_constant_result does, without importing the compiler: torch.compile cannot trace
-# `_probe`.
-vars(_missing)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jrt.ops import cuda
+from jrt.ops import extension
+from jrt.ops.extension import address, dtype_name
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
 STATES, STEPS = 16, 16  # N; steps of a chunk
@@ -29,7 +30,7 @@ def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
     assert u is not None and delta is not None and A is not None and B is not None and C is not None
     if u.device.type != "cuda":
         return f"tensors are on {u.device}; expected a CUDA device"
-    if reason := cuda._missing(u.device.index):
+    if reason := extension.missing(u.device.index):
         return reason
     if A.shape[1] != STATES:
         return f"{A.shape[1]} states a channel: the kernels are built for {STATES}"
@@ -151,12 +152,12 @@ class _Launch:
         rates = A.float().contiguous()
         skip = rates.new_zeros(u.shape[2]) if D is None else D.float().contiguous()
         bias = None if delta_bias is None else delta_bias.float().contiguous()
-        self.kernels, self.segments = cuda._module(), segments(u, width, blocks)
+        self.kernels, self.segments = extension.module(), segments(u, width, blocks)
         self.tensors = [u, delta, bias, rates, B, C, skip, gate, plain]
-        self.inputs = [cuda._address(x) for x in self.tensors]
+        self.inputs = [address(x) for x in self.tensors]
         self.strides = [B.stride(0), B.stride(1), C.stride(0), C.stride(1), 0 if gate is None else gate.stride(1)]
         self.sizes = [*u.shape, self.segments]
-        self.dtype = cuda._name(u.dtype)
+        self.dtype = dtype_name(u.dtype)
         self.stream = torch.cuda.current_stream(u.device).cuda_stream
         self.device = torch.cuda.device_of(u)
 
@@ -165,7 +166,7 @@ class _Launch:
         local, spans = end.new_empty(batch, parts, STATES, channels), end.new_empty(batch, parts, channels)
         found = [start, end, between, local, spans]
         self.tensors += found
-        return [cuda._address(x) for x in found]
+        return [address(x) for x in found]
 
     def __enter__(self) -> _Launch:
         self.device.__enter__()

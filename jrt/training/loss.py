@@ -6,11 +6,11 @@ Shapes: B rows, T tokens, E width, V vocabulary rows, N = B x T places (a place 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -208,8 +208,8 @@ def _checkpointed(forward: Callable) -> Callable:
 
 def split_rows(targets: Targets, rows: int) -> list[Targets]:
     """Splits targets into parts of at most `rows` rows, for gradient accumulation."""
-    tensors = [getattr(targets, field.name) for field in dataclasses.fields(targets)]
-    return [
-        Targets(*(None if tensor is None else tensor[i : i + rows] for tensor in tensors))
-        for i in range(0, len(targets.labels), rows)
-    ]
+    parts = []
+    for i in range(0, len(targets.labels), rows):
+        part: dict[str, Any] = {name: x if x is None else x[i : i + rows] for name, x in vars(targets).items()}
+        parts.append(Targets(**part))
+    return parts
