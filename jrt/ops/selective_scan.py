@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jrt.ops import checks, mamba_ssm, selective_scan_cuda
+from jrt.ops.call import ScanCall
 from jrt.ops.choice import choose as choose_backend
 from jrt.ops.packages import triton_unavailable
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
@@ -63,16 +64,16 @@ def selective_scan(
         ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call. Only
             "reference" has second and forward-mode derivatives; None takes it for the latter.
     """
-    checks.selective_scan(u, delta, A, B, C, D, delta_bias, initial_state, gate)
-    whole = (u, delta, A, B, C, D, delta_bias, initial_state, gate)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in whole)
-    chosen = choose(whole, backend)
+    call = ScanCall(u, delta, A, B, C, D, delta_bias, initial_state, gate)
+    checks.selective_scan(*call)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in call.tensors())
+    chosen = choose(call, backend)
     if chosen == "mamba-ssm":
         return mamba_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, gate)
     if chosen == "cuda":
-        return selective_scan_cuda.selective_scan(*whole, keep)
+        return selective_scan_cuda.selective_scan(*call, keep)
     if delta_bias is not None:
-        delta = F.softplus(delta.to(state_dtype(*whole)) + delta_bias)
+        delta = F.softplus(delta.to(state_dtype(*call)) + delta_bias)
     inputs = (u, delta, A, B, C, D, initial_state)
     if chosen == "reference" or (u.shape[1] == 1 and chosen == "chunked"):  # one step is the definition itself
         y, state = stepwise(*inputs)
@@ -81,37 +82,29 @@ def selective_scan(
     return y if gate is None else y * F.silu(gate), state
 
 
-def choose(inputs: tuple[Tensor | None, ...], backend: str | None) -> str:
-    """The backend that was asked for, or the fastest that serves (u, delta, A, B, C, D, delta_bias, initial_state,
-    gate).
-
-    Raises:
-        ValueError: there is no such backend, or it cannot serve the call.
-    """
-    u = inputs[0]
-    assert u is not None
+def choose(call: ScanCall, backend: str | None) -> str:
+    """The backend that was asked for, or the fastest that serves the call; raises ValueError as
+    `jrt.ops.choice.choose`."""
     order = tuple(reversed(BACKENDS))
-    if u.shape[1] == 1:
+    if call.u.shape[1] == 1:
         order = ("chunked", *order)
-    return choose_backend(backend, order, lambda name: unsupported(name, inputs))
+    return choose_backend(backend, order, lambda name: unsupported(name, call))
 
 
-def unsupported(backend: str, inputs: tuple[Tensor | None, ...]) -> str | None:
-    """The reason why a backend cannot serve these inputs (see `choose`); None if it can. Never imports triton."""
+def unsupported(backend: str, call: ScanCall) -> str | None:
+    """The reason why a backend cannot serve the call; None if it can. Never imports triton."""
     if backend == "mamba-ssm":
-        return mamba_ssm.unsupported(inputs)
+        return mamba_ssm.unsupported(call)
     if backend == "cuda":
-        return selective_scan_cuda.unsupported(inputs)
-    u = inputs[0]
-    assert u is not None
-    if backend == "reference" or (backend == "chunked" and u.shape[1] == 1):
+        return selective_scan_cuda.unsupported(call)
+    if backend == "reference" or (backend == "chunked" and call.u.shape[1] == 1):
         return None
     if backend == "triton":
-        if reason := triton_unavailable(u):
+        if reason := triton_unavailable(call.u):
             return f"{reason}; use 'chunked'"
-        if any(x is not None and x.dtype == torch.float64 for x in inputs[:-1]):
+        if any(x.dtype == torch.float64 for x in call._replace(gate=None).tensors()):
             return "it computes in fp32 and an input is fp64; use 'chunked'"
-    return without_rule(x for x in inputs if x is not None)
+    return without_rule(call.tensors())
 
 
 # ---- the operator, forward and backward.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jrt.ops import extension
+from jrt.ops.call import ScanCall
 from jrt.ops.extension import address, dtype_name
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
@@ -23,11 +24,9 @@ FORWARD_BLOCKS, BACKWARD_BLOCKS = 6, 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
-    """The reason why the kernels cannot serve (u, delta, A, B, C, D, delta_bias, initial_state, gate); None if they
-    can."""
-    u, delta, A, B, C, *_, gate = inputs
-    assert u is not None and delta is not None and A is not None and B is not None and C is not None
+def unsupported(call: ScanCall) -> str | None:
+    """The reason why the kernels cannot serve the call; None if they can."""
+    u, delta, A, B, C, *_, gate = call
     if u.device.type != "cuda":
         return f"tensors are on {u.device}; expected a CUDA device"
     if reason := extension.missing(u.device.index):
@@ -39,11 +38,11 @@ def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
         return f"u, delta, B and C are {kinds}: expected one of float32, bfloat16 and float16 for all four"
     if gate is not None and gate.dtype != u.dtype:
         return f"the gate is {gate.dtype}: expected the inputs' {u.dtype}"
-    if any(x is not None and x.dtype == torch.float64 for x in inputs):
+    if any(x.dtype == torch.float64 for x in call.tensors()):
         return "they compute in fp32 and an input is fp64"
     if u.shape[0] > 65535 or u.shape[1] >= 2**31 - STEPS:
         return "the text or the batch is too large for one launch"
-    return without_rule(x for x in inputs if x is not None)
+    return without_rule(call.tensors())
 
 
 def selective_scan(
