@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from jrt.ops import choice, chunked, cuda, cuda_backward, reference, triton  # noqa: F401 - cuda_backward has operators
+from jrt.ops import choice, chunked, cuda, cuda_backward, reference, triton  # noqa: F401 - registers operators
 from jrt.ops.call import Call
 
 TABLE = {"cuda": cuda, "triton": triton, "chunked": chunked, "reference": reference}

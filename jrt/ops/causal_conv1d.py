@@ -1,8 +1,9 @@
-"""The short convolution by the package causal-conv1d (https://github.com/Dao-AILab/causal-conv1d), where it is installed.
+"""The short convolution by the package causal-conv1d, where it is installed
+(https://github.com/Dao-AILab/causal-conv1d).
 
-Its function takes inputs (B, E, T) whose channels are contiguous, which is this project's layout (B, T, E) seen from the
-other side; the state before the text as (B, E, K - 1); or the number of each token's packed sequence. The state after
-the last token is read from the inputs: this needs no gradient from the package.
+Its function takes inputs (B, E, T) whose channels are contiguous: this is the transpose of the project's layout
+(B, T, E), so nothing is copied. It also takes the state before the text, (B, E, K - 1), or the number of each token's
+packed sequence. The state after the last token is read from the inputs, so it needs no gradient from the package.
 
 The adapter is written to the signature and the checks of version 1.7. It is tested with a stand-in that computes the
 same in PyTorch (tests/test_optional_packages.py); the package's own kernels have not been run, or measured.

@@ -149,8 +149,8 @@ def convolution(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected (E,) = {tuple(weight.shape[:1])}")
     if mask is not None and (mask.shape != u.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool (B, T) = {tuple(u.shape[:2])}, False where a "
-            "token is padding"
+            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool (B, T) = {tuple(u.shape[:2])}, False where "
+            "a token is padding"
         )
     rows = u.shape[0]
     if cu_seqlens is not None:

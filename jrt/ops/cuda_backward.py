@@ -240,8 +240,10 @@ for _name in ("linear_attention_prefill", "encode_prefix_prefill", "prefix_linea
 def _each_piece(
     work: _Work, k: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None, of_queries: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The state before each piece (P, H, F, D) and (P, H, F), from that before the text; or, of queries, the gradient of
-    the state after each piece, from that after the text. None: zero."""
+    """The state before each piece, (P, H, F, D) and (P, H, F), from that before the text, S and z; None: zero.
+
+    of_queries: S and z are the gradient of the state after the text, and the result that of the state after each
+    piece."""
     S, z = (None if x is None else x.float().contiguous() for x in (S, z))
     if work.pieces == 1:
         return S, z

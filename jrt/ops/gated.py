@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jrt.ops import causal_conv1d, checks, gated_operators, gated_pytorch  # noqa: F401 - gated_operators registers operators
+from jrt.ops import causal_conv1d, checks, gated_operators, gated_pytorch  # noqa: F401 - registers operators
 from jrt.ops.choice import choose
 from jrt.ops.packages import triton_unavailable
 from jrt.ops.registration import without_rule

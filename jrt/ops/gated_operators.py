@@ -3,7 +3,8 @@
 Only the input is saved for the backward pass, which computes the product with the gate again for the gradient of the
 projection's weight. `gated_triton` imports triton, so it is imported where it is called.
 
-Shapes: B batch, N packed sequences (or the B rows), T tokens, E channels, M hidden units, K taps, O outputs of the next projection.
+Shapes: B batch, N packed sequences (or the B rows), T tokens, E channels, M hidden units, K taps, O outputs of the next
+projection.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def selective_scan(
 
 def _forward(u, delta, A, B, C, D, delta_bias, gate) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        y, state = _call(_theirs(u, delta, A, B, C, D, delta_bias, gate))
+        y, state = _call_package(_package_inputs(u, delta, A, B, C, D, delta_bias, gate))
     return y.mT.contiguous(), state.float().contiguous()
 
 
@@ -76,9 +76,9 @@ def _forward_fake(u, delta, A, B, C, D, delta_bias, gate) -> tuple[Tensor, Tenso
 
 def _backward(u, delta, A, B, C, D, delta_bias, gate, dy) -> tuple[Tensor, ...]:
     """Gradients of all inputs, empty for those that are None; those of A, D and delta_bias in fp32."""
-    given = [None if x is None else x.requires_grad_() for x in _theirs(u, delta, A, B, C, D, delta_bias, gate)]
+    given = [None if x is None else x.requires_grad_() for x in _package_inputs(u, delta, A, B, C, D, delta_bias, gate)]
     with torch.enable_grad():
-        y, _ = _call(given)
+        y, _ = _call_package(given)
     leaves = [x for x in given if x is not None]
     found = iter(torch.autograd.grad(y, leaves, dy.mT.contiguous()))
     gradients = [u.new_empty(0) if x is None else next(found) for x in given]
@@ -92,7 +92,7 @@ def _backward_fake(u, delta, A, B, C, D, delta_bias, gate, dy) -> tuple[Tensor, 
     return du, ddelta, weights[0], dB, dC, weights[1], weights[2], dgate
 
 
-def _theirs(u, delta, A, B, C, D, delta_bias, gate) -> list[Tensor | None]:
+def _package_inputs(u, delta, A, B, C, D, delta_bias, gate) -> list[Tensor | None]:
     """The inputs as the package wants them, detached: texts (B, E, T) or (B, N, T), weights in fp32."""
 
     def text(x: Tensor | None) -> Tensor | None:
@@ -104,7 +104,7 @@ def _theirs(u, delta, A, B, C, D, delta_bias, gate) -> list[Tensor | None]:
     return [text(u), text(delta), weight(A), text(B), text(C), weight(D), weight(delta_bias), text(gate)]
 
 
-def _call(inputs: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+def _call_package(inputs: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     """y (B, E, T) and the last state (B, E, N)."""
     u, delta, A, B, C, D, delta_bias, gate = inputs
     assert u is not None

@@ -50,8 +50,8 @@ def unavailable(package: str, module: str, name: str, tensors: Sequence[Tensor |
 
 
 def unordered_sums(package: str, tensors: Sequence[Tensor | None]) -> str | None:
-    """The reason for a package whose gradients are sums in an order that changes from run to run, where that is not
-    allowed; else None."""
+    """The reason why a package whose gradients differ from run to run cannot serve the call; None if nobody asks for
+    reproducible ones. Its kernels add in an order that changes."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if wanted and torch.are_deterministic_algorithms_enabled():
         return f"the gradients of {package} differ from run to run, and torch.use_deterministic_algorithms is on"
@@ -64,7 +64,7 @@ def function(module: str, name: str) -> Callable:
 
 
 def once_differentiable(y: Tensor, instead: str) -> Tensor:
-    """y, with an error if a second derivative is taken through a package that would leave it out.
+    """y; a second derivative through it raises ValueError, because the package would leave out a part of it.
 
     instead: what to call for a second derivative."""
 

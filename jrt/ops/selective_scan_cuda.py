@@ -4,7 +4,8 @@ The kernels compute the softplus of the step sizes themselves, so that they can 
 states between chunks of 16 steps are saved for the backward pass, which computes the others again. Results are bit for
 bit reproducible.
 
-Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels (backward).
+Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels
+(backward).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Writes small files atomically: to a temporary file in the same folder, which is then renamed in one step. Reads JSON."""
+"""Reads JSON, and writes small files atomically: to a temporary file in the same folder, which is then renamed in one
+step."""
 
 import json
 import os
