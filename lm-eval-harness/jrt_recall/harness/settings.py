@@ -119,7 +119,9 @@ def names_of(tasks: Any) -> list[str]:
     parts = [tasks] if isinstance(tasks, str) else [] if tasks is None else tasks
     if not isinstance(parts, list | tuple):
         raise ValueError(f"--tasks: expected names, got {tasks!r}")
-    return [name.strip() for part in parts for name in str(part).split(",") if name.strip()]
+    if wrong := [part for part in parts if not isinstance(part, str)]:
+        raise ValueError(f"--tasks: expected names, got {wrong[0]!r}")
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
 
 
 def as_dict(name: str, value: Any) -> dict:
