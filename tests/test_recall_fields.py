@@ -269,6 +269,12 @@ def test_each_model_has_its_own_cache_of_responses():
     assert response_cache({"model": "jrt", "model_args": "pretrained=a"}) is None
 
 
+@pytest.mark.parametrize("tasks", [[None], [["recall_fda"]], ["recall_fda", 5], {"a": 1}])
+def test_names_of_tasks_are_text(tasks):
+    with pytest.raises(ValueError, match="--tasks: expected names"):
+        names_of(tasks)
+
+
 def test_a_model_without_room_for_an_answer_is_refused(tmp_path):
     (tmp_path / "squad.jsonl").write_text(json.dumps(PASSAGE | {"answers": "angle"}) + "\n")
     for length in (40, "48"):
