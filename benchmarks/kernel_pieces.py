@@ -19,7 +19,7 @@ import record
 import torch
 
 from jrt import ops
-from jrt.ops import cuda
+from jrt.ops import extension
 
 HEADS, DIM, VALUE_DIM = 16, 16, 64
 BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 17, 18, 20, 24)
@@ -39,7 +39,7 @@ def measure(batch: int, tokens: int) -> list[dict]:
         "causal": lambda: ops.linear_attention(q, k, v, backend="cuda"),
         "prefix": lambda: ops.encode_prefix(k, v, backend="cuda"),
     }
-    kernels = cuda._module()
+    kernels = extension.module()
     sizes = (batch, tokens, HEADS, VALUE_DIM)
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     rows = []

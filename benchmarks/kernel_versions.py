@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from jrt import ops
-from jrt.ops import cuda
+from jrt.ops import cuda, extension
 
 HEADS, DIM, VALUE_DIM = 16, 16, 64
 SHAPES = (  # what, B, N
@@ -42,7 +42,7 @@ def load(name: str, folder: Path) -> ModuleType:
     """Loads the module jrt_kernels of one build under the name NAME.jrt_kernels, so that several can be loaded at once.
 
     Raises:
-        ValueError: the folder has no such module, or its interface is not the one that jrt.ops.cuda uses.
+        ValueError: the folder has no such module, or its interface is not the one that jrt.ops.extension expects.
     """
     found = sorted(folder.glob("jrt_kernels*.so"))
     if not found:
@@ -50,8 +50,10 @@ def load(name: str, folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}.jrt_kernels", found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if module.interface != cuda.INTERFACE:
-        raise ValueError(f"{found[0]} has interface {module.interface}; expected {cuda.INTERFACE}, as jrt.ops.cuda")
+    if module.interface != extension.INTERFACE:
+        raise ValueError(
+            f"{found[0]} has interface {module.interface}; expected {extension.INTERFACE}, as jrt.ops.extension"
+        )
     return module
 
 
@@ -99,7 +101,7 @@ def compare(builds: dict[str, ModuleType], what: str, batch: int, tokens: int) -
     call = call_of(what, batch, tokens)
     graphs, outputs = {}, {}
     for name, module in builds.items():
-        with mock.patch.object(cuda, "_module", lambda module=module: module):
+        with mock.patch.object(extension, "module", lambda module=module: module):
             outputs[name] = () if what == "decode step" else call()  # decoding changes its state, so outputs differ
             graphs[name] = graph_of(call)
     times: dict[str, list[float]] = {name: [] for name in builds}

@@ -23,7 +23,7 @@ from torch import Tensor
 from jrt import presets
 from jrt.configuration_jrt import JRTConfig
 from jrt.modeling_jrt import JRTForCausalLM
-from jrt.ops import cuda
+from jrt.ops import cuda, extension
 
 MODELS = ("jrt-360m", "jrt-1.3b")
 SHAPES = ((1, 2048), (16, 2048), (1, 8192), (4, 8192))
@@ -77,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
-    if reason := cuda._missing(torch.cuda.current_device()):
+    if reason := extension.missing(torch.cuda.current_device()):
         parser.error(reason)
     rows = []
     for name in MODELS:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from jrt.config import Config, presets
 from jrt.model import LanguageModel
 from jrt.ops.backends import choose
-from jrt.ops.call import Call
+from jrt.ops.call import Call, ScanCall
 from jrt.ops.selective_scan import choose as choose_scan
 from jrt.training.flops import flops_per_token, peak_flops
 from jrt.training.loss import ModelWithLoss, has_liger, loss_of, room_for
@@ -215,7 +215,7 @@ def _scan_backend(config: Config, row: Row, device: torch.device) -> str:
         torch.empty(text.shape[2], config.state_dim, device=device),
         torch.empty(text.shape[2], device=device),
     )
-    chosen = choose_scan((text, text, rates, of_states, of_states, weight, weight, None, text), None)
+    chosen = choose_scan(ScanCall(text, text, rates, of_states, of_states, weight, weight, None, text), None)
     return f"selective scan by {chosen}"
 
 

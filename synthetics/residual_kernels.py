@@ -48,8 +48,8 @@ def backward(
     sums = total.new_empty(models, programs, 2, width)
     with torch.cuda.device_of(total):
         _add_norm_gradient_kernel[programs, models](
-            dtotal.contiguous(), dnormed.contiguous(), total, weight.contiguous(), dx, dx if dy is None else dy, sums, eps, tokens,
-            ADDS=adds, **sizes,
+            dtotal.contiguous(), dnormed.contiguous(), total, weight.contiguous(), dx, dx if dy is None else dy, sums, eps,
+            tokens, ADDS=adds, **sizes,
         )  # fmt: skip
     sums = sums.sum(1)  # (M, 2, E)
     return dx, dy, sums[:, 0], sums[:, 1]

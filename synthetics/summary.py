@@ -77,8 +77,8 @@ def summarize(rows: Sequence[dict]) -> list[Line]:
     """Returns one line for each model of one task, sorted by method and size of the state.
 
     Models of one method and size that were trained for other numbers of epochs, or in batches of another size, have
-    lines of their own, and the numbers in the method's name. All panels use the same learning rate: the one with the best mean over all sizes and seeds. A rate with more
-    finished seeds is preferred to any rate with fewer.
+    lines of their own, and the numbers in the method's name. All panels use the same learning rate: the one with the
+    best mean over all sizes and seeds. A rate with more finished seeds is preferred to any rate with fewer.
     """
     assert len({row["task"] for row in rows}) == 1, "seeds of different tasks have no mean"
     models: dict[tuple, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))

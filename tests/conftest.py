@@ -1,6 +1,5 @@
-"""Shared fixtures: the folders of the golden vectors (stored outputs of the released code) and of the real passages.
-
-Both folders are optional."""
+"""Shared fixtures: the folders of the golden vectors (stored outputs of the released code) and of the real passages,
+which are both optional, and a small training text."""
 
 import os
 from pathlib import Path
@@ -30,6 +29,16 @@ def tiny_gpt2(tmp_path_factory, shared) -> Path:
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=2048, initializer_range=0.5)
     GPT2LMHeadModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(shared / "gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Folder of a small training text, as `data=library` makes it."""
+    from train.data.library import make_library_text
+
+    folder = tmp_path_factory.mktemp("text") / "library"
+    make_library_text(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jrt.ops import State, cuda, cuda_backward, encode_prefix, linear_attention
+from jrt.ops import State, cuda_backward, encode_prefix, extension, linear_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda"
@@ -24,7 +24,7 @@ ROUNDING = torch.finfo(torch.bfloat16).eps / 4
 
 @pytest.fixture(autouse=True)
 def _extension(request):
-    if request.node.get_closest_marker("hopper") and (reason := cuda._missing(torch.cuda.current_device())):
+    if request.node.get_closest_marker("hopper") and (reason := extension.missing(torch.cuda.current_device())):
         pytest.skip(reason)
 
 
@@ -238,7 +238,7 @@ import torch
 from jrt.ops import cuda, cuda_backward
 
 k, v = (torch.randn(16, 8192, 16, size, device="cuda").bfloat16() for size in (16, 64))
-dS, dz = (torch.randn_like(x) for x in cuda._empty_state(v))
+dS, dz = (torch.randn_like(x) for x in cuda.empty_state(v))
 for tokens in (1024, 8192):
     for _ in range(1500 * 1024 // tokens):
         torch.ops.jrt.encode_prefix_prefill_backward(k[:, :tokens], v[:, :tokens], None, dS, dz)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from jrt import ops
-from jrt.ops import cuda
+from jrt.ops import cuda, extension, packages
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State
 
@@ -78,7 +78,7 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def _extension(request):
-    if request.node.get_closest_marker("hopper") and (reason := cuda._missing(torch.cuda.current_device())):
+    if request.node.get_closest_marker("hopper") and (reason := extension.missing(torch.cuda.current_device())):
         pytest.skip(reason)
 
 
@@ -390,21 +390,21 @@ def test_on_a_cpu_the_reason_is_said():
 @pytest.fixture
 def probed(monkeypatch):
     """Lets a test say what device and extension there are."""
-    for cached in (cuda._probe, cuda._module):
+    for cached in (extension._probe, extension.module):
         cached.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     yield monkeypatch
-    for cached in (cuda._probe, cuda._module):
+    for cached in (extension._probe, extension.module):
         cached.cache_clear()
 
 
 def test_what_is_missing_is_said(probed):
     probed.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not built: install with JRT_BUILD_KERNELS=1" in cuda._missing(0)
+    assert "not built: install with JRT_BUILD_KERNELS=1" in extension.missing(0)
     probed.undo()
-    cuda._probe.cache_clear()
+    extension._probe.cache_clear()
     probed.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert "need a Hopper GPU (compute capability 9.0), this one has 8.0" in cuda._missing(0)
+    assert "need a Hopper GPU (compute capability 9.0), this one has 8.0" in extension.missing(0)
 
 
 @pytest.mark.parametrize(
@@ -422,14 +422,14 @@ def test_an_extension_that_does_not_fit_is_a_reason(probed, tmp_path, source, ex
     probed.syspath_prepend(tmp_path)
     probed.delitem(sys.modules, "jrt_kernels", raising=False)
     importlib.invalidate_caches()
-    assert expected in cuda._missing(0)
+    assert expected in extension.missing(0)
     probed.delitem(sys.modules, "jrt_kernels", raising=False)
 
 
 def test_the_compiler_takes_the_probing_for_a_constant(probed):
     probed.setattr(importlib.util, "find_spec", lambda name: None)
-    compiled = torch.compile(lambda x: x + len(cuda._missing(0) or ""), backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)).item() == len(cuda._missing(0)) > 0
+    compiled = torch.compile(lambda x: x + len(extension.missing(0) or ""), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == len(extension.missing(0)) > 0
 
 
 def test_decode_step_says_what_does_not_fit():
@@ -449,9 +449,9 @@ def test_decode_step_says_what_does_not_fit():
 
 def test_masks_that_32_bits_cannot_address_are_copied():
     wide = torch.empty(40, 2**26, dtype=torch.bool, device="meta")[:, :3]  # rows end beyond 2^31 bytes
-    assert cuda._contiguous_rows(wide).stride() == (3, 1)
-    assert cuda._contiguous_rows(wide[:31]).stride() == (2**26, 1)
-    assert cuda._contiguous_rows(torch.ones(2, 6, dtype=torch.bool)[:, ::2]).stride() == (3, 1)
+    assert extension.contiguous_rows(wide).stride() == (3, 1)
+    assert extension.contiguous_rows(wide[:31]).stride() == (2**26, 1)
+    assert extension.contiguous_rows(torch.ones(2, 6, dtype=torch.bool)[:, ::2]).stride() == (3, 1)
 
 
 def test_padding_reaches_no_kernel_and_no_copy_is_kept_for_the_backward(monkeypatch):
@@ -496,7 +496,7 @@ def test_a_derivative_that_cannot_be_had_is_a_reason(monkeypatch):
     assert seen == ["a forward-mode derivative is wanted and the kernels have none"] * 4
     torch.func.grad(lambda y: (seen.append(cuda._no_gradient(Call(x, x, y))), y.sum())[1])(x)
     assert "torch.func" in seen[-1]
-    monkeypatch.setattr(cuda.triton, "INSTALLED", False)
+    monkeypatch.setattr(packages, "TRITON_INSTALLED", False)
     assert cuda._no_gradient(Call(x, x, x)) is None
     assert "needs triton" in cuda._no_gradient(Call(x, x, x.clone().requires_grad_()))
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jrt import presets
 from jrt.mixers import PrefixLinearAttention
 from jrt.mixers.batch import Prefix, TokenBatch
-from jrt.ops import State, cuda, encode_prefix, linear_attention, prefix_linear_attention
+from jrt.ops import State, encode_prefix, extension, linear_attention, prefix_linear_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTOR = 2.0
@@ -39,7 +39,7 @@ def test_the_kernels_run_in_the_interpreter():
 
 @pytest.fixture(autouse=True)
 def _extension(request):
-    if request.node.get_closest_marker("hopper") and (reason := cuda._missing(torch.cuda.current_device())):
+    if request.node.get_closest_marker("hopper") and (reason := extension.missing(torch.cuda.current_device())):
         pytest.skip(reason)
 
 

@@ -1,7 +1,6 @@
 """What the exported model's card and training.json say about a run is true, and names no folder of this machine."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +10,8 @@ pytest.importorskip("hydra")
 from train_runs import composed, trained
 
 import jrt
-from train.data.library import make_library_text
 from train.export import _without_path
 from train.run import train
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text") / "library"
-    make_library_text(folder)
-    return folder
 
 
 def test_the_command_keeps_names_and_loses_folders(tmp_path):

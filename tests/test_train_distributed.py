@@ -14,16 +14,7 @@ pytest.importorskip("hydra")
 from safetensors.torch import load_file
 from train_runs import curve, trained
 
-from train.data.library import make_library_text
-
 SMALL = ("model.pattern=CPS", "trainer.rows=2", "trainer.checkpoint_every=2", "trainer.validate_every=2")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text") / "library"
-    make_library_text(folder)
-    return folder
 
 
 def on_two(data: Path, output: Path, *overrides: str) -> list[int]:

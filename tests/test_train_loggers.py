@@ -10,8 +10,6 @@ pytest.importorskip("hydra")
 
 from train_runs import trained
 
-from train.data.library import make_library_text
-
 
 class StandIn(ModuleType):
     """The part of wandb that is used, without its server."""
@@ -34,12 +32,6 @@ class StandIn(ModuleType):
             log=lambda values, step: self.logged.append((step, values)),
             finish=lambda: None,
         )
-
-
-@pytest.fixture
-def text(tmp_path):
-    make_library_text(tmp_path / "text")
-    return tmp_path / "text"
 
 
 SMALL = ("model.pattern=C", "trainer.checkpoint_every=1", "logger=wandb")

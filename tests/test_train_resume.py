@@ -15,16 +15,7 @@ pytest.importorskip("hydra")
 
 from train_runs import curve, trained
 
-from train.data.library import make_library_text
 from train.run import code_version
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text") / "library"
-    make_library_text(folder)
-    return folder
-
 
 EVERY_TWO = ("trainer.checkpoint_every=2", "trainer.max_steps=6", "model.pattern=CPS")
 

@@ -24,7 +24,6 @@ import jrt
 from jrt.model import LanguageModel
 from jrt.training.loss import ModelWithLoss, loss_of, room_for
 from train.data.batches import RecallData
-from train.data.library import make_library_text
 from train.loop import Trainer
 from train.optimizer import MovingAverage
 from train.run import model_of, objective_of, train
@@ -35,13 +34,6 @@ EXPERIMENTS = sorted(
     if not path.name.startswith("common")
 )
 BASELINES = [name for name in EXPERIMENTS if name.startswith("baselines/")]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text") / "library"
-    make_library_text(folder)
-    return folder
 
 
 class Windows:

@@ -18,19 +18,10 @@ from train_runs import ROOT, composed, trained
 from jrt.training.objective import Objective, prefix_of
 from jrt.training.settings import check_fields, check_seed
 from train.data.batches import HubData, TextData
-from train.data.library import make_library_text
 from train.data.loader import loader
 from train.loop import Trainer
 from train.optimizer import Schedule
 from train.run import train
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text") / "library"
-    make_library_text(folder)
-    return folder
-
 
 ONE_STEP = ("trainer.max_steps=1", "model.pattern=CP", "trainer.checkpoint_every=1")
 # For each kind of setting, what cannot be one. YAML knows no `no`: Hydra reads it as a word, which Python calls true.

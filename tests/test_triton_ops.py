@@ -21,7 +21,7 @@ import torch
 from interpreter import INTERPRETED, pass_in_the_interpreter, require_triton
 from torch import Tensor
 
-from jrt.ops import State, encode_prefix, linear_attention
+from jrt.ops import State, encode_prefix, linear_attention, packages
 from jrt.ops import triton as backend
 from jrt.ops.call import Call
 
@@ -362,7 +362,7 @@ def test_shapes_are_known_without_a_device():
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="here the kernels can serve")
 def test_on_a_cpu_the_reason_is_said():
     q, k, v = (torch.zeros(1, 4, 1, 16) for _ in range(3))
-    assert "expected a CUDA device" in backend.unsupported(Call(q, k, v)) or not backend.INSTALLED
+    assert "expected a CUDA device" in backend.unsupported(Call(q, k, v)) or not packages.TRITON_INSTALLED
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call"):
         linear_attention(q, k, v, backend="triton")
 

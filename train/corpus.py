@@ -27,9 +27,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # so that this file finds its package wherever it is started from
+# The package is found wherever this file is started from.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jrt_recall import api_text  # noqa: E402
 from tqdm import tqdm  # noqa: E402

@@ -25,7 +25,7 @@ from train.distributed import whole_state
 from train.loop import Loop
 
 log = logging.getLogger(__name__)
-_PATH = re.compile(r"[^\s,\[\]{}:'\"]*/[^\s,\[\]{}'\"]*")  # of a folder, inside an argument
+_PATH = re.compile(r"[^\s,\[\]{}:'\"]*/[^\s,\[\]{}'\"]*")  # the path of a folder inside an argument
 LICENSE = "apache-2.0"
 
 
@@ -91,11 +91,10 @@ def export(loop: Loop, config: DictConfig, tokenizer: PreTrainedTokenizerBase | 
 def _without_path(argument: str) -> str:
     """An argument of the command, with PATH in place of each folder of this machine.
 
-    Names of datasets and tokenizers on the Hugging Face hub have a stroke too, and stay."""
+    Names of datasets and tokenizers on the Hugging Face hub have a slash too, and stay."""
     name, _, value = argument.partition("=")
-    is_hub = name in ("data.path", "data.tokenizer") and value.count("/") == 1 and not _is_local(value)
-    is_hub = is_hub and value[0] not in "~./"
-    if "/" not in argument or name == "experiment" or is_hub:
+    names_hub = name in ("data.path", "data.tokenizer") and value.count("/") == 1 and value[0] not in "~./"
+    if "/" not in argument or name == "experiment" or (names_hub and not _is_local(value)):
         return argument
     if not value:
         return "PATH"

@@ -1,4 +1,5 @@
-"""How fast training text is read: windows in random order out of a large file of tokens, and the loader as training uses it.
+"""How fast training text is read: windows in random order out of a large file of tokens, and the loader as training uses
+it.
 
     python train/measure_data.py FOLDER          # 30 x 10^9 tokens, in a sparse file that takes no room
     python train/measure_data.py FOLDER --tokens 1e9

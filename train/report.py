@@ -7,10 +7,9 @@ import importlib.util
 import inspect
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 from jrt.system.files import write_text
 
@@ -170,7 +169,3 @@ def plot(metrics: Path, picture: Path) -> None:
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
     plt.close(figure)
-
-
-def loggers(configured: Sequence[Any], metrics: Path, step: int) -> list[Logger]:
-    return [Csv(metrics, step), *configured]

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # so that this file finds its package wherever it is started from
+# The package is found wherever this file is started from.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import hydra  # noqa: E402
 import torch  # noqa: E402
@@ -43,7 +42,7 @@ from train.distributed import SaidElsewhere, World, build, is_launched, launch, 
 from train.export import export  # noqa: E402
 from train.loop import Loop, Trainer  # noqa: E402
 from train.optimizer import Schedule  # noqa: E402
-from train.report import loggers, plot  # noqa: E402
+from train.report import Csv, plot  # noqa: E402
 
 log = logging.getLogger(__name__)
 STEPS_LOOKED_AT = 100  # the first steps have batches of all sizes that the data has
@@ -112,7 +111,7 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
         loop.resume(found)
     output.mkdir(parents=True, exist_ok=True)
     metrics = output / "metrics.csv"
-    chosen = on_first(place, lambda: loggers([] if logger is None else [logger], metrics, loop.progress.step))
+    chosen = on_first(place, lambda: [Csv(metrics, loop.progress.step), *([] if logger is None else [logger])])
     progress = loop.fit(chosen or [])
     if place.is_first:
         plot(metrics, output / "loss.png")

@@ -6,8 +6,6 @@ take memory. Tensors that stay on the CPU in their own dtype are memory-mapped, 
 
 from __future__ import annotations
 
-import json
-import pickle
 import pickletools
 import struct
 import zipfile
@@ -16,39 +14,22 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jrt.system.breaks import first_line
+from jrt.system.breaks import BREAKS, first_line
+from jrt.system.files import read_object
 
 # The first of these that exists, as one file or as shards, is read; transformers has the same order.
 CHOICE = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 FLOATING = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
-LARGEST_JSON = 16 << 20  # bytes; parsed, JSON takes up to twenty times as much memory
 LEGACY_PICKLES = 5  # pickles in a file of torch < 1.6: magic number, version, system, the object, keys of its storages
 
 
 # The errors that unpickling, unzipping and parsing raise on corrupted files.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    TypeError,
-    AttributeError,
-    NameError,
-    ImportError,
-    MemoryError,
-    SafetensorError,
-    pickle.PickleError,
-    zipfile.BadZipFile,
-    struct.error,
-)
+UNREADABLE = (*BREAKS, NameError, zipfile.BadZipFile, struct.error)
 LONGEST_MESSAGE = 1000
 
 
@@ -141,20 +122,11 @@ class Reader:
 
 
 def read_json(file: Path) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: the file is something else, or far larger than any configuration or index.
-    """
-    if file.stat().st_size > LARGEST_JSON:
-        raise CheckpointError(f"{file} is too large for a configuration or index: {file.stat().st_size} bytes")
+    """As `jrt.system.files.read_object`, with a CheckpointError for a file that cannot be read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}; expected a JSON object")
-    return content
+        return read_object(file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _opened(file: Path) -> Any:

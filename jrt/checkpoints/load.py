@@ -151,7 +151,8 @@ def trained_tokenizer(folder: Path) -> str:
     """The hub name of the tokenizer that a folder without one was trained with.
 
     It is GPT-NeoX's for `state-spaces/*`, which the vocabulary's size tells. The release's Mamba has that size too, but
-    was trained with GPT-2's tokenizer: its configuration has fields of GPT models, and after conversion GPT-2's end token.
+    was trained with GPT-2's tokenizer. Its configuration has fields of GPT models, and after conversion GPT-2's end
+    token.
     """
     raw = read_config(folder)
     is_released = configurations.has_gpt_fields(raw) or raw.get("eos_token_id") == configurations.GPT2_END

@@ -24,7 +24,7 @@ from jrt.ops import (
     silu_convolution,
     softmax_attention,
 )
-from jrt.ops.convolution_backends import BACKENDS as CONVOLUTION_BACKENDS
+from jrt.ops.gated import BACKENDS as CONVOLUTION_BACKENDS
 from jrt.ops.selective_scan import BACKENDS as SCAN_BACKENDS
 from jrt.ops.softmax_attention import BACKENDS as ATTENTION_BACKENDS
 
@@ -117,7 +117,7 @@ def _convolve(u: Tensor, **call: Any) -> tuple[Tensor, ...]:
     return y.detach(), state.detach()
 
 
-def _look_at(window: int | None, **call: Any) -> tuple[Tensor, ...]:
+def _softmax_attention(window: int | None, **call: Any) -> tuple[Tensor, ...]:
     return (softmax_attention(scale=VALUE**-0.5, window=window, **call),)
 
 
@@ -153,7 +153,7 @@ def _ops() -> list[_Op]:
     taps, starts = random(VALUE, TAPS), {"state": random(2, TAPS - 1, VALUE)}
     convolution = {"u": random(2, STEPS, VALUE), "weight": taps, "bias": random(VALUE)}
     attention = {name: random(2, STEPS, HEADS, VALUE) for name in "qkv"}
-    full, windowed = functools.partial(_look_at, None), functools.partial(_look_at, WINDOW)
+    full, windowed = functools.partial(_softmax_attention, None), functools.partial(_softmax_attention, WINDOW)
     return [
         _Op("encode_prefix", tuple(BACKENDS), encode_prefix, {"k": k, "v": v, "mask": mask}),
         _Op("linear_attention", tuple(BACKENDS), _attend, {"q": q, "k": k, "v": v, "mask": mask, "S": S, "z": z}),

@@ -6,7 +6,6 @@ reports which.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessor
 from transformers.utils import cached_file
+
+from jrt.system.files import read_object
 
 FILE = "generation_config.json"
 
@@ -36,15 +37,7 @@ def saved_settings(name: str) -> dict[str, Any] | None:
         ValueError: the file holds no JSON object.
     """
     file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return None
-    try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name}: {FILE} is not JSON") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{name}: {FILE} holds a {type(settings).__name__}; expected a JSON object")
-    return settings
+    return None if file is None else read_object(Path(file))
 
 
 def plain_settings(saved: Mapping[str, Any]) -> GenerationConfig:

@@ -50,12 +50,11 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale:
     if valid is not None and queries == 1:
         mask = valid[:, None, None, :]  # (B, 1, 1, K)
     elif valid is not None:
-        age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(
-            keys, device=q.device
-        )  # (T, K)
+        column = torch.arange(keys, device=q.device)
+        age = column[keys - queries :, None] - column  # (T, K)
         mask = ((age >= 0) & valid[:, None, :] | (age == 0))[:, None]  # (B, 1, T, K)
-    elif queries not in (keys, 1):
-        raise AssertionError("keys of earlier calls always come with their valid columns")
+    else:
+        assert queries in (keys, 1), "keys of earlier calls always come with their valid columns"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T or K, D)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=scale)
     return o.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""One call of linear attention, as the backends receive it."""
+"""One call of linear attention, and one of the selective scan, as their backends receive it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ class Call(NamedTuple):
             return self
         padding = ~self.mask[:, :, None, None]
         return self._replace(k=self.k.masked_fill(padding, 0), v=self.v.masked_fill(padding, 0))
+
+
+class ScanCall(NamedTuple):
+    """Checked arguments of `jrt.ops.selective_scan`."""
+
+    u: Tensor  # (B, T, E)
+    delta: Tensor  # (B, T, E)
+    A: Tensor  # (E, N)
+    B: Tensor  # (B, T, N)
+    C: Tensor  # (B, T, N)
+    D: Tensor | None  # (E,)
+    delta_bias: Tensor | None  # (E,)
+    initial_state: Tensor | None  # (B, E, N)
+    gate: Tensor | None  # (B, T, E)
+
+    def tensors(self) -> list[Tensor]:
+        """All that are not None."""
+        return [x for x in self if x is not None]
 
 
 Result = TypeVar("Result")

@@ -1,5 +1,5 @@
-"""Checks of the arguments of linear attention, softmax attention and the short convolution. Each function raises
-ValueError with what was expected.
+"""Checks of the arguments of linear attention, softmax attention, the short convolution and the selective scan. Each
+function raises ValueError with what was expected.
 
 Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D value size, F features, E channels, K taps.
 """
@@ -149,8 +149,8 @@ def convolution(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected (E,) = {tuple(weight.shape[:1])}")
     if mask is not None and (mask.shape != u.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool (B, T) = {tuple(u.shape[:2])}, False where a "
-            "token is padding"
+            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool (B, T) = {tuple(u.shape[:2])}, False where "
+            "a token is padding"
         )
     rows = u.shape[0]
     if cu_seqlens is not None:
@@ -179,3 +179,44 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor
     if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != torch.bool):
         found = f"{valid.dtype} {tuple(valid.shape)}"
         raise ValueError(f"valid is {found}; expected torch.bool (B, K) = {tuple(k.shape[:2])}")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    """Checks the arguments of `jrt.ops.selective_scan`; here B and C are its coefficients (B, T, N)."""
+    if u.ndim != 3 or A.ndim != 2:
+        found = f"{tuple(u.shape)} and {tuple(A.shape)}"
+        raise ValueError(f"selective_scan: expected u (B, T, E) and A (E, N), got {found}")
+    batch, steps, channels = u.shape
+    states = A.shape[1]
+    if steps == 0:
+        raise ValueError("selective_scan: expected at least one step, got T = 0")
+    wanted = {
+        "u": (u, (batch, steps, channels)),
+        "delta": (delta, (batch, steps, channels)),
+        "A": (A, (channels, states)),
+        "B": (B, (batch, steps, states)),
+        "C": (C, (batch, steps, states)),
+        "D": (D, (channels,)),
+        "delta_bias": (delta_bias, (channels,)),
+        "initial_state": (initial_state, (batch, channels, states)),
+        "gate": (gate, (batch, steps, channels)),
+    }
+    for name, (x, shape) in wanted.items():
+        if x is None:
+            continue
+        if tuple(x.shape) != shape:
+            raise ValueError(f"selective_scan: expected {name} of shape {shape}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"selective_scan: expected {name} in a floating-point dtype, got {x.dtype}")
+        if x.device != u.device:
+            raise ValueError(f"selective_scan: expected {name} on u's device {u.device}, got {x.device}")

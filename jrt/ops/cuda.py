@@ -4,31 +4,35 @@ Gradients of prefill and encoder come from `jrt.ops.cuda_backward`. A prefix and
 which launches the encoder's kernels and then those of the prefill. A kernel for both would save only a launch: the text
 needs the state of the whole prefix, and each of the two fills the GPU by itself.
 
-The kernels live in the extension module `jrt_kernels` (kernels/, built by JRT_BUILD_KERNELS=1); this file checks what
-they can serve (`unsupported`), allocates tensors, and passes addresses.
+The kernels live in the module `jrt_kernels` (`extension`). This file checks what they can serve (`unsupported`),
+allocates tensors, and passes addresses.
 
 Shapes: B batch, T tokens, H heads, d = 16 query/key size, D value size, F = 153 features.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from jrt.ops import checks, triton
+from jrt.ops import checks, extension, packages
 from jrt.ops.call import Call
+from jrt.ops.extension import (
+    VECTOR_BYTES,
+    address,
+    aligned,
+    contiguous_rows,
+    dtype_name,
+    mask_view,
+    multiprocessors,
+    view,
+)
 from jrt.ops.feature_map import State, feature_count
 from jrt.ops.registration import register, without_rule
 
 DIM = 16
 FEATURES = feature_count(DIM)
-INTERFACE = 6  # the version of jrt_kernels that this file calls; 5 could stop forever in the gradients of a prefix
 LONGEST = 2**30  # most tokens: the kernels count them in 32 bits
-VECTOR_BYTES = 16  # addresses must be multiples of this: the kernels load and store so many bytes at a time
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -38,7 +42,7 @@ def unsupported(call: Call) -> str | None:
     q, k, v, mask = call.k if call.q is None else call.q, call.k, call.v, call.mask
     if q.device.type != "cuda":
         return f"tensors are on {q.device}; expected a CUDA device"
-    if reason := _missing(q.device.index):
+    if reason := extension.missing(q.device.index):
         return reason
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype}: expected bfloat16 or float16"
@@ -58,7 +62,7 @@ def unsupported(call: Call) -> str | None:
     if q.shape[1] > LONGEST or (mask is not None and q.shape[0] * q.shape[1] >= 2**31):
         return f"{q.shape[0]} x {q.shape[1]} tokens: the kernels count them in 32 bits"
     for name, x in (("k" if q is k else "q", q), ("k", k), ("v", v)):
-        if reason := _unsuitable_layout(name, x):
+        if reason := unsuitable_layout(name, x):
             return reason
     if call.prefix is not None and (reason := unsupported(call.prefix)):
         return f"prefix: {reason}"
@@ -129,20 +133,20 @@ def _prefill(
     if q.shape[1] == 1:  # in fp32, as PyTorch computes one token; the kernels of longer texts round its features
         return _decode(q, k, v, initial_S, initial_z, mask, normalize)
     o = v.new_empty(v.shape)  # (B, T, H, D) contiguous
-    k, v = _without_padding(k, mask), _without_padding(v, mask)
+    k, v = without_padding(k, mask), without_padding(v, mask)
     return o, *_launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize)
 
 
 def _prefill_fake(q, k, v, initial_S, initial_z, mask, normalize):
-    return v.new_empty(v.shape), *_empty_state(v)
+    return v.new_empty(v.shape), *empty_state(v)
 
 
 def _encode(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _launch_prefill(None, _without_padding(k, mask), _without_padding(v, mask), None, None, None, mask, True)
+    return _launch_prefill(None, without_padding(k, mask), without_padding(v, mask), None, None, None, mask, True)
 
 
 def _encode_fake(k, v, mask):
-    return _empty_state(v)
+    return empty_state(v)
 
 
 def _pair(
@@ -161,7 +165,7 @@ def _pair(
 
 
 def _pair_fake(q, k, v, prefix_k, prefix_v, mask, prefix_mask, normalize):
-    return v.new_empty(v.shape), *_empty_state(v), *_empty_state(v)
+    return v.new_empty(v.shape), *empty_state(v), *empty_state(v)
 
 
 def _decode(
@@ -173,9 +177,9 @@ def _decode(
     mask: Tensor | None,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    S, z = _empty_state(v)
-    k, v = _without_padding(k, mask), _without_padding(v, mask)
-    return _launch_decode(q, k, v, _aligned(initial_S), initial_z, S, z, mask, normalize), S, z
+    S, z = empty_state(v)
+    k, v = without_padding(k, mask), without_padding(v, mask)
+    return _launch_decode(q, k, v, aligned(initial_S), initial_z, S, z, mask, normalize), S, z
 
 
 def _decode_in_place(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, normalize: bool) -> Tensor:
@@ -209,7 +213,7 @@ register(
 )
 
 
-def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """x with zeros at padding, where it may hold NaN: in a matrix product, 0 times NaN would be NaN.
 
     This happens inside the operators, so that autograd saves the inputs and not these copies. The backward kernels do
@@ -220,61 +224,41 @@ def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _launch_decode(q, k, v, old_S, old_z, S, z, mask, normalize) -> Tensor:
     batch, _, heads, value_dim = v.shape
-    q, k, v, mask = _aligned(q), _aligned(k), _aligned(v), _contiguous_rows(mask)
+    q, k, v, mask = aligned(q), aligned(k), aligned(v), contiguous_rows(mask)
     if old_S is not None:
         old_S, old_z = old_S.contiguous(), old_z.contiguous()
     o, device = v.new_empty(v.shape), v.device.index
-    _module().decode_step(
-        _view(q), _view(k), _view(v), _view(o), _mask_view(mask),
-        (_address(old_S), _address(old_z)), (S.data_ptr(), z.data_ptr()), (batch, heads, value_dim),
-        _name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
+    extension.module().decode_step(
+        view(q), view(k), view(v), view(o), mask_view(mask),
+        (address(old_S), address(old_z)), (S.data_ptr(), z.data_ptr()), (batch, heads, value_dim),
+        dtype_name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip
     return o
 
 
 def _launch_prefill(q, k, v, o, initial_S, initial_z, mask, normalize) -> tuple[Tensor, Tensor]:
-    kernels, device = _module(), v.device.index
-    q, k, v, mask = _aligned(q), _aligned(k), _aligned(v), _contiguous_rows(mask)
+    kernels, device = extension.module(), v.device.index
+    q, k, v, mask = aligned(q), aligned(k), aligned(v), contiguous_rows(mask)
     if initial_S is not None:
         initial_S, initial_z = initial_S.contiguous(), initial_z.contiguous()
     batch, tokens, heads, value_dim = v.shape
-    S, z = _empty_state(v)
-    pieces = kernels.prefill_pieces(batch, tokens, heads, value_dim, q is None, _multiprocessors(device))
+    S, z = empty_state(v)
+    pieces = kernels.prefill_pieces(batch, tokens, heads, value_dim, q is None, multiprocessors(device))
     floats = kernels.prefill_workspace(batch, heads, value_dim, pieces)
     workspace = v.new_empty(floats, dtype=torch.float32) if floats else None
     kernels.prefill(
-        _view(q), _view(k), _view(v), _view(o),
-        _mask_view(mask), (_address(initial_S), _address(initial_z)), (S.data_ptr(), z.data_ptr()), _address(workspace),
+        view(q), view(k), view(v), view(o),
+        mask_view(mask), (address(initial_S), address(initial_z)), (S.data_ptr(), z.data_ptr()), address(workspace),
         (batch, tokens, heads, value_dim), pieces,
-        _name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
+        dtype_name(v.dtype), normalize, device, torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip
     return S, z
 
 
-def _empty_state(v: Tensor) -> tuple[Tensor, Tensor]:
+def empty_state(v: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, heads, value_dim = v.shape
     S = v.new_empty(batch, heads, FEATURES, value_dim, dtype=torch.float32)
     return S, v.new_empty(batch, heads, FEATURES, dtype=torch.float32)
-
-
-def _view(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Address, and strides (in elements) of batch, token and head."""
-    if x is None:
-        return 0, 0, 0, 0
-    batch, token, head, _ = x.stride()
-    return x.data_ptr(), batch, token, head
-
-
-def _mask_view(mask: Tensor | None) -> tuple[int, int]:
-    """Address, and stride of batch."""
-    return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-
-
-def _contiguous_rows(mask: Tensor | None) -> Tensor | None:
-    """The mask with a row's tokens contiguous and offsets below 2^31, as the kernels expect; copied if necessary."""
-    if mask is None or ((mask.stride(1) == 1 or mask.shape[1] == 1) and mask.shape[0] * mask.stride(0) < 2**31):
-        return mask
-    return mask.contiguous()
 
 
 def _no_gradient(call: Call) -> str | None:
@@ -283,64 +267,15 @@ def _no_gradient(call: Call) -> str | None:
         return reason
     if not torch.is_grad_enabled():
         return None
-    if not triton.INSTALLED and any(x.requires_grad for x in call.tensors()):
+    if not packages.TRITON_INSTALLED and any(x.requires_grad for x in call.tensors()):
         return "an input requires grad and the backward needs triton, which is not installed"
     return None
 
 
-def _aligned(x: Tensor | None) -> Tensor | None:
-    """The tensor, copied if its address is no multiple of VECTOR_BYTES, as that of a slice may be."""
-    return x if x is None or x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _unsuitable_layout(name: str, x: Tensor) -> str | None:
+def unsuitable_layout(name: str, x: Tensor) -> str | None:
     if x.stride(-1) != 1:
         return f"{name} has strides {x.stride()}: its last dimension must be contiguous"
     strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
     if any(stride % 8 or stride <= 0 for stride in strides):
         return f"{name} has strides {x.stride()}: expected positive multiples of 8 elements"
     return None
-
-
-def _missing(device: int) -> str | None:
-    """The reason why the kernels cannot run on this device at all; None if they can."""
-    return _probe(device)
-
-
-# Does what torch.compiler.assume_constant_result does, without importing the compiler: torch.compile cannot trace
-# `_probe`.
-vars(_missing)["_dynamo_marked_constant"] = True
-
-
-@functools.cache
-def _probe(device: int) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        return f"the kernels need a Hopper GPU (compute capability 9.0), this one has {capability[0]}.{capability[1]}"
-    if importlib.util.find_spec("jrt_kernels") is None:
-        return "the extension jrt_kernels is not built: install with JRT_BUILD_KERNELS=1 and --no-build-isolation"
-    try:
-        kernels = _module()
-    except ImportError as error:
-        return f"the extension jrt_kernels cannot be loaded ({error}): build it again on this machine"
-    if (found := getattr(kernels, "interface", None)) != INTERFACE:
-        return f"the extension jrt_kernels has interface {found}, expected {INTERFACE}: build it again"
-    return None
-
-
-@functools.cache
-def _module():
-    return importlib.import_module("jrt_kernels")
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jrt.ops import cuda
+from jrt.ops import cuda, extension
+from jrt.ops.extension import VECTOR_BYTES, address, contiguous_rows, mask_view, multiprocessors, view
 from jrt.ops.registration import refuse_second_derivative, register
 
 CHUNK = 64  # tokens
@@ -62,12 +63,12 @@ class _Work(NamedTuple):
 def _work(q, k, v, do, mask, weights, summing: float) -> _Work:
     (batch, T, heads, _), value_dim, device = k.shape, v.shape[-1], k.device.index
     blocks, chunks = batch * heads * _column_tiles(v), -(-T // CHUNK)
-    tokens = _piece_tokens(blocks, chunks, cuda._multiprocessors(device), summing)
+    tokens = _piece_tokens(blocks, chunks, multiprocessors(device), summing)
     pieces = -(-T // tokens)
-    views = [cuda._view(x) for x in (q, k, v, do)]
+    views = [view(x) for x in (q, k, v, do)]
     sizes = (batch, T, heads, value_dim), (pieces, tokens)
     stream = torch.cuda.current_stream(device).cuda_stream
-    return _Work((views, cuda._mask_view(mask), _addresses(*weights), *sizes, stream), pieces, tokens)
+    return _Work((views, mask_view(mask), _addresses(*weights), *sizes, stream), pieces, tokens)
 
 
 # ---- the operators
@@ -91,15 +92,15 @@ def _backward(
         from jrt.ops.triton import launch
 
         if dS is None or dz is None:
-            dS, dz = (x.zero_() for x in cuda._empty_state(v))
+            dS, dz = (x.zero_() for x in cuda.empty_state(v))
         return launch.backward(q, k, v, S, z, mask, None, None, o, do, dS, dz, normalize)
     q, do, o = _tiles(q), _tiles(do), _tiles(o.contiguous())
-    k, v = (_tiles(cuda._without_padding(x, mask)) for x in (k, v))
-    mask = cuda._contiguous_rows(mask)
+    k, v = (_tiles(cuda.without_padding(x, mask)) for x in (k, v))
+    mask = contiguous_rows(mask)
     w, c = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     dq, dk, dv = _partial(q, v), _partial(k, v), v.new_empty(v.shape)
-    initial_S, initial_z = cuda._empty_state(v)
-    kernels = cuda._module()
+    initial_S, initial_z = cuda.empty_state(v)
+    kernels = extension.module()
     with torch.cuda.device(q.device):
         work = _work(q, k, v, do, mask, (w, c), SUMMING)
         state = _each_piece(work, k, v, S, z, of_queries=False)
@@ -111,7 +112,7 @@ def _backward(
 
 
 def _backward_fake(q, k, v, S, z, mask, o, do, dS, dz, normalize):
-    return *(x.new_empty(x.shape) for x in (q, k, v)), *cuda._empty_state(v)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *cuda.empty_state(v)
 
 
 def _prefix_backward(k: Tensor, v: Tensor, mask: Tensor | None, dS: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,14 +120,14 @@ def _prefix_backward(k: Tensor, v: Tensor, mask: Tensor | None, dS: Tensor, dz: 
         from jrt.ops.triton import launch
 
         return launch.prefix_backward(k, v, mask, None, dS, dz)
-    k, v = (_tiles(cuda._without_padding(x, mask)) for x in (k, v))
-    mask = cuda._contiguous_rows(mask)
+    k, v = (_tiles(cuda.without_padding(x, mask)) for x in (k, v))
+    mask = contiguous_rows(mask)
     dk, dv = _partial(k, v), v.new_empty(v.shape)
     dS, dz = dS.float().contiguous(), dz.float().contiguous()
     with torch.cuda.device(k.device):
         work = _work(None, k, v, None, mask, (None, None), 0.0)
         out = dk.data_ptr(), dv.data_ptr(), (0, 0)
-        cuda._module().backward_keys(*work.arguments, _addresses(dS, dz), *out)
+        extension.module().backward_keys(*work.arguments, _addresses(dS, dz), *out)
     return _whole(dk, k), dv
 
 
@@ -179,7 +180,7 @@ def _all_or_none(
     """The gradients of o, S and z with zeros for None, except where both of S and z are None."""
     do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do
     if (dS is None) != (dz is None):
-        zero_S, zero_z = (x.zero_() for x in cuda._empty_state(v))
+        zero_S, zero_z = (x.zero_() for x in cuda.empty_state(v))
         dS, dz = zero_S if dS is None else dS, zero_z if dz is None else dz
     return do, dS, dz
 
@@ -239,8 +240,10 @@ for _name in ("linear_attention_prefill", "encode_prefix_prefill", "prefix_linea
 def _each_piece(
     work: _Work, k: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None, of_queries: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The state before each piece (P, H, F, D) and (P, H, F), from that before the text; or, of queries, the gradient of
-    the state after each piece, from that after the text. None: zero."""
+    """The state before each piece, (P, H, F, D) and (P, H, F), from that before the text, S and z; None: zero.
+
+    of_queries: S and z are the gradient of the state after the text, and the result that of the state after each
+    piece."""
     S, z = (None if x is None else x.float().contiguous() for x in (S, z))
     if work.pieces == 1:
         return S, z
@@ -250,7 +253,7 @@ def _each_piece(
     pieces = sizes.even_pieces(batch, T, work.tokens)
     piece_S = v.new_empty(pieces.number, heads, cuda.FEATURES, value_dim, dtype=torch.float32)
     piece_z = v.new_empty(pieces.number, heads, cuda.FEATURES, dtype=torch.float32)
-    cuda._module().backward_sums(*work.arguments, _addresses(piece_S, piece_z), of_queries)
+    extension.module().backward_sums(*work.arguments, _addresses(piece_S, piece_z), of_queries)
     launch.scan_pieces((piece_S, piece_z), (S, z), (None, None), None, pieces, k, None, reverse=of_queries)
     return piece_S, piece_z
 
@@ -271,9 +274,9 @@ def _whole(parts: Tensor, x: Tensor) -> Tensor:
 
 def _tiles(x: Tensor) -> Tensor:
     """x in a layout that the kernels can copy in tiles; copied if necessary."""
-    x = x if cuda._unsuitable_layout("x", x) is None else x.contiguous()
-    return x if x.data_ptr() % cuda.VECTOR_BYTES == 0 else x.clone()
+    x = x if cuda.unsuitable_layout("x", x) is None else x.contiguous()
+    return x if x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
 
 
 def _addresses(first: Tensor | None, second: Tensor | None) -> tuple[int, int]:
-    return cuda._address(first), cuda._address(second)
+    return address(first), address(second)

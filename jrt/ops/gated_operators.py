@@ -3,7 +3,8 @@
 Only the input is saved for the backward pass, which computes the product with the gate again for the gradient of the
 projection's weight. `gated_triton` imports triton, so it is imported where it is called.
 
-Shapes: B batch, T tokens, E channels, M hidden units, K taps, O outputs of the next projection.
+Shapes: B batch, N packed sequences (or the B rows), T tokens, E channels, M hidden units, K taps, O outputs of the next
+projection.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jrt.ops.convolution_state import state_gradient
 from jrt.ops.registration import refuse_second_derivative, register
 
 
@@ -123,11 +123,54 @@ def _silu_convolution_backward_fake(u, taps, tap_bias, state, mask, cu_seqlens, 
     return u.new_empty(u.shape), dtaps, dtaps.new_empty(taps.shape[0]), _state_gradient_fake(taps, state)
 
 
-def _state_gradient(x, taps, tap_bias, state, mask, cu_seqlens, dy) -> Tensor:
-    """In fp32; empty if there is no state."""
+def _state_gradient(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dy: Tensor,
+) -> Tensor:
+    """The gradient of the state from which a convolution starts, which the kernels leave out.
+
+    Only the first K - 1 outputs of each sequence read the state, so these are computed again.
+
+    Args:
+        x: u (B, T, E), or [u, gate] (B, T, 2 E).
+        taps, bias, state, mask, cu_seqlens: as in `jrt.ops.silu_convolution`.
+        dy: (B, T, E), the gradient of silu(conv(u)), or of silu(conv(u)) * gate.
+
+    Returns:
+        (N, K - 1, E) in fp32; empty if there is no state.
+    """
     if state is None:
         return _state_gradient_fake(taps, state)
-    return state_gradient(x, taps, tap_bias, state, mask, cu_seqlens, dy)
+    (channels, count), before, length = taps.shape, state.shape[1], x.shape[1]
+    taps, step = taps.float(), torch.arange(before, device=x.device)
+    if cu_seqlens is None:
+        row, token = torch.arange(x.shape[0], device=x.device)[:, None], step[None]
+        inside = (token < length).expand(x.shape[0], -1)  # (N, K - 1)
+    else:
+        row, token = torch.zeros_like(cu_seqlens[:-1, None]), cu_seqlens[:-1, None] + step
+        inside = token < cu_seqlens[1:, None]
+    token = token.clamp(max=length - 1)
+    first = x[row, token].float()  # (N, K - 1, E or 2 E)
+    shown = inside if mask is None else inside & mask[row, token]
+    u = torch.where(shown[..., None], first[..., :channels], 0)
+    inputs = torch.cat([state.float(), u], 1)  # (N, 2 K - 2, E)
+    c = sum((taps[:, k] * inputs[:, k : k + before] for k in range(count)), torch.zeros_like(u))
+    c = c if bias is None else c + bias.float()
+    share = torch.sigmoid(c)
+    by_c = dy[row, token].float() * share * (1 + c * (1 - share))
+    if x.shape[2] > channels:
+        by_c = by_c * first[..., channels:]
+    by_c = torch.where(inside[..., None], by_c, 0)
+    gradient = torch.zeros_like(u)
+    for t in range(before):  # the output at place t reads the state's inputs from t on
+        for i in range(t, before):
+            gradient[:, i] += taps[:, i - t] * by_c[:, t]
+    return gradient
 
 
 def _state_gradient_fake(taps: Tensor, state: Tensor | None) -> Tensor:

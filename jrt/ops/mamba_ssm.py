@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jrt.ops import packages
+from jrt.ops.call import ScanCall
 from jrt.ops.registration import register
 
 PACKAGE, MODULE, NAME = "mamba-ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"
@@ -25,23 +26,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STATES = 256
 
 
-def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
-    """The reason why the package cannot serve (u, delta, A, B, C, D, delta_bias, initial_state, gate); None if it
-    can."""
-    u, delta, A, B, C, _, _, initial_state, gate = inputs
-    assert u is not None and delta is not None and A is not None and B is not None and C is not None
-    if reason := packages.unavailable(PACKAGE, MODULE, NAME, inputs):
+def unsupported(call: ScanCall) -> str | None:
+    """The reason why the package cannot serve the call; None if it can."""
+    u, delta, A, B, C, _, _, initial_state, gate = call
+    if reason := packages.unavailable(PACKAGE, MODULE, NAME, call):
         return reason
     if initial_state is not None:
         return "it starts from a zero state, and initial_state is given"
     if u.dtype not in DTYPES or any(x is not None and x.dtype != u.dtype for x in (delta, B, C, gate)):
         kinds = ", ".join(str(x.dtype) for x in (u, delta, B, C, gate) if x is not None)
         return f"u, delta, B, C and the gate are {kinds}: expected one of float32, bfloat16 and float16 for all"
-    if any(x is not None and x.dtype == torch.float64 for x in inputs):
+    if any(x.dtype == torch.float64 for x in call.tensors()):
         return "it computes in fp32 and an input is fp64"
     if A.shape[1] > MOST_STATES:
         return f"{A.shape[1]} states a channel: expected at most {MOST_STATES}"
-    return packages.unordered_sums(PACKAGE, inputs)
+    return packages.unordered_sums(PACKAGE, call)
 
 
 def selective_scan(
@@ -67,7 +66,7 @@ def selective_scan(
 
 def _forward(u, delta, A, B, C, D, delta_bias, gate) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        y, state = _call(_theirs(u, delta, A, B, C, D, delta_bias, gate))
+        y, state = _call_package(_package_inputs(u, delta, A, B, C, D, delta_bias, gate))
     return y.mT.contiguous(), state.float().contiguous()
 
 
@@ -77,9 +76,9 @@ def _forward_fake(u, delta, A, B, C, D, delta_bias, gate) -> tuple[Tensor, Tenso
 
 def _backward(u, delta, A, B, C, D, delta_bias, gate, dy) -> tuple[Tensor, ...]:
     """Gradients of all inputs, empty for those that are None; those of A, D and delta_bias in fp32."""
-    given = [None if x is None else x.requires_grad_() for x in _theirs(u, delta, A, B, C, D, delta_bias, gate)]
+    given = [None if x is None else x.requires_grad_() for x in _package_inputs(u, delta, A, B, C, D, delta_bias, gate)]
     with torch.enable_grad():
-        y, _ = _call(given)
+        y, _ = _call_package(given)
     leaves = [x for x in given if x is not None]
     found = iter(torch.autograd.grad(y, leaves, dy.mT.contiguous()))
     gradients = [u.new_empty(0) if x is None else next(found) for x in given]
@@ -93,7 +92,7 @@ def _backward_fake(u, delta, A, B, C, D, delta_bias, gate, dy) -> tuple[Tensor, 
     return du, ddelta, weights[0], dB, dC, weights[1], weights[2], dgate
 
 
-def _theirs(u, delta, A, B, C, D, delta_bias, gate) -> list[Tensor | None]:
+def _package_inputs(u, delta, A, B, C, D, delta_bias, gate) -> list[Tensor | None]:
     """The inputs as the package wants them, detached: texts (B, E, T) or (B, N, T), weights in fp32."""
 
     def text(x: Tensor | None) -> Tensor | None:
@@ -105,7 +104,7 @@ def _theirs(u, delta, A, B, C, D, delta_bias, gate) -> list[Tensor | None]:
     return [text(u), text(delta), weight(A), text(B), text(C), weight(D), weight(delta_bias), text(gate)]
 
 
-def _call(inputs: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+def _call_package(inputs: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     """y (B, E, T) and the last state (B, E, N)."""
     u, delta, A, B, C, D, delta_bias, gate = inputs
     assert u is not None

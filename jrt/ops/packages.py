@@ -1,7 +1,7 @@
-"""Optional packages with GPU kernels that some backends call: causal-conv1d, flash-attn, mamba-ssm.
+"""Optional packages for GPU kernels: Triton, and causal-conv1d, flash-attn and mamba-ssm, which some backends call.
 
-They are published as source code only, which needs CUDA's compiler to install, so nothing depends on them. A backend
-asks `unavailable` before it serves a call, and gets the package's function from `function`.
+The last three are published as source code only, which needs CUDA's compiler to install, so nothing depends on them. A
+backend asks `unavailable` before it serves a call, and gets the package's function from `function`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,28 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from jrt.ops.registration import without_rule
+from jrt.ops.registration import constant_when_compiling, without_rule
 from jrt.system.breaks import BREAKS, one_line
 
 DEVICE = "cuda"  # the kind of device that the packages compute on
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def triton_unavailable(x: Tensor) -> str | None:
+    """The reason why no Triton kernel can run on the device of x; None if one can. Never imports triton.
+
+    On a CPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 switches on."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if not (x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")):
+        return f"tensors are on {x.device}; expected a CUDA device"
+    return None
 
 
 def unavailable(package: str, module: str, name: str, tensors: Sequence[Tensor | None]) -> str | None:
@@ -37,8 +50,8 @@ def unavailable(package: str, module: str, name: str, tensors: Sequence[Tensor |
 
 
 def unordered_sums(package: str, tensors: Sequence[Tensor | None]) -> str | None:
-    """The reason for a package whose gradients are sums in an order that changes from run to run, where that is not
-    allowed; else None."""
+    """The reason why a package whose gradients differ from run to run cannot serve the call; None if nobody asks for
+    reproducible ones. Its kernels add in an order that changes."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if wanted and torch.are_deterministic_algorithms_enabled():
         return f"the gradients of {package} differ from run to run, and torch.use_deterministic_algorithms is on"
@@ -51,7 +64,7 @@ def function(module: str, name: str) -> Callable:
 
 
 def once_differentiable(y: Tensor, instead: str) -> Tensor:
-    """y, with an error if a second derivative is taken through a package that would leave it out.
+    """y; a second derivative through it raises ValueError, because the package would leave out a part of it.
 
     instead: what to call for a second derivative."""
 
@@ -64,13 +77,9 @@ def once_differentiable(y: Tensor, instead: str) -> Tensor:
     return y
 
 
+@constant_when_compiling
 def _missing(package: str, module: str, name: str) -> str | None:
     return _probe(package, module, name)
-
-
-# Does what torch.compiler.assume_constant_result does, without importing the compiler: torch.compile cannot trace
-# `_probe`.
-vars(_missing)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

@@ -19,6 +19,15 @@ from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
 
 
+def owners(cu_seqlens: Tensor, length: int) -> Tensor:
+    """(T,) the number of the packed sequence that each of T = length tokens belongs to.
+
+    cu_seqlens: (N + 1,) as in `jrt.ops.linear_attention`."""
+    token = torch.arange(length, device=cu_seqlens.device)
+    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    return owner.clamp(max=cu_seqlens.shape[0] - 2)
+
+
 def attend_apart(attend: Callable[[Call], tuple[Tensor, State]], call: Call) -> tuple[Tensor, State]:
     """Applies `attend` to each sequence; returns packed outputs (1, T, H, D), and states (N, H, F, D) and (N, H, F)."""
     if torch.compiler.is_compiling():
@@ -47,9 +56,8 @@ def _attend_in_rows(attend: Callable[[Call], tuple[Tensor, State]], call: Call) 
             S_0, z_0 = (x.to(state.S.dtype) for x in call.initial_state)
             fade = (call.log_decay.to(S_0.dtype) * cu_seqlens.diff()[:, None]).exp()  # (N, H)
             state = State(state.S + fade[..., None, None] * S_0, state.z + z_0)
-    token = torch.arange(o.shape[1], device=o.device)
-    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=len(o) - 1)  # (T,)
-    return o[owner, token - cu_seqlens[owner]][None], state
+    owner = owners(cu_seqlens, o.shape[1])  # (T,)
+    return o[owner, torch.arange(o.shape[1], device=o.device) - cu_seqlens[owner]][None], state
 
 
 def _in_rows(call: Call, at_end: bool) -> Call:

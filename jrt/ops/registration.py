@@ -1,4 +1,4 @@
-"""Registers an operator with PyTorch, so that torch.compile treats it as a single node.
+"""Registers an operator with PyTorch, so that torch.compile treats it as a single node; what such operators cannot do.
 
 `torch.library.custom_op` would be shorter, but its first call imports torch._dynamo. That takes seconds, also in a
 process that compiles nothing.
@@ -24,6 +24,14 @@ def register(name: str, signature: str, kernel: Callable, fake: Callable) -> Non
     torch.library.define(f"jrt::{name}", signature, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"jrt::{name}", "default", kernel)
     torch.library.register_fake(f"jrt::{name}", fake)
+
+
+def constant_when_compiling(function: Callable) -> Callable:
+    """Decorates a function that torch.compile cannot trace: its result when compiling becomes a constant of the graph.
+
+    Does what `torch.compiler.assume_constant_result` does, without importing the compiler."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 def without_rule(tensors: Iterable[Tensor]) -> str | None:

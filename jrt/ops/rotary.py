@@ -8,16 +8,13 @@ Shapes: B batch, T tokens, H heads, D head size, R = half the rotary dimensions,
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from jrt.ops import rotary_pytorch
+from jrt.ops.packages import triton_unavailable
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
-INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,8 +32,7 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Te
 
 def _fuses(x: Tensor) -> bool:
     """Whether the Triton kernels serve this input: in training, on a GPU. Never imports triton."""
-    on_device = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return INSTALLED and on_device and x.dtype in DTYPES and x.requires_grad and torch.is_grad_enabled()
+    return not triton_unavailable(x) and x.dtype in DTYPES and x.requires_grad and torch.is_grad_enabled()
 
 
 # ---- the operators. `rotary_triton` imports triton, so it is imported where it is called.

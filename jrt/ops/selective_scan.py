@@ -10,21 +10,20 @@ sees a single node. The three of this project save only the states between chunk
 backward pass.
 """
 
-import importlib.util
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jrt.ops import mamba_ssm, selective_scan_cuda
+from jrt.ops import checks, mamba_ssm, selective_scan_cuda
+from jrt.ops.call import ScanCall
+from jrt.ops.choice import choose as choose_backend
+from jrt.ops.packages import triton_unavailable
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
 from jrt.ops.selective_scan_pytorch import CHUNK as PYTORCH_CHUNK
 from jrt.ops.selective_scan_pytorch import between_shape, chunked_backward, chunked_forward, state_dtype, stepwise
 
 BACKENDS = ("reference", "chunked", "triton", "cuda", "mamba-ssm")
 CHUNK = {"chunked": PYTORCH_CHUNK, "triton": 16}  # steps between two states kept for the backward
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def selective_scan(
@@ -65,16 +64,16 @@ def selective_scan(
         ValueError: shapes, dtypes or devices do not fit together, or the backend asked for cannot serve the call. Only
             "reference" has second and forward-mode derivatives; None takes it for the latter.
     """
-    _check(u, delta, A, B, C, D, delta_bias, initial_state, gate)
-    whole = (u, delta, A, B, C, D, delta_bias, initial_state, gate)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in whole)
-    chosen = choose(whole, backend)
+    call = ScanCall(u, delta, A, B, C, D, delta_bias, initial_state, gate)
+    checks.selective_scan(*call)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in call.tensors())
+    chosen = choose(call, backend)
     if chosen == "mamba-ssm":
         return mamba_ssm.selective_scan(u, delta, A, B, C, D, delta_bias, gate)
     if chosen == "cuda":
-        return selective_scan_cuda.selective_scan(*whole, keep)
+        return selective_scan_cuda.selective_scan(*call, keep)
     if delta_bias is not None:
-        delta = F.softplus(delta.to(state_dtype(*whole)) + delta_bias)
+        delta = F.softplus(delta.to(state_dtype(*call)) + delta_bias)
     inputs = (u, delta, A, B, C, D, initial_state)
     if chosen == "reference" or (u.shape[1] == 1 and chosen == "chunked"):  # one step is the definition itself
         y, state = stepwise(*inputs)
@@ -83,74 +82,29 @@ def selective_scan(
     return y if gate is None else y * F.silu(gate), state
 
 
-def choose(inputs: tuple[Tensor | None, ...], backend: str | None) -> str:
-    """The backend that was asked for, or the fastest that serves (u, delta, A, B, C, D, delta_bias, initial_state,
-    gate).
-
-    Raises:
-        ValueError: there is no such backend, or it cannot serve the call.
-    """
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"selective_scan: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
-    if backend is not None:
-        if reason := unsupported(backend, inputs):
-            raise ValueError(f"selective_scan: backend {backend!r} cannot serve this call: {reason}")
-        return backend
-    u = inputs[0]
-    assert u is not None
-    if u.shape[1] == 1:
-        return "chunked"
-    return next(name for name in reversed(BACKENDS) if unsupported(name, inputs) is None)
+def choose(call: ScanCall, backend: str | None) -> str:
+    """The backend that was asked for, or the fastest that serves the call; raises ValueError as
+    `jrt.ops.choice.choose`."""
+    order = tuple(reversed(BACKENDS))
+    if call.u.shape[1] == 1:
+        order = ("chunked", *order)
+    return choose_backend(backend, order, lambda name: unsupported(name, call))
 
 
-def unsupported(backend: str, inputs: tuple[Tensor | None, ...]) -> str | None:
-    """The reason why a backend cannot serve these inputs (see `choose`); None if it can. Never imports triton."""
+def unsupported(backend: str, call: ScanCall) -> str | None:
+    """The reason why a backend cannot serve the call; None if it can. Never imports triton."""
     if backend == "mamba-ssm":
-        return mamba_ssm.unsupported(inputs)
+        return mamba_ssm.unsupported(call)
     if backend == "cuda":
-        return selective_scan_cuda.unsupported(inputs)
-    u = inputs[0]
-    assert u is not None
-    if backend == "reference" or (backend == "chunked" and u.shape[1] == 1):
+        return selective_scan_cuda.unsupported(call)
+    if backend == "reference" or (backend == "chunked" and call.u.shape[1] == 1):
         return None
     if backend == "triton":
-        if not TRITON_INSTALLED:
-            return "triton is not installed; use 'chunked'"
-        if any(x is not None and x.dtype == torch.float64 for x in inputs[:-1]):
+        if reason := triton_unavailable(call.u):
+            return f"{reason}; use 'chunked'"
+        if any(x.dtype == torch.float64 for x in call._replace(gate=None).tensors()):
             return "it computes in fp32 and an input is fp64; use 'chunked'"
-        if not u.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it needs CUDA tensors, these are on {u.device}; use 'chunked'"
-    return without_rule(x for x in inputs if x is not None)
-
-
-def _check(u, delta, A, B, C, D, delta_bias, initial_state, gate) -> None:
-    if u.ndim != 3 or A.ndim != 2:
-        found = f"{tuple(u.shape)} and {tuple(A.shape)}"
-        raise ValueError(f"selective_scan: expected u (B, T, E) and A (E, N), got {found}")
-    batch, steps, channels = u.shape
-    states = A.shape[1]
-    if steps == 0:
-        raise ValueError("selective_scan: expected at least one step, got T = 0")
-    wanted = {
-        "u": (u, (batch, steps, channels)),
-        "delta": (delta, (batch, steps, channels)),
-        "A": (A, (channels, states)),
-        "B": (B, (batch, steps, states)),
-        "C": (C, (batch, steps, states)),
-        "D": (D, (channels,)),
-        "delta_bias": (delta_bias, (channels,)),
-        "initial_state": (initial_state, (batch, channels, states)),
-        "gate": (gate, (batch, steps, channels)),
-    }
-    for name, (x, shape) in wanted.items():
-        if x is None:
-            continue
-        if tuple(x.shape) != shape:
-            raise ValueError(f"selective_scan: expected {name} of shape {shape}, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"selective_scan: expected {name} in a floating-point dtype, got {x.dtype}")
-        if x.device != u.device:
-            raise ValueError(f"selective_scan: expected {name} on u's device {u.device}, got {x.device}")
+    return without_rule(call.tensors())
 
 
 # ---- the operator, forward and backward.

@@ -4,7 +4,8 @@ The kernels compute the softplus of the step sizes themselves, so that they can 
 states between chunks of 16 steps are saved for the backward pass, which computes the others again. Results are bit for
 bit reproducible.
 
-Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels (backward).
+Shapes: B batch, T steps, E channels, N = 16 states a channel, K chunks, S segments, P slices of 128 channels
+(backward).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jrt.ops import cuda
+from jrt.ops import extension
+from jrt.ops.call import ScanCall
+from jrt.ops.extension import address, dtype_name
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
 STATES, STEPS = 16, 16  # N; steps of a chunk
@@ -22,14 +25,12 @@ FORWARD_BLOCKS, BACKWARD_BLOCKS = 6, 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
-    """The reason why the kernels cannot serve (u, delta, A, B, C, D, delta_bias, initial_state, gate); None if they
-    can."""
-    u, delta, A, B, C, *_, gate = inputs
-    assert u is not None and delta is not None and A is not None and B is not None and C is not None
+def unsupported(call: ScanCall) -> str | None:
+    """The reason why the kernels cannot serve the call; None if they can."""
+    u, delta, A, B, C, *_, gate = call
     if u.device.type != "cuda":
         return f"tensors are on {u.device}; expected a CUDA device"
-    if reason := cuda._missing(u.device.index):
+    if reason := extension.missing(u.device.index):
         return reason
     if A.shape[1] != STATES:
         return f"{A.shape[1]} states a channel: the kernels are built for {STATES}"
@@ -38,11 +39,11 @@ def unsupported(inputs: tuple[Tensor | None, ...]) -> str | None:
         return f"u, delta, B and C are {kinds}: expected one of float32, bfloat16 and float16 for all four"
     if gate is not None and gate.dtype != u.dtype:
         return f"the gate is {gate.dtype}: expected the inputs' {u.dtype}"
-    if any(x is not None and x.dtype == torch.float64 for x in inputs):
+    if any(x.dtype == torch.float64 for x in call.tensors()):
         return "they compute in fp32 and an input is fp64"
     if u.shape[0] > 65535 or u.shape[1] >= 2**31 - STEPS:
         return "the text or the batch is too large for one launch"
-    return without_rule(x for x in inputs if x is not None)
+    return without_rule(call.tensors())
 
 
 def selective_scan(
@@ -151,12 +152,12 @@ class _Launch:
         rates = A.float().contiguous()
         skip = rates.new_zeros(u.shape[2]) if D is None else D.float().contiguous()
         bias = None if delta_bias is None else delta_bias.float().contiguous()
-        self.kernels, self.segments = cuda._module(), segments(u, width, blocks)
+        self.kernels, self.segments = extension.module(), segments(u, width, blocks)
         self.tensors = [u, delta, bias, rates, B, C, skip, gate, plain]
-        self.inputs = [cuda._address(x) for x in self.tensors]
+        self.inputs = [address(x) for x in self.tensors]
         self.strides = [B.stride(0), B.stride(1), C.stride(0), C.stride(1), 0 if gate is None else gate.stride(1)]
         self.sizes = [*u.shape, self.segments]
-        self.dtype = cuda._name(u.dtype)
+        self.dtype = dtype_name(u.dtype)
         self.stream = torch.cuda.current_stream(u.device).cuda_stream
         self.device = torch.cuda.device_of(u)
 
@@ -165,7 +166,7 @@ class _Launch:
         local, spans = end.new_empty(batch, parts, STATES, channels), end.new_empty(batch, parts, channels)
         found = [start, end, between, local, spans]
         self.tensors += found
-        return [cuda._address(x) for x in found]
+        return [address(x) for x in found]
 
     def __enter__(self) -> _Launch:
         self.device.__enter__()

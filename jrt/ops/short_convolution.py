@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jrt.ops.packing import owners
+
 
 def short_convolution(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None = None
@@ -58,13 +60,6 @@ def last_inputs(u: Tensor, taps: int, state: Tensor | None, cu_seqlens: Tensor |
     own = u[0, token.clamp(min=0)]  # (N, K - 1, E)
     sequence = torch.arange(len(start), device=u.device)[:, None]
     return torch.where((token >= start)[..., None], own, _state_at(state, sequence, token - start, own))
-
-
-def owners(cu_seqlens: Tensor, length: int) -> Tensor:
-    """(T,) the number of the packed sequence that each token belongs to."""
-    token = torch.arange(length, device=cu_seqlens.device)
-    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    return owner.clamp(max=cu_seqlens.shape[0] - 2)
 
 
 def _packed_convolution(

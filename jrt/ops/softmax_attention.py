@@ -18,9 +18,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from jrt.ops import attention_pytorch, checks, flash_attention
+from jrt.ops.choice import choose
 
 BACKENDS = ("flash-attn", "flex", "sdpa")
-FULL_BACKENDS = ("sdpa",)
+FULL_BACKENDS = ("sdpa", "flash-attn", "flex")
 
 
 class Call(NamedTuple):
@@ -61,18 +62,13 @@ def softmax_attention(
     """
     checks.attention(q, k, v, window, valid)
     call = Call(q, k, v, scale, window, valid)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend {backend!r}: expected one of {BACKENDS}, or None for the fastest")
-    if backend is not None and (reason := unsupported(backend, call)):
-        raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
-    if backend is None:
-        order = FULL_BACKENDS if window is None else BACKENDS
-        backend = next(name for name in order if unsupported(name, call) is None)
-    if backend == "flash-attn":
+    order = FULL_BACKENDS if window is None else BACKENDS
+    chosen = choose(backend, order, lambda name: unsupported(name, call))
+    if chosen == "flash-attn":
         return flash_attention.softmax_attention(q, k, v, scale, window)
     if window is None:
         return attention_pytorch.full_attention(q, k, v, valid, scale)
-    if backend == "flex":
+    if chosen == "flex":
         return attention_pytorch.compiled_window_attention(q, k, v, window, scale)
     return attention_pytorch.window_attention(q, k, v, valid, window, scale)
 

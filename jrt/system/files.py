@@ -1,9 +1,29 @@
-"""Writes small files atomically: to a temporary file in the same folder, which is then renamed in one step."""
+"""Reads JSON, and writes small files atomically: to a temporary file in the same folder, which is then renamed in one
+step."""
 
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from jrt.system.breaks import first_line
+
+LARGEST_JSON = 16 << 20  # bytes; parsed, JSON takes up to twenty times as much memory
+
+
+def read_object(file: Path) -> dict:
+    """The JSON object in a file of settings.
+
+    Raises ValueError if the file holds something else, or is far larger than any settings."""
+    if file.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{file} is too large for a configuration or index: {file.stat().st_size} bytes")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object")
+    return content
 
 
 def write_bytes(file: Path, content: bytes) -> None:

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -207,17 +208,8 @@ def _checkpointed(forward: Callable) -> Callable:
 
 def split_rows(targets: Targets, rows: int) -> list[Targets]:
     """Splits targets into parts of at most `rows` rows, for gradient accumulation."""
-
-    def part(tensor: Tensor | None, i: int) -> Tensor | None:
-        return None if tensor is None else tensor[i : i + rows]
-
-    return [
-        Targets(
-            targets.input_ids[i : i + rows],
-            targets.labels[i : i + rows],
-            targets.masked[i : i + rows],
-            part(targets.prefix_length, i),
-            part(targets.weights, i),
-        )
-        for i in range(0, len(targets.labels), rows)
-    ]
+    parts = []
+    for i in range(0, len(targets.labels), rows):
+        part: dict[str, Any] = {name: x if x is None else x[i : i + rows] for name, x in vars(targets).items()}
+        parts.append(Targets(**part))
+    return parts

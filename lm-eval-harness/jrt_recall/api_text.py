@@ -81,9 +81,8 @@ def _render_body(body: list[ast.stmt], lines: list[str], in_class: bool) -> None
             case ast.FunctionDef() | ast.AsyncFunctionDef() if _is_public(node.name):
                 lines.append(heading(node.name, _arguments(node, in_class)))
                 lines.extend(_first_paragraph(node))
-            case (
-                ast.If() | ast.Try()
-            ):  # a definition may depend on the platform: the definitions of both branches are shown
+            # A definition may depend on the platform: the definitions of both branches are shown.
+            case ast.If() | ast.Try():
                 _render_body(node.body, lines, in_class)
                 _render_body(node.orelse, lines, in_class)
 

@@ -354,7 +354,9 @@ def _first_windows(stream: TokenSource, most: int) -> list[np.ndarray]:
 
 
 def _manifest(folder: Path) -> dict:
-    """Returns the content of manifest.json, {} if there is none. Raises ValueError if prepare.py cannot have written it."""
+    """Returns the content of manifest.json, {} if there is none.
+
+    Raises ValueError if prepare.py cannot have written it."""
     path = folder / "manifest.json"
     if not path.is_file():
         return {}

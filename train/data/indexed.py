@@ -1,7 +1,9 @@
 """The .idx file beside a .bin file of tokens, as GPT-NeoX and Megatron write it.
 
-    magic "MMIDIDX\\0\\0", version (uint64 1), dtype code (uint8), number of sequences N (uint64), number of boundaries M (uint64)
-    N x int32 tokens of each sequence, N x int64 byte offset of each, M x int64 first sequence of each document, and N at the end
+    magic "MMIDIDX\\0\\0", version (uint64 1), dtype code (uint8), number of sequences N (uint64), number of boundaries M
+    (uint64)
+    N x int32 tokens of each sequence, N x int64 byte offset of each, M x int64 first sequence of each document, and N at
+    the end
 
 Here every document is one sequence.
 """

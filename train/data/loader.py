@@ -13,7 +13,9 @@ from train.data.batches import Batch, Data
 
 @dataclass(frozen=True)
 class Problem:
-    """Stands in place of a batch that could not be read: an error cannot leave a reader's process as one line."""
+    """Takes the place of a batch that could not be read.
+
+    An error raised in a reader's process would reach the user with the traces of two processes."""
 
     message: str
 

@@ -44,11 +44,11 @@ class Recipe:
     Batches of every length have about equally many tokens, so that all steps take about equally long.
     """
 
-    shapes: tuple[tuple[int, int, float], ...] = (
+    shapes: tuple[tuple[int, int, float], ...] = (  # T, rows, share of steps
         (768, 96, 0.3),
         (1536, 48, 0.35),
         (4608, 16, 0.35),
-    )  # T, rows, share of steps
+    )
     readings: tuple[float, ...] = (0.5, 0.43, 0.07)  # share of contexts shown once, twice, three times
     announced: float = 0.35
     asked_in_prefix: float = 0.6  # share of sequences whose prefix ends after a question, as a whole prompt does

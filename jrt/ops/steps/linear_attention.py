@@ -24,7 +24,8 @@ def column_blocks(rows: int, heads: int, value_dim: int) -> int:
 
 
 def linear_attention_step(
-    qkv: Tensor, S: Tensor, z: Tensor, table: tuple[Tensor, Tensor, Tensor], d: int, gain: float, decay: Tensor | None, o: Tensor
+    qkv: Tensor, S: Tensor, z: Tensor, table: tuple[Tensor, Tensor, Tensor], d: int, gain: float,
+    decay: Tensor | None, o: Tensor,
 ) -> None:  # fmt: skip
     """Writes o (B, H D) for the token with the queries, keys and values in `qkv`, and updates S and z.
 

@@ -17,7 +17,8 @@ CHANNELS = 32  # channels of one program
 
 
 def selective_step(
-    u: Tensor, gate: Tensor, selected: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, h: Tensor, y: Tensor
+    u: Tensor, gate: Tensor, selected: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, h: Tensor,
+    y: Tensor,
 ) -> None:  # fmt: skip
     """Writes y (B, E), and updates the state h (B, E, N) fp32 in place.
 

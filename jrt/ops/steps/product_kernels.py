@@ -87,8 +87,8 @@ def _sums_of_rows(
 @triton.jit
 def _sums(
     x, norm, squares, w, first_w, second_w, row, n, second, B, K, N, P, eps,
-    NORM: tl.constexpr, PAIR: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, PP: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    NORM: tl.constexpr, PAIR: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, PP: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if ROWS == 1:
         first, other = _sums_of_one_row(x, norm, squares, first_w, second_w, K, P, eps, NORM, PAIR, BK, PP, PDL)
@@ -154,7 +154,8 @@ def gated_kernel(
     if MODE > 0:
         convolved = _older_inputs(place, taps, e, E, inside, channel, T)
     value, gate = _sums(
-        x, norm, squares, w, first_w, second_w, row, first, second, B, K, 2 * E, P, eps, NORM, True, ROWS, BK, PP, STAGES, PDL
+        x, norm, squares, w, first_w, second_w, row, first, second, B, K, 2 * E, P, eps, NORM, True, ROWS, BK, PP,
+        STAGES, PDL,
     )  # fmt: skip
     if BIAS:
         value += tl.load(bias + e, mask=channel, other=0.0).to(tl.float32)[None, :]

@@ -12,17 +12,14 @@ F features.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from jrt.ops.call import Call
 from jrt.ops.feature_map import State, feature_count
+from jrt.ops.packages import triton_unavailable
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
-INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_KEY, LARGEST_VALUE = 32, 128
 LONGEST = 2**30  # tokens: kernels count them in 32 bits
@@ -30,13 +27,11 @@ LONGEST = 2**30  # tokens: kernels count them in 32 bits
 
 def unsupported(call: Call) -> str | None:
     """The reason why the kernels cannot serve this call; None if they can. Never imports triton."""
-    if not INSTALLED:
-        return "triton is not installed"
     k, D = call.k, call.v.shape[-1]
+    if reason := triton_unavailable(k):
+        return reason
     if call.prefix is not None and (reason := unsupported(call.prefix)):
         return f"prefix: {reason}"
-    if k.device.type != "cuda" and not (k.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"tensors are on {k.device}; expected a CUDA device"
     if k.device.type == "cpu" and k.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies no bfloat16"
     if any(x.dtype not in DTYPES for x in call.tensors()):

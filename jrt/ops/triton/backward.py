@@ -40,7 +40,7 @@ def queries_kernel(
     )
     if sequence < 0:
         return
-    row = row + h * 0  # 64 bits
+    row = row + h * 0  # in 64 bits, as h is
     q += row * q_batch + h * q_head
     k += row * k_batch + h * k_head
     v += row * v_batch + h * v_head
@@ -138,7 +138,7 @@ def piece_gradients(
     which: the number of the gradient of the state after the piece, in end_S and end_z. Without queries (for a prefix)
     all tokens use it as it is.
     """
-    row = row + h * 0  # 64 bits
+    row = row + h * 0  # in 64 bits, as h is
     if HAS_QUERIES:
         q += row * q_batch + h * q_head
         do += row * do_batch + h * do_head

@@ -245,7 +245,8 @@ def scan_pieces(
     with on(k.device):
         scan_kernel[(programs, sequences(k, cu_seqlens) * H)](
             *parts, *starts, *totals, *prefix_parts, log_decay, pieces.start, pieces.end, pieces.first, first,
-            k.shape[1], H, pieces.a_sequence, pieces.tokens, count, D=D, F=F, HAS_START=starts[0] is not None and prefix_pieces is None,
+            k.shape[1], H, pieces.a_sequence, pieces.tokens, count, D=D, F=F,
+            HAS_START=starts[0] is not None and prefix_pieces is None,
             HAS_TOTAL=totals[0] is not None, HAS_PREFIX=prefix_pieces is not None, HAS_DECAY=log_decay is not None,
             REVERSE=reverse, PACKED=cu_seqlens is not None, BLOCK=SCAN_BLOCK, AHEAD=SCAN_AHEAD, num_warps=2,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Launches the kernels for a prefix and the text after it: one launch for both where both have the same work to do.
 
-- Forward, a text that is cut into pieces needs the sums of its pieces, as the prefix does: one launch computes both, and
-  one scan gives the state after the prefix and before each piece. A text in one piece has no sums, so there is nothing
-  to join.
+- Forward, a text that is cut into pieces needs the sums of its pieces, as the prefix does. So one launch computes both,
+  and one scan gives the state after the prefix and before each piece. A text in one piece has no sums, so there is
+  nothing to join.
 - Backward, the scan over the pieces of the text also gives the gradient of the state after the prefix. So one launch
   computes the gradients of all keys and values. With the text in one piece, that gradient is a result of the launch for
   the text, and the prefix follows in a second one. It does so too where a kernel for both would not fit.

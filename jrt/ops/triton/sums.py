@@ -27,7 +27,7 @@ def sum_piece(
 ):  # fmt: skip
     """The sums of piece p, tokens start to end of a row, which decays by exp(rate) a token; masked: whether the mask is
     read, if HAS_MASK."""
-    row = row + h * 0  # 64 bits
+    row = row + h * 0  # in 64 bits, as h is
     x += row * x_batch + h * x_head
     u += row * u_batch + h * u_head
     columns = own_columns(D, DV)

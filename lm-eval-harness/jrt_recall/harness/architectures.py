@@ -30,13 +30,8 @@ def register(settings: Mapping[str, Any]) -> None:
         return
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):  # no such model, or a broken one: loading the model tells it
-        return
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # no such model, or a broken one: loading the model tells it
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in CONFIG_MAPPING or config.get("auto_map"):
         return
