@@ -269,6 +269,13 @@ def test_each_model_has_its_own_cache_of_responses():
     assert response_cache({"model": "jrt", "model_args": "pretrained=a"}) is None
 
 
+@pytest.mark.parametrize("size", ["auto:x", "auto:-1", "auto:", "autos", "AUTO"])
+def test_a_batch_size_is_a_number_or_auto(size):
+    with pytest.raises(ValueError, match="--batch_size"):
+        checked({"batch_size": size})
+    assert checked({"batch_size": "auto:4"}) == {"batch_size": "auto:4"}
+
+
 @pytest.mark.parametrize("tasks", [[None], [["recall_fda"]], ["recall_fda", 5], {"a": 1}])
 def test_names_of_tasks_are_text(tasks):
     with pytest.raises(ValueError, match="--tasks: expected names"):
