@@ -73,6 +73,31 @@ def check_labels(labels: Tensor, expected: torch.Size, rows: int) -> None:
         raise ValueError(f"label {wrong[0].item()} is outside the vocabulary; expected 0 to {rows - 1}, or {IGNORED}")
 
 
+def check_counts(items: object, kept: object, labels: Tensor | None) -> None:
+    """Checks `num_items_in_batch` and `logits_to_keep`.
+
+    items: number of labels of a whole batch. A tensor's value is not read: the host would wait for the GPU.
+    kept: number of last tokens, or a tensor of their places; these are not consecutive, so they allow no labels."""
+    if isinstance(items, Tensor):
+        is_one = items.numel() == 1
+    else:
+        is_one = items is None or (isinstance(items, int | float) and not isinstance(items, bool) and items >= 0)
+    if not is_one:
+        raise ValueError(f"num_items_in_batch is {items!r}; expected one number of at least 0")
+    if isinstance(kept, Tensor):
+        if labels is not None:
+            raise ValueError("labels need the logits of consecutive tokens: expected a number for logits_to_keep")
+    elif isinstance(kept, bool) or not isinstance(kept, int) or kept < 0:
+        raise ValueError(f"logits_to_keep is {kept!r}; expected a number of at least 0, or a tensor of places")
+
+
+def check_sizes(**sizes: object) -> None:
+    """Checks sizes of a vocabulary: each is a whole number above 0, or None."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"a vocabulary has at least one token: {name} is {size!r}, expected a number above 0")
+
+
 def own_mask(attention_mask: Tensor | None, input_ids: Tensor, seen: int) -> Tensor | None:
     """The mask of this call's tokens, (B, T) bool, False for padding; None if there is no padding.
 

@@ -30,7 +30,16 @@ from jrt.cache import ModelState
 from jrt.configuration_jrt import IN_PACKAGE, JRTConfig
 from jrt.decoding.loop import decode, unsupported
 from jrt.decoding.session import Sessions
-from jrt.inputs import check_ids, check_labels, check_lengths, check_tensor, check_unknown, own_mask
+from jrt.inputs import (
+    check_counts,
+    check_ids,
+    check_labels,
+    check_lengths,
+    check_sizes,
+    check_tensor,
+    check_unknown,
+    own_mask,
+)
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel, residual
 from jrt.packed_rows import DESCRIPTIONS, check_longest, documents_of
@@ -125,8 +134,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> torch.nn.Embedding:
         """As in transformers; afterwards `generate` may choose any of the `new_num_tokens` tokens."""
-        if new_num_tokens is not None and new_num_tokens < 1:
-            raise ValueError(f"a vocabulary has at least one token, got {new_num_tokens}")
+        check_sizes(new_num_tokens=new_num_tokens, pad_to_multiple_of=pad_to_multiple_of)
         tokens = self.token_rows if new_num_tokens is None else new_num_tokens
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.vocab_tokens = self.token_rows = tokens
@@ -182,6 +190,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the inputs do not fit; the message says what was expected.
         """
+        check_counts(num_items_in_batch, logits_to_keep, labels)
         packing = {name: kwargs.pop(name, None) for name in DESCRIPTIONS}
         longest = {name: kwargs.pop(name, None) for name in ("max_length_q", "max_length_k")}
         check_unknown(kwargs)

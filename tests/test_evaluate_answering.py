@@ -12,8 +12,8 @@ from jrt_recall import PROTOCOLS
 from jrt_recall.tokenizers import reachable, shipped_tokenizer
 from random_models import save_random_model
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import NFC
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.normalizers import NFC, Replace, Sequence
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -251,3 +251,23 @@ def test_rows_that_have_ended_leave_the_batch(models, name, short_prompt, monkey
     assert [(g.text, g.new_tokens, g.finite) for g in together] == [(g.text, g.new_tokens, g.finite) for g in alone]
     assert len({g.new_tokens for g in alone}) > 1
     assert (len(calls) > 1) == (short_prompt != "iterate")
+
+
+def unigram(*normalised):
+    """A tokenizer whose vocabulary holds its special tokens as ordinary pieces, as those of XGLM and T5 do."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "abcdefghij <>/s")]
+    made = Tokenizer(Unigram(pieces, unk_id=0))
+    made.normalizer = Sequence([Replace(one, "") for one in normalised])
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_text_that_cannot_be_kept_from_becoming_a_special_token_makes_its_prompt_invalid():
+    spelled, plain = encode(unigram(), ["ab </s> cd", "ab < /s> cd"], None)
+    assert "'</s>'" in spelled.problem and not plain.problem and 2 not in plain.ids
+
+
+def test_a_begin_token_survives_a_normaliser_that_drops_letters():
+    for dropped in ("a", "a0"):
+        (found,) = encode(unigram(*dropped), ["abc abc"], 4)
+        assert found.ids[0] == 1 and len(found.ids) == 4

@@ -152,6 +152,25 @@ def test_saved_settings_are_set_aside_and_named(saved, folder_of_passages, tmp_p
     assert "repetition_penalty=1.3" in capsys.readouterr().out
 
 
+def test_no_batch_holds_rows_on_both_sides_of_a_switch_of_positions(saved, folder_of_passages, tmp_path, capsys):
+    # The passages' prompts have 15 to 80 tokens: a few exceed the switch, and more do with their answers.
+    rope = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 100,
+        "short_factor": [1.0] * 8,
+        "long_factor": [8.0] * 8,
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+    }
+    folder = saved("llama", "longrope", config={"rope_parameters": rope, "max_position_embeddings": 400})
+    rows, manifest = answered(folder, folder_of_passages, tmp_path / "run")
+    lengths = [row["prompt_tokens"] for row in rows]
+    assert min(lengths) + 48 < 100 < max(lengths) + 48
+    assert [row["prediction"] for row in rows] == alone(folder, [row["prompt"] for row in rows])
+    (model,) = manifest["models"].values()
+    assert model["batch_length"] == 100 and any("beyond 100 tokens" in note for note in model["notes"])
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '"text"'])
 def test_a_broken_generation_config_is_one_line(content, saved, folder_of_passages, tmp_path, capsys):
     folder = saved("llama", f"broken{len(content)}{content[0]}")

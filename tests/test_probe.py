@@ -80,6 +80,33 @@ class ForgetsBetweenCalls(Broken):
         return output
 
 
+class LosesOldTokens(Broken):
+    """Its cache keeps the last 40 tokens only, without a word."""
+
+    def forward(self, *args, **given):
+        output = super().forward(*args, **given)
+        for layer in output.past_key_values.layers if output.past_key_values is not None else ():
+            layer.keys[:, :, :-40] = 0
+            layer.values[:, :, :-40] = 0
+        return output
+
+
+class MixesManyRows(Broken):
+    """Right for one and for two rows: the rows of larger batches come out in another order."""
+
+    def forward(self, *args, **given):
+        output = super().forward(*args, **given)
+        output.logits = output.logits.roll(int(len(output.logits) > 3), 0)
+        return output
+
+
+class IgnoresMaskOfFewColumns(Broken):
+    def forward(self, input_ids=None, attention_mask=None, **given):
+        if attention_mask is not None and attention_mask.float().mean() > 0.8:
+            attention_mask = None
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)
+
+
 class RefusesCache(Broken):
     def forward(self, *args, **given):
         if given.get("use_cache"):
@@ -102,6 +129,8 @@ def test_what_is_right_is_not_blamed(kind, dtype):
         (IgnoresMask, {"padding alone", "padding", "shared state"}, RunMode(padding=False, sharing=False)),
         (MixesRows, {"padding", "neighbours", "shared state"}, RunMode(batches=False, padding=False, sharing=False)),
         (MixesRowsWhenDecoding, {"padding", "neighbours"}, RunMode(batches=False, padding=False, sharing=False)),
+        (MixesManyRows, {"neighbours"}, RunMode(batches=False, padding=False, sharing=False)),
+        (IgnoresMaskOfFewColumns, {"padding alone"}, RunMode(padding=False, sharing=False)),
         (ForgetsBetweenCalls, {"two calls", "shared state"}, RunMode(sharing=False)),
     ],
 )
@@ -111,7 +140,7 @@ def test_each_kind_of_wrong_is_found_by_its_check(kind, wrong, mode):
     assert findings.mode == mode and findings.mode.sentences()
 
 
-@pytest.mark.parametrize("kind", [ForgetsWhenDecoding, RefusesCache])
+@pytest.mark.parametrize("kind", [ForgetsWhenDecoding, RefusesCache, LosesOldTokens])
 def test_a_model_that_breaks_with_a_cache_is_run_without(kind):
     findings = probe(kind().eval())
     assert findings.holds("no cache") and findings.holds("padding") and findings.holds("neighbours")

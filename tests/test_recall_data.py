@@ -1,5 +1,6 @@
 """Mirror folders, generated fixtures and passages of jrt_recall."""
 
+import gzip
 import json
 
 import pytest
@@ -108,6 +109,22 @@ def test_damaged_lines_are_named(tmp_path):
         data.load_passages("qa_squad", tmp_path)
     (tmp_path / "squad.jsonl").write_text('{"context": "c", "answers": ["a"]}\n')
     with pytest.raises(ValueError, match=r"line 1 .* lacks question"):
+        data.load_passages("qa_squad", tmp_path)
+
+
+@pytest.mark.parametrize("field", ["context", "question", "answers"])
+def test_a_line_that_lacks_a_field_is_invalid_and_counted(field, tmp_path):
+    whole = {"context": "the valve opens", "question": "what opens?", "answers": ["the valve"]}
+    lines = [whole, {name: value for name, value in whole.items() if name != field}, whole]
+    (tmp_path / "squad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = items("qa_squad", "once", data=tmp_path)
+    assert [item.id for item in found.items] == ["qa_squad/0", "qa_squad/2"] and found.documents == 3
+    assert len(found.invalid) == 1 and f"line 2 lacks {field}" in found.invalid[0]
+
+
+def test_a_compressed_file_is_called_so(tmp_path):
+    (tmp_path / "squad.jsonl").write_bytes(gzip.compress(b'{"context": "c"}'))
+    with pytest.raises(ValueError, match=r"squad.jsonl: the file is compressed"):
         data.load_passages("qa_squad", tmp_path)
 
 

@@ -269,6 +269,19 @@ def test_each_model_has_its_own_cache_of_responses():
     assert response_cache({"model": "jrt", "model_args": "pretrained=a"}) is None
 
 
+@pytest.mark.parametrize("size", ["auto:x", "auto:-1", "auto:", "autos", "AUTO"])
+def test_a_batch_size_is_a_number_or_auto(size):
+    with pytest.raises(ValueError, match="--batch_size"):
+        checked({"batch_size": size})
+    assert checked({"batch_size": "auto:4"}) == {"batch_size": "auto:4"}
+
+
+@pytest.mark.parametrize("tasks", [[None], [["recall_fda"]], ["recall_fda", 5], {"a": 1}])
+def test_names_of_tasks_are_text(tasks):
+    with pytest.raises(ValueError, match="--tasks: expected names"):
+        names_of(tasks)
+
+
 def test_a_model_without_room_for_an_answer_is_refused(tmp_path):
     (tmp_path / "squad.jsonl").write_text(json.dumps(PASSAGE | {"answers": "angle"}) + "\n")
     for length in (40, "48"):

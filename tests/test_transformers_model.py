@@ -210,3 +210,28 @@ def test_another_embedding_changes_the_vocabulary_of_a_tied_model(rows, tmp_path
     assert model.config.vocab_tokens == rows
     with pytest.raises(ValueError, match="table of weights, got Identity"):
         model.set_input_embeddings(torch.nn.Identity())
+
+
+@pytest.mark.parametrize("items", ["22", -1, float("nan"), True, torch.tensor([22, 22])])
+def test_a_number_of_labels_that_is_none_is_refused(items):
+    model, ids = tiny("CL"), torch.arange(3, 9)[None]
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        model(ids, labels=ids, num_items_in_batch=items)
+
+
+@pytest.mark.parametrize("kept", [-3, True, 2.0, "2"])
+def test_logits_to_keep_is_a_number_of_tokens(kept):
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        tiny("CL")(torch.arange(3, 9)[None], logits_to_keep=kept)
+
+
+def test_labels_of_places_that_are_not_consecutive_are_refused():
+    ids, places = torch.arange(3, 9)[None], torch.tensor([1, 4])
+    with pytest.raises(ValueError, match="consecutive"):
+        tiny("CL")(ids, labels=ids[:, places], logits_to_keep=places)
+
+
+@pytest.mark.parametrize("given", [{"new_num_tokens": 60.0}, {"new_num_tokens": "60"}, {"pad_to_multiple_of": 0}])
+def test_sizes_of_a_vocabulary_are_whole_numbers(given):
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        tiny("CL").resize_token_embeddings(**given)

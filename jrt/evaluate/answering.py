@@ -89,6 +89,10 @@ def encode(
     readable = [prompt if is_text(prompt) else "" for prompt in prompts]
     options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
     rows = tokenizer(readable, **options)["input_ids"] if readable else []
+    # Unigram vocabularies find these in any text. One or two characters, such as a pad token "!", are ordinary text.
+    added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {index: str(token) for index, token in added.items() if len(str(token)) > 2}
+    special.pop(tokenizer.unk_token_id, None)
     found = []
     for prompt, row in zip(prompts, rows, strict=True):
         own = row if limit is None else row[-max(1, limit - len(front)) :]
@@ -97,6 +101,8 @@ def encode(
             problem = "it holds a lone surrogate (half an emoji, or bytes that are not UTF-8)"
         elif not row:
             problem = "it has no tokens"
+        elif spelled := [special[index] for index in special.keys() & set(row) if special[index] in prompt]:
+            problem = f"its text {spelled[0]!r} becomes the special token of that name"
         elif vocabulary is not None and beyond >= vocabulary:
             problem = f"token {beyond} of it is beyond the model's {vocabulary} rows"
         elif len(front) + len(own) < shortest:
@@ -109,9 +115,14 @@ def encode(
 
 def _tokens_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that a tokenizer puts in front of every text."""
-    found, bare = tokenizer("a", return_special_tokens_mask=True), tokenizer("a", add_special_tokens=False)["input_ids"]
+    for text in "a0.Z":  # a tokenizer may normalise a letter to nothing
+        if bare := tokenizer(text, add_special_tokens=False)["input_ids"]:
+            break
+    else:
+        return []
+    found = tokenizer(text, return_special_tokens_mask=True)
     whole, added = found["input_ids"], found["special_tokens_mask"]
-    # "a" itself may be the unknown token, which some tokenizers also put in front: only the mask tells them apart.
+    # The text itself may be the unknown token, which some tokenizers also put in front: only the mask tells them apart.
     places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare and not added[place]]
     return list(whole[: places[0]]) if places else []
 

@@ -21,6 +21,7 @@ class Limits(NamedTuple):
             once; None: no limit.
         padding: the most tokens of padding in a batch; None: no limit.
         alone: a prompt of more tokens than this shares a batch only with prompts of its group; None: no such rule.
+        together: a prompt of more tokens than this is a batch of its own; None: no such rule.
         shares: whether the model can read a common beginning once for several prompts.
         pads: whether a batch may hold prompts of unequal length.
     """
@@ -29,6 +30,7 @@ class Limits(NamedTuple):
     tokens: int | None = None
     padding: int | None = None
     alone: int | None = None
+    together: int | None = None
     shares: bool = True
     pads: bool = True
 
@@ -72,6 +74,7 @@ def _fits(rows: Sequence[Sequence[int]], batch: list[Group], limits: Limits) -> 
         len(lengths) <= limits.size
         and (limits.tokens is None or padded + sum(own) <= limits.tokens)
         and (limits.padding is None or padding <= limits.padding)
+        and (limits.together is None or max(lengths) <= limits.together)
         and (limits.alone is None or len(batch) == 1 or max(lengths) <= limits.alone)
     )
 

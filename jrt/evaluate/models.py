@@ -25,6 +25,7 @@ from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, u
 from jrt.evaluate.mamba2 import mamba2_folder, open_mamba2
 from jrt.foreign.architectures import register_architecture
 from jrt.foreign.greedy import plain_settings, saved_settings, set_aside
+from jrt.foreign.rotary import switching_length
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.probe import STATES, Findings, RunMode, probe
 from jrt.released.quirks import Quirks
@@ -87,6 +88,7 @@ class ModelInfo:
         pads: a batch may hold prompts of unequal length.
         batches: a batch may hold several prompts.
         shortest_prompt: tokens of the shortest prompt that the model answers correctly.
+        batch_length: the most tokens of a prompt with its answer that may share a batch with others.
         notes: sentences for the user on how the model is run differently from most.
         set_aside: saved generation settings that were ignored because they change greedy answers, as text.
         probe: the findings of `jrt.probe`, as plain values; None for models of this project.
@@ -103,6 +105,7 @@ class ModelInfo:
     pads: bool
     batches: bool
     shortest_prompt: int
+    batch_length: int | None
     notes: list[str]
     set_aside: dict[str, str]
     probe: dict | None
@@ -189,6 +192,7 @@ class OpenModel:
             pads=self.mode.padding,
             batches=self.mode.batches,
             shortest_prompt=1 if self.mode.one_token else 2,
+            batch_length=switching_length(self.model),
             notes=self._notes(),
             set_aside={name: str(value) for name, value in self.set_aside.items()},
             probe=None if self.findings is None else self.findings.to_dict(),
@@ -197,6 +201,8 @@ class OpenModel:
     def _notes(self) -> list[str]:
         saved = ", ".join(f"{name}={value}" for name, value in self.set_aside.items())
         sentences = [] if self.ours else self.mode.sentences()
+        if (switch := switching_length(self.model)) is not None:
+            sentences.append(f"asked alone beyond {switch} tokens: the positions of a batch follow its longest row")
         if saved:
             sentences.append(f"saved settings set aside for greedy decoding: {saved}")
         if self.unused:

@@ -237,8 +237,9 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
                         not reachable(tokenizer, item.answers, found.protocol.stop) for item in found.items
                     ),
                 }
+                limits = _limits(spec, info, batch_size, found.protocol.max_new_tokens)
                 open_items = [index for index in missing[cell] if not encoded[index].problem]
-                for batch in batches([encoded[index].ids for index in open_items], _limits(spec, info, batch_size)):
+                for batch in batches([encoded[index].ids for index in open_items], limits):
                     chosen = [open_items[index] for index in batch]
                     yield Job(spec, cell, found.protocol, [encoded[index].ids for index in chosen], chosen)
                     if cell in failed:
@@ -271,7 +272,7 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
     return Outcome(records, compared, every, failed)
 
 
-def _limits(spec: ModelSpec, info: dict, batch_size: int | None) -> Limits:
+def _limits(spec: ModelSpec, info: dict, batch_size: int | None, new_tokens: int) -> Limits:
     if batch_size is not None:
         limits = Limits(batch_size)
     elif spec.device.startswith("cuda"):
@@ -280,7 +281,8 @@ def _limits(spec: ModelSpec, info: dict, batch_size: int | None) -> Limits:
         limits = ON_CPU._replace(alone=CPU_ALONE if info["attends_to_all"] else None)
     if not info["batches"]:
         limits = limits._replace(size=1)
-    return limits._replace(shares=info["shares_beginnings"], pads=info["pads"])
+    together = None if info["batch_length"] is None else info["batch_length"] - new_tokens
+    return limits._replace(shares=info["shares_beginnings"], pads=info["pads"], together=together)
 
 
 def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:

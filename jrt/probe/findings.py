@@ -9,7 +9,7 @@ CHECKS = {
     "no cache": "decoding without a cache equals reading again",
     "padding alone": "a padded row equals the row unpadded",
     "padding": "a padded row beside a longer one equals the row alone",
-    "neighbours": "a row beside another of its length equals the row alone",
+    "neighbours": "a row beside others of its length equals the row alone",
     "two calls": "a prompt read in two calls equals one call",
     "state copy": "a copied state goes on as its original did",
     "single tokens": "a prompt read token by token equals one call",
@@ -99,7 +99,7 @@ class Findings:
     def mode(self) -> RunMode:
         """The ways of running the model that leave its answers as they are for one prompt at a time."""
         batches = self.holds("neighbours")
-        padding = batches and self.holds("padding")
+        padding = batches and self.holds("padding alone") and self.holds("padding")
         sharing = padding and all(map(self.holds, ("decode", "two calls", "state copy", "shared state")))
         one_token = not any(check.name == "single tokens" and check.holds is False for check in self.checks)
         causal = not any(

@@ -35,7 +35,10 @@ SPREADS = 4.0
 TEXT = 24  # prompt tokens of the measured row; the longer row beside it has LENGTH
 HALF = 16  # tokens of this prompt that are read in a first call, where a check makes two
 STEPS = 4  # tokens that are decoded after the prompt
-ROWS = 8  # copies of the row in the batch that measures rounding in half precision
+LONG = LENGTH - STEPS  # prompt tokens of the longer row: a cache that loses old tokens is found only by a long prompt
+FEW = 3  # columns of padding of the padded row alone; beside the longer row it has many
+BRIEF = 6  # prompt tokens of each row in the batch of ROWS rows
+ROWS = 8  # rows of the batches that measure the effect of neighbours, and of rounding in half precision
 MOVED = 64  # in the second half of these rows, one in so many embedding values is moved to a neighbouring number
 
 STATES = (CACHE, "cache_params", "state")
@@ -66,7 +69,7 @@ class Trials:
         """All checks, in the order of CHECKS. Checks that mean nothing after an earlier failure are not tried."""
         try:
             self.truth = self.read(self.row[None])[0]  # (TEXT + STEPS, V)
-            self.longer_truth = self.read(self.longer[None], prompt=LENGTH)[0]  # (LENGTH, V)
+            self.longer_truth = self.read(self.longer[None], prompt=LONG)[0]  # (LENGTH, V)
             self.bound = self._bound()
         except BREAKS as error:
             yield Check("decode", math.inf, SHARE, reason=one_line(error))
@@ -95,24 +98,26 @@ class Trials:
     # The trials.
 
     def _decode(self) -> list[Compared]:
-        logits, _ = self._go_on(self.row[None, :TEXT], new=STEPS)
-        return [self._of_row(logits[0], TEXT)]
+        logits, _ = self._go_on(self.longer[None, :LONG], forced=[self.longer[LONG:]], new=STEPS)
+        return [self._of_longer(logits[0])]
 
     def _padding_alone(self) -> list[Compared]:
-        ids, mask = self._padded(self.row[:TEXT])
+        ids, mask = self._padded(self.row[:TEXT], TEXT + FEW)
         logits, _ = self._go_on(ids[1:], mask[1:], new=1)
         return [self._of_row(logits[0], TEXT)]
 
     def _padding(self) -> list[Compared]:
-        ids, mask = self._padded(self.row[:TEXT])
-        logits, _ = self._go_on(ids, mask, new=2)  # the second, because padding may do harm at the first step only
-        long = Compared(logits[0, :1], self.longer_truth[-1:], LENGTH - 1)
-        return [self._of_row(logits[1], TEXT), long]
+        ids, mask = self._padded(self.row[:TEXT], LONG)
+        # Two tokens, because padding may do harm at one of the steps only.
+        logits, _ = self._go_on(ids, mask, forced=[self.longer[LONG:], self.row[TEXT:]], new=2)
+        return [self._of_row(logits[1], TEXT), self._of_longer(logits[0])]
 
     def _neighbours(self) -> list[Compared]:
+        read = TEXT if _reads_ahead(self.model) else BRIEF  # the truth of a prefix encoder is that of its whole prompt
+        others = torch.cat([self.longer, self.other]).unfold(0, read, read)[: ROWS - 1]  # (ROWS - 1, read) or fewer
         # The second token, because RWKV mixes the rows of a batch only where it reads one token a row.
-        logits, _ = self._go_on(torch.stack([self.longer[:TEXT], self.row[:TEXT]]), new=2)
-        return [self._of_row(logits[1], TEXT)]
+        logits, _ = self._go_on(torch.cat([others, self.row[None, :read]]), new=2, read=read)
+        return [self._of_row(logits[-1], read)]
 
     def _single_tokens(self) -> list[Compared]:
         logits, _ = self._go_on(self.row[None, :1], new=STEPS - 1, read=1)
@@ -131,7 +136,7 @@ class Trials:
         return [Compared(self._rest(self.state), self.rest, HALF)]
 
     def _shared_state(self) -> list[Compared]:
-        ids, mask = self._padded(self.row[:HALF])
+        ids, mask = self._padded(self.row[:HALF], LONG - (TEXT - HALF))
         _, cache = self._go_on(ids, mask, new=1, read=HALF)
         kept = torch.tensor([1, 0, 1], device=ids.device)
         select_rows(cache, kept)
@@ -146,9 +151,8 @@ class Trials:
 
     # Helpers of the trials.
 
-    def _padded(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and mask (2, T): the longer row first, then `text` with padding on its left."""
-        width = LENGTH - (TEXT - len(text))  # room for what is read later
+    def _padded(self, text: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask (2, width): the longer row first, then `text` with padding on its left."""
         ids = torch.stack([self.longer[:width], torch.full_like(self.longer[:width], self.pad)])
         mask = torch.ones_like(ids)
         ids[1, width - len(text) :], mask[1, : width - len(text)] = text, 0
@@ -157,6 +161,10 @@ class Trials:
     def _of_row(self, logits: Tensor, read: int) -> Compared:
         """Pairs logits (K, V) that follow the first `read` tokens of the measured row with the true ones."""
         return Compared(logits, self.truth[read - 1 : read - 1 + len(logits)], read - 1)
+
+    def _of_longer(self, logits: Tensor) -> Compared:
+        """Pairs logits (K, V) that follow the first LONG tokens of the longer row with the true ones."""
+        return Compared(logits, self.longer_truth[LONG - 1 : LONG - 1 + len(logits)], LONG - 1)
 
     def read(self, ids: Tensor, prompt: int = TEXT) -> Tensor:
         """Logits (B, T, V) of whole rows in one call without a cache, with which all others are compared.
@@ -175,16 +183,22 @@ class Trials:
         return self.model(input_ids=ids, use_cache=True, **state).logits[0]
 
     def _go_on(
-        self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None, new: int = 1, read: int = TEXT
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        new: int = 1,
+        read: int = TEXT,
+        forced: list[Tensor] | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Reads ids (B, T) by `generate`, as an evaluation does, then feeds `new` tokens of the measured row one by
-        one.
+        """Reads ids (B, T) by `generate`, as an evaluation does, then feeds `new` tokens one by one.
 
-        read: how many tokens of the measured row come before these. Returns logits (B, new, V) and the cache."""
+        forced: these tokens, for each row; None: those of the measured row that come after its first `read`.
+        Returns logits (B, new, V) and the cache."""
         options: dict[str, Any] = {} if cache is None else {cache_argument(self.model): cache}
         if _reads_ahead(self.model):
             options["short_prompt"] = "none"
-        forced = ForcedTokens([self.row[read : read + new].tolist()] * len(ids))
+        following = [self.row[read:]] * len(ids) if forced is None else forced
         output = self.model.generate(  # type: ignore[operator]  # all causal models have GenerationMixin
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
@@ -194,7 +208,7 @@ class Trials:
             pad_token_id=self.pad,
             output_logits=True,
             return_dict_in_generate=True,
-            logits_processor=LogitsProcessorList([forced]),
+            logits_processor=LogitsProcessorList([ForcedTokens([row[:new].tolist() for row in following])]),
             **options,
         )
         return torch.stack(output.logits, dim=1), output.get(CACHE)

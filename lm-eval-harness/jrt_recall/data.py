@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE, PASSAGES_VARIABLE = "JRT_DATA", "JRT_PASSAGES"
 MANIFEST = "manifest.json"
 PROBLEM = "jrt_recall: problem"  # the field that says why a row cannot be read; no column of a user has this name
+_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstd
 _ENTRY = {"rows": int, "columns": list, "sha256": str, "source": str}  # what is read of a dataset's entry
 
 
@@ -79,20 +80,24 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
     """Returns the documents of a `qa_*` task: one for each line of the file, or for fda one for each attribute of a
     line.
 
-    Raises MissingDataset if the folder or its file is absent, and ValueError if a line lacks a field."""
+    A line that lacks a field becomes a row with a PROBLEM. Raises MissingDataset if the folder or its file is absent,
+    and ValueError if all lines lack a field."""
     chosen = _folder(folder, PASSAGES_VARIABLE)
     name = f"{task.removeprefix('qa_')}.jsonl"
     if chosen is None or not (chosen / name).is_file():
-        absent = "no folder of passages" if chosen is None else f"{chosen / name} is absent"
-        raise MissingDataset(f"{task}: {absent}; set {PASSAGES_VARIABLE} to a folder with {name}")
+        reason = "no folder of passages" if chosen is None else f"{chosen / name} is absent"
+        raise MissingDataset(f"{task}: {reason}; set {PASSAGES_VARIABLE} to a folder with {name}")
     of_attributes = PASSAGES[task] == "fda"
     needed = ("text", "attributes") if of_attributes else ("context", "question", "answers")
     lines = read_lines(chosen / name)
     rows: list[dict] = []
+    if lines and (absent := [field for field in needed if not any(field in line for line in lines)]):
+        raise ValueError(f"{task}: line 1 of {chosen / name} lacks {', '.join(absent)}, and so do all others")
     for number, line in enumerate(lines):
         if missing := [field for field in needed if field not in line]:
-            raise ValueError(f"{task}: line {number + 1} of {chosen / name} lacks {', '.join(missing)}")
-        rows.extend(_attribute_rows(line, number) if of_attributes else [line])
+            rows.append({**line, PROBLEM: f"line {number + 1} lacks {', '.join(missing)}"})
+        else:
+            rows.extend(_attribute_rows(line, number) if of_attributes else [line])
     return Documents(rows, f"passages {name}", digest(lines))
 
 
@@ -209,6 +214,8 @@ def read_lines(file: Path) -> list[dict]:
 def read_text(file: Path) -> str:
     """Reads a UTF-8 file, with or without a byte order mark."""
     content = file.read_bytes()
+    if content.startswith(_COMPRESSED):
+        raise ValueError(f"{file}: the file is compressed; unpack it")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:  # with or without a byte order mark
         raise ValueError(f"{file}, line 1: the file is UTF-16 or UTF-32; save it as UTF-8")
     try:

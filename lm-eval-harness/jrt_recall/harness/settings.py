@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
         found["limit"] = _positive("--limit", found["limit"])
     if "max_batch_size" in found:
         found["max_batch_size"] = whole_number("--max_batch_size", found["max_batch_size"], least=1)
-    if "batch_size" in found and not str(found["batch_size"]).startswith("auto"):
+    if "batch_size" in found and not re.fullmatch(r"auto(:[1-9]\d*)?", str(found["batch_size"])):
         found["batch_size"] = whole_number("--batch_size", found["batch_size"], least=1)
     if "samples" in found:
         found["samples"] = _samples(found["samples"])
@@ -119,7 +120,9 @@ def names_of(tasks: Any) -> list[str]:
     parts = [tasks] if isinstance(tasks, str) else [] if tasks is None else tasks
     if not isinstance(parts, list | tuple):
         raise ValueError(f"--tasks: expected names, got {tasks!r}")
-    return [name.strip() for part in parts for name in str(part).split(",") if name.strip()]
+    if wrong := [part for part in parts if not isinstance(part, str)]:
+        raise ValueError(f"--tasks: expected names, got {wrong[0]!r}")
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
 
 
 def as_dict(name: str, value: Any) -> dict:
