@@ -287,3 +287,10 @@ def test_convert_into_a_folder_that_cannot_be_made_is_one_line(model, tmp_path, 
 
 def test_a_command_is_needed(capsys):
     assert "COMMAND" in refusal(capsys, [])
+
+
+def test_names_of_a_repeated_option_are_added(tmp_path, capsys):
+    models = ["--model", f"{tmp_path}/a", "--model", f"{tmp_path}/b"]
+    assert main(["eval", *models, "--tasks", "reference_pages", "--output", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/a" in told and f"{tmp_path}/b" in told
