@@ -128,6 +128,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.head
 
     def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        """Raises ValueError for a head with a bias, which a saved model would lose."""
+        if getattr(value, "bias", None) is not None:
+            raise ValueError("expected a head without bias")
         self.model.head = value
 
     def resize_token_embeddings(

@@ -210,6 +210,8 @@ def test_another_embedding_changes_the_vocabulary_of_a_tied_model(rows, tmp_path
     assert model.config.vocab_tokens == rows
     with pytest.raises(ValueError, match="table of weights, got Identity"):
         model.set_input_embeddings(torch.nn.Identity())
+    with pytest.raises(ValueError, match="head without bias"):
+        model.set_output_embeddings(torch.nn.Linear(32, rows))
 
 
 @pytest.mark.parametrize("items", ["22", -1, float("nan"), True, torch.tensor([22, 22])])
