@@ -51,6 +51,8 @@ def test_answers_are_read_in_all_clear_shapes(value, answers):
         (True, "true or false"),
         ([], "empty"),
         ([" "], "blank"),
+        (["\u200b"], "blank"),
+        ("\ufeff\u2060 ", "blank"),
         ("", "blank"),
         (["a", 3], "a number"),
         ([["a"]], "a list"),

@@ -6,6 +6,7 @@ ValueError that says why; the caller counts that document as invalid and goes on
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,9 +49,14 @@ def answers_in(place: str, value: Any) -> tuple[str, ...]:
     found = tuple(checked_text(f"{place}: an answer", answer) for answer in _spread(place, value))
     if not found:
         raise ValueError(f"{place}: the list of answers is empty")
-    if any(not answer.strip() for answer in found):
+    if any(is_blank(answer) for answer in found):
         raise ValueError(f"{place}: an answer is blank, which says nothing of what a prediction must contain")
     return found
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: spaces, control characters, marks of no width."""
+    return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text)
 
 
 def _spread(place: str, value: Any) -> list:

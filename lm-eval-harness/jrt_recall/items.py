@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import data as documents_data
 from . import reference_pages
-from .fields import answers_of, text_field
+from .fields import answers_of, is_blank, text_field
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, passage_ending, prompt, strategy_named
 from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, context_column, protocol_named, published_task, task_named
 from .scoring import contains, first_hit
@@ -268,7 +268,7 @@ def _as_read(task: str, row: dict) -> dict:
         raise ValueError(f"{task}: {row[documents_data.PROBLEM]}")
     if PASSAGES.get(task) == "squad":
         passage, question = (text_field(task, row, field) for field in ("context", "question"))
-        if not question.strip():
+        if is_blank(question):
             raise ValueError(f"{task}: field 'question' is empty: there is nothing to ask for")
         return {**row, "text": passage + passage_ending(question)}
     if published_task(task).name == "swde" and isinstance(row.get("text"), str):
