@@ -151,6 +151,16 @@ def estimates() -> list[list[str]]:
     return [[table, f"{value:.0f}"] for table, value in found.items()]
 
 
+def compared() -> str:
+    """The estimate beside the one measured time of this kind, that of benchmarks/eval_scaling.py on one GPU."""
+    found = json.loads((record.RESULTS / "eval_scaling.json").read_text())
+    alone, (read, step, _) = found["rows"][0], _speeds()["jrt-360m"]
+    prompt = found["shape"]["T"] - ANSWER
+    seconds = alone["items"] / BATCH * (BATCH * prompt * read + ANSWER * step) / 1000
+    return f"{alone['items']:,} prompts of JRT-360M: {seconds:.0f} s estimated, {alone['seconds']:.1f} s measured"
+
+
 if __name__ == "__main__":
     for row in estimates():
         print(*row, sep=": ")
+    print(compared())
