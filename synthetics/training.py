@@ -166,8 +166,9 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
         state = _read(checkpoint, device)
     if state is not None:
         rows, seconds = state["rows"], state["seconds"]
-    training = Training([run for run in runs if run.name not in rows], device)
+    training = Training(runs, device)
     if state is not None:
+        training.keep([index for index, run in enumerate(runs) if run.name not in rows])
         training.load_state_dict(state)
     began = False
     while training.runs:

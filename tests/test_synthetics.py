@@ -324,6 +324,24 @@ def test_a_stopped_group_goes_on_as_if_nothing_had_happened(tmp_path):
     assert torch.equal(*states)
 
 
+def test_a_stopped_group_goes_on_after_its_largest_model_has_left(tmp_path, monkeypatch):
+    runs = [Run(METHODS["prefix"], TINY, 8, size, 1e-2, 1, epochs=3, batch=32) for size in (4, 2)]
+    measured = Training.test_accuracy
+
+    def test_accuracy(self):
+        solved = dict.fromkeys(("1_3", "3_1", "2_4"), 1.0)
+        pairs = zip(measured(self), self.runs, strict=True)
+        return [solved if run.feature_dim == 4 else found for found, run in pairs]
+
+    monkeypatch.setattr(Training, "test_accuracy", test_accuracy)
+    whole, rows = train(runs, CPU, None, None), None
+    while rows is None:  # each call does one epoch
+        rows = train(runs, CPU, tmp_path / "parts.pt", time.monotonic() - 1)
+    for row in (*whole, *rows):
+        assert row.pop("seconds") >= 0
+    assert [row["epochs_read"] for row in whole] == [1, 3] and rows == whole
+
+
 def test_states_are_counted_on_the_models():
     for name in ("causal", "prefix", "mamba", "attention", "window"):
         run = Run(METHODS[name], DEBUG, 8, 2, 1e-3, 1, window=3)
