@@ -95,8 +95,9 @@ def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
         means = [100 * line.panels[panel].mean for line in own]
         widths = [nan if (width := line.panels[panel].half_width) is None else 100 * width for line in own]
         states = [line.state_bytes for line in own]
-        style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "linewidth": 1}
-        axes.errorbar(states, means, widths, label=method, **style)
+        axes.errorbar(
+            states, means, widths, label=method, color=colour, marker=marker, markersize=4, capsize=2, linewidth=1
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def train_all(
             must then be on a file system that all machines share.
 
     Raises:
-        ValueError: the device or Ray is missing, or workers is below 1.
+        ValueError: the device or Ray is missing, workers is below 1, or a worker was killed.
     """
     check_device(device, workers)
     check_ray(use_ray)
@@ -97,7 +98,14 @@ def _over_processes(groups: Sequence[Group], device: str, workers: int, deadline
                 running[pool.submit(_in_process, waiting.pop(), place, threads, deadline)] = place
             done = next(as_completed(running))
             free.append(running.pop(done))
-            yield done.result()
+            try:
+                rows = done.result()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"one of {workers} worker processes was killed, perhaps for lack of memory: go on with --resume and "
+                    "fewer --workers"
+                ) from error
+            yield rows
 
 
 def _over_ray(groups: Sequence[Group], device: str, deadline: float | None) -> Iterator[Rows]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from synthetics.set_disjointness import SetDisjointness, draw_pair
 from synthetics.summary import PANELS, panels_of, summarize
 from synthetics.tasks import TASKS
 from synthetics.training import train
+from synthetics.workers import train_all
 
 CPU = torch.device("cpu")
 LISTS = SetDisjointness("lists", 32, ((1, 4), (4, 1)), 64, ((1, 4), (4, 1)), 16)
@@ -178,6 +180,20 @@ def row_of(run: Run) -> dict:
     """A row of results with what tables and figures need."""
     row = dict.fromkeys(folder.NEEDED, 1)
     return {**row, "run": run.name, "method": run.method.name, "task": run.task.name, "accuracy": {"1_4": 0.5}}
+
+
+class Fatal:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (9,)
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
+    fast = multiprocessing.get_context("fork")
+    monkeypatch.setattr("synthetics.workers.get_context", lambda method: fast)
+    with pytest.raises(ValueError, match="one of 2 worker processes was killed, perhaps for lack of memory"):
+        list(train_all([(Fatal(), tmp_path)], "cpu", 2, None, use_ray=False))
 
 
 def test_two_processes_keep_each_others_results(tmp_path):
