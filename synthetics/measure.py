@@ -155,7 +155,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         check_device(options.device, workers=1)
-    except ValueError as error:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of work
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     device = torch.device(options.device)
     deadline = time.monotonic() + 60 * options.minutes

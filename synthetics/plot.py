@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from itertools import cycle
-from math import nan
+from math import ceil, nan
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -129,8 +129,13 @@ def heat_maps(lines: Sequence[Line]) -> Figure:
     shown = max(by_model.values(), key=spread)
     pairs = [pair for size in shown[0].accuracy if (pair := pair_of(size))]
     firsts, seconds = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
-    figure = Figure(figsize=(1 + 3 * len(shown), 3.6), layout="constrained")
-    for axes, line in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    columns = min(4, len(shown))
+    rows = ceil(len(shown) / columns)
+    figure = Figure(figsize=(1 + 3 * columns, 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    for axes, line in zip(panels, shown, strict=False):
         cells = [[100 * line.accuracy.get(f"{a}_{b}", float("nan")) for b in seconds] for a in firsts]
         image = axes.imshow(cells, vmin=0, vmax=100, origin="lower", cmap="viridis")
         axes.set_xticks(range(len(seconds)), seconds, rotation=90)
