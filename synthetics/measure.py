@@ -164,7 +164,7 @@ def main() -> None:
     task = TASKS["paper"]
     assert isinstance(task, SetDisjointness)
     draw_distinct(8, 8, 0, 2048, generator(1), device)  # sets the device up
-    report = {"command": command("-m", "synthetics.measure", *sys.argv[1:]), **provenance()}
+    report = {"command": command("-m", "synthetics.measure", *sys.argv[1:]), **provenance(options.device)}
     report["data"] = data(task, device)
     print(f"data: {report['data']['speedup']:.0f} x the released loop", flush=True)
     report["training"] = []

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from synthetics.folder import provenance
 from synthetics.runs import Run
 from synthetics.training import train
 
@@ -25,7 +26,7 @@ Rows = list[dict] | None  # results of a group; None: the deadline came before t
 def train_all(
     groups: Sequence[Group], device: str, workers: int, deadline: float | None, use_ray: bool
 ) -> Iterator[Rows]:
-    """Trains all groups. Yields the results of each group as soon as it ends.
+    """Trains all groups. Yields the results of each group as soon as it ends, with device, versions, commit and date.
 
     Args:
         groups: what to train.
@@ -72,6 +73,8 @@ def _train_one(group: Group, device: torch.device, deadline: float | None) -> Ro
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     runs, checkpoint = group
     rows = train(runs, device, checkpoint, deadline)
+    if rows is not None:
+        rows = [{**row, **provenance(device.type)} for row in rows]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the next group's tensors have other sizes
     return rows

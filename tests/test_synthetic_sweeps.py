@@ -109,6 +109,14 @@ def test_a_folder_of_a_sweep_that_was_killed_at_once_is_empty(tmp_path):
     assert folder.Folder(tmp_path, "mine", [RUN], resume=True).rows == {}
 
 
+def test_results_on_a_cpu_name_the_cpu_beside_a_gpu(tmp_path, monkeypatch):
+    names = {"cpu": "a processor", "cuda": "a GPU"}
+    monkeypatch.setattr(folder, "device_name", names.__getitem__)
+    monkeypatch.setitem(sweeps.SWEEPS, "debug", [RUN])
+    assert command.main(["debug", "--out", str(tmp_path), "--device", "cpu", "--workers", "1"]) == 0
+    assert [row["device"] for row in folder.read(tmp_path)["rows"]] == ["a processor"]
+
+
 def test_ray_is_asked_for_before_anything_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("synthetics.workers.importlib.util.find_spec", lambda name: None)
     assert command.main(["debug", "--out", str(tmp_path / "out"), "--device", "cpu", "--ray"]) == 2
