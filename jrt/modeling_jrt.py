@@ -334,7 +334,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["use_cache"] = False
         elif encodes:
             kwargs |= {"short_prompt": rule, "prompt_columns": input_ids.shape[1]}
-        if goes_on:
+        if past is not None and goes_on:
             check_going_on(input_ids, past.get_seq_length(), kwargs.get("use_cache"))
             kwargs["use_cache"] = True
         return super().generate(input_ids, attention_mask=mask, **kwargs)

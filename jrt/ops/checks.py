@@ -27,6 +27,7 @@ def tensor(name: str, x: object, device: torch.device | None = None, other: str 
 def floating(name: str, x: object, device: torch.device | None = None, other: str = "k") -> None:
     """device, other: as in `tensor`."""
     tensor(name, x, device, other)
+    assert isinstance(x, Tensor)
     if x.dtype not in FLOATING:
         raise ValueError(f"{name} is {x.dtype}; expected a floating-point dtype of 16 bits or more")
 
@@ -236,6 +237,7 @@ def selective_scan(
         if x is None and name not in ("delta", "B", "C"):
             continue
         floating(f"selective_scan: {name}", x, u.device, "u")
+        assert x is not None
         if tuple(x.shape) != shape:
             raise ValueError(f"selective_scan: expected {name} of shape {shape}, got {tuple(x.shape)}")
 
