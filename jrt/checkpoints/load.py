@@ -173,8 +173,7 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
             f"{name} is a {raw.get('model_type', 'unknown')} model; expected JRT, Based, attention or Mamba: "
             "use transformers for others"
         )
-    settings = raw.get("ssm_cfg")
-    if kind is Kind.MAMBA_SSM and isinstance(settings, dict) and settings.get("layer") == "Mamba2":
+    if kind is Kind.MAMBA2_SSM:
         raise CheckpointError(f"{name} is Mamba-2, which only `jrt eval`, `jrt generate` and `jrt doctor` read")
     if raw.get("transformers_weights") is not None:
         raise CheckpointError("config.json has transformers_weights: expected the weights in model.safetensors")

@@ -24,12 +24,16 @@ class Kind(Enum):
     JRT = "this package"
     RELEASED_GPT = "the original release: JRT, Based and attention"
     MAMBA_SSM = "mamba_ssm, Mamba's own package, and the original release"
+    MAMBA2_SSM = "mamba_ssm: Mamba-2"
     MAMBA_TRANSFORMERS = "transformers: Mamba"
     OTHER = "anybody else: transformers loads it"
 
 
 def kind_of(raw: dict) -> Kind:
     """The kind of model that a config.json describes, by the fields that it has."""
+    settings = raw.get("ssm_cfg")
+    if isinstance(settings, dict) and settings.get("layer") == "Mamba2":
+        return Kind.MAMBA2_SSM
     match raw.get("model_type"):
         case "jrt":
             return Kind.JRT
