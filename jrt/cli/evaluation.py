@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jrt.cli.options import FAILED, OK, Listed, Parser, model_options, model_spec, names, positive, seed
+from jrt.cli.options import FAILED, OK, Parser, add_names, model_options, model_spec, positive, seed
 
 if TYPE_CHECKING:
     from jrt.evaluate import ModelSpec, Outcome, Plan
@@ -16,7 +16,7 @@ def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("demo", help="the mini models on reference pages, read once and twice")
     add = parser.add_argument
     add("--output", type=Path, default=Path("demo"), help="folder (default: demo)")
-    add("--models", type=names, action=Listed, help="other models, separated by commas")
+    add_names(parser, "--models", "other models, separated by commas")
     add("--limit", type=positive, help="items for each model and strategy")
     add("--real", action="store_true", help="SmolLM2-135M, an off-the-shelf model, instead of the minis")
     add("--passages", type=Path, help="with --real: folder of passages with questions, instead of pages")
@@ -49,33 +49,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 def add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("eval", help="recall of any causal language model")
     add = parser.add_argument
-    add(
-        "--model",
-        type=names,
-        action=Listed,
-        required=True,
-        help="mini-jrt, smollm2, folders, hub ids; separated by commas",
-    )
-    add(
-        "--tasks",
-        type=names,
-        action=Listed,
-        required=True,
-        help="recall_fda (or fda), recall_nq_1024, recall_reference_pages_512, qa_squad ...",
-    )
-    add(
-        "--strategy",
-        type=names,
-        action=Listed,
-        default=("once",),
-        help="once, twice, question_first, 3x ...; separated by commas",
-    )
-    add(
-        "--protocol",
-        type=names,
-        action=Listed,
-        help="jrt-table1, jrt-table2, full, w1536-a64 (any window), lm-eval-v1 ...; separated by commas (default: the task's)",
-    )
+    add_names(parser, "--model", "mini-jrt, smollm2, folders, hub ids; separated by commas", required=True)
+    tasks = "recall_fda (or fda), recall_nq_1024, recall_reference_pages_512, qa_squad ..."
+    add_names(parser, "--tasks", tasks, required=True)
+    add_names(parser, "--strategy", "once, twice, question_first, 3x ...; separated by commas", default=("once",))
+    protocols = "jrt-table1, jrt-table2, full, w1536-a64 (any window), lm-eval-v1 ...; separated by commas"
+    add_names(parser, "--protocol", f"{protocols} (default: the task's)")
     add("--limit", type=positive, help="items for each cell of the table (default: all)")
     add("--batch-size", type=positive, help="prompts at once (default: as suits the device)")
     add("--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json")
