@@ -67,7 +67,8 @@ def load(
         ValueError: an unknown name or option, a checkpoint that cannot be read or does not fit its configuration, or a
             device that this machine does not have.
     """
-    check_short_prompt(short_prompt)
+    if short_prompt is not None:
+        check_short_prompt(short_prompt)
     device = checked_device(device)
     dtype = None if dtype is None else checked_dtype(dtype)
     quirks = Quirks.of(compat)
@@ -198,11 +199,9 @@ def _own_config(raw: dict) -> JRTConfig:
     # Fields that only transformers knows are dropped: some of them can make it allocate memory.
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}
     try:
-        config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
-        Quirks(**config.quirks)
+        return JRTConfig(**{name: value for name, value in raw.items() if name in known})
     except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json is no jrt configuration ({first_line(error)})") from error
-    return config
 
 
 def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
