@@ -6,6 +6,8 @@ take memory. Tensors that stay on the CPU in their own dtype are memory-mapped, 
 
 from __future__ import annotations
 
+import os
+import pickle
 import pickletools
 import struct
 import zipfile
@@ -156,7 +158,7 @@ def _shards(index: Path) -> list[Path]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index.name} names files outside the folder: {outside[0]}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]  # False also for impossible names
     if missing:
         raise CheckpointError(f"{index.name} lists shards that are not there: {', '.join(missing)}")
     return [index.parent / name for name in names]
@@ -168,7 +170,9 @@ def _entries_of(file: Path) -> dict[str, Entry]:
     except CheckpointError:
         raise
     except UNREADABLE as error:
-        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({first_line(error)})") from error
+        # torch's own text for a pickle that it refuses proposes to run the file's code.
+        why = "expected named tensors only" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({why})") from error
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
