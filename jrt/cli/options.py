@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # the commands import what they need, so that `jrt --help` is quick
@@ -33,6 +35,14 @@ def add_names(parser: argparse.ArgumentParser, option: str, help: str, **more: A
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def path(text: str) -> Path:
+    """A path. `~` is expanded here, because no shell does it in `--output=~/run`."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no user of that name on this machine")
+    return Path(expanded)
 
 
 def positive(text: str) -> int:
