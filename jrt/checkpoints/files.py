@@ -58,9 +58,7 @@ class Entry:
 def entries(folder: Path) -> dict[str, Entry]:
     """All tensors of a folder: `model.safetensors` or `pytorch_model.bin`, or the shards that an index lists.
 
-    Raises:
-        CheckpointError: no weights, a shard that is missing, or a file that is truncated, corrupted or no weight file.
-    """
+    Raises CheckpointError for no weights, a missing shard, and a file that is truncated, corrupted or no weight file."""
     found: dict[str, Entry] = {}
     for file in files(folder):
         for name, entry in _entries_of(file).items():
@@ -88,9 +86,7 @@ class Reader:
     def read(self, entry: Entry) -> Tensor:
         """One tensor on the device in the dtype asked for (None: its own).
 
-        Raises:
-            CheckpointError: the tensor is not floating point, cannot be read, or holds NaN or infinity.
-        """
+        Raises CheckpointError if it is not floating point, cannot be read, or holds NaN or infinity."""
         tensor = self._mapped(entry)
         if tensor.device.type != "cpu" or tensor.shape != entry.shape or tensor.dtype != entry.dtype:
             raise CheckpointError(f"{entry.file.name}: {entry.name} is not the tensor that the file describes")

@@ -92,21 +92,15 @@ def load(
 def configuration(folder: Path, source: str) -> JRTConfig:
     """The configuration of a folder that `load` can read. No weights are read, only (for other layouts) their shapes.
 
-    Raises:
-        CheckpointError: as `load`.
-    """
+    Raises CheckpointError as `load`."""
     raw = read_config(folder)
     return _own_config(raw) if kind_of(raw) is Kind.JRT else _described(folder, source)[0]
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, set to pad on the left.
+    """The tokenizer of a model, set to pad on the left. If the folder has none, it is the one of `trained_tokenizer`.
 
-    If the folder has no tokenizer, it is the one of `trained_tokenizer`.
-
-    Raises:
-        ValueError: the tokenizer is neither in the folder nor in the hub's cache, nor can it be downloaded.
-    """
+    Raises ValueError if it is neither in the folder nor in the hub's cache, nor can be downloaded."""
     folder = resolve(name_or_path)
     options = {"padding_side": "left", "trust_remote_code": False}
     if has_tokenizer(folder):
