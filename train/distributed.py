@@ -218,9 +218,10 @@ def build(
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     _share_buffers(model, drawn)
     if strategy == "ddp":
-        return model, DistributedDataParallel(
-            whole, device_ids=[place.device.index] if place.device.type == "cuda" else None
-        )
+        devices = [place.device.index] if place.device.type == "cuda" else None
+        # Gradients are summed in the memory where they are computed. Buffers are constants: nothing to send.
+        shared = DistributedDataParallel(whole, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return model, shared
     return model, whole
 
 
