@@ -15,6 +15,7 @@ import gc
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,11 +147,10 @@ def ours(config: Config, row: Row, length: int, device: torch.device, compiles: 
     return model, loss
 
 
-def timed(
-    row: Row, length: int, steps: int, device: torch.device, compiles: bool, config: Config | None
-) -> tuple[nn.Module, Timed]:
-    """Builds the row's model and takes 1 + 2 + `steps` steps."""
-    start = time.perf_counter()
+def training(
+    row: Row, length: int, device: torch.device, compiles: bool, config: Config | None
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Builds the row's model, and a function that takes one training step and returns its loss."""
     if config is None:
         model, loss = plain(row.method.rsplit(" ", 1)[1], device, compiles)
     else:
@@ -159,9 +159,8 @@ def timed(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     generator = torch.Generator(device).manual_seed(1)
     vocabulary = 50257 if config is None else min(50257, config.vocab_rows - 1)
-    found = Timed(0.0)
-    for number in range(3 + steps):
-        began = time.perf_counter()
+
+    def step() -> Tensor:
         ids = torch.randint(0, vocabulary, (row.batch, length + 1), device=device, generator=generator)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             value = loss(ids)
@@ -169,15 +168,28 @@ def timed(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return model, step
+
+
+def timed(
+    row: Row, length: int, steps: int, device: torch.device, compiles: bool, config: Config | None
+) -> tuple[nn.Module, Timed]:
+    """Builds the row's model and takes 1 + 2 + `steps` steps."""
+    start = time.perf_counter()
+    model, step = training(row, length, device, compiles, config)
+    found = Timed(0.0)
+    for number in range(3 + steps):
+        began = time.perf_counter()
+        value = step()
         if not torch.isfinite(value):  # waits for the device
             raise SystemExit(f"{row.method}: the loss of step {number} is {float(value)}; no speed is reported")
-        if fused:
-            torch.cuda.synchronize()
         if number == 0:
             found.first_step = time.perf_counter() - start
         elif number > 2:
             found.seconds.append(time.perf_counter() - began)
-    found.memory = torch.cuda.max_memory_allocated() if fused else 0
+    found.memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     return model, found
 
 

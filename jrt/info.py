@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from jrt.checkpoints.load import configuration, has_tokenizer, trained_tokenizer
-from jrt.checkpoints.names import MINIS, Kind, find, kind_of_model, resolve
+from jrt.checkpoints.names import Kind, find, kind_of, kind_of_model, read_config, resolve
 from jrt.config import LETTERS, Config, presets, releases
 from jrt.model import LanguageModel
+from jrt.released.configurations import has_gpt_fields
 from jrt.released.quirks import Quirks
 from jrt.system.breaks import first_line
 
@@ -64,7 +65,7 @@ def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str
         return [("model", name), *_others(folder, lengths)]
     config = configuration(folder, name)
     tokenizer = "in the folder" if has_tokenizer(folder) else f"not in the folder: {trained_tokenizer(folder)}"
-    measured = _measured(config.core) if folder.parent != MINIS and config.source is not None else []
+    measured = _measured(config.core) if _is_released(folder, config.source or "") else []
     found = [*_ours(config.core, lengths), ("tokenizer", tokenizer)]
     found.append(("quirks switched on", ", ".join(Quirks(**config.quirks).active()) or "none"))
     if config.core.has("P"):
@@ -90,6 +91,17 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
     found.append(("attention baseline", _by_length(lambda length: attention_twin_bytes(core, length), lengths)))
     found.append(("FLOPs a token", _flops(lambda length: decode_flops(core, length), lengths)))
     return found
+
+
+def _is_released(folder: Path, source: str) -> bool:
+    """Whether a folder holds a checkpoint of the release, also if `jrt convert` wrote it from one."""
+    raw = read_config(folder)
+    last_part = source.rsplit("/", 1)[-1]
+    return (
+        kind_of(raw) is Kind.RELEASED_GPT
+        or (kind_of(raw) is Kind.MAMBA_SSM and has_gpt_fields(raw))
+        or any(hub_id.endswith(f"/{last_part}") for hub_id in releases())
+    )
 
 
 def _measured(core: Config) -> list[tuple[str, str]]:

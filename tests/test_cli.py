@@ -217,7 +217,7 @@ def information(capsys, *arguments: str) -> dict[str, str]:
     return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
 
 
-def test_info_says_how_released_models_were_measured_and_only_those(capsys, shared):
+def test_info_says_how_released_models_were_measured_and_only_those(capsys, shared, tmp_path):
     measured = "released checkpoint, as measured"
     line = information(capsys, "jrt-360m")[measured]
     assert "short_prompt='pad'" in line and "leak_continuation" in line and "double_add" not in line
@@ -225,6 +225,12 @@ def test_info_says_how_released_models_were_measured_and_only_those(capsys, shar
     assert "short_prompt" not in line and "double_add" in line and "leak_continuation" not in line
     assert "double_add" in information(capsys, str(shared / "golden" / "based_fla"))[measured]
     assert measured not in information(capsys, "mini-jrt") and measured not in information(capsys, "debug")
+    assert main(["convert", "mini-based", str(tmp_path / "mine")]) == 0
+    shutil.copytree(shared / "golden" / "based_fla", tmp_path / "based-1b-50b")
+    assert main(["convert", str(tmp_path / "based-1b-50b"), str(tmp_path / "converted")]) == 0
+    capsys.readouterr()
+    assert measured not in information(capsys, str(tmp_path / "mine"))
+    assert "double_add" in information(capsys, str(tmp_path / "converted"))[measured]
 
 
 def test_info_counts_one_more_token(capsys, tmp_path):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from jrt.cli.options import FAILED, OK, Parser, model_options, model_spec, positive
+from jrt.cli.options import FAILED, OK, Parser, model_options, model_spec, path, positive
 
 
 def add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -90,7 +89,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("convert", help="a released checkpoint into a Hugging Face folder")
     parser.add_argument("source", help="folder or hub id")
-    parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument("out", type=path, help="new folder")
     parser.add_argument(
         "--self-contained", action="store_true", help="add the model's source files: loads where jrt is not installed"
     )

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
-from jrt.evaluate.mamba2 import mamba2_folder, open_mamba2
+from jrt.evaluate.mamba2 import open_mamba2
 from jrt.foreign.architectures import register_architecture
 from jrt.foreign.greedy import plain_settings, saved_settings, set_aside
 from jrt.foreign.rotary import switching_length
@@ -258,8 +258,8 @@ def _open_weights(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, object], 
             raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
         return model.eval(), set_aside(model), []
     _check_options(spec)
-    if (authors := mamba2_folder(spec.name)) is not None:
-        model = open_mamba2(authors, dtype)
+    if kind_of_model(spec.name) is Kind.MAMBA2_SSM:
+        model = open_mamba2(resolve(spec.name), dtype)
         torch.nn.Module.to(model, device)
         return model.eval(), set_aside(model), []
     folder, options = _location(spec.name)
@@ -295,7 +295,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name.startswith(STATE_SPACES) and find(name) is None:
         resolve(name)  # downloads it: only its config.json says whether it is Mamba or Mamba-2
-    if is_ours(name) or mamba2_folder(name) is not None:
+    if kind_of_model(name) is not Kind.OTHER:
         return load_tokenizer(name)
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
@@ -314,7 +314,7 @@ def unknown_model(name: str) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether a name is for `jrt.load`: a mini model, a released hub id, or a folder in a format that it reads."""
-    return kind_of_model(name) is not Kind.OTHER and mamba2_folder(name) is None
+    return kind_of_model(name) not in (Kind.OTHER, Kind.MAMBA2_SSM)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

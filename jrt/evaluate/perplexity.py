@@ -84,10 +84,7 @@ def run(
     if former_manifest(output, identity, resume) is not None and (output / RESULT).is_file():
         records = read_json(output / RESULT)
         check_each(str(output / RESULT), records, {"model": str}, ("model",))
-    kept = {
-        "identity": identity,
-        **origin(specs[0].device),
-    }
+    kept = {"identity": identity, **origin(specs[0].device)}
     failed: dict[str, str] = {}
     for spec in specs:
         if any(record["model"] == spec.name for record in records):

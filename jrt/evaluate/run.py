@@ -189,10 +189,7 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, res
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one item, got {batch_size}")
     _first_that_opens(plan.request.models, pool.info)  # before anything is written
-    manifest = {
-        "identity": plan.identity(),
-        **origin(plan.request.models[0].device),
-    }
+    manifest = {"identity": plan.identity(), **origin(plan.request.models[0].device)}
     with RunFolder(output, manifest, resume) as folder:
         return _run(plan, pool, folder, batch_size)
 

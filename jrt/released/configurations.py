@@ -150,8 +150,6 @@ def mamba_ssm(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
     The release also saves fields of its GPT models there (n_embd, n_head, n_positions). Mamba does not use them.
     """
     settings = _part(raw, "ssm_cfg")
-    if settings.get("layer") == "Mamba2":
-        raise ValueError("config.json has ssm_cfg.layer 'Mamba2'; expected Mamba1: use transformers for Mamba-2")
     _check_fixed(raw, MAMBA_SSM_FIXED)
     _check_fixed(settings, SSM_FIXED, "ssm_cfg.")
     unknown = sorted(set(settings) - {*SSM_FIXED, *SSM_SIZES, *SSM_WITHOUT_EFFECT})

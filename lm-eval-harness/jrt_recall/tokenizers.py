@@ -6,6 +6,7 @@ tokenizer is. A score made with another cutting tokenizer carries another protoc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def cutting_tokenizer(name: str, data: str | Path | None = None) -> PreTrainedTo
         for mirror in (mirror_folder(data), mirror_folder()):
             if mirror is not None and (mirror / GPT2).is_dir():
                 return _from_pretrained(str(mirror / GPT2))
-    return _from_pretrained(name)
+    return _from_pretrained(os.path.expanduser(name))
 
 
 @cache
