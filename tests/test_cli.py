@@ -7,7 +7,7 @@ import pytest
 import torch
 from jrt_recall import fixtures
 from random_models import save_random_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, ReformerConfig
 
 from jrt.cli import main
 
@@ -231,6 +231,13 @@ def test_info_says_how_released_models_were_measured_and_only_those(capsys, shar
     capsys.readouterr()
     assert measured not in information(capsys, str(tmp_path / "mine"))
     assert "double_add" in information(capsys, str(tmp_path / "converted"))[measured]
+
+
+def test_info_on_a_model_that_its_own_code_cannot_build_is_one_line(capsys, tmp_path):
+    ReformerConfig(is_decoder=False).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no causal language model" in said and "is_decoder" in said
 
 
 def test_info_counts_one_more_token(capsys, tmp_path):
