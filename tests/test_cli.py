@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from jrt_recall import fixtures
+from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
 from transformers import GPT2Config, GPT2LMHeadModel, ReformerConfig
 
@@ -67,6 +68,7 @@ def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
         (["--tasks", "qa_nq"], "JRT_PASSAGES"),
         (["--tasks", "squad", "--protocol", "full", "--data", "/nowhere"], "jrt data fetch"),
         (["--limit", "0"], "at least 1"),
+        (["--limit", "9" * 30], "expected a number below"),
         (["--limit", "many"], "expected a whole number, not 'many'"),
         (["--seed", "-1"], "expected a number of at least 0, not -1"),
         (["--model", "x" * 300], "unknown model"),
@@ -188,6 +190,14 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command, 
     model = [] if command[0] == "demo" else ["--model", "mini-jrt"]
     assert main([*command, *model]) == 130
     assert said in capsys.readouterr().err
+
+
+def test_generate_beyond_the_places_of_a_model_is_one_line(capsys, tmp_path):
+    sizes = dict(vocab_size=4096, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    shipped_tokenizer().save_pretrained(tmp_path)
+    given = ["generate", "--model", str(tmp_path), "--prompt", "open(file, mode) " * 20, "--max-new-tokens", "4"]
+    assert main(given) == 2 and "(it reads at most 16)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_generate_goes_on_from_a_prompt(model, capsys):
