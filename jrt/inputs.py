@@ -42,6 +42,20 @@ def check_ids(input_ids: Tensor | None, rows: int, is_step: bool) -> Tensor:
     return input_ids
 
 
+def check_going_on(input_ids: Tensor, seen: int, use_cache: bool | None) -> None:
+    """Checks a call of `generate` with a cache that has read `seen` columns. transformers would read some again."""
+    if use_cache is False:
+        raise ValueError(
+            "use_cache=False, or short_prompt='iterate', reads the whole text at each step, so it cannot go on from "
+            "past_key_values: leave one of them out"
+        )
+    if input_ids.shape[1] <= seen:
+        raise ValueError(
+            f"input_ids has {input_ids.shape[1]} columns, and past_key_values has read {seen}: expected the whole "
+            "text, with at least one new token after those"
+        )
+
+
 def check_lengths(
     name: str, lengths: Tensor | None, input_ids: Tensor, mask: Tensor | None, most: int | None = None
 ) -> None:

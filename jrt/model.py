@@ -5,8 +5,10 @@ Shapes: B batch, T tokens, E width, V vocabulary rows, M columns that the prefix
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +82,25 @@ class Block(nn.Module):
 def residual(x: Tensor, update: Tensor | None) -> Tensor:
     """The sum of the two inputs of a block (B, T, E)."""
     return x if update is None else x + update
+
+
+@contextlib.contextmanager
+def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside the context, appends the input of each block, the residual stream (B, T, E), to the list."""
+    residuals: list[Tensor] = []
+
+    def record(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The block goes on from the recorded tensor itself, so that gradients reach it."""
+        x, update, *rest = given
+        residuals.append(residual(x, update))
+        return residuals[-1], None, *rest
+
+    hooks = [block.register_forward_pre_hook(record) for block in blocks]
+    try:
+        yield residuals
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class LanguageModel(nn.Module):

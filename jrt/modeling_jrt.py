@@ -8,10 +8,9 @@ Shapes: B batch, T tokens of a call, V vocabulary rows.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,6 +31,7 @@ from jrt.decoding.loop import decode, unsupported
 from jrt.decoding.session import Sessions
 from jrt.inputs import (
     check_counts,
+    check_going_on,
     check_ids,
     check_labels,
     check_lengths,
@@ -41,7 +41,7 @@ from jrt.inputs import (
     own_mask,
 )
 from jrt.mixers import TokenBatch
-from jrt.model import LanguageModel, residual
+from jrt.model import LanguageModel, recorded
 from jrt.packed_rows import DESCRIPTIONS, check_longest, documents_of
 from jrt.recurrent_cache import CACHE, RecurrentCache, one_cache, state_of
 from jrt.released.quirks import Quirks
@@ -296,7 +296,8 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             short_prompt: a key of `jrt.short_prompts.SHORT_PROMPTS`; None takes the model's own rule. Models without a
                 prefix encoder accept "none" only.
             prefix_length: (B,) how many tokens of each row the prefix encoder reads; the prompt is then not filled up.
-            **kwargs: as in transformers.
+            **kwargs: as in transformers. With `past_key_values`, the prompt is the whole text: its first columns are
+                those that the cache has read, and at least one more follows.
 
         Returns:
             What transformers returns; tokens that were filled in are not part of it.
@@ -333,6 +334,9 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["use_cache"] = False
         elif encodes:
             kwargs |= {"short_prompt": rule, "prompt_columns": input_ids.shape[1]}
+        if past is not None and goes_on:
+            check_going_on(input_ids, past.get_seq_length(), kwargs.get("use_cache"))
+            kwargs["use_cache"] = True
         return super().generate(input_ids, attention_mask=mask, **kwargs)
 
     def _sample(
@@ -375,25 +379,6 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if self.core.has("P") and bool((counted == IGNORED).all()) and bool((labels != IGNORED).any()):
             raise ValueError("all labels lie in the prefix, which the encoder has read: pass a shorter prefix_length")
         return mean_loss(logits[:, :-1], counted[:, 1:], num_items_in_batch)
-
-
-@contextlib.contextmanager
-def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside the context, appends the input of each block, the residual stream (B, T, E), to the list."""
-    residuals: list[Tensor] = []
-
-    def record(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The block goes on from the recorded tensor itself, so that gradients reach it."""
-        x, update, *rest = given
-        residuals.append(residual(x, update))
-        return residuals[-1], None, *rest
-
-    hooks = [block.register_forward_pre_hook(record) for block in blocks]
-    try:
-        yield residuals
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 if IN_PACKAGE:

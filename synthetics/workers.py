@@ -71,8 +71,6 @@ def _train_one(group: Group, device: torch.device, deadline: float | None) -> Ro
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     runs, checkpoint = group
     rows = train(runs, device, checkpoint, deadline)
-    if rows is not None:
-        checkpoint.unlink(missing_ok=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the next group's tensors have other sizes
     return rows

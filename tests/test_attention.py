@@ -27,8 +27,9 @@ def test_attention_is_its_definition(queries, keys, window, padded):
     """Outputs and gradients, with keys of earlier calls and with padding."""
     if window is not None:
         keys = min(keys, queries + window)
-    q, k, v = drawn(2, queries, 3, 8), drawn(2, keys, 3, 8), drawn(2, keys, 3, 8)
-    valid = torch.arange(keys) >= torch.tensor([[0], [min(2, keys - 1) if padded else 0]])
+    q, k, v = drawn(3, queries, 3, 8), drawn(3, keys, 3, 8), drawn(3, keys, 3, 8)
+    padding = torch.tensor([0, min(2, keys - 1), keys]) if padded else torch.zeros(3)  # the last row is all padding
+    valid = torch.arange(keys) >= padding[:, None]
     leaves = [x.requires_grad_() for x in (q, k, v)]
     given = valid if padded or keys > queries > 1 else None
     found = softmax_attention(q, k, v, scale=0.3, window=window, valid=given)
@@ -45,10 +46,15 @@ def test_attention_is_its_definition(queries, keys, window, padded):
     ("changes", "message"),
     [
         ({"k": torch.zeros(2, 5, 3, 8)}, r"expected q \(B, T, H, D\)"),
+        ({"q": torch.zeros(2, 0, 3, 8)}, "expected at least one query"),
+        ({name: torch.zeros(0, 6, 3, 8) for name in "qkv"}, "expected at least one query"),
+        ({"k": [[0.0]]}, "k is a list; expected a tensor"),
+        ({"valid": [[True]]}, "valid is a list; expected a tensor"),
         ({"q": torch.zeros(2, 7, 3, 8)}, "6 keys for 7 queries: expected 7 to 9"),
         ({"q": torch.zeros(2, 3, 3, 8)}, "6 keys for 3 queries: expected 3 to 5"),
         ({"q": torch.zeros(2, 3, 3, 8), "window": None}, "expected valid"),
         ({"window": -1}, "window is -1"),
+        ({"window": 2.5}, "window is 2.5"),
         ({"valid": torch.ones(2, 6)}, "expected torch.bool"),
         ({"backend": "flash"}, "expected one of"),
         ({"backend": "flash-attn"}, "'flash-attn' cannot serve this call: tensors are on cpu"),

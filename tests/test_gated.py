@@ -251,3 +251,15 @@ def test_a_projection_that_is_more_than_a_linear_is_called():
 def test_kernels_in_the_interpreter():
     """Triton looks for its interpreter once: a process of its own."""
     pass_in_the_interpreter(__file__)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_without_a_gate_of_their_own_are_refused(channels):
+    """Two values and one gate would be multiplied by broadcasting."""
+    x, linear = torch.zeros(2, 4, channels), torch.nn.Linear(2, 5)
+    for call in (
+        lambda: swiglu_linear(x, linear),
+        lambda: gated_convolution_linear(x, torch.zeros(2, 3), None, linear),
+    ):
+        with pytest.raises(ValueError, match="expected an even last dimension"):
+            call()

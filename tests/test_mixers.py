@@ -142,3 +142,16 @@ def test_no_branch_of_the_model_depends_on_what_a_tensor_holds():
     ids, prefix = torch.randint(0, 97, (2, 20)), torch.tensor([5, 9])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(ids, prefix), model(ids, prefix))
+
+
+@pytest.mark.parametrize("name", ["mini-jrt", "mini-based", "mini-mamba", "mini-attention"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_a_state_keeps_nothing_else_of_its_text_in_memory(name, padded):
+    """A view of the last inputs would keep those of the whole text alive, as long as the cache."""
+    model = LanguageModel(presets()[name])
+    ids = torch.randint(0, 97, (2, 512))
+    mask = torch.arange(512) >= torch.tensor([[0], [5]]) if padded else None
+    with torch.no_grad():
+        _, state = model.read(ids, attention_mask=mask)
+    tensors = [x for layer in state.layers for x in ((layer,) if torch.is_tensor(layer) else layer)]
+    assert sum(x.untyped_storage().nbytes() for x in tensors) == state.nbytes()

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from jrt import Config, JRTConfig, JRTForCausalLM, presets
 from jrt.config import LETTERS
@@ -149,6 +150,34 @@ def test_generate_goes_on_from_a_returned_cache():
     cache = out.past_key_values
     rest = model.generate(out.sequences, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert torch.equal(rest[:, -4:], longer[:, -4:])
+
+
+@pytest.mark.parametrize("name", ["mini-jrt", "mini-attention"])
+@pytest.mark.parametrize(
+    ("columns", "changes", "said"),
+    [
+        (20, {}, "input_ids has 20 columns, and past_key_values has read 20"),
+        (7, {}, "input_ids has 7 columns"),
+        (24, {"use_cache": False}, "cannot go on from past_key_values"),
+    ],
+)
+def test_generate_reads_nothing_twice(name, columns, changes, said):
+    """transformers reads the whole text again if nothing is left of it, and at each step without a cache."""
+    model, text = build(name), texts(2, 24)
+    cache = model(text[:, :20], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=said):
+        model.generate(text[:, :columns], past_key_values=cache, max_new_tokens=4, **changes)
+    settings = GenerationConfig(use_cache=False, max_new_tokens=4, do_sample=False)
+    found = model.generate(text, past_key_values=cache, generation_config=settings)
+    expected = model.generate(text, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+def test_a_text_that_goes_on_cannot_be_filled_up_again():
+    model, text = build("mini-jrt"), texts(2, 24)
+    cache = model(text[:, :20], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="'iterate', reads the whole text"):
+        model.generate(text, past_key_values=cache, short_prompt="iterate", max_new_tokens=4)
 
 
 def test_the_cache_goes_by_its_old_and_its_new_name():

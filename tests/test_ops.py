@@ -47,6 +47,12 @@ def test_features_reproduce_the_taylor_kernel():
     assert taylor_features(q).shape[-1] == feature_count(16) == 153
 
 
+def test_features_of_whole_numbers_are_refused():
+    """Their weights would be rounded to 0 and 1."""
+    with pytest.raises(ValueError, match=r"x is torch\.int64; expected a floating-point dtype"):
+        taylor_features(torch.ones(3, 4).long())
+
+
 def test_features_are_exact_in_fp64():
     """Weights that were rounded to fp32 on the way cost half the digits of the definition that all backends are held to."""
     q, k, _ = inputs(300, dim=5)

@@ -95,3 +95,20 @@ def test_no_memory_is_read_before_it_is_written():
 def test_kernels_in_the_interpreter():
     """Triton looks for its interpreter once: a process of its own."""
     pass_in_the_interpreter(__file__)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv": torch.zeros(2, 7, 25)}, r"expected \(B, T, 3 H D\) for H = 2 heads"),
+        ({"heads": 0}, "for H = 0 heads"),
+        ({"cos": torch.zeros(2, 7, 1, 1)}, r"cos and sin have shapes .* expected \(B, T, 1, R\) = \(2, 7, 1\)"),
+        ({"cos": torch.zeros(1, 7, 1, 2), "sin": torch.zeros(1, 7, 1, 2)}, r"\(2, 7, 1\) and R at most D / 2 = 2.0"),
+        ({"sin": None}, "sin is a NoneType; expected a tensor"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    """The kernel would read memory that is not the angles'."""
+    angles = torch.zeros(2, 7, 1, 2)
+    with pytest.raises(ValueError, match=message):
+        split_rotated(**{"qkv": torch.zeros(2, 7, 24), "cos": angles, "sin": angles, "heads": 2} | changes)

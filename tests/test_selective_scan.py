@@ -286,9 +286,13 @@ def test_only_states_between_chunks_are_kept():
         ({"B": torch.zeros(2, 7, 4)}, "expected B of shape"),
         ({"initial_state": torch.zeros(2, 5, 12)}, "expected initial_state of shape"),
         ({"C": torch.zeros(2, 7, 5, dtype=torch.long)}, "floating-point"),
-        ({"D": torch.zeros(12, device="meta")}, "expected D on u's device"),
+        ({"D": torch.zeros(12, device="meta")}, "D is on meta; expected cpu, as u"),
+        ({"A": [[1.0]]}, "A is a list; expected a tensor"),
+        ({"delta": None}, "delta is a NoneType; expected a tensor"),
+        ({"u": torch.zeros(2, 7, 12).to(torch.float8_e4m3fn)}, "floating-point dtype of 16 bits or more"),
         ({"gate": torch.zeros(2, 7, 11)}, "expected gate of shape"),
         ({k: torch.zeros(2, 0, n) for k, n in (("u", 12), ("delta", 12), ("B", 5), ("C", 5))}, "at least one step"),
+        ({k: torch.zeros(0, 7, n) for k, n in (("u", 12), ("delta", 12), ("B", 5), ("C", 5))}, "at least one step"),
     ],
 )
 def test_wrong_inputs_are_named(changes, message):

@@ -159,13 +159,66 @@ def test_a_folder_with_a_damaged_table_is_told(tmp_path, content):
     for reads in (lambda: plot.draw_all(tmp_path), lambda: folder.Folder(tmp_path, "debug", sweeps.debug, True)):
         with pytest.raises(ValueError, match=r"was not written by python -m synthetics"):
             reads()
-    row = {"sweep": "debug", "fingerprint": "x", "rows": [{"run": "x"}]}
-    (tmp_path / "results.json").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=r"was not written by python -m synthetics"):
-        plot.draw_all(tmp_path)
+    whole = row_of(RUN)
+    for row in ({"run": "x"}, {**whole, "accuracy": {}}, {**whole, "accuracy": {"1_4": None}}, [*whole]):
+        (tmp_path / "results.json").write_text(json.dumps({"sweep": "debug", "fingerprint": "x", "rows": [row]}))
+        with pytest.raises(ValueError, match=r"was not written by python -m synthetics"):
+            plot.draw_all(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:400], lambda content: b"", lambda content: b"x" * 900])
+def test_a_file_is_no_folder_to_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "results.json")])
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        plot.main()
+    assert "results.json holds no results: expected the folder of python -m synthetics" in capsys.readouterr().err
+
+
+def row_of(run: Run) -> dict:
+    """A row of results with what tables and figures need."""
+    row = dict.fromkeys(folder.NEEDED, 1)
+    return {**row, "run": run.name, "method": run.method.name, "task": run.task.name, "accuracy": {"1_4": 0.5}}
+
+
+def test_two_processes_keep_each_others_results(tmp_path):
+    runs = [RUN, replace(RUN, width=16)]
+    one, other = (folder.Folder(tmp_path, "mine", runs, resume=False) for _ in range(2))
+    one.add([row_of(runs[0])])
+    other.add([row_of(runs[1])])
+    assert [row["run"] for row in folder.read(tmp_path)["rows"]] == [run.name for run in runs]
+
+
+def test_a_checkpoint_goes_when_the_results_of_its_group_are_written(tmp_path):
+    runs = [RUN, replace(RUN, seed=2), replace(RUN, width=16)]
+    mine = folder.Folder(tmp_path, "mine", runs, resume=False)
+    done, other = mine.checkpoint(runs[:2]), mine.checkpoint(runs[2:])
+    for file in (done, other):
+        file.write_text("")
+    mine.add([row_of(runs[0])])
+    assert done.exists()
+    mine.add([row_of(runs[1])])
+    assert not done.exists() and other.exists()
+
+
+def test_checkpoints_without_results_are_not_taken_for_those_of_a_new_sweep(tmp_path):
+    """Their models may have had other rates."""
+    mine = folder.Folder(tmp_path, "mine", [RUN], resume=False)
+    mine.checkpoint([RUN]).write_text("")
+    mine.file.unlink()
+    with pytest.raises(ValueError, match="is not a sweep's folder: expected an empty or a new one"):
+        folder.Folder(tmp_path, "mine", [RUN], resume=True)
+
+
+DAMAGES = {
+    "cut": lambda content: content[:400],
+    "empty": lambda content: b"",
+    "other": lambda content: b"x" * 900,
+    "one bit of a weight": lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:],
+    "a pickle of other bytes": lambda content: content.replace(b"epochs_done", b"epochs_\x80one"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_of_a_group_is_told_and_left_out(tmp_path, damage, caplog):
     runs = [replace(RUN, epochs=2, seed=seed) for seed in (1, 2)]
     whole = train(runs, CPU, None, None)

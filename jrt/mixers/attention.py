@@ -38,7 +38,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: TokenBatch, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
         q, k, v = self.rotated(x, batch)
-        if state is not None:
+        if state is None:
+            k, v = k.contiguous(), v.contiguous()  # as views they would keep queries alive as long as the state
+        else:
             k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, K, H, D)
         is_whole = batch.mask is None and state is None  # a whole text without padding: all keys are valid
         valid = None if is_whole else own_keys(batch, k.shape[1])
@@ -71,7 +73,7 @@ class WindowAttention(Attention):
             state = KeyValues(empty, empty)
         k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, W + T, H, D)
         o = softmax_attention(q, k, v, scale=self.scale, window=self.window, valid=own_keys(batch, k.shape[1]))
-        return self.out_proj(o.flatten(2)), KeyValues(k[:, x.shape[1] :], v[:, x.shape[1] :])
+        return self.out_proj(o.flatten(2)), KeyValues(*(_last_columns(y, self.window) for y in (k, v)))
 
 
 def own_keys(batch: TokenBatch, keys: int) -> Tensor:
@@ -82,7 +84,7 @@ def own_keys(batch: TokenBatch, keys: int) -> Tensor:
 
 
 def _last_columns(x: Tensor, count: int) -> Tensor:
-    """The last `count` columns of x (B, T, H, D); zeros come first if it has fewer."""
+    """A copy of the last `count` columns of x (B, T, H, D); zeros come first if it has fewer."""
     missing = max(0, count - x.shape[1])
     return F.pad(x[:, max(0, x.shape[1] - count) :], (0, 0, 0, 0, missing, 0))
 

@@ -48,7 +48,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale:
     queries, keys = q.shape[1], k.shape[1]
     mask = None
     if valid is not None and queries == 1:
-        mask = valid[:, None, None, :]  # (B, 1, 1, K)
+        mask = F.pad(valid[:, :-1], (0, 1), value=True)[:, None, None]  # (B, 1, 1, K)
     elif valid is not None:
         column = torch.arange(keys, device=q.device)
         age = column[keys - queries :, None] - column  # (T, K)

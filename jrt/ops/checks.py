@@ -1,7 +1,7 @@
-"""Checks of the arguments of linear attention, softmax attention, the short convolution and the selective scan. Each
-function raises ValueError with what was expected.
+"""Checks of the arguments of the functions of `jrt.ops`. Each raises ValueError with what was expected.
 
-Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D value size, F features, E channels, K taps.
+Shapes: B batch, N packed sequences, T tokens, H heads, d query/key size, D value size, F features, E channels, K taps,
+R = half the rotary dimensions, rounded up.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ def tensor(name: str, x: object, device: torch.device | None = None, other: str 
         raise ValueError(f"{name} has layout {x.layout}; expected a dense tensor")
     if device is not None and x.device != device:
         raise ValueError(f"{name} is on {x.device}; expected {device}, as {other}")
+
+
+def floating(name: str, x: object, device: torch.device | None = None, other: str = "k") -> None:
+    """device, other: as in `tensor`."""
+    tensor(name, x, device, other)
+    assert isinstance(x, Tensor)
+    if x.dtype not in FLOATING:
+        raise ValueError(f"{name} is {x.dtype}; expected a floating-point dtype of 16 bits or more")
 
 
 def keys_and_values(k: Tensor, v: Tensor, mask: Tensor | None, of: str = "") -> None:
@@ -77,11 +85,9 @@ def normalization(normalize: bool) -> None:
 
 
 def decay(log_decay: Tensor, k: Tensor) -> None:
-    tensor("log_decay", log_decay, k.device)
+    floating("log_decay", log_decay, k.device)
     if log_decay.shape != (k.shape[2],):
         raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected (H,) = ({k.shape[2]},)")
-    if log_decay.dtype not in FLOATING:
-        raise ValueError(f"log_decay is {log_decay.dtype}; expected a floating-point dtype")
 
 
 def packing(cu_seqlens: Tensor, k: Tensor, name: str = "k", of: str = "") -> None:
@@ -121,9 +127,7 @@ def state(given: State, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) 
     if not isinstance(given, State):
         raise ValueError(f"initial_state is a {type(given).__name__}; expected a jrt.ops.State(S, z), or None")
     for name, part in zip(("S", "z"), given, strict=True):
-        tensor(f"initial_state.{name}", part, k.device)
-        if part.dtype not in FLOATING:
-            raise ValueError(f"initial_state.{name} is {part.dtype}; expected a floating-point dtype")
+        floating(f"initial_state.{name}", part, k.device)
     batch, _, heads, d = k.shape
     batch = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     expected = (batch, heads, feature_count(d), v.shape[-1])
@@ -143,6 +147,13 @@ def convolution(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Checks the arguments of `jrt.ops.silu_convolution`; u (B, T, E)."""
+    floating("u", u)
+    floating("weight", weight, u.device, "u")
+    for name, x in (("bias", bias), ("state", state)):
+        if x is not None:
+            floating(name, x, u.device, "u")
+    if mask is not None:
+        tensor("mask", mask, u.device, "u")
     if u.ndim != 3 or weight.ndim != 2 or weight.shape[0] != u.shape[-1]:
         raise ValueError(f"expected u (B, T, E) and weight (E, K), got {tuple(u.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -163,11 +174,16 @@ def convolution(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None) -> None:
     """Checks the arguments of `jrt.ops.softmax_attention`."""
+    floating("q", q)
+    for name, x in (("k", k), ("v", v)):
+        floating(name, x, q.device, "q")
     if q.ndim != 4 or k.shape != v.shape or k.shape[:1] + k.shape[2:] != q.shape[:1] + q.shape[2:]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"expected q (B, T, H, D), k and v (B, K, H, D), got {shapes}")
-    if window is not None and window < 0:
-        raise ValueError(f"window is {window}; expected the number of earlier tokens, at least 0")
+    if 0 in q.shape:
+        raise ValueError(f"expected at least one query, got q {tuple(q.shape)}")
+    if window is not None and (type(window) is not int or window < 0):
+        raise ValueError(f"window is {window!r}; expected the number of earlier tokens, at least 0")
     queries, keys = q.shape[1], k.shape[1]
     most = keys if window is None else window + queries
     if not queries <= keys <= most:
@@ -176,7 +192,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor
         )
     if window is None and valid is None and queries not in (1, keys):
         raise ValueError(f"{keys} keys for {queries} queries: expected valid (B, K), which says which of them are seen")
-    if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != torch.bool):
+    if valid is None:
+        return
+    tensor("valid", valid, q.device, "q")
+    if valid.shape != k.shape[:2] or valid.dtype != torch.bool:
         found = f"{valid.dtype} {tuple(valid.shape)}"
         raise ValueError(f"valid is {found}; expected torch.bool (B, K) = {tuple(k.shape[:2])}")
 
@@ -193,13 +212,16 @@ def selective_scan(
     gate: Tensor | None,
 ) -> None:
     """Checks the arguments of `jrt.ops.selective_scan`; here B and C are its coefficients (B, T, N)."""
+    floating("selective_scan: u", u)
+    floating("selective_scan: A", A, u.device, "u")
     if u.ndim != 3 or A.ndim != 2:
         found = f"{tuple(u.shape)} and {tuple(A.shape)}"
         raise ValueError(f"selective_scan: expected u (B, T, E) and A (E, N), got {found}")
     batch, steps, channels = u.shape
     states = A.shape[1]
-    if steps == 0:
-        raise ValueError("selective_scan: expected at least one step, got T = 0")
+    if 0 in u.shape or 0 in A.shape:
+        found = f"u {tuple(u.shape)} and A {tuple(A.shape)}"
+        raise ValueError(f"selective_scan: expected at least one step, got {found}")
     wanted = {
         "u": (u, (batch, steps, channels)),
         "delta": (delta, (batch, steps, channels)),
@@ -212,11 +234,31 @@ def selective_scan(
         "gate": (gate, (batch, steps, channels)),
     }
     for name, (x, shape) in wanted.items():
-        if x is None:
+        if x is None and name not in ("delta", "B", "C"):
             continue
+        floating(f"selective_scan: {name}", x, u.device, "u")
+        assert x is not None
         if tuple(x.shape) != shape:
             raise ValueError(f"selective_scan: expected {name} of shape {shape}, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"selective_scan: expected {name} in a floating-point dtype, got {x.dtype}")
-        if x.device != u.device:
-            raise ValueError(f"selective_scan: expected {name} on u's device {u.device}, got {x.device}")
+
+
+def halves(x: Tensor) -> None:
+    """x: values and gate, side by side in the last dimension."""
+    floating("x", x)
+    if x.ndim == 0 or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected an even last dimension: values, then gate")
+
+
+def rotation(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    """Checks the arguments of `jrt.ops.split_rotated`."""
+    floating("qkv", qkv)
+    for name, x in (("cos", cos), ("sin", sin)):
+        floating(name, x, qkv.device, "qkv")
+    if qkv.ndim != 3 or type(heads) is not int or heads < 1 or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3 H D) for H = {heads!r} heads")
+    size = qkv.shape[2] // (3 * heads)
+    if cos.shape != sin.shape or cos.shape[:-1] != (*qkv.shape[:2], 1) or 2 * cos.shape[-1] > size:
+        raise ValueError(
+            f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; expected (B, T, 1, R) = "
+            f"{(*qkv.shape[:2], 1)} and R at most D / 2 = {size / 2}"
+        )

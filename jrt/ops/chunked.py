@@ -142,7 +142,7 @@ def _segment(q, k, v, state, mask, log_decay, normalize):
         if state is not None:
             S, z = S + state.S[:, None], z + state.z[:, None]
         before = _shifted(S, z, state)
-        S, z = S[:, -1], z[:, -1]
+        S, z = S[:, -1].clone(), z[:, -1].clone()  # views would keep the states of all chunks alive
 
     # 3. What the queries read from it.
     if before is not None:

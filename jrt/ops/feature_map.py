@@ -39,7 +39,12 @@ def taylor_features(x: Tensor) -> Tensor:
 
     Returns:
         (..., F) in the dtype of `x`.
+
+    Raises:
+        ValueError: x has no floating-point dtype.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; expected a floating-point dtype")
     d = x.shape[-1]
     first = x * d**-0.25
     # torch.compile looks through a cache, and warns that it does.

@@ -50,6 +50,7 @@ def swiglu_linear(x: Tensor, linear: nn.Module) -> Tensor:
         x: (..., 2 M).
         linear: the projection from M units; if it has hooks or is a subclass of nn.Linear, it is called as a module.
     """
+    checks.halves(x)
     if not _is_plain(linear) or _fusion_unsupported(x, *linear.parameters()):
         return gated_pytorch.swiglu_linear(x, linear)
     return torch.ops.jrt.swiglu_linear(x, *_weights(linear, x))
@@ -85,6 +86,7 @@ def gated_convolution_linear(
     Raises:
         ValueError: shapes do not fit, or the backend that was asked for cannot serve the call.
     """
+    checks.halves(x)
     u, gate = x.chunk(2, dim=-1)  # (B, T, E) each
     call = Call(u, weight, bias, state, mask, cu_seqlens)
     checks.convolution(*call)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jrt.ops import rotary_pytorch
+from jrt.ops import checks, rotary_pytorch
 from jrt.ops.packages import triton_unavailable
 from jrt.ops.registration import refuse_second_derivative, register, without_rule
 
@@ -24,7 +24,11 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Te
     Args:
         cos, sin: (B, T, 1, R) of the angles, fp32.
         heads: H.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
+    checks.rotation(qkv, cos, sin, heads)
     if not _fuses(qkv) or without_rule((qkv, cos, sin)):
         return rotary_pytorch.split_rotated(qkv, cos, sin, heads)
     return torch.ops.jrt.split_rotated(qkv, cos, sin, heads)

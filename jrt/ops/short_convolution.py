@@ -28,7 +28,7 @@ def short_convolution(
             (N, K - 1, E). None: each row is one text.
 
     Returns:
-        c (B, T, E), and the state after the last token.
+        c (B, T, E), and the state after the last token, in memory of its own: a view would keep all inputs alive.
     """
     taps, length = weight.shape[1], u.shape[1]
     if cu_seqlens is not None:
@@ -39,11 +39,11 @@ def short_convolution(
     weight = weight.to(u.dtype)
     if length == 1:
         c = (u * weight.mT).sum(1, keepdim=True)
-        return c if bias is None else c + bias.to(c.dtype), u[:, 1:]
+        return c if bias is None else c + bias.to(c.dtype), u[:, 1:].clone()
     c = u[:, :length] * weight[:, 0]
     for tap in range(1, taps):
         c = c + u[:, tap : tap + length] * weight[:, tap]
-    return c if bias is None else c + bias.to(c.dtype), u[:, length:]
+    return c if bias is None else c + bias.to(c.dtype), u[:, length:].clone()
 
 
 def last_inputs(u: Tensor, taps: int, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -52,7 +52,7 @@ def last_inputs(u: Tensor, taps: int, state: Tensor | None, cu_seqlens: Tensor |
     before, length = taps - 1, u.shape[1]
     if cu_seqlens is None:
         if length >= before:
-            return u[:, length - before :]
+            return u[:, length - before :].clone()
         missing = u.new_zeros(u.shape[0], before, u.shape[2]) if state is None else state.to(u.dtype)
         return torch.cat([missing[:, length:], u], dim=1)
     start, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
