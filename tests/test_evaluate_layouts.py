@@ -321,8 +321,8 @@ def test_figure_3_has_a_line_for_each_model(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"benchmark": "lin_attn_profile"}'])
 def test_a_profile_that_was_damaged_is_named(content, tmp_path):
     (tmp_path / "lin_attn_profile.json").write_text(content)
-    with pytest.raises(ValueError, match="lin_attn_profile.json"):
+    with pytest.raises(ValueError, match=r"lin_attn_profile\.json"):
         collect([tmp_path], tmp_path / "out", "table5")
     (tmp_path / "results_1.json").write_text(content)
-    with pytest.raises(ValueError, match="results_1.json|no results of SuperGLUE"):
+    with pytest.raises(ValueError, match=r"results_1\.json|no results of SuperGLUE"):
         collect([tmp_path], tmp_path / "out", "table8")
