@@ -11,7 +11,7 @@ from jrt.config import LETTERS, Config, presets, releases
 from jrt.model import LanguageModel
 from jrt.released.configurations import has_gpt_fields
 from jrt.released.quirks import Quirks
-from jrt.system.breaks import first_line
+from jrt.system.breaks import as_value_error
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
@@ -119,12 +119,9 @@ def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
     from jrt.foreign.architectures import register_architecture
 
     register_architecture(str(folder))
-    try:
+    with as_value_error(f"{folder} is no causal language model that can be built"), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no causal language model: {first_line(error)}") from error
+        model = AutoModelForCausalLM.from_config(config)
     found = [
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("class", f"{type(model).__name__}, used as it is"),
