@@ -23,7 +23,7 @@ from synthetics.set_disjointness import SetDisjointness, draw_pair
 from synthetics.summary import PANELS, panels_of, summarize
 from synthetics.tasks import TASKS
 from synthetics.training import train
-from synthetics.workers import end_with_parent, train_all
+from synthetics.workers import train_all
 
 CPU = torch.device("cpu")
 LISTS = SetDisjointness("lists", 32, ((1, 4), (4, 1)), 64, ((1, 4), (4, 1)), 16)
@@ -204,28 +204,36 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
         list(train_all([(Fatal(), tmp_path)], "cpu", 2, None, use_ray=False))
 
 
-def test_workers_end_with_a_killed_parent():
+def at_work(pipe: int) -> None:
+    os.write(pipe, b"at work")
+    time.sleep(60)
+
+
+class Long:
+    """A group that the worker never finishes."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def __reduce__(self) -> tuple:
+        return at_work, (self.pipe,)
+
+
+def test_workers_end_with_a_killed_sweep(tmp_path, monkeypatch):
     """Otherwise they go on beside the resumed sweep and write the same checkpoints."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-
-    def worker() -> None:
-        end_with_parent()
-        theirs.send("at work")
-        time.sleep(60)
-
-    def parent() -> None:
-        fork.Process(target=worker).start()
-        time.sleep(60)
-
-    process = fork.Process(target=parent)
-    process.start()
-    theirs.close()
-    assert ours.recv() == "at work"
-    process.kill()
-    assert ours.poll(30)
-    with pytest.raises(EOFError):  # no process is left that could send
-        ours.recv()
+    fast = multiprocessing.get_context("fork")
+    monkeypatch.setattr("synthetics.workers.get_context", lambda method: fast)
+    reading, writing = os.pipe()
+    sweep = os.fork()
+    if sweep == 0:
+        list(train_all([(Long(writing), tmp_path)], "cpu", 2, None, use_ray=False))
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 7) == b"at work"
+    os.kill(sweep, signal.SIGKILL)
+    os.waitpid(sweep, 0)
+    assert os.read(reading, 1) == b""  # the pipe ends when no process is left that could write
+    os.close(reading)
 
 
 def test_two_processes_keep_each_others_results(tmp_path):

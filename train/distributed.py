@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jrt.config import Config
 from jrt.model import LanguageModel
+from jrt.system.processes import PARENT
 from jrt.training.loss import ModelWithLoss
-from train.processes import PARENT
 
 log = logging.getLogger(__name__)
 STRATEGIES = ("ddp", "fsdp")
@@ -137,7 +137,7 @@ def _device(accelerator: str, local: int) -> torch.device:
 def launch(script: str, arguments: Sequence[str], devices: int) -> int:
     """Runs `python script arguments` in one process for each device of this machine, and returns the exit code.
 
-    The processes end with this one, even if it is killed (`train.processes`)."""
+    The processes end with this one, even if it is killed (`jrt.system.processes`)."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
