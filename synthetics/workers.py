@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -84,6 +85,20 @@ def _first(device: str) -> torch.device:
     return torch.device("cuda:0" if device == "cuda" else device)
 
 
+def end_with_parent() -> None:
+    """Makes this process end when its parent ends, also if the parent is killed.
+
+    Otherwise the worker would go on and write the same checkpoint as the resumed sweep."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 def _in_process(group: Group, device: str, threads: int, deadline: float | None) -> Rows:
     torch.set_num_threads(threads)
     return _train_one(group, torch.device(device), deadline)
@@ -94,7 +109,7 @@ def _over_processes(groups: Sequence[Group], device: str, workers: int, deadline
     free = [f"cuda:{worker % gpus}" if gpus else "cpu" for worker in range(workers)]
     threads = max(1, (os.cpu_count() or 1) // workers)
     waiting, running = list(reversed(groups)), {}
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         while waiting or running:
             while waiting and free:
                 place = free.pop()

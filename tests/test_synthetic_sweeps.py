@@ -23,7 +23,7 @@ from synthetics.set_disjointness import SetDisjointness, draw_pair
 from synthetics.summary import PANELS, panels_of, summarize
 from synthetics.tasks import TASKS
 from synthetics.training import train
-from synthetics.workers import train_all
+from synthetics.workers import end_with_parent, train_all
 
 CPU = torch.device("cpu")
 LISTS = SetDisjointness("lists", 32, ((1, 4), (4, 1)), 64, ((1, 4), (4, 1)), 16)
@@ -202,6 +202,30 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("synthetics.workers.get_context", lambda method: fast)
     with pytest.raises(ValueError, match="one of 2 worker processes was killed, perhaps for lack of memory"):
         list(train_all([(Fatal(), tmp_path)], "cpu", 2, None, use_ray=False))
+
+
+def test_workers_end_with_a_killed_parent():
+    """Otherwise they go on beside the resumed sweep and write the same checkpoints."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+
+    def worker() -> None:
+        end_with_parent()
+        theirs.send("at work")
+        time.sleep(60)
+
+    def parent() -> None:
+        fork.Process(target=worker).start()
+        time.sleep(60)
+
+    process = fork.Process(target=parent)
+    process.start()
+    theirs.close()
+    assert ours.recv() == "at work"
+    process.kill()
+    assert ours.poll(30)
+    with pytest.raises(EOFError):  # no process is left that could send
+        ours.recv()
 
 
 def test_two_processes_keep_each_others_results(tmp_path):
