@@ -261,6 +261,9 @@ def test_info_counts_one_more_token(capsys, tmp_path):
     other = information(capsys, str(tmp_path), "--length", "100")
     assert other["layers"].strip() == "3" and other["tokenizer"].strip() == "not in the folder"
     assert f"{3 * 2 * 32 * 4 * 100:,} at 100 tokens" in other["keys and values"]
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_key_value_heads": "4"}))
+    assert information(capsys, str(tmp_path), "--length", "100") == other
     millions = (2 * (3 * 12 * 32**2 + 100 * 32) + 3 * 4 * 32 * 101) / 1e6
     assert f"{millions:,.1f} M at 100" in other["FLOPs a token"]
 
