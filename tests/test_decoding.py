@@ -229,7 +229,12 @@ def test_a_streamer_gets_every_token():
 
 
 @pytest.mark.parametrize(
-    ("call", "reason"), [({"use_cache": False}, "use_cache is off"), ({"max_new_tokens": NEW}, "forward hooks")]
+    ("call", "reason"),
+    [
+        ({"use_cache": False}, "use_cache is off"),
+        ({"max_new_tokens": NEW}, "forward hooks"),
+        ({"max_new_tokens": 10**12, "eos_token_id": list(range(60))}, "columns, and states of a fixed size"),
+    ],
 )
 def test_what_it_cannot_serve_goes_to_transformers_with_a_reason(call, reason, caplog):
     model = make_model()
