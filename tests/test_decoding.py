@@ -245,6 +245,15 @@ def test_what_it_cannot_serve_goes_to_transformers_with_a_reason(call, reason, c
     assert reason in caplog.text
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_left_to_transformers(name, dtype, caplog):
+    """Layers then give half precision, and the buffers have the dtype of the weights."""
+    with torch.autocast("cpu", dtype), caplog.at_level(logging.DEBUG, logger="jrt"):
+        check_call(make_model(CONFIGS[name]), 2, {})
+    assert "autocast is on" in caplog.text
+
+
 WAITS = {
     "a streamer": lambda: {"streamer": Collected()},
     "a logits processor": lambda: {"logits_processor": LogitsProcessorList([Favourite()])},

@@ -64,6 +64,8 @@ def unsupported(
         return "hidden states or attentions are wanted: a step keeps none"
     if input_ids.device != model.embedding.weight.device or input_ids.device.type not in ("cpu", "cuda"):
         return f"input_ids on {input_ids.device}, the model on {model.embedding.weight.device}"
+    if torch.is_autocast_enabled(input_ids.device.type):
+        return "autocast is on: a step computes in the dtype of the weights"
     if len({tensor.device for tensor in model.parameters()}) > 1:
         return "the model is spread over several devices"
     for block in model.blocks:
