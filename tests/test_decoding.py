@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.decoding import loop as decoding_loop
 from jrt.decoding.plain import PlainStep
-from jrt.decoding.session import CapturedSession, Sessions
+from jrt.decoding.session import CapturedSession, Session, Sessions, _addresses
 from jrt.recurrent_cache import CACHE
 
 DEBUG = dataclasses.replace(presets()["debug"], vocab_rows=64)
@@ -286,6 +286,17 @@ def test_a_captured_step_says_why_the_host_chooses(reason, caplog):
     with caplog.at_level(logging.DEBUG, logger="jrt"):
         model.generate(**make_prompts(1, "cuda"), **call)
     assert f"the host chooses each token: {expected}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "log_decay"])
+def test_a_kept_step_sees_new_values_or_is_dropped(name):
+    """A step copies the decay, and no weight."""
+    model = make_model(CONFIGS["decay"]).model
+    sessions = Sessions()
+    sessions.kept.append((_addresses(model), Session(PlainStep(model, 2, 64, whole=True))))
+    assert sessions.find(model, 2, 64) is not None
+    model.load_state_dict({name: 2 * model.state_dict()[name]}, strict=False)
+    assert (sessions.find(model, 2, 64) is None) == (name == "log_decay")
 
 
 def test_a_copy_of_a_model_starts_without_sessions():
