@@ -25,7 +25,7 @@ setup(
     packages=[*find_packages(include=["jrt", "jrt.*"]), "jrt_recall", "jrt_recall.harness", "jrt_recall.tasks"],
     package_dir={"jrt_recall": "lm-eval-harness/jrt_recall"},
     package_data={
-        "jrt": ["minis/*/*", "evaluate/tables/*.csv", "evaluate/report/*.jinja", "py.typed"],
+        "jrt": ["minis/*/*", "checkpoints/*.jinja", "evaluate/tables/*.csv", "evaluate/report/*.jinja", "py.typed"],
         "jrt_recall": ["assets/**/*", "tasks/**/*", "tasks/*"],
     },
     **kernels,

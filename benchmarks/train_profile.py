@@ -23,16 +23,17 @@ from train_throughput import ROWS, Row, training
 from jrt.config import presets
 
 STEPS = 5
-# The first group whose words appear in a kernel's name is its own.
+OTHER = "norms, rotary, activations, sums"
+# A kernel is of the first group that has one of the words in the kernel's name.
 GROUPS = {
+    "cross-entropy": ("liger", "cross_entropy", "log_softmax"),
+    OTHER: ("triton_poi_", "triton_per_", "triton_red_"),  # made by torch.compile; their names tell the fused calls
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
-    "attention": ("fmha", "flash", "cudnn", "sdpa", "flex", "fprop", "bprop"),
+    "attention": ("fmha", "flash", "cudnn", "sdpa", "flex"),
     "linear attention, scan": ("prefill", "backward_keys", "backward_queries", "_states", "scan", "linear_attention"),
-    "cross-entropy": ("liger", "cross_entropy"),
     "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"),
     "copies": ("memcpy", "memset", "copy_", "fill"),
 }
-OTHER = "norms, activations, sums"
 
 
 def group_of(kernel: str) -> str:

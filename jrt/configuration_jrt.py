@@ -11,6 +11,7 @@ import importlib
 from transformers import AutoConfig, PreTrainedConfig
 
 from jrt.config import Config, presets
+from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
 
 # False in a self-contained folder, where transformers finds the classes by itself.
@@ -52,6 +53,8 @@ class JRTConfig(PreTrainedConfig):
             importlib.import_module("jrt.released.modeling")
         core = Config.from_dict(architecture) if architecture else presets()["debug"]
         check_short_prompt(short_prompt)
+        if type(short_prompt_token) is not int:
+            raise ValueError(f"short_prompt_token is {short_prompt_token!r}; expected a token id")
         self.architecture = core.to_dict()
         self.vocab_tokens = core.vocab_rows if vocab_tokens is None else vocab_tokens
         if type(self.vocab_tokens) is not int or not 0 < self.vocab_tokens <= core.vocab_rows:
@@ -59,6 +62,7 @@ class JRTConfig(PreTrainedConfig):
         self.short_prompt = short_prompt
         self.short_prompt_token = short_prompt_token
         self.quirks = quirks or {}
+        Quirks.from_dict(self.quirks)
         self.source = source
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.use_cache = True

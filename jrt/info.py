@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from jrt.checkpoints.load import configuration, has_tokenizer, trained_tokenizer
-from jrt.checkpoints.names import MINIS, Kind, find, kind_of_model, resolve
+from jrt.checkpoints.names import Kind, find, kind_of, kind_of_model, read_config, resolve
 from jrt.config import LETTERS, Config, presets, releases
 from jrt.model import LanguageModel
+from jrt.released.configurations import has_gpt_fields
 from jrt.released.quirks import Quirks
-from jrt.system.breaks import first_line
+from jrt.system.breaks import as_value_error
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
@@ -64,7 +65,7 @@ def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str
         return [("model", name), *_others(folder, lengths)]
     config = configuration(folder, name)
     tokenizer = "in the folder" if has_tokenizer(folder) else f"not in the folder: {trained_tokenizer(folder)}"
-    measured = _measured(config.core) if folder.parent != MINIS and config.source is not None else []
+    measured = _measured(config.core) if _is_released(folder, config.source or "") else []
     found = [*_ours(config.core, lengths), ("tokenizer", tokenizer)]
     found.append(("quirks switched on", ", ".join(Quirks(**config.quirks).active()) or "none"))
     if config.core.has("P"):
@@ -92,6 +93,17 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
     return found
 
 
+def _is_released(folder: Path, source: str) -> bool:
+    """Whether a folder holds a checkpoint of the release, also if `jrt convert` wrote it from one."""
+    raw = read_config(folder)
+    last_part = source.rsplit("/", 1)[-1]
+    return (
+        kind_of(raw) is Kind.RELEASED_GPT
+        or (kind_of(raw) is Kind.MAMBA_SSM and has_gpt_fields(raw))
+        or any(hub_id.endswith(f"/{last_part}") for hub_id in releases())
+    )
+
+
 def _measured(core: Config) -> list[tuple[str, str]]:
     """How the published numbers of a released model were measured: only quirks that concern its kinds of layers are
     named."""
@@ -107,12 +119,9 @@ def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
     from jrt.foreign.architectures import register_architecture
 
     register_architecture(str(folder))
-    try:
+    with as_value_error(f"{folder} is no causal language model that can be built"), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no causal language model: {first_line(error)}") from error
+        model = AutoModelForCausalLM.from_config(config)
     found = [
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("class", f"{type(model).__name__}, used as it is"),

@@ -320,12 +320,12 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         if self.token_rows < self.core.vocab_rows:
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
             kwargs["logits_processor"] = LogitsProcessorList([*processors, VocabularyRows(self.token_rows)])
-        check_short_prompt(short_prompt)
+        rule = self.config.short_prompt if short_prompt is None else short_prompt
+        check_short_prompt(rule)
         if not encodes and short_prompt not in (None, "none"):
             raise ValueError(
                 f"short_prompt={short_prompt!r}: this model has no prefix encoder; expected None or 'none'"
             )
-        rule = self.config.short_prompt if short_prompt is None else short_prompt
         if encodes and prefix_length is not None:
             if short_prompt not in (None, "none"):
                 raise ValueError(f"prefix_length and short_prompt={short_prompt!r} both say what is encoded: give one")

@@ -44,9 +44,9 @@ class Prompt:
         return Prompt(ids, own, self.prefix_length, self.blank_length)
 
 
-def check_short_prompt(name: str | None) -> None:
+def check_short_prompt(name: str) -> None:
     """Raises ValueError for a name that SHORT_PROMPTS does not have."""
-    if name is not None and name not in tuple(SHORT_PROMPTS):
+    if name not in tuple(SHORT_PROMPTS):
         raise ValueError(f"short_prompt={name!r}: expected one of {', '.join(SHORT_PROMPTS)}")
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from jrt.system.files import write_json
 from jrt.system.provenance import commit, device_name, versions
-from synthetics.runs import Run
+from synthetics.runs import Run, groups
 
 VERSIONS = ("python", "torch", "triton")
-BEGUN = ("unfinished", "results.json.partial")  # what a folder holds whose sweep was killed at its very beginning
+NEEDED = {  # in a row of results, for tables and figures
+    *("run", "method", "task", "width", "feature_dim", "window", "rate", "epochs", "batch"),
+    *("state_bytes", "seconds", "accuracy"),
+}
 
 
 class Folder:
@@ -27,14 +30,13 @@ class Folder:
                 another sweep or holds other files, or it has results of this sweep and `resume` is false.
         """
         check(sweep, runs)
-        self.path, self.file, self.sweep = path, path / "results.json", sweep
+        self.path, self.file, self.sweep, self.groups = path, path / "results.json", sweep, groups(runs)
         self.fingerprint = hashlib.sha256("\n".join(map(repr, runs)).encode()).hexdigest()
         self.rows: dict[str, dict] = {}
         if self.file.exists():
             self._open(resume)
-        elif path.exists() and (not path.is_dir() or any(each.name not in BEGUN for each in path.iterdir())):
+        elif path.exists() and not _has_just_begun(path):
             raise ValueError(f"{path} is not a sweep's folder: expected an empty or a new one")
-        self.origin = provenance()
         (path / "unfinished").mkdir(parents=True, exist_ok=True)
         if not self.file.exists():
             self._write()
@@ -56,9 +58,14 @@ class Folder:
         return all(run.name in self.rows for run in group)
 
     def add(self, rows: Sequence[dict]) -> None:
-        """Adds results to the folder, each with device, versions, commit and date."""
-        self.rows |= {row["run"]: {**row, **self.origin} for row in rows}
+        """Adds results to the folder and removes the checkpoints of finished groups.
+
+        What another process has added meanwhile, such as another part of the sweep, stays."""
+        self._open(resume=True)
+        self.rows |= {row["run"]: row for row in rows}
         self._write()
+        for group in filter(self.is_done, self.groups):
+            self.checkpoint(group).unlink(missing_ok=True)
 
     def checkpoint(self, group: Sequence[Run]) -> Path:
         """The file of a group that is in training."""
@@ -70,11 +77,17 @@ class Folder:
 
 
 def check(sweep: str, runs: Sequence[Run]) -> None:
-    """Raises ValueError if a sweep is empty, has a run twice, or has a run that cannot be built."""
+    """Raises ValueError if a sweep is empty, has a run that cannot be built or a run twice, or if two of its methods or
+    two of its tasks have one name."""
     if not runs:
         raise ValueError(f"{sweep} is an empty sweep: expected at least one run")
     for run in runs:
         run.check()
+    for kind in ("method", "task"):
+        named: dict[str, object] = {}
+        for own in (getattr(run, kind) for run in runs):
+            if named.setdefault(own.name, own) != own:
+                raise ValueError(f"{sweep} has two {kind}s with the name {own.name}: expected a name for each")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"{sweep} has one run twice: {next(name for name in names if names.count(name) > 1)}")
@@ -86,7 +99,7 @@ def read(path: Path) -> dict:
         report = json.loads((path / "results.json").read_text(encoding="utf-8"))
         found = isinstance(report, dict) and {"sweep", "fingerprint", "rows"} <= set(report)
         found = found and isinstance(report["rows"], list) and all(map(_is_row, report["rows"]))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{path} holds no results: expected the folder of python -m synthetics") from error
     except ValueError:
         found = False
@@ -96,13 +109,26 @@ def read(path: Path) -> dict:
 
 
 def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and {"run", "method", "task", "accuracy"} <= set(row)
+    if not isinstance(row, dict) or not set(row) >= NEEDED:
+        return False
+    shares = row["accuracy"]
+    return (
+        isinstance(shares, dict) and len(shares) > 0 and all(isinstance(each, int | float) for each in shares.values())
+    )
 
 
-def provenance() -> dict:
-    """Device, versions, commit and date: what a stored figure depends on."""
+def _has_just_begun(path: Path) -> bool:
+    """Whether the folder is empty, or its sweep was killed before results.json was written.
+
+    Checkpoints come later, so a folder that has some is not new: they may be of a sweep with other settings."""
+    names = {each.name for each in path.iterdir()} if path.is_dir() else {"a file"}
+    return names <= {"unfinished", "results.json.partial"} and not any(path.glob("unfinished/*"))
+
+
+def provenance(device: str) -> dict:
+    """Device, versions, commit and date: what a stored figure depends on. device: "cpu" or "cuda"."""
     return {
-        "device": device_name(),
+        "device": device_name(device),
         "versions": {name: each for name, each in versions().items() if name in VERSIONS},
         "commit": commit(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),

@@ -6,7 +6,8 @@ One example with two pairs and four columns of questions (arXiv 2312.04927, sect
     answer       -     -  -  -  -  v2  -  - v1
 
 Keys come from the lower half of the vocabulary and values from the upper half. The x are random values: the model knows
-a question because it is a key.
+a question because it is a key. Here questions stand at uniformly random columns; in the paper's code most stand soon
+after the pairs (a power law).
 
 Shapes: N examples, K pairs, Q columns of questions.
 """

@@ -83,7 +83,7 @@ class StackedAdamW:
         return {name: getattr(self, name) for name in ("weights", "first", "second", "peak", "steps")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads weights, moments and step count. `state` may have fewer models than the stack."""
+        """Loads weights, moments and step count of the same models."""
         for name, value in state.items():
             setattr(self, name, value.to(self.weights.device))
         self._attach()

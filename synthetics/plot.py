@@ -1,25 +1,33 @@
 """Draws figures and tables from a sweep's folder: ``python -m synthetics.plot DIR``. Running a sweep does so too.
 
 Every task gets the frontier, accuracy against size of the state. Set disjointness also gets the panels of the paper's
-figure 2 and heat maps over the lengths of both lists. Figures are PNG and SVG files, the table is a CSV file. If a
-sweep has several tasks, each has its own files, with the task's name.
+figure 2, heat maps over the lengths of both lists, and a comparison of the ways to read at equal state. Figures are PNG
+and SVG files, tables are CSV files. If a sweep has several tasks, each has its own files, with the task's name.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import cycle
+from math import ceil, nan
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+from synthetics import equal_state
 from synthetics.folder import read
 from synthetics.summary import OVERALL, PANELS, Line, markdown, pair_of, summarize, write_csv
 
+# Colours that colour-blind readers can tell apart (Okabe and Ito, "Color Universal Design", 2008); markers help, too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
+MARKERS = "os^Dv<P*"
+
 
 def draw_all(folder: Path) -> str:
-    """Draws all figures that the results allow, and returns the table as Markdown.
+    """Draws all figures that the results allow, and returns the tables as Markdown.
 
     Raises ValueError without results."""
     rows = read(folder)["rows"]
@@ -36,7 +44,12 @@ def draw_all(folder: Path) -> str:
             save(by_order(lines), folder / f"order{suffix}")
         if any(pair_of(size) for size in lines[0].accuracy):
             save(heat_maps(lines), folder / f"lengths{suffix}")
-        tables.append(markdown(lines) if len(tasks) == 1 else f"{task}\n\n{markdown(lines)}")
+        if len(tasks) > 1:
+            tables.append(task)
+        tables.append(markdown(lines))
+        if states := equal_state.equal_states(lines):
+            equal_state.write_csv(states, folder / f"equal_state{suffix}.csv")
+            tables.append(equal_state.markdown(states))
     return "\n\n".join(tables)
 
 
@@ -50,38 +63,53 @@ def by_order(lines: Sequence[Line]) -> Figure:
     """Draws the paper's figure 2: accuracy against size of the state.
 
     The panels are: short list first, long list first, and their difference."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    short, long, difference = figure.subplots(1, len(PANELS))
+    long.sharey(short)
+    for axes, panel in zip((short, long, difference), PANELS, strict=True):
         _curves(axes, lines, panel)
         axes.set_title(panel)
-    figure.axes[0].set_ylabel("answers right, %")
-    figure.axes[0].legend(fontsize=8)
+    short.set_ylabel("answers right, %")
+    difference.set_ylabel("short minus long, points")
+    _legend(figure)
     return figure
 
 
 def frontier(lines: Sequence[Line]) -> Figure:
     """Draws mean accuracy over all sizes of examples against size of the state."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     _curves(axes, lines, OVERALL)
     axes.set_ylabel("answers right, %")
-    axes.legend(fontsize=8)
+    _legend(figure)
     return figure
 
 
 def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
-    """Draws one curve for each method, with 95% intervals over seeds.
+    """Draws one curve for each method, with 95% intervals over seeds. A single seed has no interval.
 
     Models with the same size of state are points above each other."""
-    for method in dict.fromkeys(line.method for line in lines):
+    methods = dict.fromkeys(line.method for line in lines)
+    for method, colour, marker in zip(methods, cycle(COLOURS), cycle(MARKERS), strict=False):
         own = sorted((line for line in lines if line.method == method), key=lambda line: line.state_bytes)
         means = [100 * line.panels[panel].mean for line in own]
-        widths = [100 * (line.panels[panel].half_width or 0) for line in own]
+        widths = [nan if (width := line.panels[panel].half_width) is None else 100 * width for line in own]
         states = [line.state_bytes for line in own]
-        axes.errorbar(states, means, widths, marker="o", markersize=4, capsize=2, linewidth=1, label=method)
+        axes.errorbar(
+            states, means, widths, label=method, color=colour, marker=marker, markersize=4, capsize=2, linewidth=1
+        )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("state, bytes")
     axes.grid(alpha=0.3)
+
+
+def _legend(figure: Figure) -> None:
+    """Names the curves beside the panels, where they cover nothing."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
 
 
 def heat_maps(lines: Sequence[Line]) -> Figure:
@@ -101,11 +129,16 @@ def heat_maps(lines: Sequence[Line]) -> Figure:
     shown = max(by_model.values(), key=spread)
     pairs = [pair for size in shown[0].accuracy if (pair := pair_of(size))]
     firsts, seconds = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
-    figure = Figure(figsize=(1 + 3 * len(shown), 3.6), layout="constrained")
-    for axes, line in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    columns = min(4, len(shown))
+    rows = ceil(len(shown) / columns)
+    figure = Figure(figsize=(1 + 3 * columns, 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    for axes, line in zip(panels, shown, strict=False):
         cells = [[100 * line.accuracy.get(f"{a}_{b}", float("nan")) for b in seconds] for a in firsts]
         image = axes.imshow(cells, vmin=0, vmax=100, origin="lower", cmap="viridis")
-        axes.set_xticks(range(len(seconds)), seconds)
+        axes.set_xticks(range(len(seconds)), seconds, rotation=90)
         axes.set_yticks(range(len(firsts)), firsts)
         axes.set_xlabel("second list, tokens")
         axes.set_title(f"{line.method}, {line.state_bytes:,} bytes", fontsize=9)
@@ -120,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(draw_all(arguments.folder))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

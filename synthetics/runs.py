@@ -120,12 +120,12 @@ class Run:
         model.init_weights(torch.Generator().manual_seed(self.seed))
         return model
 
-    def state_bytes(self) -> int:
-        """Returns the bytes of the model's state after the longest context of the task, measured on a real state.
+    def state_bytes(self, tokens: int) -> int:
+        """Returns the bytes of the model's state after so many tokens, measured on a real state.
 
-        Neither weights nor tokens change the size, so the model reads zeros.
+        Neither weights nor the tokens' ids change the size, so the model reads zeros.
         """
-        ids = torch.zeros(1, self.task.longest - 1, dtype=torch.int64)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
         with torch.no_grad():
             _, state = self.model().read(ids)
         return state.nbytes()

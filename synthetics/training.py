@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,7 @@ class Training:
         splits = [first.task.draw(seed, device) for seed in seeds]
         self.train = _segments([split.train for split in splits], first)
         self.test = _segments([split.test for split in splits], first)
+        self.longest = max(each.tokens.shape[2] for each in (*self.train, *self.test))  # T
         self.steps = RecordedSteps(device)
 
     def epoch(self) -> list[float]:
@@ -166,8 +167,9 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
         state = _read(checkpoint, device)
     if state is not None:
         rows, seconds = state["rows"], state["seconds"]
-    training = Training([run for run in runs if run.name not in rows], device)
+    training = Training(runs, device)  # of the whole group, whose largest feature size sets the shapes of all models
     if state is not None:
+        training.keep([index for index, run in enumerate(runs) if run.name not in rows])
         training.load_state_dict(state)
     began = False
     while training.runs:
@@ -179,7 +181,7 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
         ends = [mean >= ENOUGH or training.epochs_done == training.epochs for mean in means]
         for run, accuracy, end in zip(training.runs, training.accuracy, ends, strict=True):
             if end:
-                rows[run.name] = _row(run, accuracy, training.epochs_done, seconds)
+                rows[run.name] = _row(run, accuracy, training.epochs_done, seconds, training.longest)
         if any(ends):
             training.keep([index for index, end in enumerate(ends) if not end])
         if checkpoint is not None:
@@ -192,13 +194,18 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
 def _read(checkpoint: Path, device: torch.device) -> dict | None:
     """Returns the content of a checkpoint, or None with a warning if it is damaged."""
     try:
-        return torch.load(checkpoint, weights_only=True, map_location=device)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        log.warning("%s is damaged (%s): the group begins again", checkpoint, str(error).partition("\n")[0])
-        return None
+        with ZipFile(checkpoint) as archive:  # PyTorch itself does not compare checksums
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(checkpoint, weights_only=True, map_location=device)
+        reason = f"wrong checksum of {damaged}"
+    except (BadZipFile, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+    log.warning("%s is damaged (%s): the group begins again", checkpoint, reason)
+    return None
 
 
-def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float) -> dict:
+def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float, longest: int) -> dict:
     config = run.config
     return {
         "run": run.name,
@@ -214,7 +221,7 @@ def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float) -> d
         "epochs": run.epochs,
         "batch": run.batch,
         "epochs_read": epochs,
-        "state_bytes": run.state_bytes(),
+        "state_bytes": run.state_bytes(longest - 1),  # before the last token of the longest text
         "parameters": sum(each.numel() for each in run.model().parameters()),
         "seconds": round(seconds, 2),  # the model's share of the device
         "accuracy": {name: round(share, 4) for name, share in accuracy.items()},

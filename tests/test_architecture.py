@@ -88,6 +88,13 @@ def test_imports_inside_the_package_point_one_way():
     assert not wrong
 
 
+def test_the_guide_shows_the_parts_in_the_order_of_imports():
+    guide = (ROOT / "docs" / "architecture.md").read_text().split("## The house")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| `")]
+    shown = [name for row in rows for name in re.findall(r"`([\w/]+?)(?:/|\.py)`", row)]
+    assert [name.replace("/", ".") for name in shown] == list(ORDER)
+
+
 def test_rooms_can_be_surveyed():
     """At most twelve modules a package, at most 400 lines a module; ops has a module a kernel."""
     packages = [ROOT / "jrt", *(ROOT / "jrt").rglob("*/"), ROOT / "lm-eval-harness" / "jrt_recall"]

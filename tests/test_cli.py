@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from jrt_recall import fixtures
+from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, ReformerConfig
 
 from jrt.cli import main
 
@@ -67,6 +68,7 @@ def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
         (["--tasks", "qa_nq"], "JRT_PASSAGES"),
         (["--tasks", "squad", "--protocol", "full", "--data", "/nowhere"], "jrt data fetch"),
         (["--limit", "0"], "at least 1"),
+        (["--limit", "9" * 30], "expected a number below"),
         (["--limit", "many"], "expected a whole number, not 'many'"),
         (["--seed", "-1"], "expected a number of at least 0, not -1"),
         (["--model", "x" * 300], "unknown model"),
@@ -190,6 +192,14 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command, 
     assert said in capsys.readouterr().err
 
 
+def test_generate_beyond_the_places_of_a_model_is_one_line(capsys, tmp_path):
+    sizes = dict(vocab_size=4096, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    shipped_tokenizer().save_pretrained(tmp_path)
+    given = ["generate", "--model", str(tmp_path), "--prompt", "open(file, mode) " * 20, "--max-new-tokens", "4"]
+    assert main(given) == 2 and "(it reads at most 16)" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_generate_goes_on_from_a_prompt(model, capsys):
     assert main(["generate", "--model", model, "--prompt", "open(", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out
@@ -217,7 +227,7 @@ def information(capsys, *arguments: str) -> dict[str, str]:
     return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
 
 
-def test_info_says_how_released_models_were_measured_and_only_those(capsys, shared):
+def test_info_says_how_released_models_were_measured_and_only_those(capsys, shared, tmp_path):
     measured = "released checkpoint, as measured"
     line = information(capsys, "jrt-360m")[measured]
     assert "short_prompt='pad'" in line and "leak_continuation" in line and "double_add" not in line
@@ -225,6 +235,19 @@ def test_info_says_how_released_models_were_measured_and_only_those(capsys, shar
     assert "short_prompt" not in line and "double_add" in line and "leak_continuation" not in line
     assert "double_add" in information(capsys, str(shared / "golden" / "based_fla"))[measured]
     assert measured not in information(capsys, "mini-jrt") and measured not in information(capsys, "debug")
+    assert main(["convert", "mini-based", str(tmp_path / "mine")]) == 0
+    shutil.copytree(shared / "golden" / "based_fla", tmp_path / "based-1b-50b")
+    assert main(["convert", str(tmp_path / "based-1b-50b"), str(tmp_path / "converted")]) == 0
+    capsys.readouterr()
+    assert measured not in information(capsys, str(tmp_path / "mine"))
+    assert "double_add" in information(capsys, str(tmp_path / "converted"))[measured]
+
+
+def test_info_on_a_model_that_its_own_code_cannot_build_is_one_line(capsys, tmp_path):
+    ReformerConfig(is_decoder=False).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no causal language model" in said and "is_decoder" in said
 
 
 def test_info_counts_one_more_token(capsys, tmp_path):

@@ -83,8 +83,8 @@ def rows_of(name: str) -> dict[str, tuple[float, ...]]:
 
 
 def test_the_published_tables_are_whole():
-    assert list(TABLES) == ["table1", "table2", "table3", "table4", "table13", "table14", "table8", "table9"]
-    assert [len(table.rows) for table in TABLES.values()] == [16, 12, 8, 6, 3, 4, 12, 8]
+    assert list(TABLES) == ["table1", "table2", "table3", "table4", "table13", "table14", "table8", "table9", "table10"]
+    assert [len(table.rows) for table in TABLES.values()] == [16, 12, 8, 6, 3, 4, 12, 8, 1]
     for table in TABLES.values():
         assert all(len(row) == len(table.columns) for row in table.rows.values())
     gains = [sum(row[1::2]) / 6 - sum(row[::2]) / 6 for row in rows_of("table1").values()]

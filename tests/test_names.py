@@ -29,7 +29,7 @@ RELEASED_MAMBA = {"d_model": 2048, "n_embd": 1024, "n_head": 16, "n_layer": 46, 
         ({"model_type": None, "mixer": None}, Kind.RELEASED_GPT),
         (RELEASED_MAMBA, Kind.MAMBA_SSM),
         ({"d_model": 768, "n_layer": 24, "vocab_size": 50277}, Kind.MAMBA_SSM),
-        ({"ssm_cfg": {"layer": "Mamba2"}, "d_model": 768, "n_layer": 24}, Kind.MAMBA_SSM),
+        ({"ssm_cfg": {"layer": "Mamba2"}, "d_model": 768, "n_layer": 24}, Kind.MAMBA2_SSM),
         (MambaConfig().to_dict(), Kind.MAMBA_TRANSFORMERS),
         (MambaConfig().to_dict() | {"d_model": 768, "ssm_cfg": {}}, Kind.MAMBA_TRANSFORMERS),
         (GPT2Config().to_dict(), Kind.OTHER),
@@ -115,8 +115,27 @@ def test_home_is_expanded_by_every_command(tmp_path, monkeypatch, capsys):
     run = ["eval", "--model", "~/mine", "--tasks", "reference_pages", "--protocol", "pages-512", "--limit", "1"]
     assert main([*run, "--output", str(tmp_path / "run")]) == 0
     capsys.readouterr()
-    assert main(["convert", "~/mine", "~nobody-of-this-name/out"]) == 2
+    with pytest.raises(ValueError, match="no user"):
+        convert("~/mine", "~nobody-of-this-name/out")
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "~/mine", "~nobody-of-this-name/out"])
     assert "no user" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ["mine", "out", "run"]
+
+
+def test_home_is_expanded_where_no_shell_does_it(tmp_path, monkeypatch, capsys):
+    """No shell expands `--output=~/run`, which would make a folder with the name `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_random_model(tmp_path / "home" / "mine", pattern="CL")
+    run = ["eval", "--model", "~/mine", "--limit", "1", "--output=~/run"]
+    assert main([*run, "--tasks", "recall_reference_pages_512"]) == 0
+    assert main(["report", "~/run", "--output=~/report"]) == 0
+    assert (tmp_path / "home" / "report" / "report.html").is_file() and not os.listdir()
+    capsys.readouterr()
+    for option, task in (("--data", "swde"), ("--passages", "qa_squad"), ("--text", "recall_perplexity")):
+        assert main([*run, "--tasks", task, f"{option}=~/none"]) == 2
+        assert str(tmp_path / "home" / "none") in capsys.readouterr().err
 
 
 def test_a_hub_id_in_the_cache_is_found_and_its_configuration_read(tmp_path, monkeypatch):

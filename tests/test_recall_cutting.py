@@ -6,7 +6,7 @@ import json
 import pytest
 from jrt_recall import cut, prompt
 from jrt_recall.prompts import SWDE_SUMMARY
-from jrt_recall.tokenizers import cutting_tokenizer, model_tokenizer, shipped_tokenizer
+from jrt_recall.tokenizers import cutting_tokenizer, is_gpt2, model_tokenizer, shipped_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -162,3 +162,8 @@ def test_a_cutting_tokenizer_with_a_broken_file_is_one_line(content, tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         cutting_tokenizer(str(tmp_path))
     assert model_tokenizer(str(tmp_path)) is None
+
+
+def test_home_is_expanded_in_a_tokenizer_s_name(shared, monkeypatch):
+    monkeypatch.setenv("HOME", str(shared))
+    assert is_gpt2(cutting_tokenizer("~/gpt2"))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from synthetics.set_disjointness import SetDisjointness, draw_pair
 from synthetics.summary import PANELS, panels_of, summarize
 from synthetics.tasks import TASKS
 from synthetics.training import train
+from synthetics.workers import end_with_parent, train_all
 
 CPU = torch.device("cpu")
 LISTS = SetDisjointness("lists", 32, ((1, 4), (4, 1)), 64, ((1, 4), (4, 1)), 16)
@@ -107,6 +109,14 @@ def test_a_folder_of_a_sweep_that_was_killed_at_once_is_empty(tmp_path):
     assert folder.Folder(tmp_path, "mine", [RUN], resume=True).rows == {}
 
 
+def test_results_on_a_cpu_name_the_cpu_beside_a_gpu(tmp_path, monkeypatch):
+    names = {"cpu": "a processor", "cuda": "a GPU"}
+    monkeypatch.setattr(folder, "device_name", names.__getitem__)
+    monkeypatch.setitem(sweeps.SWEEPS, "debug", [RUN])
+    assert command.main(["debug", "--out", str(tmp_path), "--device", "cpu", "--workers", "1"]) == 0
+    assert [row["device"] for row in folder.read(tmp_path)["rows"]] == ["a processor"]
+
+
 def test_ray_is_asked_for_before_anything_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("synthetics.workers.importlib.util.find_spec", lambda name: None)
     assert command.main(["debug", "--out", str(tmp_path / "out"), "--device", "cpu", "--ray"]) == 2
@@ -159,13 +169,104 @@ def test_a_folder_with_a_damaged_table_is_told(tmp_path, content):
     for reads in (lambda: plot.draw_all(tmp_path), lambda: folder.Folder(tmp_path, "debug", sweeps.debug, True)):
         with pytest.raises(ValueError, match=r"was not written by python -m synthetics"):
             reads()
-    row = {"sweep": "debug", "fingerprint": "x", "rows": [{"run": "x"}]}
-    (tmp_path / "results.json").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=r"was not written by python -m synthetics"):
-        plot.draw_all(tmp_path)
+    whole = row_of(RUN)
+    for row in ({"run": "x"}, {**whole, "accuracy": {}}, {**whole, "accuracy": {"1_4": None}}, [*whole]):
+        (tmp_path / "results.json").write_text(json.dumps({"sweep": "debug", "fingerprint": "x", "rows": [row]}))
+        with pytest.raises(ValueError, match=r"was not written by python -m synthetics"):
+            plot.draw_all(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:400], lambda content: b"", lambda content: b"x" * 900])
+def test_a_file_is_no_folder_to_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "results.json")])
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        plot.main()
+    assert "results.json holds no results: expected the folder of python -m synthetics" in capsys.readouterr().err
+
+
+def row_of(run: Run) -> dict:
+    """A row of results with what tables and figures need."""
+    row = dict.fromkeys(folder.NEEDED, 1)
+    return {**row, "run": run.name, "method": run.method.name, "task": run.task.name, "accuracy": {"1_4": 0.5}}
+
+
+class Fatal:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (9,)
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
+    fast = multiprocessing.get_context("fork")
+    monkeypatch.setattr("synthetics.workers.get_context", lambda method: fast)
+    with pytest.raises(ValueError, match="one of 2 worker processes was killed, perhaps for lack of memory"):
+        list(train_all([(Fatal(), tmp_path)], "cpu", 2, None, use_ray=False))
+
+
+def test_workers_end_with_a_killed_parent():
+    """Otherwise they go on beside the resumed sweep and write the same checkpoints."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+
+    def worker() -> None:
+        end_with_parent()
+        theirs.send("at work")
+        time.sleep(60)
+
+    def parent() -> None:
+        fork.Process(target=worker).start()
+        time.sleep(60)
+
+    process = fork.Process(target=parent)
+    process.start()
+    theirs.close()
+    assert ours.recv() == "at work"
+    process.kill()
+    assert ours.poll(30)
+    with pytest.raises(EOFError):  # no process is left that could send
+        ours.recv()
+
+
+def test_two_processes_keep_each_others_results(tmp_path):
+    runs = [RUN, replace(RUN, width=16)]
+    one, other = (folder.Folder(tmp_path, "mine", runs, resume=False) for _ in range(2))
+    one.add([row_of(runs[0])])
+    other.add([row_of(runs[1])])
+    assert [row["run"] for row in folder.read(tmp_path)["rows"]] == [run.name for run in runs]
+
+
+def test_a_checkpoint_goes_when_the_results_of_its_group_are_written(tmp_path):
+    runs = [RUN, replace(RUN, seed=2), replace(RUN, width=16)]
+    mine = folder.Folder(tmp_path, "mine", runs, resume=False)
+    done, other = mine.checkpoint(runs[:2]), mine.checkpoint(runs[2:])
+    for file in (done, other):
+        file.write_text("")
+    mine.add([row_of(runs[0])])
+    assert done.exists()
+    mine.add([row_of(runs[1])])
+    assert not done.exists() and other.exists()
+
+
+def test_checkpoints_without_results_are_not_taken_for_those_of_a_new_sweep(tmp_path):
+    """Their models may have had other rates."""
+    mine = folder.Folder(tmp_path, "mine", [RUN], resume=False)
+    mine.checkpoint([RUN]).write_text("")
+    mine.file.unlink()
+    with pytest.raises(ValueError, match="is not a sweep's folder: expected an empty or a new one"):
+        folder.Folder(tmp_path, "mine", [RUN], resume=True)
+
+
+DAMAGES = {
+    "cut": lambda content: content[:400],
+    "empty": lambda content: b"",
+    "other": lambda content: b"x" * 900,
+    "one bit of a weight": lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:],
+    "a pickle of other bytes": lambda content: content.replace(b"epochs_done", b"epochs_\x80one"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_of_a_group_is_told_and_left_out(tmp_path, damage, caplog):
     runs = [replace(RUN, epochs=2, seed=seed) for seed in (1, 2)]
     whole = train(runs, CPU, None, None)

@@ -16,7 +16,7 @@ from torch import nn
 
 from jrt.ops import encode_prefix, linear_attention
 from synthetics import __main__ as command
-from synthetics import folder, measure, plot, readings, sweeps
+from synthetics import equal_state, folder, measure, plot, readings, sweeps
 from synthetics.data import IGNORED, PREFIX, SEPARATE_ANSWER, SEPARATE_LISTS, draw_unseen, fingerprints, generator
 from synthetics.mqar import MQAR, draw_pairs
 from synthetics.optimizer import StackedAdamW
@@ -324,10 +324,36 @@ def test_a_stopped_group_goes_on_as_if_nothing_had_happened(tmp_path):
     assert torch.equal(*states)
 
 
+def test_a_stopped_group_goes_on_after_its_largest_model_has_left(tmp_path, monkeypatch):
+    runs = [Run(METHODS["prefix"], TINY, 8, size, 1e-2, 1, epochs=3, batch=32) for size in (4, 2)]
+    measured = Training.test_accuracy
+
+    def test_accuracy(self):
+        solved = dict.fromkeys(("1_3", "3_1", "2_4"), 1.0)
+        pairs = zip(measured(self), self.runs, strict=True)
+        return [solved if run.feature_dim == 4 else found for found, run in pairs]
+
+    monkeypatch.setattr(Training, "test_accuracy", test_accuracy)
+    whole, rows = train(runs, CPU, None, None), None
+    while rows is None:  # each call does one epoch
+        rows = train(runs, CPU, tmp_path / "parts.pt", time.monotonic() - 1)
+    for row in (*whole, *rows):
+        assert row.pop("seconds") >= 0
+    assert [row["epochs_read"] for row in whole] == [1, 3] and rows == whole
+
+
 def test_states_are_counted_on_the_models():
     for name in ("causal", "prefix", "mamba", "attention", "window"):
         run = Run(METHODS[name], DEBUG, 8, 2, 1e-3, 1, window=3)
-        assert run.state_bytes() == run.config.state_bytes(DEBUG.longest - 1), name
+        assert run.state_bytes(9) == run.config.state_bytes(9), name
+
+
+@pytest.mark.parametrize(("reads", "tokens"), [("once", 8), ("twice", 8 + 8), ("question-first", 1 + 8)])
+def test_a_cache_of_keys_and_values_grows_with_what_is_read(reads, tokens):
+    """TINY's longest example has 8 tokens of context and one of question; the last token needs no place in the cache."""
+    run = Run(Method("mine", "AA", reads), TINY, 8, 2, 1e-3, 1, epochs=1)
+    (row,) = train([run], CPU, None, None)
+    assert row["state_bytes"] == 2 * tokens * 2 * 8 * 4  # layers, tokens, keys and values, width, fp32
 
 
 # ---- Sweeps and folders
@@ -342,6 +368,13 @@ def test_every_run_of_every_sweep_can_be_built():
     assert {run.method.pattern for run in sweeps.mqar_frontier} == {"CLCL", "CPCP", "CLCS", "CSCS", "CACA", "MM"}
     paper = TASKS["paper"]
     assert len(paper.train) == 12 and len(paper.test) == 20 and paper.longest == 787
+
+
+def test_the_readme_counts_the_models_of_each_sweep():
+    text = (Path(__file__).resolve().parent.parent / "synthetics" / "README.md").read_text()
+    for name in ("figure2_small", "mqar_frontier", "reading_order", "state_size"):
+        assert f"| `{name}` | {len(sweeps.SWEEPS[name])} |" in text
+    assert "| `figure2` | 360, and 72 that read twice |" in text and len(sweeps.figure2) == 360 + 72
 
 
 BAD = {
@@ -371,6 +404,14 @@ def test_impossible_tasks_are_refused_before_anything_is_written(message, tmp_pa
         ),
         ([Run(METHODS["causal"], TINY, 8, 2, 1e-3, 1)] * 2, "mine has one run twice"),
         ([Run(Method("mine", "QQ"), TINY, 8, 2, 1e-3, 1)], "expected one letter per layer"),
+        (
+            [Run(Method("x", pattern), TINY, 8, 2, 1e-3, seed) for seed, pattern in enumerate(("CL", "CP"))],
+            "mine has two methods with the name x: expected a name for each",
+        ),
+        (
+            [Run(METHODS["causal"], replace(TINY, test_examples=n), 8, 2, 1e-3, n) for n in (8, 16)],
+            "mine has two tasks with the name tiny",
+        ),
     ],
 )
 def test_impossible_sweeps_are_refused_before_anything_is_written(runs, message, tmp_path):
@@ -461,18 +502,52 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 # ---- Tables
 
 
-def test_the_best_rate_counts_in_every_panel_and_seeds_give_the_interval():
-    def row(rate, seed, short, long):
-        model = {"method": "causal", "state_bytes": 608, "width": 8, "feature_dim": 2, "window": None}
-        model |= {"task": "debug", "epochs": 1, "batch": 128}
-        return {**model, "rate": rate, "seed": seed, "seconds": 10, "accuracy": {"1_4": short, "4_1": long}}
+def row(rate: float, seed: int, short: float, long: float, method: str = "causal", state_bytes: int = 608) -> dict:
+    """A row of results with accuracies for the shorter and for the longer list first."""
+    model = {"method": method, "state_bytes": state_bytes, "width": state_bytes, "feature_dim": 2, "window": None}
+    model |= {"task": "debug", "epochs": 1, "batch": 128}
+    return {**model, "rate": rate, "seed": seed, "seconds": 10, "accuracy": {"1_4": short, "4_1": long}}
 
+
+def test_the_best_rate_counts_in_every_panel_and_seeds_give_the_interval():
     rows = [row(1e-3, 1, 0.9, 0.1), row(1e-3, 2, 0.7, 0.3), row(2e-3, 1, 0.6, 0.6), row(2e-3, 2, 0.6, 0.5)]
     (line,) = summarize([*rows, row(3e-3, 1, 1.0, 1.0)])  # the last rate has one seed only
     assert (line.rate, line.seeds, line.seconds) == (2e-3, 2, 50)
     assert [line.panels[panel].mean for panel in PANELS] == pytest.approx([0.6, 0.55, 0.05])
     assert line.panels["long list first"].half_width == pytest.approx(12.706 * 0.05)  # t for two, standard error 0.05
     assert Estimate.of([0.5]).half_width is None and str(Estimate.of([0.5])) == "50.0"
+
+
+def test_prefix_reading_is_compared_at_equal_state(tmp_path):
+    rows = [
+        *(row(1e-3, 1, 1.0, 0.5), row(1e-3, 1, 1.0, 0.99, "prefix"), row(1e-3, 1, 1.0, 0.9, "twice")),
+        *(row(1e-3, 1, 1.0, 0.6, state_bytes=1216), row(1e-3, 1, 1.0, 1.0, "prefix", 1216)),  # causal is not below 60%
+        *(row(1e-3, 1, 1.0, 0.3, state_bytes=304), row(1e-3, 1, 1.0, 0.9, "prefix", 304)),  # prefix is below 99%
+        *(row(1e-3, 1, 1.0, 0.5, "twice", 304), row(1e-3, 1, 1.0, 0.1, "prefix", 152)),  # 152: no causal model
+    ]
+    states = equal_state.equal_states(summarize(rows))
+    assert [each.causal.state_bytes for each in states] == [304, 608, 1216]
+    assert [each.separates for each in states] == [False, True, False]
+    assert [each.closed for each in states] == [pytest.approx(1 / 3), pytest.approx(40 / 49), None]
+    text = equal_state.markdown(states)
+    assert "| 608 | 608 | 2 | 99.5 | 99.0 | 50.0 | 90.0 | 82 | yes |" in text
+    assert (
+        text.count("at 1 of 3 sizes of state (608 bytes).") == text.count("at 1 of 2 sizes of state (608 bytes).") == 1
+    )
+    equal_state.write_csv(states, tmp_path / "equal_state.csv")
+    with (tmp_path / "equal_state.csv").open() as stream:
+        *_, last = csv.DictReader(stream)
+    assert (last["causal"], last["causal ±"], last["twice"], last["separates"]) == ("0.6", "", "", "False")
+
+
+def test_figures_show_intervals_of_several_seeds_only():
+    short, long, difference = plot.by_order(
+        summarize([row(1e-3, 1, 0.9, 0.1), row(1e-3, 1, 0.8, 0.2, "prefix"), row(1e-3, 2, 0.6, 0.3, "prefix")])
+    ).axes
+    assert short.get_ylim() == long.get_ylim()
+    assert difference.get_ylabel() == "short minus long, points"
+    (one,), (two,) = (bars[2][0].get_segments() for bars in short.containers)
+    assert not len(one) and two[:, 1] == pytest.approx([70 - 12.706 * 10, 70 + 12.706 * 10])
 
 
 def test_time_of_figure2_is_estimated_along_a_line_through_what_was_measured():

@@ -146,6 +146,14 @@ def test_a_mixture_keeps_its_shares_and_reads_each_source_in_order(tmp_path):
             Mixture([Straight(files[0]), Straight(files[1])], weights, seed=1)
 
 
+@pytest.mark.parametrize("weights", [[0.9985, 0.0015], [1, 1, 1], [0.123, 0.456, 0.421]])
+def test_the_shares_of_a_mixture_are_exact_in_a_long_run(tmp_path, weights):
+    files = [TokenFile(token_file(tmp_path, np.full(33, n), name=f"s{n}"), 16) for n in range(len(weights))]
+    rows = Mixture([Straight(file) for file in files], weights, seed=1).rows(np.arange(30 * BLOCK))
+    expected = np.array(weights) / sum(weights) * 30 * BLOCK
+    np.testing.assert_allclose(np.bincount(rows[:, 0]), expected, atol=0.51)
+
+
 @pytest.fixture
 def neox(shared, tmp_path) -> tuple[TokenFile, dict, dict]:
     golden = load_file(shared / "golden" / "neox_mlm.safetensors")

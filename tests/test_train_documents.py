@@ -11,7 +11,7 @@ pytest.importorskip("datasets")
 
 from train.data.documents import find_documents
 from train.data.files import sampled_sha256
-from train.data.indexed import HEADER, MAGIC, read_index
+from train.data.indexed import HEADER, MAGIC, read_index, write_index
 from train.data.vocabulary import load_tokenizer, vocabulary_size
 from train.prepare import prepare
 
@@ -41,6 +41,30 @@ def test_a_cut_compressed_file_is_named(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes((tmp_path / "a.jsonl.zst").read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"a\.jsonl\.zst (cannot be read|is damaged)"):
         texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("row", ['{"text": "x", "n": ' + "9" * 5000 + "}", '{"text": "x", "n": ' + "[" * 100_000])
+def test_a_row_that_json_cannot_hold_is_named(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(LINES + row + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row {len(TEXTS) + 1}: expected a JSON object"):
+        texts_of(tmp_path)
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array([b"good", b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: 'text' is not in UTF-8"):
+        texts_of(tmp_path)
+
+
+def test_token_files_without_documents_are_named(tmp_path):
+    write_index(tmp_path / "a.idx", np.zeros(0, np.int64), np.dtype(np.uint16))
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(ValueError, match=r"a\.bin holds no documents"):
+        find_documents(str(tmp_path / "a.bin"))
 
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])

@@ -146,6 +146,19 @@ def test_other_code_is_named_and_can_be_accepted(text, run, monkeypatch):
         trained(text, run, *EVERY_TWO, "accept=[everything]")
 
 
+def test_accepted_settings_of_adamw_are_the_new_ones(text, run, monkeypatch):
+    """A checkpoint holds the settings that AdamW had when it was written."""
+    from train.loop import Loop
+
+    seen, fit = [], Loop.fit
+    monkeypatch.setattr(Loop, "fit", lambda self, loggers: seen.append(self.training.optimizer) or fit(self, loggers))
+    changed = ("task.schedule.weight_decay=0.5", "+task.schedule.betas=[0.8,0.9]", "+task.schedule.eps=1e-6")
+    trained(text, run, *EVERY_TWO, "accept=[rate]", *changed)
+    settings = [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in seen[0].param_groups]
+    assert settings == [(0.5, (0.8, 0.9), 1e-6), (0.0, (0.8, 0.9), 1e-6)]
+    assert all(value["step"] == 6 for value in seen[0].state.values())  # the moments went on
+
+
 def test_a_folder_with_a_run_can_be_refused(text, run):
     with pytest.raises(ValueError, match="holds a run already"):
         trained(text, run, *EVERY_TWO, "resume=false")
@@ -158,6 +171,17 @@ def test_kept_checkpoints(text, tmp_path):
     losses = {int(row[0]): float(row[5]) for row in curve(tmp_path)}
     expected = {4, 6, min(losses, key=losses.__getitem__)}
     assert {int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step-*")} == expected
+
+
+def test_the_best_checkpoint_is_chosen_by_its_own_loss(text, tmp_path):
+    """Checkpoints are written more often than the run is validated."""
+    settings = ("trainer.checkpoint_every=2", "trainer.validate_every=5", "trainer.keep_best=3")
+    trained(text, tmp_path, "model.pattern=C", "trainer.max_steps=6", *settings)
+    losses = {int(row[0]): float(row[5]) for row in curve(tmp_path) if row[5]}
+    assert set(losses) == {2, 4, 5, 6}
+    for step in (2, 4, 6):
+        facts = json.loads((tmp_path / "checkpoints" / f"step-{step:07d}" / "run.json").read_text())
+        assert facts["validation_loss"] == losses[step]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(text, tmp_path):

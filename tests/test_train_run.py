@@ -108,6 +108,12 @@ def test_the_baselines_read_what_the_release_read():
     assert schedule.decayed == "released"
 
 
+@pytest.mark.parametrize("experiment", ["debug", "laptop"])
+def test_the_small_experiments_run_on_several_devices(experiment):
+    trainer = instantiate(composed(f"experiment={experiment}").trainer)
+    assert all(dataclasses.replace(trainer, devices=count).passes(trainer.global_batch) == 1 for count in (1, 2, 4))
+
+
 @pytest.mark.parametrize("experiment", BASELINES)
 def test_every_baseline_has_256_rows_a_step_on_any_number_of_devices(experiment):
     trainer = instantiate(composed(f"experiment={experiment}").trainer)
@@ -168,6 +174,9 @@ def test_a_model_by_its_fields():
         (["task.objective.prefix_length=-3"], "prefix_length is -3"),
         (["seed=1.5"], "seed is 1.5"),
         (["accept=code"], r"a list such as \[code\]"),
+        (["accept=null"], r"a list such as \[code\]"),
+        (["accept=5"], r"a list such as \[code\]"),
+        (["task.schedule.clip=0"], r"schedule\.clip is 0: expected a number above 0"),
         (["logger=wandb"], "wandb"),
         (["logger=tensorboard"], "tensorboard"),
     ],

@@ -124,7 +124,7 @@ class Bomb:
 def test_no_code_runs(folder, zipped):
     mark = folder / "executed"
     torch.save(weights() | {"x": Bomb(mark)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    refused(folder, "truncated, corrupted or no weight file")
+    refused(folder, "truncated, corrupted or no weight file .expected named tensors only")  # no advice to run it
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
     refused(folder, "truncated, corrupted or no weight file")
     assert not mark.exists()
@@ -274,6 +274,8 @@ def test_shards(folder):
     refused(folder, "outside the folder")
     sharded(folder, {"a": "/etc/passwd"})
     refused(folder, "outside the folder")
+    sharded(folder, {"a": "x" * 5000})  # longer than the name of a file can be
+    refused(folder, "shards that are not there: xxx")
     for places in ([], 3, {"a": 3}, {"a": None}, {"a": ["one.bin"]}):
         sharded(folder, places)
         refused(folder, "no index of shards")
@@ -466,6 +468,11 @@ def test_configurations_that_do_not_fit(folder, change):
         None,
         "text",
         {"quirks": {"no_such_quirk": True}},
+        {"quirks": {"double_add": "false"}},
+        {"quirks": ["double_add"]},
+        {"short_prompt": None},
+        {"short_prompt_token": 2.5},
+        {"short_prompt_token": True},
         {"short_prompt": "sometimes"},
         {"eos_token_id": "end"},
         {"eos_token_id": [1, None, {}]},
@@ -489,6 +496,7 @@ def test_own_configurations_that_do_not_fit(tmp_path, change):
     if isinstance(change, dict) and set(change) <= {
         "quirks",
         "short_prompt",
+        "short_prompt_token",
         "vocab_tokens",
         "eos_token_id",
         "pad_token_id",

@@ -151,9 +151,13 @@ class Checkpoints:
                 dcp.load(state, checkpoint_id=checkpoint.folder)
         except (CheckpointException, RuntimeError, KeyError) as error:
             raise ValueError(f"{checkpoint.folder} does not fit this model: {_first_reason(error)}") from error
+        groups = training.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         set_state_dict(
             training.model, training.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        for group, own in zip(training.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # AdamW's settings are this run's, which may have other ones (accept=[rate])
         if training.average is not None:
             for i, value in enumerate(training.average.values):
                 value.copy_(state["average"][str(i)])
@@ -179,8 +183,8 @@ class Checkpoints:
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
         if self.keep_best:
-            losses = {step: self._loss(step) for step in steps}
-            kept |= set(sorted(steps, key=lambda step: losses[step])[: self.keep_best])
+            losses = {step: loss for step in steps if math.isfinite(loss := self._loss(step))}
+            kept |= set(sorted(losses, key=losses.__getitem__)[: self.keep_best])
         for step in set(steps) - kept:
             shutil.rmtree(self._folder(step))
         for leftover in self.folder.glob(".step-*.partial"):

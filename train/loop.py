@@ -193,7 +193,11 @@ class Loop:
                 self._look()
                 found |= values() | interval.rates(progress.tokens, self._flops, self.place.size)
                 found["train/seconds"] = progress.seconds
-            if progress.step % trainer.validate_every == 0 or progress.step == last:
+            saves = trainer.checkpoint_every and (
+                progress.step % trainer.checkpoint_every == 0 or progress.step == last
+            )
+            asked = progress.step % trainer.validate_every == 0 or progress.step == last
+            if asked or (saves and trainer.keep_best):  # the best checkpoint is chosen by its own loss
                 self._look()
                 found |= self.validate()
                 if not math.isfinite(found["validation/loss"]):
@@ -208,7 +212,7 @@ class Loop:
                     for logger in loggers:
                         logger.log(progress.step, found)
                     console(progress.step, last, found, (time.monotonic() - start) / max(progress.step - saved, 1))
-            if trainer.checkpoint_every and (progress.step % trainer.checkpoint_every == 0 or progress.step == last):
+            if saves:
                 self._look()
                 self.checkpoints.save(self.training, progress.step, self._facts())
         for logger in loggers if self.place.is_first else ():

@@ -39,9 +39,11 @@ class Schedule:
             raise ValueError(f"schedule.decayed is {self.decayed!r}: expected one of {', '.join(DECAYED)}")
         if self.steps < 1:
             raise ValueError(f"schedule.steps is {self.steps}: expected at least 1")
-        for name in ("peak", "floor", "start", "warmup", "weight_decay", "clip", "eps"):
+        for name in ("peak", "floor", "start", "warmup", "weight_decay", "eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} is {getattr(self, name)}: expected a number of at least 0")
+        if self.clip <= 0:  # 0 would make all gradients 0
+            raise ValueError(f"schedule.clip is {self.clip}: expected a number above 0, a large one for no clipping")
 
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0."""

@@ -15,10 +15,11 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from train.data.documents import Documents, find_documents  # noqa: E402
 from train.data.indexed import write_index  # noqa: E402
 from train.data.sources import encode_documents  # noqa: E402
 from train.data.vocabulary import load_tokenizer, tokenizer_sha256, vocabulary_size  # noqa: E402
+from train.processes import end_with  # noqa: E402
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
@@ -121,8 +123,9 @@ def _write_all(
 
 
 def _pool(tokenizer: str, workers: int) -> Executor:
-    kind = ThreadPoolExecutor if workers == 1 else ProcessPoolExecutor
-    return kind(workers, initializer=_start_worker, initargs=(tokenizer,))
+    if workers == 1:
+        return ThreadPoolExecutor(1, initializer=_start_worker, initargs=(tokenizer,))
+    return ProcessPoolExecutor(workers, initializer=_start_process, initargs=(tokenizer, os.getpid()))
 
 
 def _blocks(texts: Iterator[Any]) -> Iterator[list]:
@@ -132,6 +135,12 @@ def _blocks(texts: Iterator[Any]) -> Iterator[list]:
 
 _tokenizer: PreTrainedTokenizerBase | None = None  # of a worker process
 _vocabulary = 0  # its size
+
+
+def _start_process(tokenizer: str, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    end_with(parent)
+    _start_worker(tokenizer)
 
 
 def _start_worker(tokenizer: str) -> None:
@@ -302,8 +311,13 @@ def main() -> None:
             None if options.suffixes is None else tuple(options.suffixes),
             options.max_documents,
         )
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped; the same command goes on\n")
+    except BrokenExecutor:
+        parser.exit(2, f"{parser.prog}: a worker was killed, perhaps for want of memory: try fewer --workers\n")
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        place = "" if getattr(error, "filename", options.out) else f"{options.out}: "  # a full disk has no name
+        parser.exit(2, f"{parser.prog}: {place}{error}\n")
     for split, facts in manifest["splits"].items():
         log.info("%s: %s tokens in %s documents", split, f"{facts['tokens']:,}", f"{facts['documents']:,}")
 

@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import InstantiationException  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 
 import jrt  # noqa: E402
 import train as train_package  # noqa: E402
@@ -42,6 +42,7 @@ from train.distributed import SaidElsewhere, World, build, is_launched, launch, 
 from train.export import export  # noqa: E402
 from train.loop import Loop, Trainer  # noqa: E402
 from train.optimizer import Schedule  # noqa: E402
+from train.processes import PARENT, end_with  # noqa: E402
 from train.report import Csv, plot  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -218,11 +219,11 @@ def _checkpoint_before(config: DictConfig, output: Path, place: World) -> Checkp
     Raises:
         ValueError: there is one but resume is false, or `accept` has a name that is not in IDENTITY.
     """
-    given = [config.accept] if isinstance(config.accept, str) else list(config.accept)
-    unknown = sorted({str(name) for name in given} - set(IDENTITY))
-    if unknown or isinstance(config.accept, str):
+    is_list = isinstance(config.accept, ListConfig)
+    unknown = sorted({str(name) for name in config.accept} - set(IDENTITY)) if is_list else [str(config.accept)]
+    if unknown:
         raise ValueError(
-            f"accept={','.join(unknown or given)}: expected names out of {', '.join(IDENTITY)}, in a list such as [code]"
+            f"accept={','.join(unknown)}: expected names out of {', '.join(IDENTITY)}, in a list such as [code]"
         )
     found = Checkpoints(output / "checkpoints", place).latest()
     if found is not None and not config.resume:
@@ -340,12 +341,17 @@ def main(config: DictConfig) -> None:
         config.output = job.runtime.output_dir
     elif job.mode == RunMode.MULTIRUN:  # each run of a sweep has its own folder
         config.output = f"{config.output}/{job.job.num}"
+    if PARENT in os.environ and is_launched():
+        end_with(int(os.environ[PARENT]))
     try:
         if OmegaConf.is_missing(config, "steps"):
             raise ValueError("steps is not set: choose an experiment, such as experiment=debug, or give data and steps")
         _run(config)
     except SaidElsewhere:
         sys.exit(2)
+    except KeyboardInterrupt:
+        log.info("stopped: the same command goes on from the newest checkpoint")
+        sys.exit(130)
     except (ValueError, OSError) as error:
         log.error("%s", error)
         sys.exit(2)

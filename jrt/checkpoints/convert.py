@@ -10,10 +10,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 import transformers
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils.sha import sha_fileobj
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -78,8 +79,15 @@ def convert(
             make_self_contained(partial, type(model), __version__)
         sources = [folder / "config.json", *files(folder), *(folder / name for name in copied)]
         where = "in this folder" if tokenizer else f"not in the source: `{trained_tokenizer(folder)}`"
-        card = _card(model, source, sources, sorted(partial.iterdir()), where, self_contained)
-        (partial / "README.md").write_text(card)
+        card = _card(
+            model,
+            name=origin(source),
+            tokenizer=where,
+            sources=sources,
+            results=sorted(partial.iterdir()),
+            self_contained=self_contained,
+        )
+        card.save(partial / "README.md")
         partial.chmod(0o755)  # mkdtemp makes folders that no other user can read
         os.replace(partial, out)  # `out` may be an empty folder
     except BaseException:
@@ -113,60 +121,18 @@ def sha256(file: Path) -> str:
         return sha_fileobj(cast(BinaryIO, stream)).hex()  # the wrapper has `read`, and no more is needed
 
 
-def _card(
-    model: JRTForCausalLM, source: str | Path, sources: list[Path], results: list[Path], tokenizer: str, alone: bool
-) -> str:
-    """The text of the folder's README.md: what the model is, how to load it, where it came from."""
-    config, core = model.config, model.config.core
-    parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
-    name = origin(source)
-    quirks = ", ".join(config.quirks) or "none (correct computation)"
-    other_way = (
-        "Without jrt: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs the `.py` files of this folder."
-        if alone
-        else "For a folder that loads without jrt, convert with `--self-contained`."
+def _card(model: JRTForCausalLM, **described: Any) -> ModelCard:
+    """The folder's README.md: what the model is, how to load it, where it came from."""
+    packages = {"jrt": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["jrt", "recurrent", "linear-attention"],
+        ),
+        template_path=str(Path(__file__).with_name("card.md.jinja")),
+        model=model,
+        versions=packages,
+        sha256=sha256,
+        **described,
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [jrt, recurrent, linear-attention]
----
-
-# {name}, converted by jrt
-
-```python
-import jrt
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or jrt.load(FOLDER)
-```
-
-{other_way}
-
-| | |
-|---|---|
-| parameters | {parameters:,} in {dtype} |
-| layers | `{core.pattern}` |
-| width, vocabulary rows | {core.width}, {core.vocab_rows} (tokens: {config.vocab_tokens}) |
-| tokenizer | {tokenizer} |
-| short prompts | `{config.short_prompt}` |
-| quirks | {quirks} |
-
-The weights are the source's under other names, and so is their licence.
-`jrt.load(FOLDER, compat="released")` computes as the published numbers were measured.
-
-## Provenance
-
-Converted from `{name}` with jrt {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
-
-Source files:
-
-{_hashes(sources)}
-Files of this folder:
-
-{_hashes(results)}"""
-
-
-def _hashes(paths: list[Path]) -> str:
-    rows = "".join(f"| `{path.name}` | {path.stat().st_size:,} | `{sha256(path)}` |\n" for path in paths)
-    return f"| file | bytes | sha256 |\n|---|---|---|\n{rows}"

@@ -6,6 +6,8 @@ take memory. Tensors that stay on the CPU in their own dtype are memory-mapped, 
 
 from __future__ import annotations
 
+import os
+import pickle
 import pickletools
 import struct
 import zipfile
@@ -56,9 +58,7 @@ class Entry:
 def entries(folder: Path) -> dict[str, Entry]:
     """All tensors of a folder: `model.safetensors` or `pytorch_model.bin`, or the shards that an index lists.
 
-    Raises:
-        CheckpointError: no weights, a shard that is missing, or a file that is truncated, corrupted or no weight file.
-    """
+    Raises CheckpointError for no weights, a missing shard, and a file that is truncated, corrupted or no weight file."""
     found: dict[str, Entry] = {}
     for file in files(folder):
         for name, entry in _entries_of(file).items():
@@ -86,9 +86,7 @@ class Reader:
     def read(self, entry: Entry) -> Tensor:
         """One tensor on the device in the dtype asked for (None: its own).
 
-        Raises:
-            CheckpointError: the tensor is not floating point, cannot be read, or holds NaN or infinity.
-        """
+        Raises CheckpointError if it is not floating point, cannot be read, or holds NaN or infinity."""
         tensor = self._mapped(entry)
         if tensor.device.type != "cpu" or tensor.shape != entry.shape or tensor.dtype != entry.dtype:
             raise CheckpointError(f"{entry.file.name}: {entry.name} is not the tensor that the file describes")
@@ -156,7 +154,7 @@ def _shards(index: Path) -> list[Path]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index.name} names files outside the folder: {outside[0]}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]  # False also for impossible names
     if missing:
         raise CheckpointError(f"{index.name} lists shards that are not there: {', '.join(missing)}")
     return [index.parent / name for name in names]
@@ -168,7 +166,9 @@ def _entries_of(file: Path) -> dict[str, Entry]:
     except CheckpointError:
         raise
     except UNREADABLE as error:
-        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({first_line(error)})") from error
+        # torch's own text for a pickle that it refuses proposes to run the file's code.
+        why = "expected named tensors only" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({why})") from error
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:

@@ -42,14 +42,9 @@ NOT_WEIGHTS = (r".*metrics.*", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.featur
 
 
 def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
-    """Looks each name of a file up in a table.
+    """{name in this package: name in the file}, and the names that match no row of the table. NOT_WEIGHTS are in neither.
 
-    Returns:
-        {name in this package: name in the file}, and the names that match no row. NOT_WEIGHTS are in neither.
-
-    Raises:
-        ValueError: two tensors of the file have the same name in this package.
-    """
+    Raises ValueError if two tensors of the file have the same name in this package."""
     found: dict[str, str] = {}
     unknown = []
     for name in names:

@@ -67,7 +67,8 @@ def load(
         ValueError: an unknown name or option, a checkpoint that cannot be read or does not fit its configuration, or a
             device that this machine does not have.
     """
-    check_short_prompt(short_prompt)
+    if short_prompt is not None:
+        check_short_prompt(short_prompt)
     device = checked_device(device)
     dtype = None if dtype is None else checked_dtype(dtype)
     quirks = Quirks.of(compat)
@@ -91,21 +92,18 @@ def load(
 def configuration(folder: Path, source: str) -> JRTConfig:
     """The configuration of a folder that `load` can read. No weights are read, only (for other layouts) their shapes.
 
-    Raises:
-        CheckpointError: as `load`.
-    """
+    Raises CheckpointError as `load`."""
     raw = read_config(folder)
-    return _own_config(raw) if kind_of(raw) is Kind.JRT else _described(folder, source)[0]
+    if kind_of(raw) is not Kind.JRT:
+        return _described(folder, source)[0]
+    _check_tokens(raw, "config.json")
+    return _own_config(raw)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, set to pad on the left.
+    """The tokenizer of a model, set to pad on the left. If the folder has none, it is the one of `trained_tokenizer`.
 
-    If the folder has no tokenizer, it is the one of `trained_tokenizer`.
-
-    Raises:
-        ValueError: the tokenizer is neither in the folder nor in the hub's cache, nor can it be downloaded.
-    """
+    Raises ValueError if it is neither in the folder nor in the hub's cache, nor can be downloaded."""
     folder = resolve(name_or_path)
     options = {"padding_side": "left", "trust_remote_code": False}
     if has_tokenizer(folder):
@@ -173,9 +171,9 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
             f"{name} is a {raw.get('model_type', 'unknown')} model; expected JRT, Based, attention or Mamba: "
             "use transformers for others"
         )
-    settings = raw.get("ssm_cfg")
-    if kind is Kind.MAMBA_SSM and isinstance(settings, dict) and settings.get("layer") == "Mamba2":
+    if kind is Kind.MAMBA2_SSM:
         raise CheckpointError(f"{name} is Mamba-2, which only `jrt eval`, `jrt generate` and `jrt doctor` read")
+    _check_tokens(raw, "config.json")
     if raw.get("transformers_weights") is not None:
         raise CheckpointError("config.json has transformers_weights: expected the weights in model.safetensors")
     described: dict[str, Source] = {tensor: (entry,) for tensor, entry in entries(folder).items()}
@@ -195,15 +193,12 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
 
 
 def _own_config(raw: dict) -> JRTConfig:
-    _check_tokens(raw, "config.json")
     # Fields that only transformers knows are dropped: some of them can make it allocate memory.
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}
     try:
-        config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
-        Quirks(**config.quirks)
+        return JRTConfig(**{name: value for name, value in raw.items() if name in known})
     except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json is no jrt configuration ({first_line(error)})") from error
-    return config
 
 
 def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:

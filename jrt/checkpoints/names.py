@@ -24,12 +24,16 @@ class Kind(Enum):
     JRT = "this package"
     RELEASED_GPT = "the original release: JRT, Based and attention"
     MAMBA_SSM = "mamba_ssm, Mamba's own package, and the original release"
+    MAMBA2_SSM = "mamba_ssm: Mamba-2"
     MAMBA_TRANSFORMERS = "transformers: Mamba"
     OTHER = "anybody else: transformers loads it"
 
 
 def kind_of(raw: dict) -> Kind:
     """The kind of model that a config.json describes, by the fields that it has."""
+    settings = raw.get("ssm_cfg")
+    if isinstance(settings, dict) and settings.get("layer") == "Mamba2":
+        return Kind.MAMBA2_SSM
     match raw.get("model_type"):
         case "jrt":
             return Kind.JRT
@@ -46,9 +50,7 @@ def kind_of_model(name: str | Path) -> Kind:
     """The kind of a named model, from its config.json if it is on this machine, else from its name. Nothing is
     downloaded.
 
-    Raises:
-        ValueError: the name is ambiguous (see `find`), or the folder's config.json cannot be read.
-    """
+    Raises ValueError if the name is ambiguous (see `find`), or the folder's config.json cannot be read."""
     folder = find(name)
     if folder is not None:
         return kind_of(read_config(folder)) if (folder / "config.json").is_file() else Kind.OTHER
@@ -69,11 +71,7 @@ def find(name_or_path: str | Path) -> Path | None:
     cache.
 
     A `Path`, or a name with a separator, is taken as a folder first. A name without separator is a mini model or a
-    folder in the working directory.
-
-    Raises:
-        ValueError: a name without separator is both.
-    """
+    folder in the working directory. Raises ValueError if it is both."""
     folder = _folder(name_or_path)
     if folder is None and _is_hub_id(str(name_or_path)):
         config = try_to_load_from_cache(str(name_or_path), "config.json")
@@ -84,9 +82,7 @@ def find(name_or_path: str | Path) -> Path | None:
 def resolve(name_or_path: str | Path) -> Path:
     """The folder behind a name, as in `find`; a hub id is downloaded unless the hub's cache has it.
 
-    Raises:
-        ValueError: there is no such model, or the name is ambiguous.
-    """
+    Raises ValueError if there is no such model, or the name is ambiguous."""
     folder, name = _folder(name_or_path), str(name_or_path)
     if folder is not None:
         return folder

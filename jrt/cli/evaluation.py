@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jrt.cli.options import FAILED, OK, Listed, Parser, model_options, model_spec, names, positive, seed
+from jrt.cli.options import FAILED, OK, Parser, add_names, model_options, model_spec, path, positive, seed
 
 if TYPE_CHECKING:
     from jrt.evaluate import ModelSpec, Outcome, Plan
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("demo", help="the mini models on reference pages, read once and twice")
     add = parser.add_argument
-    add("--output", type=Path, default=Path("demo"), help="folder (default: demo)")
-    add("--models", type=names, action=Listed, help="other models, separated by commas")
+    add("--output", type=path, default=Path("demo"), help="folder (default: demo)")
+    add_names(parser, "--models", "other models, separated by commas")
     add("--limit", type=positive, help="items for each model and strategy")
     add("--real", action="store_true", help="SmolLM2-135M, an off-the-shelf model, instead of the minis")
-    add("--passages", type=Path, help="with --real: folder of passages with questions, instead of pages")
+    add("--passages", type=path, help="with --real: folder of passages with questions, instead of pages")
     add("--device", default="cpu")
     parser.set_defaults(command=_demo, kept="; what was answered is kept: the same command goes on")
 
@@ -49,43 +49,22 @@ def _demo(arguments: argparse.Namespace) -> int:
 def add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("eval", help="recall of any causal language model")
     add = parser.add_argument
-    add(
-        "--model",
-        type=names,
-        action=Listed,
-        required=True,
-        help="mini-jrt, smollm2, folders, hub ids; separated by commas",
-    )
-    add(
-        "--tasks",
-        type=names,
-        action=Listed,
-        required=True,
-        help="recall_fda (or fda), recall_nq_1024, recall_reference_pages_512, qa_squad ...",
-    )
-    add(
-        "--strategy",
-        type=names,
-        action=Listed,
-        default=("once",),
-        help="once, twice, question_first, 3x ...; separated by commas",
-    )
-    add(
-        "--protocol",
-        type=names,
-        action=Listed,
-        help="jrt-table1, jrt-table2, full, w1536-a64 (any window), lm-eval-v1 ...; separated by commas (default: the task's)",
-    )
+    add_names(parser, "--model", "mini-jrt, smollm2, folders, hub ids; separated by commas", required=True)
+    tasks = "recall_fda (or fda), recall_nq_1024, recall_reference_pages_512, qa_squad ..."
+    add_names(parser, "--tasks", tasks, required=True)
+    add_names(parser, "--strategy", "once, twice, question_first, 3x ...; separated by commas", default=("once",))
+    protocols = "jrt-table1, jrt-table2, full, w1536-a64 (any window), lm-eval-v1 ...; separated by commas"
+    add_names(parser, "--protocol", f"{protocols} (default: the task's)")
     add("--limit", type=positive, help="items for each cell of the table (default: all)")
     add("--batch-size", type=positive, help="prompts at once (default: as suits the device)")
-    add("--output", type=Path, required=True, help="folder for results.json, predictions.jsonl, manifest.json")
+    add("--output", type=path, required=True, help="folder for results.json, predictions.jsonl, manifest.json")
     add("--resume", action="store_true", help="go on with the same run in that folder")
     add("--seed", type=seed, default=0, help="choice of reference pages, bootstrap")
-    add("--data", type=Path, help="mirror folder of the published datasets (default: $JRT_DATA, then the hub)")
-    add("--passages", type=Path, help="folder of the qa_ tasks (default: $JRT_PASSAGES)")
+    add("--data", type=path, help="mirror folder of the published datasets (default: $JRT_DATA, then the hub)")
+    add("--passages", type=path, help="folder of the qa_ tasks (default: $JRT_PASSAGES)")
     add("--cut-with", help="another cutting tokenizer; renames the protocol")
     add(
-        "--text", type=Path, help="recall_perplexity: a text file, or a folder of .txt files (default: reference pages)"
+        "--text", type=path, help="recall_perplexity: a text file, or a folder of .txt files (default: reference pages)"
     )
     add("--workers", type=positive, help="Ray actors, one model copy each (default: this process)")
     add("--ray-address", help="an existing Ray cluster")
@@ -164,8 +143,8 @@ def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> 
 def add_report(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("report", help="tables, figures and an HTML page from finished runs")
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
-    add("--output", type=Path, help="folder (default: the first run's)")
+    add("runs", type=path, nargs="+", help="output folders of `jrt eval`, or folders that hold them")
+    add("--output", type=path, help="folder (default: the first run's)")
     add(
         "--layout",
         help="table1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 14 or mean-gain of the paper, published values beside measured ones",
@@ -192,9 +171,9 @@ def add_data(commands: argparse._SubParsersAction[Parser]) -> None:
         action.add_argument("tasks", nargs="*", help="default: all published tasks")
     bring = actions.add_parser("import", help="from a .jsonl, .json or .parquet file into the mirror")
     bring.add_argument("task")
-    bring.add_argument("file", type=Path)
+    bring.add_argument("file", type=path)
     for action, command in ((fetch, _fetch), (verify, _verify), (bring, _import)):
-        action.add_argument("--folder", type=Path, help="the mirror (default: $JRT_DATA)")
+        action.add_argument("--folder", type=path, help="the mirror (default: $JRT_DATA)")
         action.set_defaults(command=command)
 
 

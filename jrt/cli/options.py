@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NoReturn
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jrt.config import LARGEST
 
 if TYPE_CHECKING:  # the commands import what they need, so that `jrt --help` is quick
     from jrt.evaluate import ModelSpec
@@ -18,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-class Listed(argparse.Action):
+class _Listed(argparse.Action):
     """Names that are separated by commas. If the option is given again, its names are added."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
@@ -26,12 +30,28 @@ class Listed(argparse.Action):
         setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
 
 
-def names(text: str) -> tuple[str, ...]:
+def add_names(parser: argparse.ArgumentParser, option: str, help: str, **more: Any) -> None:
+    """Adds an option that takes names, separated by commas."""
+    parser.add_argument(option, type=_names, action=_Listed, help=help, **more)
+
+
+def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def path(text: str) -> Path:
+    """A path. `~` is expanded here, because no shell does it in `--output=~/run`."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no user of that name on this machine")
+    return Path(expanded)
+
+
 def positive(text: str) -> int:
-    return _whole(text, 1)
+    number = _whole(text, 1)
+    if number >= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number below {LARGEST}, not {text}")
+    return number
 
 
 def seed(text: str) -> int:

@@ -29,12 +29,7 @@ def mini_plan(models: tuple[str, ...] = MINIS, limit: int = ITEMS, device: str =
 def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu") -> Plan:
     """SmolLM2 on the passages of a folder, or on reference pages if none is given.
 
-    Args:
-        passages: a folder with at least one of squad.jsonl, nq.jsonl and drop.jsonl.
-
-    Raises:
-        ValueError: the folder holds none of these files.
-    """
+    Raises ValueError if the folder has none of squad.jsonl, nq.jsonl and drop.jsonl."""
     spec = ModelSpec(SMOLLM2, device)
     if passages is None:
         return plan(Request((spec,), (PAGES,), STRATEGIES, limit=limit))

@@ -9,7 +9,7 @@ import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from jrt.checkpoints.files import CheckpointError, Reader, entries
-from jrt.checkpoints.names import find, read_config
+from jrt.checkpoints.names import read_config
 from jrt.system.breaks import as_value_error
 
 # Fields of a Mamba-2 config.json (arXiv 2405.21060). _SIZES: the defaults of `mamba_ssm` for sizes that ssm_cfg leaves
@@ -30,16 +30,6 @@ _FIXED = {
 _WITHOUT_EFFECT = ("chunk_size", "use_mem_eff_path", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "conv_init")
 _MODEL_FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
 _FLAGS = ("residual_in_fp32", "tie_embeddings")
-
-
-def mamba2_folder(name: str) -> Path | None:
-    """The folder of a model that is Mamba-2 in its authors' layout; None for other models and ones not on this
-    machine."""
-    folder = find(name)
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    settings = read_config(folder).get("ssm_cfg")
-    return folder if isinstance(settings, dict) and settings.get("layer") == "Mamba2" else None
 
 
 def open_mamba2(folder: Path, dtype: torch.dtype) -> Mamba2ForCausalLM:

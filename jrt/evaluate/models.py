@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from jrt.checkpoints.load import checked_device, checked_dtype, load, load_tokenizer
 from jrt.checkpoints.names import Kind, find, kind_of_model, resolve, shipped, unless_shadowed
-from jrt.evaluate.mamba2 import mamba2_folder, open_mamba2
+from jrt.evaluate.mamba2 import open_mamba2
 from jrt.foreign.architectures import register_architecture
 from jrt.foreign.greedy import plain_settings, saved_settings, set_aside
 from jrt.foreign.rotary import switching_length
@@ -83,11 +83,8 @@ class ModelInfo:
     Args:
         sha256: over the names, shapes and bytes of all weights; the same for every file format.
         attends_to_all: some layer attends to all earlier tokens (assumed of every model that is not ours).
-        shares_beginnings: a common beginning of several prompts can be read once for all of them.
+        mode: the ways of running the model that leave its answers as they are.
         vocabulary: number of token ids that the embedding has rows for.
-        pads: a batch may hold prompts of unequal length.
-        batches: a batch may hold several prompts.
-        shortest_prompt: tokens of the shortest prompt that the model answers correctly.
         batch_length: the most tokens of a prompt with its answer that may share a batch with others.
         notes: sentences for the user on how the model is run differently from most.
         set_aside: saved generation settings that were ignored because they change greedy answers, as text.
@@ -100,11 +97,8 @@ class ModelInfo:
     train_length: int | None
     max_length: int | None
     attends_to_all: bool
-    shares_beginnings: bool
+    mode: RunMode
     vocabulary: int
-    pads: bool
-    batches: bool
-    shortest_prompt: int
     batch_length: int | None
     notes: list[str]
     set_aside: dict[str, str]
@@ -187,11 +181,8 @@ class OpenModel:
             train_length=self.ours.core.train_length if self.ours else bound,
             max_length=None if self.ours else bound,
             attends_to_all=self.ours is None or self.ours.core.has("A"),
-            shares_beginnings=self.mode.sharing,
+            mode=self.mode,
             vocabulary=self.vocabulary,
-            pads=self.mode.padding,
-            batches=self.mode.batches,
-            shortest_prompt=1 if self.mode.one_token else 2,
             batch_length=switching_length(self.model),
             notes=self._notes(),
             set_aside={name: str(value) for name, value in self.set_aside.items()},
@@ -258,8 +249,8 @@ def _open_weights(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, object], 
             raise ValueError(f"the model {spec.name!r} cannot be loaded: {first_line(error)}") from error
         return model.eval(), set_aside(model), []
     _check_options(spec)
-    if (authors := mamba2_folder(spec.name)) is not None:
-        model = open_mamba2(authors, dtype)
+    if kind_of_model(spec.name) is Kind.MAMBA2_SSM:
+        model = open_mamba2(resolve(spec.name), dtype)
         torch.nn.Module.to(model, device)
         return model.eval(), set_aside(model), []
     folder, options = _location(spec.name)
@@ -295,7 +286,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name.startswith(STATE_SPACES) and find(name) is None:
         resolve(name)  # downloads it: only its config.json says whether it is Mamba or Mamba-2
-    if is_ours(name) or mamba2_folder(name) is not None:
+    if kind_of_model(name) is not Kind.OTHER:
         return load_tokenizer(name)
     folder, options = _location(name)
     if not os.path.isdir(folder) and "/" not in folder:
@@ -314,7 +305,7 @@ def unknown_model(name: str) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether a name is for `jrt.load`: a mini model, a released hub id, or a folder in a format that it reads."""
-    return kind_of_model(name) is not Kind.OTHER and mamba2_folder(name) is None
+    return kind_of_model(name) not in (Kind.OTHER, Kind.MAMBA2_SSM)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

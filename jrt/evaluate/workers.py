@@ -183,9 +183,7 @@ class RayPool:
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]:
         """Yields jobs with their answers, in the order in which they finish.
 
-        Raises:
-            RuntimeError: ATTEMPTS workers died of the same job, or one after the other while they opened a model.
-        """
+        Raises RuntimeError if ATTEMPTS workers died of the same job, or one after the other while they opened a model."""
         coming, again = iter(jobs), deque[Job]()
         deaths = Counter[int]()  # of workers, by the id of the job
         given: dict[Any, _Given] = {}  # by Ray's reference to the answers, oldest first
@@ -257,11 +255,7 @@ class RayPool:
 
 
 class Throughput:
-    """Counts items from the moment when every worker has answered once, so that all are warm, to the last answer.
-
-    Args:
-        workers: number of workers.
-    """
+    """Counts items from the moment when every worker has answered once, so that all are warm, to the last answer."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers

@@ -12,13 +12,8 @@ from jrt.system.breaks import BREAKS, as_value_error
 def register_architecture(name: str) -> None:
     """Imports flash-linear-attention if a model's type is unknown to transformers: the import registers its models.
 
-    Args:
-        name: folder or hub id.
-
-    Raises:
-        ValueError: transformers does not have the type, and flash-linear-attention is not installed or cannot be
-            imported, or the model's code is in its own files.
-    """
+    name: folder or hub id. Raises ValueError if flash-linear-attention is not installed or cannot be imported, or the
+    model's code is in its own files."""
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
     except BREAKS:

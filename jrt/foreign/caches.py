@@ -25,12 +25,8 @@ def cache_argument(model: PreTrainedModel) -> str:
 def select_rows(cache: Cache, rows: Tensor) -> None:
     """Replaces the rows of a cache, in place and in all layers, by those with the given indices.
 
-    Args:
-        rows: (K,) int64, in any order; an index may be repeated or left out.
-
-    Raises:
-        ValueError: the object is no cache of transformers.
-    """
+    rows: (K,) int64, in any order; an index may be repeated or left out. Raises ValueError if the object is no cache of
+    transformers."""
     if not isinstance(cache, Cache):
         raise ValueError(
             f"the rows of a {type(cache).__name__} cannot be chosen: expected one of transformers' Cache classes"

@@ -31,11 +31,8 @@ SILENT = frozenset(" ".join((_SAMPLING, _LENGTHS, _OUTPUTS, _RECORDS)).split())
 def saved_settings(name: str) -> dict[str, Any] | None:
     """The generation_config.json of a folder or hub id, as plain JSON; None if there is no such file.
 
-    transformers itself refuses to load a model whose settings contradict each other, even if nobody uses them.
-
-    Raises:
-        ValueError: the file holds no JSON object.
-    """
+    transformers itself refuses to load a model whose settings contradict each other, even if nobody uses them. Raises
+    ValueError if the file holds no JSON object."""
     file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False)
     return None if file is None else read_object(Path(file))
 
@@ -47,14 +44,10 @@ def plain_settings(saved: Mapping[str, Any]) -> GenerationConfig:
 
 
 def set_aside(model: PreTrainedModel, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Gives the model plain greedy settings.
+    """Gives the model plain greedy settings, and returns the replaced ones that could have changed greedy answers or how
+    they are computed, by name.
 
-    Args:
-        saved: the settings from a file; None: those that the model has now.
-
-    Returns:
-        The replaced settings, by name, that could have changed greedy answers or how they are computed.
-    """
+    saved: the settings from a file; None: those that the model has now."""
     saved = vars(model.generation_config) if saved is None else saved
     plain = plain_settings(saved)
     found = {name: value for name, value in saved.items() if _matters(name, value)}

@@ -37,9 +37,7 @@ def probe(model: PreTrainedModel, pad_token_id: int = 0) -> Findings:
 
     The model and its generation settings are left as they were. A check that fails is part of the result, not an error.
 
-    Args:
-        pad_token_id: the id in padded columns; it should be the one with which the model will be run.
-    """
+    pad_token_id: the id in padded columns; it should be the one with which the model will be run."""
     training = model.training
     model.eval()
     with _plain_settings(model), _counted(model) as calls:

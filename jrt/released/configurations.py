@@ -150,8 +150,6 @@ def mamba_ssm(raw: dict, shapes: Shapes, source: str) -> JRTConfig:
     The release also saves fields of its GPT models there (n_embd, n_head, n_positions). Mamba does not use them.
     """
     settings = _part(raw, "ssm_cfg")
-    if settings.get("layer") == "Mamba2":
-        raise ValueError("config.json has ssm_cfg.layer 'Mamba2'; expected Mamba1: use transformers for Mamba-2")
     _check_fixed(raw, MAMBA_SSM_FIXED)
     _check_fixed(settings, SSM_FIXED, "ssm_cfg.")
     unknown = sorted(set(settings) - {*SSM_FIXED, *SSM_SIZES, *SSM_WITHOUT_EFFECT})
@@ -277,11 +275,7 @@ def _rank(fields: dict, name: str) -> int | None:
 
 def _token(raw: dict, name: str, default: int, core: Config) -> int | list[int] | None:
     """A token id, or a list of ids, which transformers allows too. Ids beyond the embedding's rows are left out."""
-
-    def is_valid(value: object) -> bool:
-        return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
-
-    value = _value({name: default} | raw, name, None, is_valid, "a token id or a list of them")
+    value = raw.get(name, default)
     if isinstance(value, list):
         return [token for token in value if 0 <= token < core.vocab_rows] or None
     return value if value is not None and 0 <= value < core.vocab_rows else None

@@ -42,6 +42,11 @@ class Quirks:
     leak_continuation: bool = False
     """For log-likelihoods, the prefix encoder reads the continuation that is scored, all but its last token."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is not bool:
+                raise ValueError(f"the quirk {name} is {value!r}; expected true or false")
+
     @classmethod
     def released(cls) -> Quirks:
         """All quirks switched on: `compat="released"`."""

@@ -52,11 +52,10 @@ class Window(NamedTuple):
 class Selection(NamedTuple):
     """The documents that are asked.
 
-    windows: number of windows they were chosen from. facts: number of headings in these windows. left_out: how many of
-    these headings each rule of `askable` left out, by the rule's name."""
+    facts: number of headings in the windows they were chosen from. left_out: how many of these headings each rule of
+    `askable` left out, by the rule's name."""
 
     documents: list[dict]
-    windows: int
     facts: int
     left_out: dict[str, int]
 
@@ -179,7 +178,7 @@ def select(
         queues.append([_document(window, fact) for fact in kept])
     rounds = max(map(len, queues), default=0)
     documents = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
-    return Selection(documents[:count], len(chosen), facts, dict(left_out))
+    return Selection(documents[:count], facts, dict(left_out))
 
 
 def _document(window: Window, fact: api_text.Fact) -> dict:

@@ -6,6 +6,7 @@ tokenizer is. A score made with another cutting tokenizer carries another protoc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def cutting_tokenizer(name: str, data: str | Path | None = None) -> PreTrainedTo
         for mirror in (mirror_folder(data), mirror_folder()):
             if mirror is not None and (mirror / GPT2).is_dir():
                 return _from_pretrained(str(mirror / GPT2))
-    return _from_pretrained(name)
+    return _from_pretrained(os.path.expanduser(name))
 
 
 @cache
@@ -107,7 +108,9 @@ def is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_is_text: bool = False) -> list[int]:
-    """Token ids of the whole text: no special tokens, no truncation. special_is_text: nor one that the text spells."""
+    """Token ids of the whole text, without added special tokens and without truncation.
+
+    special_is_text: read text that spells a special token, such as "</s>", as ordinary text."""
     options = {"add_special_tokens": False, "truncation": False, "verbose": False}
     return list(tokenizer(text, **options, split_special_tokens=special_is_text)["input_ids"])
 

@@ -150,7 +150,7 @@ def _opened(path: Path) -> IO[str]:
 def _field(line: str, column: str, path: Path, row: int) -> str:
     try:
         text = json.loads(line)[column]
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}, row {row}: expected a JSON object with the field {column!r} (--column names another)"
         ) from error
@@ -184,7 +184,11 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             return
         for value in batch.column(0):
             row += 1
-            yield _text(value.as_py(), column, str(path), row)
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, row {row}: {column!r} is not in UTF-8 ({error})") from error
+            yield _text(text, column, str(path), row)
 
 
 def _indexed(path: Path) -> Documents:
@@ -192,7 +196,9 @@ def _indexed(path: Path) -> Documents:
     tokens_path, index = stem.with_name(stem.name + ".bin"), read_index(stem.with_name(stem.name + ".idx"))
     if not tokens_path.is_file():
         raise ValueError(f"no token file at {tokens_path} beside its index")
-    expected = int(index.ends[-1]) * index.dtype.itemsize if index.documents else 0
+    if not index.documents:
+        raise ValueError(f"{tokens_path} holds no documents")
+    expected = int(index.ends[-1]) * index.dtype.itemsize
     size = tokens_path.stat().st_size
     if size != expected:
         raise ValueError(

@@ -18,7 +18,7 @@ import torch
 from train.data.sources import TokenFile, TokenSource
 
 ROUNDS = 6
-BLOCK = 1000  # in every BLOCK windows of a mixture, each source has its exact share
+BLOCK = 1000  # windows of a mixture in which each source has its share
 
 
 class Stream(Protocol):
@@ -89,7 +89,10 @@ class Straight:
 
 
 class Mixture:
-    """Mixes several streams by weight. In every `BLOCK` windows each stream has its exact share.
+    """Mixes several streams by weight.
+
+    In `BLOCK` windows each stream has its share of them, rounded to a window. What rounding leaves over is made up for
+    in the blocks that follow, so in a long run the shares are exact.
 
     Args:
         streams: what is mixed.
@@ -103,21 +106,19 @@ class Mixture:
     def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int) -> None:
         if len(streams) != len(weights) or not streams or min(weights) <= 0:
             raise ValueError(f"{len(streams)} sources and weights {list(weights)}: expected a positive weight for each")
-        exact = np.asarray(weights, np.float64) / sum(weights) * BLOCK
-        counts = np.floor(exact).astype(np.int64)
-        counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
-        if counts.min() < 1:
+        shares = np.asarray(weights, np.float64) / sum(weights)
+        if shares.min() * BLOCK < 1:
             raise ValueError(f"weights {list(weights)}: the smallest share is below one window in {BLOCK}")
-        self.streams, self.counts = list(streams), counts
-        self.source_of = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(streams)), counts))  # (BLOCK,)
-        self.rank_of = np.zeros(BLOCK, np.int64)  # how many windows of the same stream stand before, in the block
-        for number, count in enumerate(counts):
-            self.rank_of[self.source_of == number] = np.arange(count)
+        self.streams, self.shares_before = list(streams), np.append(0, np.cumsum(shares))
+        self.shares_before[-1] = 1  # without the rounding of the sum
+        self.permutation = np.random.default_rng(seed).permutation(BLOCK)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
+        sources, own = (np.zeros(len(positions), np.int64) for _ in range(2))
         blocks, slots = np.divmod(np.asarray(positions, np.int64), BLOCK)
-        sources = self.source_of[slots]
-        own = blocks * self.counts[sources] + self.rank_of[slots]
+        for block in np.unique(blocks):
+            mine = blocks == block
+            sources[mine], own[mine] = (values[slots[mine]] for values in self._block(int(block)))
         found: list[np.ndarray] = [np.zeros(0)] * len(own)
         for number, stream in enumerate(self.streams):
             mine = np.flatnonzero(sources == number)
@@ -125,6 +126,17 @@ class Mixture:
                 for place, row in zip(mine, stream.rows(own[mine]), strict=True):
                     found[place] = row
         return np.stack(found)
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The stream of each window of a block, and the window's number in that stream: (BLOCK,) each."""
+        begun, done = (
+            np.diff(np.rint(self.shares_before * BLOCK * end).astype(np.int64)) for end in (block, block + 1)
+        )
+        sources = np.repeat(np.arange(len(begun)), done - begun)[self.permutation]
+        numbers = np.concatenate([np.arange(first, stop) for first, stop in zip(begun, done, strict=True)])
+        own = np.empty(BLOCK, np.int64)
+        own[np.argsort(sources, kind="stable")] = numbers
+        return sources, own
 
 
 class NeoxOrder:

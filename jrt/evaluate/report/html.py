@@ -17,16 +17,7 @@ from markupsafe import Markup, escape
 
 from jrt.evaluate.folder import Cell
 from jrt.evaluate.report import plots
-from jrt.evaluate.tables.results import (
-    HEADER,
-    Rows,
-    comparison_row,
-    counts_line,
-    not_run,
-    notes,
-    protocols_of,
-    result_row,
-)
+from jrt.evaluate.tables.results import HEADER, Rows, comparison_row, protocols_of, result_row, sections
 from jrt.system.files import write_text
 
 SHOWN_ITEMS = 100
@@ -73,7 +64,7 @@ def page(
     return environment.get_template("report.html.jinja").render(
         title=title,
         header=HEADER,
-        tables=_tables(records, manifest, failed),
+        sections=sections(records, protocols_of(manifest), failed),
         paper=paper,
         paper_note=MEASURED_PUBLISHED,
         figures=[(figure.heading, Markup(figure.svg)) for figure in figures],
@@ -83,35 +74,6 @@ def page(
         tasks=tasks,
         manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
     )
-
-
-def _tables(records: Sequence[dict], manifest: dict, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
-    """For each task, protocol and version of it: the lines above and below its table, its records by model, and its
-    cells without a score. Such cells stand with the newest version that was measured."""
-    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols_of(manifest)}
-    groups: dict[tuple[str, str], dict[int, dict[str, list[dict]]]] = {(c.task, c.protocol): {} for c in failed}
-    for record in records:
-        versions = groups.setdefault((record["task"], record["protocol"]), {})
-        models = versions.setdefault(record.get("version", 1), {})
-        models.setdefault(record["model"], []).append(record)
-    found = []
-    for (task, protocol), versions in groups.items():
-        empty = not_run(failed, task, protocol)
-        for version, models in sorted(versions.items()):
-            members = [record for rows in models.values() for record in rows]
-            above = [described[protocol, version], counts_line(members[0])]
-            lacking = empty if version == max(versions) else {}
-            found.append(_table(task, above, list(models.values()), lacking, members))
-        if not versions:  # no model answered
-            above = [text for (name, _), text in described.items() if name == protocol]
-            found.append(_table(task, above, [], empty, []))
-    return found
-
-
-def _table(
-    task: str, above: list[str], models: list[list[dict]], empty: dict[Cell, str], members: list[dict]
-) -> dict[str, Any]:
-    return {"task": task, "above": above, "models": models, "empty": empty, "below": notes(members)}
 
 
 def _chosen_items(predictions: Sequence[dict], count: int) -> tuple[list[dict[str, Any]], int, list[str]]:

@@ -63,13 +63,17 @@ class Table(NamedTuple):
     rows: dict[tuple[str, str], tuple[float, ...]]
 
 
+def published_lines(file: str) -> list[dict[str, str]]:
+    """The lines of one of the files of published values, by the names of its columns."""
+    with (Path(__file__).parent / file).open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 @cache
 def published_tables() -> dict[str, Table]:
     """All tables of `published.csv` by the names that `jrt report --layout` takes."""
-    with (Path(__file__).parent / "published.csv").open(encoding="utf-8", newline="") as stream:
-        lines = list(csv.DictReader(stream))
     tables = {}
-    for name, members in groupby(lines, key=lambda line: line["table"]):
+    for name, members in groupby(published_lines("published.csv"), key=lambda line: line["table"]):
         columns: dict[Column, None] = {}  # in their order, each once
         rows: dict[tuple[str, str], tuple[float, ...]] = {}
         for line in members:

@@ -4,7 +4,7 @@ page."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from typing import NamedTuple
 
 from jrt_recall import Protocol
 
@@ -61,36 +61,53 @@ def protocols_of(manifest: dict) -> list[Protocol]:
     return [Protocol(**{**known, "stop": tuple(known["stop"])}) for known in manifest["identity"]["protocols"]]
 
 
+class Section(NamedTuple):
+    """The table of one task, protocol and version of it, with the lines above and below it.
+
+    Args:
+        models: the records, a list for each model.
+        empty: cells without a score, with the reason. They stand with the newest version that was measured."""
+
+    task: str
+    above: list[str]
+    models: list[list[dict]]
+    empty: dict[Cell, str]
+    below: list[str]
+
+
+def sections(records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str]) -> list[Section]:
+    """The sections of a report, sorted by task, protocol and version. failed: cells without a score, with the reason."""
+    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
+    groups: dict[tuple[str, str], dict[int, dict[str, list[dict]]]] = {(c.task, c.protocol): {} for c in failed}
+    for record in records:
+        versions = groups.setdefault((record["task"], record["protocol"]), {})
+        versions.setdefault(record.get("version", 1), {}).setdefault(record["model"], []).append(record)
+    found = []
+    for (task, protocol), versions in sorted(groups.items()):
+        empty = not_run(failed, task, protocol)
+        for version, models in sorted(versions.items()):
+            members = [record for rows in models.values() for record in rows]
+            above = [described[protocol, version], counts_line(members[0])]
+            lacking = empty if version == max(versions) else {}
+            found.append(Section(task, above, list(models.values()), lacking, notes(members)))
+        if not versions:  # no model answered
+            above = [text for (name, _), text in described.items() if name == protocol]
+            found.append(Section(task, above, [], empty, []))
+    return found
+
+
 def results_text(
     records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str] | None = None
 ) -> str:
-    """One table for each task, protocol and version of it, below a description of the protocol and the numbers of items.
-
-    failed: cells without a score; they are rows of the table, with their reason below it."""
-    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
+    """The sections of a report as text. failed: cells without a score; they are rows of their table, with their reason
+    below it."""
     parts = []
-
-    def group(record: dict) -> tuple[str, str, int]:
-        return record["task"], record["protocol"], record.get("version", 1)
-
-    for (task, protocol, version), members in groupby(sorted(records, key=group), key=group):
-        found = list(members)
-        without = not_run(failed or {}, task, protocol)
-        empty = [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in without]
-        table = aligned(HEADER, [*map(result_row, found), *empty])
-        reasons = dict.fromkeys(f"{cell.model}: {why}" for cell, why in without.items())
-        parts += [
-            f"{task} | {described[protocol, version]}",
-            counts_line(found[0]),
-            table,
-            *notes(found),
-            *reasons,
-            "",
-        ]
-    shown = {(record["task"], record["protocol"]) for record in records}
-    for cell, why in (failed or {}).items():
-        if (cell.task, cell.protocol) not in shown:
-            parts.append(f"{cell.model} {cell.task} {cell.strategy} {cell.protocol}: not run: {' '.join(why.split())}")
+    for section in sections(records, protocols, failed or {}):
+        rows = [result_row(record) for members in section.models for record in members]
+        rows += [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in section.empty]
+        reasons = dict.fromkeys(f"{cell.model}: {why}" for cell, why in section.empty.items())
+        first, *above = section.above
+        parts += [f"{section.task} | {first}", *above, aligned(HEADER, rows), *section.below, *reasons, ""]
     return "\n".join(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,9 +9,8 @@ from types import MappingProxyType
 from jrt.evaluate.tables.mixtures import differences, explained, marked
 from jrt.evaluate.tables.published import SUPER_GLUE_SIZES, TITLES, Column, Table, published_row, published_tables
 from jrt.evaluate.tables.results import Rows, beside
+from jrt.system.files import read_object
 
-# Table 10, "+ no pad mask", in the order of Table 8's columns.
-_NO_PAD_MASK = (49.1, 55.4, 38.2, 56.0, 56.3, 26.7, 25.8, 51.6, 49.7, 40.4)
 _TABLE_10_NOTE = (
     "The JRT-RNN row that the paper prints in Table 10 repeats Table 8's Based row, so JRT-RNN has no published value here. "
     "No option of this package leaves pads of the encoder unmasked, so the row without mask is the paper's alone."
@@ -35,10 +33,14 @@ def padding(folders: Sequence[Path]) -> tuple[Rows, list[str]]:
         raise ValueError(
             f"{TITLES['table10']}: missing a run with 5 examples: architecture_scripts/super_glue.sh makes it"
         )
-    table = Table(TITLES["table10"], published_tables()["table8"].columns, {})
+    table = published_tables()["table10"]
     letters, reasons = _marks(table, results)
     header, rows = super_glue_rows(table, results, letters)
-    published = ["JRT-RNN, no pad mask (the paper's)", "5", *(f"({value:.1f})" for value in _NO_PAD_MASK)]
+    published = [
+        "JRT-RNN, no pad mask (the paper's)",
+        "5",
+        *(f"({value:.1f})" for row in table.rows.values() for value in row),
+    ]
     return (header, [*rows, published]), [*reasons, _TABLE_10_NOTE]
 
 
@@ -80,8 +82,7 @@ def _marks(table: Table, results: Sequence[dict]) -> tuple[dict[tuple[int, int],
 def _results(folders: Sequence[Path]) -> list[dict]:
     """The contents of lm-eval's result files that hold SuperGLUE. Raises ValueError if there are none."""
     files = (file for folder in folders for file in sorted(folder.rglob("results_*.json")))
-    contents = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    results = [found for found in contents if SUPER_GLUE_SIZES.keys() & found.get("results", {}).keys()]
+    results = [found for found in map(read_object, files) if SUPER_GLUE_SIZES.keys() & found.get("results", {}).keys()]
     if not results:
         names = ", ".join(map(str, folders))
         raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue_tables.sh")

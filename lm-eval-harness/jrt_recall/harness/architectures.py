@@ -15,13 +15,8 @@ INSTALL = "models of flash-linear-attention need it installed: pip install flash
 def register(settings: Mapping[str, Any]) -> None:
     """Imports flash-linear-attention if the model is of a type that transformers does not have: it registers its models.
 
-    Args:
-        settings: as `settings.parsed` returns them. A model whose type cannot be read is left to lm-eval.
-
-    Raises:
-        ValueError: transformers does not have the type, and flash-linear-attention is not installed or cannot be
-            imported.
-    """
+    settings: as `settings.parsed` returns them. A model whose type cannot be read is left to lm-eval. Raises ValueError
+    if flash-linear-attention is not installed or cannot be imported."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -31,7 +26,7 @@ def register(settings: Mapping[str, Any]) -> None:
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError, TypeError, AttributeError):
-        return  # no such model, or a broken one: loading the model tells it
+        return  # no such model, or a broken one: lm-eval reports it
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in CONFIG_MAPPING or config.get("auto_map"):
         return

@@ -69,7 +69,8 @@ def documents(
     found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
     logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
     tokenizer = _tokenizer_of(arguments)
-    counts = _prompt_tokens([item.prompt for item in found.items], tokenizer)
+    prompts = [item.prompt for item in found.items]
+    counts = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     limit = _limit(found.protocol, arguments)
     shared = {
         "task": found.task,
@@ -133,11 +134,6 @@ def _tokenizer_of(arguments: dict) -> PreTrainedTokenizerBase | None:
 def _can_answer(protocol: Protocol, answers: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether a generation can hold any of the answers: without a stop string, and as the tokenizer spells them."""
     return protocol.can_hold(answers) if tokenizer is None else reachable(tokenizer, answers, protocol.stop)
-
-
-def _prompt_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[int] | list[None]:
-    """The length of each prompt in the model's own tokens, or None for each without its tokenizer."""
-    return [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
 
 
 def _limit(protocol: Protocol, arguments: dict) -> int | None:
