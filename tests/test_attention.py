@@ -42,6 +42,15 @@ def test_attention_is_its_definition(queries, keys, window, padded):
         torch.testing.assert_close(value, expected)
 
 
+def test_texts_of_another_length_are_compiled_without_a_graph_break():
+    """The second length makes torch.compile take lengths for variables."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: softmax_attention(x, x, x, scale=0.3), backend="eager", fullgraph=True)
+    for length in (7, 9, 1):
+        x = drawn(2, length, 3, 8)
+        torch.testing.assert_close(compiled(x), softmax_attention(x, x, x, scale=0.3))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

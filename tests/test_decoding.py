@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.decoding import loop as decoding_loop
 from jrt.decoding.plain import PlainStep
-from jrt.decoding.session import CapturedSession, Sessions
+from jrt.decoding.session import CapturedSession, Session, Sessions, _addresses
 from jrt.recurrent_cache import CACHE
 
 DEBUG = dataclasses.replace(presets()["debug"], vocab_rows=64)
@@ -229,7 +229,12 @@ def test_a_streamer_gets_every_token():
 
 
 @pytest.mark.parametrize(
-    ("call", "reason"), [({"use_cache": False}, "use_cache is off"), ({"max_new_tokens": NEW}, "forward hooks")]
+    ("call", "reason"),
+    [
+        ({"use_cache": False}, "use_cache is off"),
+        ({"max_new_tokens": NEW}, "forward hooks"),
+        ({"max_new_tokens": 10**12, "eos_token_id": list(range(60))}, "columns, and states of a fixed size"),
+    ],
 )
 def test_what_it_cannot_serve_goes_to_transformers_with_a_reason(call, reason, caplog):
     model = make_model()
@@ -238,6 +243,15 @@ def test_what_it_cannot_serve_goes_to_transformers_with_a_reason(call, reason, c
     with caplog.at_level(logging.DEBUG, logger="jrt"):
         model.generate(**make_prompts(1), do_sample=False, **({"max_new_tokens": 2} | call))
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_left_to_transformers(name, dtype, caplog):
+    """Layers then give half precision, and the buffers have the dtype of the weights."""
+    with torch.autocast("cpu", dtype), caplog.at_level(logging.DEBUG, logger="jrt"):
+        check_call(make_model(CONFIGS[name]), 2, {})
+    assert "autocast is on" in caplog.text
 
 
 WAITS = {
@@ -272,6 +286,17 @@ def test_a_captured_step_says_why_the_host_chooses(reason, caplog):
     with caplog.at_level(logging.DEBUG, logger="jrt"):
         model.generate(**make_prompts(1, "cuda"), **call)
     assert f"the host chooses each token: {expected}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "log_decay"])
+def test_a_kept_step_sees_new_values_or_is_dropped(name):
+    """A step copies the decay, and no weight."""
+    model = make_model(CONFIGS["decay"]).model
+    sessions = Sessions()
+    sessions.kept.append((_addresses(model), Session(PlainStep(model, 2, 64, whole=True))))
+    assert sessions.find(model, 2, 64) is not None
+    model.load_state_dict({name: 2 * model.state_dict()[name]}, strict=False)
+    assert (sessions.find(model, 2, 64) is None) == (name == "log_decay")
 
 
 def test_a_copy_of_a_model_starts_without_sessions():

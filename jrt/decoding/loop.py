@@ -33,6 +33,7 @@ from jrt.recurrent_cache import CACHE
 from jrt.short_prompts import PADDED_MIXERS
 
 FEWEST = 16  # with fewer new tokens, capturing a CUDA graph takes longer than it saves
+MOST = 1 << 18  # columns: full attention's buffers are allocated for the limit, which often means "until an end token"
 STEPPED = {*MIXERS.values(), *PADDED_MIXERS.values()}  # the mixers that a `Step` can compute
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def unsupported(
     length = criteria.max_length
     if length is None:
         return "no limit to the length: states of a fixed size need one"
+    if length > MOST:
+        return f"a limit of {length} columns, and states of a fixed size have at most {MOST}"
     if not model_kwargs.get("use_cache"):
         return "use_cache is off"
     if synced_gpus or config.is_assistant or config.prefill_chunk_size is not None:
@@ -61,6 +64,8 @@ def unsupported(
         return "hidden states or attentions are wanted: a step keeps none"
     if input_ids.device != model.embedding.weight.device or input_ids.device.type not in ("cpu", "cuda"):
         return f"input_ids on {input_ids.device}, the model on {model.embedding.weight.device}"
+    if torch.is_autocast_enabled(input_ids.device.type):
+        return "autocast is on: a step computes in the dtype of the weights"
     if len({tensor.device for tensor in model.parameters()}) > 1:
         return "the model is spread over several devices"
     for block in model.blocks:

@@ -210,6 +210,9 @@ def _captured_step(model: LanguageModel, rows: int, capacity: int) -> Step:
 
 def _addresses(model: LanguageModel) -> tuple:
     """Identifies the memory of all parameters and buffers: it changes if one is replaced or moved, not if its values
-    change."""
+    change. Of the decay it identifies the values too, because a step copies them."""
+    decay = model.log_decay
+    version = None if decay is None or decay.is_inference() else decay._version
     tensors = [*model.parameters(), *model.buffers()]
-    return tuple((id(t), t.dtype, t.data_ptr() if type(t) in (torch.nn.Parameter, Tensor) else 0) for t in tensors)
+    places = ((id(t), t.dtype, t.data_ptr() if type(t) in (torch.nn.Parameter, Tensor) else 0) for t in tensors)
+    return version, *places

@@ -65,7 +65,7 @@ def linear_attention(
         v: (B, T, H, D).
         initial_state: the state after earlier tokens, from `encode_prefix` or an earlier call; None: zero.
         mask: (B, T) bool, False where a token is padding. Its key and value may hold anything, even NaN, and change
-            nothing. Its output has no meaning. None: no padding.
+            nothing. Its output has no meaning, and its query must be finite if gradients are wanted. None: no padding.
         log_decay: (H,) log of the factor by which the numerator's sum is multiplied at each token (the released
             Based-360M), finite; None: no decay.
         normalize: divide by the denominator; False gives the numerator.

@@ -46,17 +46,18 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale:
         (B, T, H, D); a query that is itself padding sees at least itself, so that nothing becomes NaN.
     """
     queries, keys = q.shape[1], k.shape[1]
-    mask = None
+    mask, is_causal = None, False
     if valid is not None and queries == 1:
         mask = F.pad(valid[:, :-1], (0, 1), value=True)[:, None, None]  # (B, 1, 1, K)
     elif valid is not None:
         column = torch.arange(keys, device=q.device)
         age = column[keys - queries :, None] - column  # (T, K)
         mask = ((age >= 0) & valid[:, None, :] | (age == 0))[:, None]  # (B, 1, T, K)
-    else:
-        assert queries in (keys, 1), "keys of earlier calls always come with their valid columns"
+    elif queries > 1:  # a branch, because torch.compile has no plain bool for a comparison of lengths
+        assert queries == keys, "keys of earlier calls always come with their valid columns"
+        is_causal = True
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T or K, D)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=scale)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     return o.transpose(1, 2)
 
 
