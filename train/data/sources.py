@@ -6,7 +6,6 @@ Shapes: T tokens of a training sequence. A window has T + 1 tokens, so that each
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -291,7 +290,8 @@ class Joined:
 def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the ids of each text, followed by the tokenizer's end-of-text id.
 
-    The name of a special entry inside a text is read as plain text.
+    The name of a special entry inside a text is read as plain text. Unigram vocabularies cannot do so: there the name
+    of the end-of-text entry is left out, because that id means the end of a document.
 
     Raises:
         ValueError: the tokenizer has no end-of-text id, or a document is no text.
@@ -300,7 +300,8 @@ def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"a document is a {type(text).__name__}: expected text")
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if end is None:
         raise ValueError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-text token, which separates documents"
         )
@@ -311,7 +312,7 @@ def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
         return_attention_mask=False,
         verbose=False,  # documents may be longer than a model's context: they are cut into windows
     )
-    return [list(chain(ids, [tokenizer.eos_token_id])) for ids in found["input_ids"]]
+    return [[*((id for id in ids if id != end) if end in ids else ids), end] for ids in found["input_ids"]]
 
 
 def _checked(i: int, count: int) -> int:
