@@ -435,6 +435,16 @@ def test_the_command_says_one_line(tmp_path):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "nothing at" in done.stderr
 
 
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    """A mapped file would end the process."""
+    file = TokenFile(token_file(tmp_path, np.arange(16 * 4000 + 1)), 16)
+    assert file.read(3999)[-1] == 16 * 4000
+    os.truncate(file.path, 16 * 4000)
+    assert file.read(10)[0] == 160
+    with pytest.raises(ValueError, match=r"train\.bin has no ids 63984 to 64001: it was cut after it was opened"):
+        file.read(3999)
+
+
 def test_text_data_reads_each_window_once_an_epoch_whatever_the_split(tmp_path):
     token_file(tmp_path, np.arange(16 * 40 + 1))
     token_file(tmp_path, np.arange(16 * 10 + 1), name="validation")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from train.data.files import read_ids
 from train.data.indexed import Index, read_index
 
 if TYPE_CHECKING:
@@ -71,14 +72,14 @@ class TokenFile:
             )
         if size // kind.itemsize < length + 1:
             raise ValueError(f"{self.path} holds {size // kind.itemsize} tokens: a window needs {length + 1}")
-        self.tokens = np.memmap(self.path, kind, mode="r")
+        self.dtype, self.count = kind, size // kind.itemsize
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.length
+        return (self.count - 1) // self.length
 
     def read(self, i: int) -> np.ndarray:
         start = _checked(i, len(self)) * self.length
-        return self.tokens[start : start + self.length + 1].astype(np.int64)
+        return read_ids(self.path, self.dtype, start, start + self.length + 1).astype(np.int64)
 
     def document_starts(self, i: int) -> np.ndarray:
         start = _checked(i, len(self)) * self.length
@@ -90,7 +91,7 @@ class TokenFile:
             return np.append(0, inside) if start == 0 else inside
         if self.end_token is None:
             raise ValueError(f"{self.path} has no index, and no end_token was given: where documents end is unknown")
-        before = self.tokens[max(start - 1, 0) : start + self.length]
+        before = read_ids(self.path, self.dtype, max(start - 1, 0), start + self.length)
         ends = np.flatnonzero(before == self.end_token) + (start == 0)
         return np.append(0, ends) if start == 0 else ends
 
@@ -98,7 +99,7 @@ class TokenFile:
         """Returns the ids of one document. The file must have an .idx file."""
         assert self.index is not None
         ends = self.index.ends
-        return self.tokens[0 if number == 0 else ends[number - 1] : ends[number]]
+        return read_ids(self.path, self.dtype, 0 if number == 0 else int(ends[number - 1]), int(ends[number]))
 
 
 class DatasetTokens:
