@@ -40,7 +40,7 @@ from jrt.config import presets
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "run.py"
 ROWS = {"jrt-360m": 16, "jrt-1.3b": 8}  # of a pass on one GPU; other presets: 4
 STRATEGIES = ("ddp", "fsdp")
-SPEED_STEPS = 15
+SPEED_STEPS = 45  # of which the second half is measured
 PATIENCE = 240  # seconds: longer than compiling takes, and than steps between two figures
 TOLERANCE = 1e-3  # between the losses of one GPU and of several, relative
 

@@ -19,20 +19,7 @@ LETTERS = {
     "M": "Mamba",
 }
 LARGEST = 1 << 31  # sizes must be smaller; no real model comes near it
-AT_LEAST_ONE = (
-    "width",
-    "vocab_rows",
-    "heads",
-    "linear_heads",
-    "feature_dim",
-    "feature_scale",
-    "conv_kernel",
-    "state_dim",
-    "mamba_expand",
-    "mamba_kernel",
-    "dt_rank",
-    "train_length",
-)
+MAY_BE_ZERO = ("mlp_width", "rotary_dim", "window", "enc_length")  # every other whole number is at least 1
 OPTIONAL_BIASES = ("conv.projections", "conv.filter", "attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
 
 
@@ -75,10 +62,6 @@ class Config:
         if not self.pattern or unknown:
             expected = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
             raise ValueError(f"pattern {self.pattern!r}: expected one letter per layer out of {expected}")
-        for name in AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.conv_channels < 1:
             raise ValueError(f"conv_expand is {self.conv_expand}: expected at least one channel of width {self.width}")
         if self.norm_eps < 0:
@@ -101,7 +84,7 @@ class Config:
             raise ValueError(f"window has {len(self.window)} entries for {self.pattern.count('S')} S layers")
 
     def _check_kinds(self) -> None:
-        """Raises ValueError for a field that does not have its annotated type, or is negative or too large."""
+        """Raises ValueError for a field that does not have its annotated type, or is too small or too large."""
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.type
             if value is None and kind.endswith("None"):
@@ -110,8 +93,9 @@ class Config:
                 number = type(part) is int or (type(part) is float and kind.startswith("float"))
                 if kind.startswith(("int", "float")) and not (number and abs(part) < LARGEST):
                     raise ValueError(f"{field.name} is {reprlib.repr(value)}; expected {kind} below {LARGEST}")
-                if kind.startswith("int") and part < 0:
-                    raise ValueError(f"{field.name} is {reprlib.repr(value)}; expected at least 0")
+                least = 0 if field.name in MAY_BE_ZERO else 1
+                if kind.startswith("int") and part < least:
+                    raise ValueError(f"{field.name} must be at least {least}, not {reprlib.repr(value)}")
             if not kind.startswith(("int", "float")) and type(value).__name__ != kind.split("[")[0]:
                 raise ValueError(f"{field.name} is {reprlib.repr(value)}; expected {kind}")
 

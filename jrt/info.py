@@ -11,7 +11,7 @@ from jrt.config import LETTERS, Config, presets, releases
 from jrt.model import LanguageModel
 from jrt.released.configurations import has_gpt_fields
 from jrt.released.quirks import Quirks
-from jrt.system.breaks import first_line
+from jrt.system.breaks import as_value_error
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
@@ -119,26 +119,25 @@ def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
     from jrt.foreign.architectures import register_architecture
 
     register_architecture(str(folder))
-    try:
+    with as_value_error(f"{folder} is no causal language model that can be built"), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no causal language model: {first_line(error)}") from error
+        model = AutoModelForCausalLM.from_config(config)
     found = [
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("class", f"{type(model).__name__}, used as it is"),
     ]
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
+    # A field that the model's class does not have may hold anything.
+    names = ("num_key_value_heads", "num_attention_heads", "num_hidden_layers", "head_dim")
+    keys, queries, layers, size = (n if type(n := getattr(config, name, None)) is int else None for name in names)
+    heads = keys or queries
     products = [module for module in model.modules() if not isinstance(module, torch.nn.Embedding)]
     flops = 2 * sum(p.numel() for module in products for p in module.parameters(recurse=False) if p.ndim == 2)
     attention = 0
     if layers:
         found.append(("layers", f"{layers}"))
-    if heads and layers:
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention = 4 * config.num_attention_heads * size * layers
+    if heads and queries and layers:
+        size = size or config.hidden_size // queries
+        attention = 4 * queries * size * layers
         found.append(("keys and values", _by_length(lambda n: 4 * 2 * heads * size * layers * n, lengths)))
     found.append(("FLOPs a token", _flops(lambda length: flops + attention * (length + 1), lengths)))
     found.append(("tokenizer", "in the folder" if has_tokenizer(folder) else "not in the folder"))

@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     for rows in tqdm(results, total=len(work), desc=options.sweep, unit="group", disable=not sys.stderr.isatty()):
         if rows is not None:
             folder.add(rows)
-    print(f"{len(folder.rows)} of {len(runs)} runs are done in {options.out}")
+    minutes = sum(row["seconds"] for row in folder.rows.values()) / 60
+    print(f"{len(folder.rows)} of {len(runs)} runs are done in {options.out}, in {minutes:.1f} minutes of the device")
     if folder.rows:
         print(plot.draw_all(options.out))
     if len(folder.rows) < len(runs):

@@ -79,12 +79,13 @@ def markdown(states: Sequence[EqualState]) -> str:
     ]
     compared = [each for each in states if each.closed is not None]
     most = [each for each in compared if each.closed is not None and each.closed > 0.5]
-    return (
-        f"Longer list first (but for one column), percent right at equal state:\n\n{table(names, body)}\n\n"
+    text = (
+        "Percent right at equal state, with the longer list first unless the column says all pairs:\n\n"
+        f"{table(names, body)}\n\n"
         f"Prefix reading reaches {100 * SOLVED:.0f}% over all pairs and causal reading stays below {100 * LOST:.0f}% "
-        f"(the size *separates* them) {_at([each for each in states if each.separates], states)}.\n"
-        f"Reading twice closes more than half of the gap {_at(most, compared)}."
+        f"(the size *separates* them) {_at([each for each in states if each.separates], states)}."
     )
+    return text + f"\nReading twice closes more than half of the gap {_at(most, compared)}." if compared else text
 
 
 def _at(some: Sequence[EqualState], of: Sequence[EqualState]) -> str:

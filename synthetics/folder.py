@@ -37,7 +37,6 @@ class Folder:
             self._open(resume)
         elif path.exists() and not _has_just_begun(path):
             raise ValueError(f"{path} is not a sweep's folder: expected an empty or a new one")
-        self.origin = provenance()
         (path / "unfinished").mkdir(parents=True, exist_ok=True)
         if not self.file.exists():
             self._write()
@@ -59,10 +58,11 @@ class Folder:
         return all(run.name in self.rows for run in group)
 
     def add(self, rows: Sequence[dict]) -> None:
-        """Adds results to the folder, each with device, versions, commit and date, and removes the checkpoints of
-        finished groups. What another process has added meanwhile, such as another part of the sweep, stays."""
+        """Adds results to the folder and removes the checkpoints of finished groups.
+
+        What another process has added meanwhile, such as another part of the sweep, stays."""
         self._open(resume=True)
-        self.rows |= {row["run"]: {**row, **self.origin} for row in rows}
+        self.rows |= {row["run"]: row for row in rows}
         self._write()
         for group in filter(self.is_done, self.groups):
             self.checkpoint(group).unlink(missing_ok=True)
@@ -125,10 +125,10 @@ def _has_just_begun(path: Path) -> bool:
     return names <= {"unfinished", "results.json.partial"} and not any(path.glob("unfinished/*"))
 
 
-def provenance() -> dict:
-    """Device, versions, commit and date: what a stored figure depends on."""
+def provenance(device: str) -> dict:
+    """Device, versions, commit and date: what a stored figure depends on. device: "cpu" or "cuda"."""
     return {
-        "device": device_name(),
+        "device": device_name(device),
         "versions": {name: each for name, each in versions().items() if name in VERSIONS},
         "commit": commit(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),

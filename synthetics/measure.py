@@ -155,7 +155,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         check_device(options.device, workers=1)
-    except ValueError as error:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of work
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     device = torch.device(options.device)
     deadline = time.monotonic() + 60 * options.minutes
@@ -163,7 +164,7 @@ def main() -> None:
     task = TASKS["paper"]
     assert isinstance(task, SetDisjointness)
     draw_distinct(8, 8, 0, 2048, generator(1), device)  # sets the device up
-    report = {"command": command("-m", "synthetics.measure", *sys.argv[1:]), **provenance()}
+    report = {"command": command("-m", "synthetics.measure", *sys.argv[1:]), **provenance(options.device)}
     report["data"] = data(task, device)
     print(f"data: {report['data']['speedup']:.0f} x the released loop", flush=True)
     report["training"] = []

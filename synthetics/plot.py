@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from itertools import cycle
-from math import nan
+from math import ceil, nan
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -95,8 +95,9 @@ def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
         means = [100 * line.panels[panel].mean for line in own]
         widths = [nan if (width := line.panels[panel].half_width) is None else 100 * width for line in own]
         states = [line.state_bytes for line in own]
-        style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "linewidth": 1}
-        axes.errorbar(states, means, widths, label=method, **style)
+        axes.errorbar(
+            states, means, widths, label=method, color=colour, marker=marker, markersize=4, capsize=2, linewidth=1
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
@@ -128,8 +129,13 @@ def heat_maps(lines: Sequence[Line]) -> Figure:
     shown = max(by_model.values(), key=spread)
     pairs = [pair for size in shown[0].accuracy if (pair := pair_of(size))]
     firsts, seconds = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
-    figure = Figure(figsize=(1 + 3 * len(shown), 3.6), layout="constrained")
-    for axes, line in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    columns = min(4, len(shown))
+    rows = ceil(len(shown) / columns)
+    figure = Figure(figsize=(1 + 3 * columns, 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    for axes, line in zip(panels, shown, strict=False):
         cells = [[100 * line.accuracy.get(f"{a}_{b}", float("nan")) for b in seconds] for a in firsts]
         image = axes.imshow(cells, vmin=0, vmax=100, origin="lower", cmap="viridis")
         axes.set_xticks(range(len(seconds)), seconds, rotation=90)

@@ -167,7 +167,7 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
         state = _read(checkpoint, device)
     if state is not None:
         rows, seconds = state["rows"], state["seconds"]
-    training = Training(runs, device)
+    training = Training(runs, device)  # of the whole group, whose largest feature size sets the shapes of all models
     if state is not None:
         training.keep([index for index, run in enumerate(runs) if run.name not in rows])
         training.load_state_dict(state)

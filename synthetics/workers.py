@@ -9,11 +9,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from jrt.system.processes import end_with
+from synthetics.folder import provenance
 from synthetics.runs import Run
 from synthetics.training import train
 
@@ -24,7 +27,7 @@ Rows = list[dict] | None  # results of a group; None: the deadline came before t
 def train_all(
     groups: Sequence[Group], device: str, workers: int, deadline: float | None, use_ray: bool
 ) -> Iterator[Rows]:
-    """Trains all groups. Yields the results of each group as soon as it ends.
+    """Trains all groups. Yields the results of each group as soon as it ends, with device, versions, commit and date.
 
     Args:
         groups: what to train.
@@ -35,7 +38,7 @@ def train_all(
             must then be on a file system that all machines share.
 
     Raises:
-        ValueError: the device or Ray is missing, or workers is below 1.
+        ValueError: the device or Ray is missing, workers is below 1, or a worker was killed.
     """
     check_device(device, workers)
     check_ray(use_ray)
@@ -71,6 +74,8 @@ def _train_one(group: Group, device: torch.device, deadline: float | None) -> Ro
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     runs, checkpoint = group
     rows = train(runs, device, checkpoint, deadline)
+    if rows is not None:
+        rows = [{**row, **provenance(device.type)} for row in rows]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the next group's tensors have other sizes
     return rows
@@ -90,14 +95,21 @@ def _over_processes(groups: Sequence[Group], device: str, workers: int, deadline
     free = [f"cuda:{worker % gpus}" if gpus else "cpu" for worker in range(workers)]
     threads = max(1, (os.cpu_count() or 1) // workers)
     waiting, running = list(reversed(groups)), {}
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with, (os.getpid(),)) as pool:
         while waiting or running:
             while waiting and free:
                 place = free.pop()
                 running[pool.submit(_in_process, waiting.pop(), place, threads, deadline)] = place
             done = next(as_completed(running))
             free.append(running.pop(done))
-            yield done.result()
+            try:
+                rows = done.result()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"one of {workers} worker processes was killed, perhaps for lack of memory: go on with --resume and "
+                    "fewer --workers"
+                ) from error
+            yield rows
 
 
 def _over_ray(groups: Sequence[Group], device: str, deadline: float | None) -> Iterator[Rows]:

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from jrt_recall import fixtures
+from jrt_recall.tokenizers import shipped_tokenizer
 from random_models import save_random_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, ReformerConfig
 
 from jrt.cli import main
 
@@ -67,6 +68,7 @@ def test_eval_writes_results_and_states_the_protocol(model, tmp_path, capsys):
         (["--tasks", "qa_nq"], "JRT_PASSAGES"),
         (["--tasks", "squad", "--protocol", "full", "--data", "/nowhere"], "jrt data fetch"),
         (["--limit", "0"], "at least 1"),
+        (["--limit", "9" * 30], "expected a number below"),
         (["--limit", "many"], "expected a whole number, not 'many'"),
         (["--seed", "-1"], "expected a number of at least 0, not -1"),
         (["--model", "x" * 300], "unknown model"),
@@ -190,6 +192,14 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command, 
     assert said in capsys.readouterr().err
 
 
+def test_generate_beyond_the_places_of_a_model_is_one_line(capsys, tmp_path):
+    sizes = dict(vocab_size=4096, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    shipped_tokenizer().save_pretrained(tmp_path)
+    given = ["generate", "--model", str(tmp_path), "--prompt", "open(file, mode) " * 20, "--max-new-tokens", "4"]
+    assert main(given) == 2 and "(it reads at most 16)" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_generate_goes_on_from_a_prompt(model, capsys):
     assert main(["generate", "--model", model, "--prompt", "open(", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out
@@ -233,6 +243,13 @@ def test_info_says_how_released_models_were_measured_and_only_those(capsys, shar
     assert "double_add" in information(capsys, str(tmp_path / "converted"))[measured]
 
 
+def test_info_on_a_model_that_its_own_code_cannot_build_is_one_line(capsys, tmp_path):
+    ReformerConfig(is_decoder=False).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no causal language model" in said and "is_decoder" in said
+
+
 def test_info_counts_one_more_token(capsys, tmp_path):
     """A generated token goes through no prefix encoder, so that JRT-RNN costs what Based costs."""
     jrt, based = (information(capsys, name) for name in ("jrt-1.3b", "based-1.3b"))
@@ -244,6 +261,9 @@ def test_info_counts_one_more_token(capsys, tmp_path):
     other = information(capsys, str(tmp_path), "--length", "100")
     assert other["layers"].strip() == "3" and other["tokenizer"].strip() == "not in the folder"
     assert f"{3 * 2 * 32 * 4 * 100:,} at 100 tokens" in other["keys and values"]
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_key_value_heads": "4"}))
+    assert information(capsys, str(tmp_path), "--length", "100") == other
     millions = (2 * (3 * 12 * 32**2 + 100 * 32) + 3 * 4 * 32 * 101) / 1e6
     assert f"{millions:,.1f} M at 100" in other["FLOPs a token"]
 

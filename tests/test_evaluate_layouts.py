@@ -316,3 +316,13 @@ def test_figure_3_has_a_line_for_each_model(tmp_path):
     svg = (tmp_path / "figure3.svg").read_text()
     assert (tmp_path / "figure3.png").stat().st_size > 1000
     assert svg.count("<!-- mini-") == 2 and "64 to 255" in svg
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"benchmark": "lin_attn_profile"}'])
+def test_a_profile_that_was_damaged_is_named(content, tmp_path):
+    (tmp_path / "lin_attn_profile.json").write_text(content)
+    with pytest.raises(ValueError, match=r"lin_attn_profile\.json"):
+        collect([tmp_path], tmp_path / "out", "table5")
+    (tmp_path / "results_1.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results_1\.json|no results of SuperGLUE"):
+        collect([tmp_path], tmp_path / "out", "table8")

@@ -129,7 +129,7 @@ def test_answers_are_those_of_one_prompt_at_a_time(kind, shares, said, saved, fo
     rows, manifest = answered(saved(kind), folder_of_passages, tmp_path / "run")
     assert [row["prediction"] for row in rows] == alone(saved(kind), [row["prompt"] for row in rows])
     info = manifest["models"][saved(kind)]
-    assert info["shares_beginnings"] is shares and info["probe"]["passes"] <= 20
+    assert info["mode"]["sharing"] is shares and info["probe"]["passes"] <= 20
     assert (said in " ".join(info["notes"])) and (not said) == (info["notes"] == [])
     printed = capsys.readouterr().out
     assert said in printed
@@ -354,17 +354,17 @@ def test_code_of_a_checkpoint_is_not_run_and_that_is_said(saved, capsys):
 
 def test_models_of_this_project_are_not_probed(tmp_path):
     info = open_model(ModelSpec(save_random_model(tmp_path, "CP"))).info()
-    assert info.probe is None and info.pads and info.batches and not info.shares_beginnings and info.notes == []
+    assert info.probe is None and info.mode == RunMode(sharing=False) and info.notes == []
 
 
 def test_prompts_of_one_token_are_not_asked_of_a_model_that_reads_them_on_top_of_others(saved):
     opened = open_model(ModelSpec(saved("recurrent_gemma")))
     info = opened.info()
-    assert info.shortest_prompt == 2 and any("one token" in note for note in info.notes)
+    assert not info.mode.one_token and any("one token" in note for note in info.notes)
     (token,) = shipped_tokenizer()("a")["input_ids"]
-    one, two = encode(opened.tokenizer, ["a", "a b c"], None, info.vocabulary, info.shortest_prompt)
+    one, two = encode(opened.tokenizer, ["a", "a b c"], None, info.vocabulary, shortest=2)
     assert one.ids == [token] and "one token" in one.problem and not two.problem
-    assert open_model(ModelSpec(saved("llama"))).info().shortest_prompt == 1
+    assert open_model(ModelSpec(saved("llama"))).info().mode.one_token
 
 
 def test_limits_in_quotes_are_numbers(saved):

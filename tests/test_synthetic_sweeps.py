@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from synthetics.set_disjointness import SetDisjointness, draw_pair
 from synthetics.summary import PANELS, panels_of, summarize
 from synthetics.tasks import TASKS
 from synthetics.training import train
+from synthetics.workers import train_all
 
 CPU = torch.device("cpu")
 LISTS = SetDisjointness("lists", 32, ((1, 4), (4, 1)), 64, ((1, 4), (4, 1)), 16)
@@ -107,6 +109,14 @@ def test_a_folder_of_a_sweep_that_was_killed_at_once_is_empty(tmp_path):
     assert folder.Folder(tmp_path, "mine", [RUN], resume=True).rows == {}
 
 
+def test_results_on_a_cpu_name_the_cpu_beside_a_gpu(tmp_path, monkeypatch):
+    names = {"cpu": "a processor", "cuda": "a GPU"}
+    monkeypatch.setattr(folder, "device_name", names.__getitem__)
+    monkeypatch.setitem(sweeps.SWEEPS, "debug", [RUN])
+    assert command.main(["debug", "--out", str(tmp_path), "--device", "cpu", "--workers", "1"]) == 0
+    assert [row["device"] for row in folder.read(tmp_path)["rows"]] == ["a processor"]
+
+
 def test_ray_is_asked_for_before_anything_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("synthetics.workers.importlib.util.find_spec", lambda name: None)
     assert command.main(["debug", "--out", str(tmp_path / "out"), "--device", "cpu", "--ray"]) == 2
@@ -178,6 +188,52 @@ def row_of(run: Run) -> dict:
     """A row of results with what tables and figures need."""
     row = dict.fromkeys(folder.NEEDED, 1)
     return {**row, "run": run.name, "method": run.method.name, "task": run.task.name, "accuracy": {"1_4": 0.5}}
+
+
+class Fatal:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (9,)
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
+    fast = multiprocessing.get_context("fork")
+    monkeypatch.setattr("synthetics.workers.get_context", lambda method: fast)
+    with pytest.raises(ValueError, match="one of 2 worker processes was killed, perhaps for lack of memory"):
+        list(train_all([(Fatal(), tmp_path)], "cpu", 2, None, use_ray=False))
+
+
+def at_work(pipe: int) -> None:
+    os.write(pipe, b"at work")
+    time.sleep(60)
+
+
+class Long:
+    """A group that the worker never finishes."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def __reduce__(self) -> tuple:
+        return at_work, (self.pipe,)
+
+
+def test_workers_end_with_a_killed_sweep(tmp_path, monkeypatch):
+    """Otherwise they go on beside the resumed sweep and write the same checkpoints."""
+    fast = multiprocessing.get_context("fork")
+    monkeypatch.setattr("synthetics.workers.get_context", lambda method: fast)
+    reading, writing = os.pipe()
+    sweep = os.fork()
+    if sweep == 0:
+        list(train_all([(Long(writing), tmp_path)], "cpu", 2, None, use_ray=False))
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 7) == b"at work"
+    os.kill(sweep, signal.SIGKILL)
+    os.waitpid(sweep, 0)
+    assert os.read(reading, 1) == b""  # the pipe ends when no process is left that could write
+    os.close(reading)
 
 
 def test_two_processes_keep_each_others_results(tmp_path):

@@ -370,6 +370,13 @@ def test_every_run_of_every_sweep_can_be_built():
     assert len(paper.train) == 12 and len(paper.test) == 20 and paper.longest == 787
 
 
+def test_the_readme_counts_the_models_of_each_sweep():
+    text = (Path(__file__).resolve().parent.parent / "synthetics" / "README.md").read_text()
+    for name in ("figure2_small", "mqar_frontier", "reading_order", "state_size"):
+        assert f"| `{name}` | {len(sweeps.SWEEPS[name])} |" in text
+    assert "| `figure2` | 360, and 72 that read twice |" in text and len(sweeps.figure2) == 360 + 72
+
+
 BAD = {
     "lists of 15 and 2 tokens cannot share one token of 16 ids: expected 1 to 8": replace(
         TINY, vocab_size=16, train=((15, 2),)

@@ -1,5 +1,6 @@
 """Training in two processes (gloo) equals training in one: data parallel, sharded, and with a changing number."""
 
+import functools
 import os
 import socket
 import sys
@@ -12,7 +13,10 @@ import torch
 pytest.importorskip("hydra")
 
 from safetensors.torch import load_file
+from torch import nn
 from train_runs import curve, trained
+
+from train import distributed
 
 SMALL = ("model.pattern=CPS", "trainer.rows=2", "trainer.checkpoint_every=2", "trainer.validate_every=2")
 
@@ -53,7 +57,8 @@ def alone(text, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_equal_one(text, tmp_path, alone, strategy):
+def test_two_processes_equal_one(text, tmp_path, alone, strategy, monkeypatch):
+    monkeypatch.setattr(distributed, "units", functools.partial(distributed.units, least=1))  # else all blocks are one
     assert on_two(text, tmp_path, *SMALL, f"trainer.strategy={strategy}", "export=true") == [0, 0]
     np.testing.assert_allclose(figures(tmp_path), figures(alone), rtol=3e-5)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, alone))
@@ -102,3 +107,11 @@ def test_the_command_starts_a_process_for_each_device(text, tmp_path, alone):
     wrong = [*base, f"output={tmp_path}/x", "data.length=48", "trainer.devices=2", "trainer.rows=2"]
     done = subprocess.run(wrong, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "nothing is left to predict" in done.stdout + done.stderr
+
+
+def test_blocks_are_gathered_in_groups():
+    blocks = [nn.Linear(10, 10, bias=False) for _ in range(5)]
+    groups = distributed.units(blocks, least=150)
+    assert groups == [blocks[:2], blocks[2:4], blocks[4:]]
+    assert distributed.units(blocks, least=1) == [[block] for block in blocks]
+    assert distributed.units([]) == []

@@ -14,7 +14,7 @@ pytest.importorskip("hydra")
 
 from train_runs import ROOT, curve
 
-from train.processes import end_with
+from jrt.system.processes import end_with
 
 
 def test_a_process_ends_with_the_one_that_started_it():

@@ -58,10 +58,14 @@ def options(**fields: object) -> argparse.Namespace:
 def test_only_runs_whose_losses_are_compared_have_all_steps():
     found = train_scaling.settings(options())
     assert len(found) == 2 + 4 + 2
-    assert {setting.batch: setting.steps for setting in found} == {16: 15, 32: 15, 64: 50}
+    assert {setting.batch: setting.steps for setting in found} == {
+        16: train_scaling.SPEED_STEPS,
+        32: train_scaling.SPEED_STEPS,
+        64: 50,
+    }
     weak = train_scaling.settings(options(scaling=["weak"]))
     assert [(setting.gpus, setting.batch) for setting in weak] == [(1, 16), (2, 32), (2, 32), (4, 64), (4, 64)]
-    assert {setting.steps for setting in weak} == {15}
+    assert {setting.steps for setting in weak} == {train_scaling.SPEED_STEPS}
 
 
 def test_losses_of_one_gpu_can_come_from_a_file(tmp_path):

@@ -21,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jrt.config import Config
 from jrt.model import LanguageModel
+from jrt.system.processes import PARENT
 from jrt.training.loss import ModelWithLoss
-from train.processes import PARENT
 
 log = logging.getLogger(__name__)
 STRATEGIES = ("ddp", "fsdp")
+UNIT = 40_000_000  # parameters of a group that FSDP gathers at once: four blocks of a 360M model, two of a 1.3B model
 T = TypeVar("T")
 
 
@@ -136,7 +137,7 @@ def _device(accelerator: str, local: int) -> torch.device:
 def launch(script: str, arguments: Sequence[str], devices: int) -> int:
     """Runs `python script arguments` in one process for each device of this machine, and returns the exit code.
 
-    The processes end with this one, even if it is killed (`train.processes`)."""
+    The processes end with this one, even if it is killed (`jrt.system.processes`)."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -220,18 +221,34 @@ def build(
         return model, whole
     if strategy == "fsdp":
         mesh = init_device_mesh(place.device.type, (place.size,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
+        for unit in units(list(model.blocks)):
+            fully_shard(unit, mesh=mesh)
         fully_shard(whole, mesh=mesh)
     _to_empty(model, place.device)
     state = drawn.state_dict() if drawn is not None else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     _share_buffers(model, drawn)
     if strategy == "ddp":
-        return model, DistributedDataParallel(
-            whole, device_ids=[place.device.index] if place.device.type == "cuda" else None
-        )
+        devices = [place.device.index] if place.device.type == "cuda" else None
+        # Gradients are summed in the memory where they are computed. Buffers are constants: nothing to send.
+        shared = DistributedDataParallel(whole, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return model, shared
     return model, whole
+
+
+def units(blocks: list[nn.Module], least: int = UNIT) -> list[list[nn.Module]]:
+    """Groups successive blocks for FSDP, so that each group has at least `least` parameters; the last may have fewer.
+
+    The weights of a group are gathered and freed together. That takes time on the CPU for each group, and memory for
+    its weights."""
+    found, size = list[list[nn.Module]](), least
+    for block in blocks:
+        if size >= least:
+            found.append([])
+            size = 0
+        found[-1].append(block)
+        size += sum(parameter.numel() for parameter in block.parameters())
+    return found
 
 
 def _to_empty(model: LanguageModel, device: torch.device) -> None:

@@ -32,12 +32,12 @@ from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 from jrt.system.files import write_json  # noqa: E402
+from jrt.system.processes import end_with  # noqa: E402
 from jrt.system.provenance import versions  # noqa: E402
 from train.data.documents import Documents, find_documents  # noqa: E402
 from train.data.indexed import write_index  # noqa: E402
 from train.data.sources import encode_documents  # noqa: E402
 from train.data.vocabulary import load_tokenizer, tokenizer_sha256, vocabulary_size  # noqa: E402
-from train.processes import end_with  # noqa: E402
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")

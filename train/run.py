@@ -31,6 +31,7 @@ import jrt  # noqa: E402
 import train as train_package  # noqa: E402
 from jrt.config import Config, presets  # noqa: E402
 from jrt.model import LanguageModel  # noqa: E402
+from jrt.system.processes import PARENT, end_with  # noqa: E402
 from jrt.system.provenance import code_sha256  # noqa: E402
 from jrt.training.objective import Objective, prefix_of  # noqa: E402
 from jrt.training.settings import check_kind, check_seed, check_whole  # noqa: E402
@@ -42,7 +43,6 @@ from train.distributed import SaidElsewhere, World, build, is_launched, launch, 
 from train.export import export  # noqa: E402
 from train.loop import Loop, Trainer  # noqa: E402
 from train.optimizer import Schedule  # noqa: E402
-from train.processes import PARENT, end_with  # noqa: E402
 from train.report import Csv, plot  # noqa: E402
 
 log = logging.getLogger(__name__)

@@ -94,7 +94,10 @@ def configuration(folder: Path, source: str) -> JRTConfig:
 
     Raises CheckpointError as `load`."""
     raw = read_config(folder)
-    return _own_config(raw) if kind_of(raw) is Kind.JRT else _described(folder, source)[0]
+    if kind_of(raw) is not Kind.JRT:
+        return _described(folder, source)[0]
+    _check_tokens(raw, "config.json")
+    return _own_config(raw)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -170,6 +173,7 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
         )
     if kind is Kind.MAMBA2_SSM:
         raise CheckpointError(f"{name} is Mamba-2, which only `jrt eval`, `jrt generate` and `jrt doctor` read")
+    _check_tokens(raw, "config.json")
     if raw.get("transformers_weights") is not None:
         raise CheckpointError("config.json has transformers_weights: expected the weights in model.safetensors")
     described: dict[str, Source] = {tensor: (entry,) for tensor, entry in entries(folder).items()}
@@ -189,7 +193,6 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
 
 
 def _own_config(raw: dict) -> JRTConfig:
-    _check_tokens(raw, "config.json")
     # Fields that only transformers knows are dropped: some of them can make it allocate memory.
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}
     try:

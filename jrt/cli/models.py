@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from jrt.cli.options import FAILED, OK, Parser, model_options, model_spec, path, positive
@@ -25,7 +26,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from jrt.evaluate.answering import encode, left_padded
-    from jrt.evaluate.models import open_model
+    from jrt.evaluate.models import open_model, position_bound
+    from jrt.system.breaks import as_value_error
 
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt.strip():
@@ -38,14 +40,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"the prompt cannot be read: {encoded.problem}")
     ids, mask = left_padded([encoded.ids], opened.pad_token_id, opened.device)
     generate: Any = opened.model.generate  # transformers does not annotate it
-    generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=arguments.max_new_tokens,
-        do_sample=False,
-        pad_token_id=opened.pad_token_id,
-        streamer=TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    tokens = f"{len(encoded.ids)} + {arguments.max_new_tokens} tokens (it reads at most {position_bound(opened.model)})"
+    with nullcontext() if opened.ours else as_value_error(f"{arguments.model} cannot be run on {tokens}"):
+        generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=False,
+            pad_token_id=opened.pad_token_id,
+            streamer=TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
 
 
 def add_info(commands: argparse._SubParsersAction[Parser]) -> None:

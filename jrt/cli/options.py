@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jrt.config import LARGEST
+
 if TYPE_CHECKING:  # the commands import what they need, so that `jrt --help` is quick
     from jrt.evaluate import ModelSpec
 
@@ -46,7 +48,10 @@ def path(text: str) -> Path:
 
 
 def positive(text: str) -> int:
-    return _whole(text, 1)
+    number = _whole(text, 1)
+    if number >= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number below {LARGEST}, not {text}")
+    return number
 
 
 def seed(text: str) -> int:

@@ -120,7 +120,7 @@ def installed() -> list[tuple[str, str]]:
     for name, purpose in (
         ("JRT_DATA", "published datasets"),
         ("JRT_PASSAGES", "passages of the qa_ tasks"),
-        ("JRT_HOME", "caches"),
+        ("JRT_HOME", "folder with the training text"),
     ):
         found.append((name, os.environ.get(name) or f"not set ({purpose})"))
     return found

@@ -83,11 +83,8 @@ class ModelInfo:
     Args:
         sha256: over the names, shapes and bytes of all weights; the same for every file format.
         attends_to_all: some layer attends to all earlier tokens (assumed of every model that is not ours).
-        shares_beginnings: a common beginning of several prompts can be read once for all of them.
+        mode: the ways of running the model that leave its answers as they are.
         vocabulary: number of token ids that the embedding has rows for.
-        pads: a batch may hold prompts of unequal length.
-        batches: a batch may hold several prompts.
-        shortest_prompt: tokens of the shortest prompt that the model answers correctly.
         batch_length: the most tokens of a prompt with its answer that may share a batch with others.
         notes: sentences for the user on how the model is run differently from most.
         set_aside: saved generation settings that were ignored because they change greedy answers, as text.
@@ -100,11 +97,8 @@ class ModelInfo:
     train_length: int | None
     max_length: int | None
     attends_to_all: bool
-    shares_beginnings: bool
+    mode: RunMode
     vocabulary: int
-    pads: bool
-    batches: bool
-    shortest_prompt: int
     batch_length: int | None
     notes: list[str]
     set_aside: dict[str, str]
@@ -187,11 +181,8 @@ class OpenModel:
             train_length=self.ours.core.train_length if self.ours else bound,
             max_length=None if self.ours else bound,
             attends_to_all=self.ours is None or self.ours.core.has("A"),
-            shares_beginnings=self.mode.sharing,
+            mode=self.mode,
             vocabulary=self.vocabulary,
-            pads=self.mode.padding,
-            batches=self.mode.batches,
-            shortest_prompt=1 if self.mode.one_token else 2,
             batch_length=switching_length(self.model),
             notes=self._notes(),
             set_aside={name: str(value) for name, value in self.set_aside.items()},

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from jrt.evaluate.folder import MANIFEST, former_manifest, origin, read_json
-from jrt.evaluate.models import ModelInfo, ModelSpec, OpenModel, open_model
+from jrt.evaluate.models import ModelSpec, OpenModel, open_model
 from jrt.evaluate.shapes import check_each
 from jrt.evaluate.tables.results import aligned
 from jrt.system.breaks import as_value_error
@@ -119,7 +119,9 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
     rows = [row for row in cut if max(row) < info.vocabulary]
     if not rows:
         raise ValueError(f"each sequence of the text has a token beyond the model's {info.vocabulary} rows")
-    stated = {"invalid": len(cut) - len(rows), "notes": _notes(info, len(cut) - len(rows))}
+    notes = list(info.notes)
+    if invalid := len(cut) - len(rows):
+        notes.append(f"{invalid} sequences left out: they have tokens beyond the model's {info.vocabulary} rows")
     counts = Counter(pair for row in rows for pair in pairwise(row))
     sums: dict[Slice, float] = defaultdict(float)
     sizes: Counter[Slice] = Counter()
@@ -138,16 +140,11 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
             "bin": bin_,
             "perplexity": math.exp(sums[kind, by, bin_] / size),
             "tokens": size,
-            **stated,
+            "invalid": invalid,
+            "notes": notes,
         }
         for (kind, by, bin_), size in sorted(sizes.items())
     ]
-
-
-def _notes(info: ModelInfo, invalid: int) -> list[str]:
-    """What is told of a model below the table; how it decodes and copies states does not matter here."""
-    beyond = f"{invalid} sequences left out: they have tokens beyond the model's {info.vocabulary} rows"
-    return [*info.notes, *([beyond] if invalid else [])]
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> list[list[int]]:

@@ -222,7 +222,7 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
                     [item.prompt for item in found.items],
                     limit,
                     info["vocabulary"],
-                    info["shortest_prompt"],
+                    shortest=1 if info["mode"]["one_token"] else 2,
                 )
                 lengths = [len(one.ids) for one in encoded if not one.problem]
                 if not lengths:
@@ -276,10 +276,11 @@ def _limits(spec: ModelSpec, info: dict, batch_size: int | None, new_tokens: int
         limits = ON_GPU
     else:
         limits = ON_CPU._replace(alone=CPU_ALONE if info["attends_to_all"] else None)
-    if not info["batches"]:
+    mode = info["mode"]
+    if not mode["batches"]:
         limits = limits._replace(size=1)
     together = None if info["batch_length"] is None else info["batch_length"] - new_tokens
-    return limits._replace(shares=info["shares_beginnings"], pads=info["pads"], together=together)
+    return limits._replace(shares=mode["sharing"], pads=mode["padding"], together=together)
 
 
 def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:

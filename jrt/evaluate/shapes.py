@@ -1,6 +1,6 @@
-"""The shapes of what a run's files hold, checked when they are read back: a file that was cut or edited is one line.
+"""The fields of a run's files and the types of their values, checked when the files are read back.
 
-A field that an older version did not write may be absent. One that is there has its kind.
+A file that was cut or edited is then reported in one line. A field that an older version did not write may be absent.
 """
 
 from __future__ import annotations

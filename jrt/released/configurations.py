@@ -275,11 +275,7 @@ def _rank(fields: dict, name: str) -> int | None:
 
 def _token(raw: dict, name: str, default: int, core: Config) -> int | list[int] | None:
     """A token id, or a list of ids, which transformers allows too. Ids beyond the embedding's rows are left out."""
-
-    def is_valid(value: object) -> bool:
-        return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
-
-    value = _value({name: default} | raw, name, None, is_valid, "a token id or a list of them")
+    value = raw.get(name, default)
     if isinstance(value, list):
         return [token for token in value if 0 <= token < core.vocab_rows] or None
     return value if value is not None and 0 <= value < core.vocab_rows else None

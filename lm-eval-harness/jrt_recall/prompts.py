@@ -192,19 +192,14 @@ def _swde_parts(doc: dict) -> Parts:
     return _attribute_parts(key, _with_full_stop(page))
 
 
-def _fda_page(doc: dict) -> tuple[str, str]:
+def _fda_parts(doc: dict) -> Parts:
     key = _filled("fda", doc, "key")
     page = _without_suffix(text_field("fda", doc, "text"), key + ":")
-    return key, _with_full_stop(page.strip("\n").strip("."))
+    return _attribute_parts(key, _with_full_stop(page.strip("\n").strip(".")))
 
 
 def _fda_once(doc: dict) -> str:
-    key, page = _fda_page(doc)
-    return f"{page} {_capital(key)}:"
-
-
-def _fda_parts(doc: dict) -> Parts:
-    return _attribute_parts(*_fda_page(doc))
+    return _fda_parts(doc).closing
 
 
 # squad: the text already ends with the statement to complete

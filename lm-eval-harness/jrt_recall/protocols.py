@@ -119,9 +119,10 @@ def published_task(name: str) -> PublishedTask:
 
 
 def context_column(task: str) -> str:
-    """The column that holds what a document says, apart from the question as far as the task keeps them apart.
+    """The column that a window cuts, and in which answers are located.
 
-    It is what a window cuts, and where answers are located. recall_squad has both in `text`, as published."""
+    Where a dataset keeps the question in a column of its own, it is not part of this one. recall_squad has both in
+    `text`, as published."""
     return "context" if PASSAGES.get(task) == "squad" else published_task(task).context
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 RESAMPLES = 10_000
 NO_ANSWER, REPETITION, IRRELEVANT = "no answer", "repetition", "irrelevant"
-KINDS = (NO_ANSWER, REPETITION, IRRELEVANT)
 _BLOCK = 2_000_000  # most indices drawn at once: 16 MB
 _LONGEST_PHRASE = 8  # words of a phrase that is looked for right after itself
 _COMES_BACK = 4  # words of a phrase that is looked for anywhere else in the text
@@ -35,7 +34,7 @@ def contains(prediction: str, answers: str | Sequence[str]) -> bool:
 
 
 def error_kind(prediction: str, answers: str | Sequence[str]) -> str | None:
-    """Sorts a wrong generation into one of KINDS (the paper's Table 13). Returns None for a right one.
+    """Sorts a wrong generation into one of three kinds (the paper's Table 13). Returns None for a right one.
 
     The paper prints the shares of the kinds but not the rule behind them, so these shares can be compared with each
     other and not with the paper's. The rule here:

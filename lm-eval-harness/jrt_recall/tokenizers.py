@@ -108,7 +108,9 @@ def is_gpt2(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_is_text: bool = False) -> list[int]:
-    """Token ids of the whole text: no special tokens, no truncation. special_is_text: nor one that the text spells."""
+    """Token ids of the whole text, without added special tokens and without truncation.
+
+    special_is_text: read text that spells a special token, such as "</s>", as ordinary text."""
     options = {"add_special_tokens": False, "truncation": False, "verbose": False}
     return list(tokenizer(text, **options, split_special_tokens=special_is_text)["input_ids"])
 

@@ -6,7 +6,6 @@ tables of SuperGLUE are in `super_glue`.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,17 @@ from jrt_recall.scoring import error_kind
 from jrt_recall.tokenizers import cutting_tokenizer, token_ids
 
 from jrt.evaluate.folder import Cell, cell_of
+from jrt.evaluate.shapes import Kinds, check
 from jrt.evaluate.tables.mixtures import NOTHING_MIXED, Mixture
 from jrt.evaluate.tables.published import TITLES, Column, Table, published_lines, published_row, published_tables
 from jrt.evaluate.tables.results import Rows, beside, mean
 from jrt.evaluate.tables.super_glue import padding, super_glue
 from jrt.short_prompts import SHORT_PROMPTS
+from jrt.system.files import read_object
 
 PROFILE = "lin_attn_profile.json"
+PROFILE_FIELDS: Kinds = {"rows": list, "device": str, "date": str, "commit": str}
+NO_ROW = {"ms": None, "reason": "no row in the profile"}
 _WIDE = 9  # a table with more columns is printed transposed: a column for each model
 
 
@@ -38,37 +41,32 @@ def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
         raise ValueError(
             f"{TITLES['table5']} is made of one {PROFILE}: make it with `python benchmarks/lin_attn_profile.py` on a GPU"
         )
-    content = json.loads(files[0].read_text(encoding="utf-8"))
+    content = read_object(files[0])
     if content.get("benchmark") != "lin_attn_profile":
         raise ValueError(
             f"{files[0]} was not written by benchmarks/lin_attn_profile.py: its `benchmark` says otherwise"
         )
+    check(str(files[0]), content, PROFILE_FIELDS, PROFILE_FIELDS)
     lines = published_lines("published_latency.csv")
     published = {(line["method"], int(line["batch"]), int(line["length"])): line["ms"] for line in lines}
-    names = {line["implementation"]: line["method"] for line in lines}
     measured = {(row["method"], row["shape"]["B"], row["shape"]["N"]): row for row in content["rows"]}
     shapes = [(16, length) for length in (2048, 4096, 8192, 16384, 32768)]
     shapes += [(batch, 16384) for batch in (2, 4, 8, 32, 64)]
     rows = []
-    for implementation, method in names.items():
-        cells = [measured.get((method, *shape)) for shape in shapes]
-        texts = ["-" if cell is None or cell["ms"] is None else f"{cell['ms']:.2f}" for cell in cells]
+    notes = [f"measured on {content['device']}, {content['date']}, commit {content['commit']}"]
+    for implementation, method in {line["implementation"]: line["method"] for line in lines}.items():
+        found = [measured.get((method, *shape), NO_ROW) for shape in shapes]
+        texts = ["-" if row["ms"] is None else f"{row['ms']:.2f}" for row in found]
         paper = [published.get((method, *shape)) for shape in shapes]
         beside_paper = [text if ms is None else f"{text} ({ms})" for text, ms in zip(texts, paper, strict=True)]
         rows.append([f"{implementation} [{method}]", *beside_paper])
-    in_table = [row for row in content["rows"] if (row["shape"]["B"], row["shape"]["N"]) in shapes]
-    absent = {row["method"]: row["reason"] for row in in_table if row["ms"] is None and row["method"] in names.values()}
-    notes = [
-        f"measured on {content['device']}, {content['date']}, commit {content['commit']}",
-        *(f"missing: {method}: {reason}" for method, reason in absent.items()),
-        *(
-            f"missing: {m}: no row in the profile"
-            for m in names.values()
-            if all((m, *s) not in measured for s in shapes)
-        ),
+        reasons = [row["reason"] for row in found if row["ms"] is None and row is not NO_ROW]
+        if reasons or all(row is NO_ROW for row in found):
+            notes.append(f"missing: {method}: {[NO_ROW['reason'], *reasons][-1]}")
+    notes.append(
         "The paper's rows are its own implementations; the measured ones stand in brackets. Its FlashAttention-2 at batch 8 "
-        "could not be read from the source.",
-    ]
+        "could not be read from the source."
+    )
     return (("implementation [measured]", *(f"B {batch}, N {length}" for batch, length in shapes)), rows), notes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +9,7 @@ from types import MappingProxyType
 from jrt.evaluate.tables.mixtures import differences, explained, marked
 from jrt.evaluate.tables.published import SUPER_GLUE_SIZES, TITLES, Column, Table, published_row, published_tables
 from jrt.evaluate.tables.results import Rows, beside
+from jrt.system.files import read_object
 
 _TABLE_10_NOTE = (
     "The JRT-RNN row that the paper prints in Table 10 repeats Table 8's Based row, so JRT-RNN has no published value here. "
@@ -82,8 +82,7 @@ def _marks(table: Table, results: Sequence[dict]) -> tuple[dict[tuple[int, int],
 def _results(folders: Sequence[Path]) -> list[dict]:
     """The contents of lm-eval's result files that hold SuperGLUE. Raises ValueError if there are none."""
     files = (file for folder in folders for file in sorted(folder.rglob("results_*.json")))
-    contents = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    results = [found for found in contents if SUPER_GLUE_SIZES.keys() & found.get("results", {}).keys()]
+    results = [found for found in map(read_object, files) if SUPER_GLUE_SIZES.keys() & found.get("results", {}).keys()]
     if not results:
         names = ", ".join(map(str, folders))
         raise ValueError(f"{names}: no results of SuperGLUE; make some with architecture_scripts/super_glue_tables.sh")

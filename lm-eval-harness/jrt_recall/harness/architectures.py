@@ -26,7 +26,7 @@ def register(settings: Mapping[str, Any]) -> None:
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError, TypeError, AttributeError):
-        return  # no such model, or a broken one: loading the model tells it
+        return  # no such model, or a broken one: lm-eval reports it
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in CONFIG_MAPPING or config.get("auto_map"):
         return

@@ -1,6 +1,6 @@
 """Settings in a model's generation_config.json that change greedy answers.
 
-lm-eval's `hf` model lets them act on every answer. `jrt eval` sets them aside. Here they are told before a run.
+lm-eval's `hf` model applies them to every answer, and `jrt eval` ignores them. This module names them before a run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def acting_settings(settings: Mapping[str, Any]) -> str | None:
         return None
     try:
         saved = vars(GenerationConfig.from_pretrained(name))
-    except (OSError, ValueError):  # no such file, or one that transformers refuses: loading the model tells it
+    except (
+        OSError,
+        ValueError,
+    ):  # no such file, or one that transformers refuses: lm-eval reports it when it loads the model
         return None
     acting = {key: saved[key] for key in NEUTRAL if saved.get(key) not in (None, NEUTRAL[key])}
     if not acting:

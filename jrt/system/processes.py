@@ -1,4 +1,4 @@
-"""Processes that a command starts end with it, even if it was killed: two of them must not write to one folder."""
+"""Ends processes with the command that started them, even if it was killed, so that no two write to one folder."""
 
 from __future__ import annotations
 
