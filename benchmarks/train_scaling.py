@@ -36,6 +36,7 @@ import numpy as np
 from record import write
 
 from jrt.config import presets
+from jrt.system.processes import PARENT
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "run.py"
 ROWS = {"jrt-360m": 16, "jrt-1.3b": 8}  # of a pass on one GPU; other presets: 4
@@ -119,7 +120,7 @@ class Run:
         names = [seen[device] if device < len(seen) and seen[0] else str(device) for device in devices]
         shared = os.environ | {
             "CUDA_VISIBLE_DEVICES": ",".join(names),
-            "JRT_PARENT": str(os.getpid()),
+            PARENT: str(os.getpid()),
         }  # ends with this
         if setting.gpus > 1:
             shared |= {"WORLD_SIZE": str(setting.gpus), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
