@@ -118,10 +118,8 @@ class Run:
         command += [f"trainer.max_steps={setting.steps}", *more]
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [seen[device] if device < len(seen) and seen[0] else str(device) for device in devices]
-        shared = os.environ | {
-            "CUDA_VISIBLE_DEVICES": ",".join(names),
-            PARENT: str(os.getpid()),
-        }  # ends with this
+        # PARENT: the run ends with this benchmark, even if that is killed.
+        shared = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names), PARENT: str(os.getpid())}
         if setting.gpus > 1:
             shared |= {"WORLD_SIZE": str(setting.gpus), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         self._processes, self._logs = [], []
