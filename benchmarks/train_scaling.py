@@ -12,7 +12,7 @@ losses must agree. Runs that measure only speed have SPEED_STEPS steps.
 
 One process is started for each GPU, as torchrun does. Runs that need fewer GPUs than the largest one share the machine:
 they run side by side, each on GPUs of its own. A row's `beside` is the largest number of other GPUs that trained during
-the run.
+the run. A run that fails is named in the results as `failed`, and the others go on.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import numpy as np
 from record import write
 
 from jrt.config import presets
+from jrt.system.processes import PARENT
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "run.py"
 ROWS = {"jrt-360m": 16, "jrt-1.3b": 8}  # of a pass on one GPU; other presets: 4
@@ -90,8 +91,12 @@ def make_text(folder: Path, length: int, vocabulary: int) -> None:
     (folder / "manifest.json").write_text(json.dumps({"dtype": "uint16"}), encoding="utf-8")
 
 
+class RunFailed(Exception):
+    """A run ended with an error, or wrote no figures for PATIENCE seconds."""
+
+
 class Run:
-    """A training run that was started: one process for each GPU.
+    """A training run that was started: one process for each GPU. `problem` says why it failed, if it did.
 
     Args:
         devices: the GPUs, by their numbers among those that this process sees.
@@ -102,7 +107,7 @@ class Run:
         self, setting: Setting, devices: list[int], text: Path, output: Path, options: argparse.Namespace, *more: str
     ) -> None:
         self.setting, self.devices, self.output = setting, devices, output
-        self.start, self.beside = time.monotonic(), 0
+        self.start, self.beside, self.problem = time.monotonic(), 0, ""
         self._moved, self._written = self.start, 0  # when metrics.csv last grew, and its time of change then
         command = [sys.executable, str(SCRIPT), f"preset={setting.preset}", "name=scaling", f"steps={options.steps}"]
         command += [f"output={output}", f"data.folder={text}", f"data.length={options.length}", "export=false"]
@@ -113,7 +118,8 @@ class Run:
         command += [f"trainer.max_steps={setting.steps}", *more]
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [seen[device] if device < len(seen) and seen[0] else str(device) for device in devices]
-        shared = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+        # PARENT: the run ends with this benchmark, even if that is killed.
+        shared = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names), PARENT: str(os.getpid())}
         if setting.gpus > 1:
             shared |= {"WORLD_SIZE": str(setting.gpus), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         self._processes, self._logs = [], []
@@ -126,22 +132,20 @@ class Run:
                 )
 
     def ended(self) -> bool:
-        """Whether all processes have ended.
-
-        Raises:
-            SystemExit: one of them failed, or the run has written no figures for PATIENCE seconds. The message has its
-                output.
-        """
+        """Whether all processes have ended. If one failed, or there were no figures for PATIENCE seconds, the others
+        are killed, and `problem` has its output."""
         codes = [process.poll() for process in self._processes]
         metrics = self.output / "metrics.csv"
         if metrics.is_file() and metrics.stat().st_mtime_ns != self._written:
             self._written, self._moved = metrics.stat().st_mtime_ns, time.monotonic()
         if None in codes and time.monotonic() - self._moved > PATIENCE:
-            raise SystemExit(f"{self.setting}: no figures for {PATIENCE} s")
+            self.problem = f"{self.setting}: no figures for {PATIENCE} s"
         for code, log in zip(codes, self._logs, strict=True):
-            if code:
-                raise SystemExit(f"{self.setting}: exit code {code}\n{log.read_text(errors='replace')[-6000:]}")
-        return all(code == 0 for code in codes)
+            if code and not self.problem:
+                self.problem = f"{self.setting}: exit code {code}\n{log.read_text(errors='replace')[-6000:]}"
+        if self.problem:
+            self.kill()
+        return bool(self.problem) or None not in codes
 
     def kill(self) -> None:
         """Ends the processes. Shows the last lines of those that were still running."""
@@ -211,12 +215,14 @@ def side_by_side(wanted: list[Setting], text: Path, folder: Path, options: argpa
 
 
 def completed(run: Run) -> Run:
-    """Waits for a run that has the machine to itself."""
+    """Waits for a run that has the machine to itself. Raises RunFailed."""
     try:
         while not run.ended():
             time.sleep(0.1)
     finally:
         run.kill()
+    if run.problem:
+        raise RunFailed(run.problem)
     return run
 
 
@@ -247,18 +253,20 @@ def losses_on_one_gpu(preset: str, text: Path, folder: Path, options: argparse.N
     expected = {"method": preset, "gpus": 1, "shape": {"B": batch, "T": options.length}, "steps": options.steps}
     if options.alone is None:
         setting = Setting(preset, options.strategies[0], 1, batch, options.steps)
-        return completed(Run(setting, [0], text, folder / "alone", options)).measured(options)["losses"]
+        run = Run(setting, [0], text, folder / f"{preset}-alone", options)
+        return completed(run).measured(options)["losses"]
     for row in json.loads(options.alone.read_text(encoding="utf-8"))["rows"]:
         if expected.items() <= row.items():
             return row["losses"]
     raise SystemExit(f"{options.alone} has no run with {expected}: leave out --alone")
 
 
-def resumed(preset: str, strategy: str, text: Path, folder: Path, options: argparse.Namespace) -> dict:
-    """Compares a run on one GPU with a run that changes: a third on many GPUs, a third on one, a third on many."""
+def resumed(
+    preset: str, strategy: str, alone: dict[str, float], text: Path, folder: Path, options: argparse.Namespace
+) -> dict:
+    """Compares a run that changes, a third on many GPUs, a third on one, a third on many, with one GPU's losses."""
     most, third = max(options.gpus), options.steps // 3
     batch = most * ROWS.get(preset, 4)
-    alone = losses_on_one_gpu(preset, text, folder, options)
     kept = "trainer.checkpoint_every=1000000"  # at the end of each part
     changes = ((most, third), (1, 2 * third), (most, options.steps))
     for gpus, last in changes:
@@ -300,24 +308,45 @@ def main() -> None:
         folder = Path(directory)
         vocabulary = min(presets()[preset].vocab_rows for preset in options.presets) - 1
         make_text(folder, options.length, min(50257, vocabulary))
-        if options.resume:
-            rows: list[dict] = []
-            for preset in options.presets:
-                for strategy in options.strategies:
-                    place = folder / f"{preset}-{strategy}"
-                    place.mkdir()
-                    rows.append(resumed(preset, strategy, folder, place, options))
-                    print(rows[-1], flush=True)
-                    write(name, rows, options.output)
-            return
-        wanted, found = settings(options), dict[Setting, dict]()
-        for run in side_by_side(wanted, folder, folder, options):
+        failed = list[str]()
+        for rows in (resumes if options.resume else scalings)(folder, failed, options):
+            path = write(
+                name, rows, options.output, tolerance=TOLERANCE, failed=[text.splitlines()[0] for text in failed]
+            )
+    if failed:
+        raise SystemExit("\n".join(failed))
+    print(path)
+
+
+def scalings(folder: Path, failed: list[str], options: argparse.Namespace) -> Iterator[list[dict]]:
+    """Yields the rows so far each time that a run has ended. Problems are added to `failed`."""
+    wanted, found = settings(options), dict[Setting, dict]()
+    for run in side_by_side(wanted, folder, folder, options):
+        if run.problem:
+            failed.append(run.problem)
+        else:
             found[run.setting] = run.measured(options)
             print({key: value for key, value in found[run.setting].items() if key != "losses"}, flush=True)
-            rows = [found[setting] for setting in wanted if setting in found]
-            compare(rows)
-            path = write(name, rows, options.output, tolerance=TOLERANCE)
-    print(path)
+        rows = [found[setting] for setting in wanted if setting in found]
+        compare(rows)
+        yield rows
+
+
+def resumes(folder: Path, failed: list[str], options: argparse.Namespace) -> Iterator[list[dict]]:
+    """As `scalings`, for `--resume`."""
+    rows: list[dict] = []
+    for preset in options.presets:
+        try:
+            alone = losses_on_one_gpu(preset, folder, folder, options)
+            for strategy in options.strategies:
+                place = folder / f"{preset}-{strategy}"
+                place.mkdir()
+                rows.append(resumed(preset, strategy, alone, folder, place, options))
+                print(rows[-1], flush=True)
+                yield rows
+        except RunFailed as error:
+            failed.append(str(error))
+            yield rows
 
 
 if __name__ == "__main__":

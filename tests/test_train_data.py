@@ -312,6 +312,30 @@ def test_preparing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", ["progress.json", "manifest.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": []}'])
+def test_a_record_of_something_else_is_left_alone(tmp_path, name, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(content)
+    with pytest.raises(ValueError, match="out was begun with other inputs, tokenizer"):
+        prepare(str(text_source(tmp_path / "source", "jsonl")), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_finished_files_that_were_cut_or_are_foreign_are_named(tmp_path, split):
+    source, out = str(text_source(tmp_path / "source", "jsonl")), tmp_path / "out"
+    prepare(source, out)
+    os.truncate(out / f"{split}.bin", 10)
+    with pytest.raises(ValueError, match=rf"{split}\.bin is missing, or no longer has \d+ bytes"):
+        prepare(source, out)
+    (out / "manifest.json").unlink()
+    other = "validation" if split == "train" else "train"
+    (out / f"{other}.bin").unlink()
+    with pytest.raises(ValueError, match=rf"holds a {split}\.bin that this command did not make"):
+        prepare(source, out)
+
+
 def test_text_that_cannot_be_read_is_named(tmp_path):
     out = tmp_path / "out"
     for name, content, told in (
@@ -409,6 +433,16 @@ def test_the_command_says_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "train" / "prepare.py"), str(tmp_path / "none"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "nothing at" in done.stderr
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    """A mapped file would end the process."""
+    file = TokenFile(token_file(tmp_path, np.arange(16 * 4000 + 1)), 16)
+    assert file.read(3999)[-1] == 16 * 4000
+    os.truncate(file.path, 16 * 4000)
+    assert file.read(10)[0] == 160
+    with pytest.raises(ValueError, match=r"train\.bin has no ids 63984 to 64001: it was cut after it was opened"):
+        file.read(3999)
 
 
 def test_text_data_reads_each_window_once_an_epoch_whatever_the_split(tmp_path):

@@ -60,6 +60,18 @@ def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path):
         texts_of(tmp_path)
 
 
+def test_the_end_of_a_document_stands_at_its_end_only():
+    """A Unigram vocabulary takes the text "</s>" for its entry of that name."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from train.data.sources import encode_documents
+
+    vocabulary = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -2.0), ("b", -2.0)], unk_id=0))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="</s>", unk_token="<unk>")
+    assert encode_documents(["a</s>b", "b", ""], tokenizer) == [[2, 3, 1], [3, 1], [1]]
+
+
 def test_token_files_without_documents_are_named(tmp_path):
     write_index(tmp_path / "a.idx", np.zeros(0, np.int64), np.dtype(np.uint16))
     (tmp_path / "a.bin").touch()

@@ -63,7 +63,8 @@ def test_every_experiment_is_built_and_steps_once(experiment, tmp_path):
     trainer, schedule = instantiate(config.trainer), instantiate(config.task.schedule)
     assert trainer.max_steps == schedule.steps == config.steps
     if trainer.global_batch:
-        assert trainer.passes(trainer.global_batch) * trainer.rows * trainer.devices == trainer.global_batch
+        rows = trainer.rows or trainer.global_batch  # null: all in one pass
+        assert trainer.passes(trainer.global_batch) * rows * trainer.devices == trainer.global_batch
 
     windows = {"window": 8} if isinstance(full.window, int) else {"window": (8,) * len(full.window)}
     encoder = {"enc_length": 8} if full.has("P") else {}

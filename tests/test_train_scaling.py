@@ -78,8 +78,24 @@ def test_losses_of_one_gpu_can_come_from_a_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_run_stops_the_runs_beside_it(tmp_path):
+def test_a_failing_run_leaves_the_others_alone(tmp_path, monkeypatch):
     train_scaling.make_text(tmp_path, 128, 1000)
-    wanted = [Setting("debug", "ddp", 1, 4, 10**6), Setting("no-such-size", "ddp", 1, 4, 6)]
-    with pytest.raises(SystemExit, match=r"no-such-size.*exit code 2[\s\S]*unknown preset"):
-        list(train_scaling.side_by_side(wanted, tmp_path, tmp_path, options(gpus=[1, 2], steps=10**6)))
+    wanted = [Setting("no-such-size", "ddp", 1, 4, 4), Setting("debug", "ddp", 1, 4, 4)]
+    monkeypatch.setattr(train_scaling, "settings", lambda chosen: wanted)
+    failed: list[str] = []
+    chosen = options(gpus=[1, 2], presets=["debug"], steps=4, every=1)
+    *_, rows = train_scaling.scalings(tmp_path, failed, chosen)
+    assert [row["method"] for row in rows] == ["debug"] and len(rows[0]["losses"]) == 4
+    (problem,) = failed
+    assert "no-such-size" in problem.splitlines()[0] and "exit code 2" in problem and "unknown preset" in problem
+
+
+@pytest.mark.slow
+def test_a_run_without_figures_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_scaling, "PATIENCE", 0.5)
+    train_scaling.make_text(tmp_path, 128, 1000)
+    chosen = options(gpus=[1], presets=["debug"], steps=10**6, every=10**6)
+    (run,) = train_scaling.side_by_side([Setting("debug", "ddp", 1, 4, 10**6)], tmp_path, tmp_path, chosen)
+    assert run.problem.endswith("no figures for 0.5 s") and run._processes[0].poll() == -9
+    with pytest.raises(train_scaling.RunFailed, match="no figures"):
+        train_scaling.losses_on_one_gpu("debug", tmp_path, tmp_path, chosen)

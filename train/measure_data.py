@@ -5,8 +5,8 @@ it.
     python train/measure_data.py FOLDER --tokens 1e9
 
 A sparse file has no data on the disk: the system returns zeros. So the disk is not measured, only the order of the
-windows, the memory map and the copy. `needed_windows_per_s` is how many windows one H100 reads when it trains JRT-360M
-at the speed in `train_throughput.json`.
+windows, the calls of the system and the copy. `needed_windows_per_s` is how many windows one H100 reads when it trains
+JRT-360M at the speed in `train_throughput.json`.
 """
 
 from __future__ import annotations

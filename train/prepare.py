@@ -181,8 +181,8 @@ class _Writer:
         path = out / NOTE
         done = {split: [0, 0] for split in SPLITS}  # bytes, documents
         if path.is_file():
-            note = json.loads(path.read_text(encoding="utf-8"))
-            _compare(out, note["settings"], settings)
+            note = _object_in(path)
+            _compare(out, note.get("settings"), settings)
             self.documents, done = note["documents"], note["splits"]
         self.filled = sum(documents for _, documents in done.values())  # documents that are not empty
         if self.documents:
@@ -267,17 +267,32 @@ def _opened(path: Path, size: int) -> Any:
 def _finished(out: Path, settings: dict) -> dict | None:
     path = out / "manifest.json"
     if not path.is_file():
-        if (out / "train.bin").is_file() and not (out / NOTE).is_file():
-            raise ValueError(f"{out} holds a train.bin that this command did not make: choose another folder")
+        for name in (f"{split}.bin" for split in SPLITS):
+            if (out / name).is_file() and not (out / NOTE).is_file():
+                raise ValueError(f"{out} holds a {name} that this command did not make: choose another folder")
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    _compare(out, manifest.get("settings", {}), settings)
+    manifest = _object_in(path)
+    _compare(out, manifest.get("settings"), settings)
+    for split, facts in manifest["splits"].items():
+        file, size = out / f"{split}.bin", facts["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{file} is missing, or no longer has {size} bytes: remove {out} and start again")
     log.info("%s is finished already", out)
     return manifest
 
 
-def _compare(out: Path, before: dict, now: dict) -> None:
-    changed = [name for name in now if before.get(name) != now[name]]
+def _object_in(path: Path) -> dict:
+    """The object in a JSON file; {} if it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _compare(out: Path, before: Any, now: dict) -> None:
+    known = before if isinstance(before, dict) else {}
+    changed = [name for name in now if known.get(name) != now[name]]
     if changed:
         raise ValueError(f"{out} was begun with other {', '.join(changed)}: choose another folder, or remove it")
 

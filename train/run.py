@@ -341,7 +341,7 @@ def main(config: DictConfig) -> None:
         config.output = job.runtime.output_dir
     elif job.mode == RunMode.MULTIRUN:  # each run of a sweep has its own folder
         config.output = f"{config.output}/{job.job.num}"
-    if PARENT in os.environ and is_launched():
+    if PARENT in os.environ:
         end_with(int(os.environ[PARENT]))
     try:
         if OmegaConf.is_missing(config, "steps"):

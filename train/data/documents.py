@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from train.data.files import sampled_sha256
+from train.data.files import read_ids, sampled_sha256
 from train.data.indexed import read_index
 
 log = logging.getLogger(__name__)
@@ -206,9 +206,8 @@ def _indexed(path: Path) -> Documents:
         )
 
     def start(number: int) -> Iterator[np.ndarray]:
-        tokens = np.memmap(tokens_path, index.dtype, mode="r")
         for i in range(number, index.documents):
-            yield np.asarray(tokens[0 if i == 0 else index.ends[i - 1] : index.ends[i]])
+            yield read_ids(tokens_path, index.dtype, 0 if i == 0 else int(index.ends[i - 1]), int(index.ends[i]))
 
     return Documents([_input(tokens_path, tokens_path.name)], start, holds_ids=True)
 

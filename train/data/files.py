@@ -1,7 +1,9 @@
-"""A short hash of a file, for telling files apart without reading all of them."""
+"""Reads parts of large files: token ids, and a short hash that tells files apart without reading all of them."""
 
 import hashlib
 from pathlib import Path
+
+import numpy as np
 
 SAMPLES, SIZE = 64, 4096  # parts of a file that are read, and bytes of each
 
@@ -20,3 +22,16 @@ def sampled_sha256(path: Path) -> str:
                 file.seek((size - SIZE) * number // (SAMPLES - 1))
                 digest.update(file.read(SIZE))
     return digest.hexdigest()
+
+
+def read_ids(path: Path, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+    """Ids [start, stop) of a file of token ids.
+
+    They are read rather than mapped into memory: where the pages of a file are far apart, that can be many times faster,
+    and a file that is cut while it is in use is an error, not the end of the process.
+
+    Raises ValueError if the file ends before."""
+    found = np.fromfile(path, dtype, stop - start, offset=start * dtype.itemsize)
+    if len(found) < stop - start:
+        raise ValueError(f"{path} has no ids {start} to {stop}: it was cut after it was opened")
+    return found

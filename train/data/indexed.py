@@ -54,10 +54,8 @@ def read_index(path: Path) -> Index:
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if size != expected:
         raise ValueError(f"{path} has {size} bytes, but {sequences} documents need {expected}: the file is damaged")
-    data = np.memmap(path, np.uint8, mode="r")
-    start = HEADER.size
-    sizes = data[start : start + 4 * sequences].view(np.int32)
-    firsts = data[start + 12 * sequences :].view(np.int64)
+    sizes = np.fromfile(path, np.int32, sequences, offset=HEADER.size)
+    firsts = np.fromfile(path, np.int64, boundaries, offset=HEADER.size + 12 * sequences)
     ends = np.cumsum(sizes, dtype=np.int64)
     in_order = not boundaries or (firsts[0] == 0 and firsts[-1] == sequences and (np.diff(firsts) >= 0).all())
     if (sizes < 0).any() or not in_order:

@@ -6,13 +6,13 @@ Shapes: T tokens of a training sequence. A window has T + 1 tokens, so that each
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from train.data.files import read_ids
 from train.data.indexed import Index, read_index
 
 if TYPE_CHECKING:
@@ -72,14 +72,14 @@ class TokenFile:
             )
         if size // kind.itemsize < length + 1:
             raise ValueError(f"{self.path} holds {size // kind.itemsize} tokens: a window needs {length + 1}")
-        self.tokens = np.memmap(self.path, kind, mode="r")
+        self.dtype, self.count = kind, size // kind.itemsize
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.length
+        return (self.count - 1) // self.length
 
     def read(self, i: int) -> np.ndarray:
         start = _checked(i, len(self)) * self.length
-        return self.tokens[start : start + self.length + 1].astype(np.int64)
+        return read_ids(self.path, self.dtype, start, start + self.length + 1).astype(np.int64)
 
     def document_starts(self, i: int) -> np.ndarray:
         start = _checked(i, len(self)) * self.length
@@ -91,7 +91,7 @@ class TokenFile:
             return np.append(0, inside) if start == 0 else inside
         if self.end_token is None:
             raise ValueError(f"{self.path} has no index, and no end_token was given: where documents end is unknown")
-        before = self.tokens[max(start - 1, 0) : start + self.length]
+        before = read_ids(self.path, self.dtype, max(start - 1, 0), start + self.length)
         ends = np.flatnonzero(before == self.end_token) + (start == 0)
         return np.append(0, ends) if start == 0 else ends
 
@@ -99,7 +99,7 @@ class TokenFile:
         """Returns the ids of one document. The file must have an .idx file."""
         assert self.index is not None
         ends = self.index.ends
-        return self.tokens[0 if number == 0 else ends[number - 1] : ends[number]]
+        return read_ids(self.path, self.dtype, 0 if number == 0 else int(ends[number - 1]), int(ends[number]))
 
 
 class DatasetTokens:
@@ -291,7 +291,8 @@ class Joined:
 def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the ids of each text, followed by the tokenizer's end-of-text id.
 
-    The name of a special entry inside a text is read as plain text.
+    The name of a special entry inside a text is read as plain text. Unigram vocabularies cannot do so: there the name
+    of the end-of-text entry is left out, because that id means the end of a document.
 
     Raises:
         ValueError: the tokenizer has no end-of-text id, or a document is no text.
@@ -300,7 +301,8 @@ def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"a document is a {type(text).__name__}: expected text")
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if end is None:
         raise ValueError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-text token, which separates documents"
         )
@@ -311,7 +313,7 @@ def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
         return_attention_mask=False,
         verbose=False,  # documents may be longer than a model's context: they are cut into windows
     )
-    return [list(chain(ids, [tokenizer.eos_token_id])) for ids in found["input_ids"]]
+    return [[*((id for id in ids if id != end) if end in ids else ids), end] for ids in found["input_ids"]]
 
 
 def _checked(i: int, count: int) -> int:
