@@ -126,7 +126,7 @@ def main() -> None:
                     "rounds": [run["answers"] for run in runs],
                 }
             )
-    path = record.write("busy_machine", rows, arguments.json, task=TASK, limit=arguments.limit)
+    path = record.write("busy_machine", rows, arguments.json, "cpu", task=TASK, limit=arguments.limit)
     print(f"written to {path}")
 
 

@@ -98,7 +98,7 @@ def main() -> None:
     rows = []
     for name in arguments.models:
         rows.append(measure(name, arguments.device))
-        record.write("cold_start", rows, arguments.output)
+        record.write("cold_start", rows, arguments.output, arguments.device)
 
 
 if __name__ == "__main__":

@@ -116,13 +116,13 @@ def main() -> None:
         for row in rows:
             print(f"{row['method']:16} {row['times_before']:.2f} x before")
         more = {"threads": arguments.threads, "commit_before": commit(arguments.before)}
-        print(record.write("cpu_decode_before", rows, arguments.json, **more))
+        print(record.write("cpu_decode_before", rows, arguments.json, "cpu", **more))
         return
     rows = [measure(name, arguments.repeats) for name in MODELS]
     for row in rows:
         rate, prefill = row["tokens_per_second"] or 0, row.get("prefill_ms", 0)
         print(f"{row['method']:16} {rate:7.0f} tokens/s   {prefill:7.1f} ms to read {PROMPT}")
-    print(record.write("cpu_decode", rows, arguments.json, threads=arguments.threads))
+    print(record.write("cpu_decode", rows, arguments.json, "cpu", threads=arguments.threads))
 
 
 if __name__ == "__main__":

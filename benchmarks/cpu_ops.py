@@ -108,7 +108,7 @@ def main() -> None:
             f"  {row['x_chunked']:5.2f} x chunked  extra memory {row['extra_memory_over_inputs']:5.2f} x inputs"
             f"  error {row['error']:.1e}"
         )
-    print(record.write("cpu_ops", rows, arguments.json))
+    print(record.write("cpu_ops", rows, arguments.json, "cpu"))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ def main() -> None:
             model.float().load_state_dict(weights)
             rows.append(measured(name, model, dtype))
             print(rows[-1], flush=True)
-            written = record.write("doctor_bound", rows, arguments.json)  # so that a run that is cut off is not lost
+            written = record.write(
+                "doctor_bound", rows, arguments.json, arguments.device
+            )  # so that a run that is cut off is not lost
     for bound in ("by 4 x batches", "by 4 x rounding", "by the probe"):
         print(f"{sum(row[f'blamed {bound}'] for row in rows)} of {len(rows)} are blamed {bound}")
     print(f"written to {written}")

@@ -67,7 +67,7 @@ def main() -> None:
     file = record.RESULTS / "doctor_classes.json"
     if not arguments.table:
         transformers.logging.set_verbosity_error()
-        record.write("doctor_classes", [examined(kind) for kind in available()], file)
+        record.write("doctor_classes", [examined(kind) for kind in available()], file, "cpu")
     marked = re.compile(r"(<!-- table: classes -->\n).*?(<!-- /table -->)", re.DOTALL)
     text = marked.sub(lambda match: match[1] + table(json.loads(file.read_text())) + match[2], PAGE.read_text())
     PAGE.write_text(text)

@@ -144,6 +144,7 @@ def main() -> None:
                 "eval_scaling",
                 rows,
                 options.output,
+                options.device,
                 model=options.model,
                 shape={"B": options.batch, "T": options.window, "items": options.items, "dtype": options.dtype},
                 distinct_predictions=distinct,

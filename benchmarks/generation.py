@@ -278,7 +278,9 @@ def main() -> None:
                 rows.append(row)
                 free(model)
                 print(describe(row), flush=True)
-            record.write("generation", [dataclasses.asdict(row) for row in rows], arguments.output, **more)
+            record.write(
+                "generation", [dataclasses.asdict(row) for row in rows], arguments.output, arguments.device, **more
+            )
         del model
         free(None)
 

@@ -104,7 +104,7 @@ def main() -> None:
         )
     if not rows:
         raise SystemExit(f"{arguments.golden} holds no golden folders (FOLDER/golden.safetensors)")
-    print(record.write("golden_parity", rows, arguments.json))
+    print(record.write("golden_parity", rows, arguments.json, "cpu"))
     if any(row["error"] > row["bound"] or not row["tokens_equal"] for row in rows):
         raise SystemExit("a case is out of its bound")
 

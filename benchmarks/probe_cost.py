@@ -46,7 +46,7 @@ def main() -> None:
             write(Path(folder))
             rows.append({"model": name, **measured(folder)})
             print(rows[-1], flush=True)
-    print(f"written to {record.write('probe_cost', rows, arguments.json)}")
+    print(f"written to {record.write('probe_cost', rows, arguments.json, 'cpu')}")
 
 
 def measured(folder: str) -> dict[str, float]:

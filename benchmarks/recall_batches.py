@@ -71,7 +71,7 @@ def main() -> None:
                         }
                     )
                     print(way, rows[-1]["shape"], rows[-1]["differing_answers"], flush=True)
-    print(record.write("recall_batches", rows, arguments.json, limit=arguments.limit))
+    print(record.write("recall_batches", rows, arguments.json, arguments.device, limit=arguments.limit))
 
 
 if __name__ == "__main__":

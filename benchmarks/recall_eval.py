@@ -167,7 +167,9 @@ def main() -> None:
                 write_llama(Path(place))
             spec = ModelSpec(place, arguments.device, arguments.dtype)
             rows += measure(spec, model, names, arguments.limit, ways, arguments.rounds)
-            path = record.write("recall_eval", rows, arguments.json, limit=arguments.limit, rounds=arguments.rounds)
+            path = record.write(
+                "recall_eval", rows, arguments.json, arguments.device, limit=arguments.limit, rounds=arguments.rounds
+            )
     print(path)
 
 

@@ -116,7 +116,9 @@ def main() -> None:
                 {"model": model, "task": task, "seconds": now, "seconds_before": before, "times_before": now / before}
                 | {"rounds": seconds, "items": len(answers["now"]), "differing_answers": differing}
             )
-            record.write("recall_eval_before", rows, arguments.output, commit_before=commit, limit=arguments.limit)
+            record.write(
+                "recall_eval_before", rows, arguments.output, "cpu", commit_before=commit, limit=arguments.limit
+            )
             print(f"{model:16}{task:30}{before:7.2f} s, now {now:7.2f} s: {now / before:.2f} x, {differing} differ")
 
 

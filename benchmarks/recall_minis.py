@@ -31,7 +31,7 @@ def main() -> None:
         chosen = plan(Request(specs, ("reference_pages",), STRATEGIES, f"pages-{window}", arguments.limit))
         outcome = run(chosen, LocalPool(), arguments.output / str(window), arguments.batch_size, resume=True)
         rows += [dict(record) for record in outcome.records]
-    print(record.write("recall_minis", rows, arguments.json))
+    print(record.write("recall_minis", rows, arguments.json, arguments.device))
 
 
 if __name__ == "__main__":

@@ -311,7 +311,12 @@ def main() -> None:
         failed = list[str]()
         for rows in (resumes if options.resume else scalings)(folder, failed, options):
             path = write(
-                name, rows, options.output, tolerance=TOLERANCE, failed=[text.splitlines()[0] for text in failed]
+                name,
+                rows,
+                options.output,
+                "cpu" if options.cpu else "cuda",
+                tolerance=TOLERANCE,
+                failed=[text.splitlines()[0] for text in failed],
             )
     if failed:
         raise SystemExit("\n".join(failed))

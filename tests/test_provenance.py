@@ -1,21 +1,32 @@
 """Provenance (versions, commit and device that are stored with a result), and files that are never half written."""
 
+import importlib
 import json
 import subprocess
 import types
+from pathlib import Path
 
 import pytest
+import torch
 
 from jrt.system.files import json_lines, write_bytes, write_json, write_text
 from jrt.system.provenance import code_sha256, command, commit, device_name, versions
 
 
 def test_versions_and_device_are_those_of_this_process():
-    import torch
-
     found = versions()
     assert found["torch"] == torch.__version__ and found["python"].count(".") == 2
     assert "absent" not in found.values() and device_name()
+
+
+def test_a_benchmark_names_the_device_that_was_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    record = importlib.import_module("record")
+    on_gpu, on_cpu = (json.loads(record.write("x", [], tmp_path / on, on).read_text()) for on in ("cuda", "cpu"))
+    assert on_gpu["device"] == "a GPU"
+    assert on_cpu["device"].endswith("threads")
 
 
 def test_a_command_names_no_folder_of_this_machine(tmp_path):

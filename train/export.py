@@ -120,7 +120,7 @@ def _record(
         "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1),
         "devices": loop.place.size,
-        "device": device_name(),
+        "device": device_name(loop.place.device.type),
         "versions": versions(),
         "commit": commit(Path(__file__).parent),
         "corpus": _corpus(config),
