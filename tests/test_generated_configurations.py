@@ -91,9 +91,9 @@ def open_and_ask(folder: Path) -> None:
     limit = prompt_limit(protocol, info.max_length)
     prompts = ["The valve opens at noon.", "The valve opens at noon, and closes at"]
     asked = [one.ids for one in encode(opened.tokenizer, prompts, limit, info.vocabulary) if not one.problem]
-    if not info.batches:
+    if not info.mode.batches:
         asked = asked[:1]
-    if not info.pads:
+    if not info.mode.pads:
         asked = [ids for ids in asked if len(ids) == len(asked[0])]
     if asked:
         assert len(answer(opened, asked, protocol)) == len(asked)
