@@ -93,7 +93,7 @@ def open_and_ask(folder: Path) -> None:
     asked = [one.ids for one in encode(opened.tokenizer, prompts, limit, info.vocabulary) if not one.problem]
     if not info.mode.batches:
         asked = asked[:1]
-    if not info.mode.pads:
+    if not info.mode.padding:
         asked = [ids for ids in asked if len(ids) == len(asked[0])]
     if asked:
         assert len(answer(opened, asked, protocol)) == len(asked)
