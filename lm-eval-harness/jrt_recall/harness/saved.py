@@ -49,10 +49,7 @@ def acting_settings(settings: Mapping[str, Any]) -> str | None:
         return None
     try:
         saved = vars(GenerationConfig.from_pretrained(name))
-    except (
-        OSError,
-        ValueError,
-    ):  # no such file, or one that transformers refuses: lm-eval reports it when it loads the model
+    except (OSError, ValueError):  # no such file, or a broken one: lm-eval reports it
         return None
     acting = {key: saved[key] for key in NEUTRAL if saved.get(key) not in (None, NEUTRAL[key])}
     if not acting:
