@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def test_workers_end_with_a_killed_sweep(tmp_path, monkeypatch):
     assert os.read(reading, 7) == b"at work"
     os.kill(sweep, signal.SIGKILL)
     os.waitpid(sweep, 0)
+    assert select.select([reading], [], [], 30)[0], "the worker is still at work"
     assert os.read(reading, 1) == b""  # the pipe ends when no process is left that could write
     os.close(reading)
 
