@@ -113,7 +113,8 @@ class Run:
         command += [f"output={output}", f"data.folder={text}", f"data.length={options.length}", "export=false"]
         command += [f"trainer={'cpu' if options.cpu else 'gpu'}", f"trainer.devices={setting.gpus}"]
         command += [f"trainer.strategy={setting.strategy}", f"trainer.global_batch={setting.batch}"]
-        command += [f"trainer.rows={setting.rows}", f"trainer.log_every={options.every}", "task.schedule.warmup=10"]
+        command += [f"trainer.rows={setting.rows}", f"trainer.log_every={options.every}"]
+        command += [f"task.schedule.warmup={min(10, options.steps)}"]
         command += ["trainer.validate_every=1000000", "data.validation_windows=1", "trainer.checkpoint_every=0"]
         command += [f"trainer.max_steps={setting.steps}", *more]
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

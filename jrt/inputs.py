@@ -42,12 +42,25 @@ def check_ids(input_ids: Tensor | None, rows: int, is_step: bool) -> Tensor:
     return input_ids
 
 
-def check_going_on(input_ids: Tensor, seen: int, use_cache: bool | None) -> None:
-    """Checks a call of `generate` with a cache that has read `seen` columns. transformers would read some again."""
+def check_going_on(
+    input_ids: Tensor, seen: int, use_cache: bool | None, prefix_length: Tensor | None, short_prompt: str | None
+) -> None:
+    """Checks a call of `generate` with a cache that has read `seen` columns, the prefix among them. transformers would
+    read some again."""
+    if prefix_length is not None:
+        raise ValueError(
+            "past_key_values has read the text from its beginning, with its prefix: prefix_length would change nothing, "
+            "leave it out"
+        )
     if use_cache is False:
         raise ValueError(
             "use_cache=False, or short_prompt='iterate', reads the whole text at each step, so it cannot go on from "
             "past_key_values: leave one of them out"
+        )
+    if short_prompt not in (None, "none"):
+        raise ValueError(
+            f"short_prompt={short_prompt!r} fills a prompt up before it is read, and past_key_values has read its "
+            "beginning: leave it out"
         )
     if input_ids.shape[1] <= seen:
         raise ValueError(

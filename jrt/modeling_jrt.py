@@ -296,8 +296,10 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             short_prompt: a key of `jrt.short_prompts.SHORT_PROMPTS`; None takes the model's own rule. Models without a
                 prefix encoder accept "none" only.
             prefix_length: (B,) how many tokens of each row the prefix encoder reads; the prompt is then not filled up.
+                Models without a prefix encoder ignore it, as in `forward`.
             **kwargs: as in transformers. With `past_key_values`, the prompt is the whole text: its first columns are
-                those that the cache has read, and at least one more follows.
+                those that the cache has read, and at least one more follows. The prefix is then read already, so
+                `prefix_length` and a rule for short prompts are errors.
 
         Returns:
             What transformers returns; tokens that were filled in are not part of it.
@@ -335,7 +337,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
         elif encodes:
             kwargs |= {"short_prompt": rule, "prompt_columns": input_ids.shape[1]}
         if past is not None and goes_on:
-            check_going_on(input_ids, past.get_seq_length(), kwargs.get("use_cache"))
+            check_going_on(input_ids, past.get_seq_length(), kwargs.get("use_cache"), prefix_length, short_prompt)
             kwargs["use_cache"] = True
         return super().generate(input_ids, attention_mask=mask, **kwargs)
 

@@ -180,6 +180,22 @@ def test_a_text_that_goes_on_cannot_be_filled_up_again():
         model.generate(text, past_key_values=cache, short_prompt="iterate", max_new_tokens=4)
 
 
+@pytest.mark.parametrize("name", ["mini-jrt", "mini-based"])
+def test_a_text_that_goes_on_has_its_prefix_already(name):
+    model, text = build(name), texts(2, 24)
+    cache = model(text[:, :20], use_cache=True).past_key_values
+    given = {"past_key_values": cache, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match="has read the text from its beginning.*leave it out"):
+        model.generate(text, prefix_length=torch.tensor([5, 20]), **given)
+    if name == "mini-jrt":
+        for rule in ("repeat", "pad"):
+            with pytest.raises(ValueError, match=f"short_prompt='{rule}' fills a prompt up"):
+                model.generate(text, short_prompt=rule, **given)
+    found = model.generate(text, short_prompt="none", **given)
+    whole = model.generate(text, prefix_length=torch.tensor([16, 16]), max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, whole)
+
+
 def test_the_cache_goes_by_its_old_and_its_new_name():
     """transformers 5.24 renamed past_key_values to cache; its own `generate` then passed a name that was ignored."""
     model, ids = build("mini-jrt"), texts(2, 12)

@@ -172,6 +172,14 @@ def test_a_model_by_its_fields():
         (["task.objective.masked_weight=-1"], "masked_weight is -1"),
         (["task.objective.ignored_token=-4"], "ignored_token is -4"),
         (["task.schedule.steps=0"], r"schedule\.steps is 0"),
+        (["task.schedule.warmup=7"], r"schedule\.warmup is 7, but the schedule ends after 6 steps"),
+        (["steps=1", "trainer.max_steps=9"], r"schedule\.warmup is 2, but the schedule ends after 1 steps"),
+        (["task.schedule.peak=5e-5"], r"schedule\.floor is .*, above schedule\.peak, which is 5e-05"),
+        (["+task.schedule.start=1"], r"schedule\.start is 1, above schedule\.peak"),
+        (["trainer.checkpoint_every=0", "trainer.keep_best=1"], r"keep_best is 1, but .*checkpoint_every=0 writes none"),
+        (["trainer.checkpoint_every=0", "trainer.keep_every=2"], r"keep_every is 2, but"),
+        (["trainer.checkpoint_every=4", "trainer.keep_every=6"], r"keep_every is 6: expected a multiple"),
+        (["data=text", "data.length=128", "data.workers=0", "data.neox_windows=50"], r"data\.neox_windows is for data\.order=neox"),
         (["task.objective.prefix_length=-3"], "prefix_length is -3"),
         (["seed=1.5"], "seed is 1.5"),
         (["accept=code"], r"a list such as \[code\]"),
@@ -365,6 +373,21 @@ def test_recall_sequences_train_and_are_asked(text, tmp_path):
     data = RecallData(str(tmp_path), instantiate(composed(*overrides, *small).data.recipe, _convert_="all"), 1, 2, 0)
     whole, part = data.part(1, 4, 0, 4), data.part(1, 4, 2, 2)
     assert torch.equal(whole["ids"][2:], part["ids"])
+
+
+def test_data_that_tells_its_prefix_takes_no_other():
+    data = Windows(64, tells_prefix=True)
+    for overrides, told in (
+        (["task.objective.prefix_length=16"], "prefix_length is 16, but this data says how long each row's prefix is"),
+        (["task.objective.kind=causal"], "which the objective 'causal' leaves without a prefix"),
+        (["task.objective.kind=both"], "objective 'both': expected one of"),
+    ):
+        config = composed("experiment=mini/jrt", *overrides)
+        with pytest.raises(ValueError, match=told):
+            objective_of(config, model_of(config), data)
+    config = composed("experiment=mini/attention", "task.objective.prefix_length=16")
+    with pytest.raises(ValueError, match="prefix_length is 16, but this data says"):
+        objective_of(config, model_of(config), data)
 
 
 def test_recall_is_probed_while_training(text, tmp_path):

@@ -80,7 +80,7 @@ def test_fields_are_checked_by_their_types():
     for seed in (-1, 1 << 63, True):
         with pytest.raises(ValueError, match="expected a whole number from 0 to"):
             check_seed("seed", seed)
-    for made in (Trainer(max_steps=1), Schedule(1, betas=[0.9, 0.99]), Objective("jrt", 7)):
+    for made in (Trainer(max_steps=1), Schedule(100, betas=[0.9, 0.99]), Objective("jrt", 7)):
         check_fields(made, "default")
 
 

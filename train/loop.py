@@ -70,6 +70,14 @@ class Trainer:
             if getattr(self, name) is not None:
                 check_whole(f"trainer.{name}", getattr(self, name), 1)
         check_fields(self, "trainer")
+        for name in ("keep_best", "keep_every"):
+            if getattr(self, name) and not self.checkpoint_every:
+                raise ValueError(f"trainer.{name} is {getattr(self, name)}, but trainer.checkpoint_every=0 writes none")
+        if self.keep_every and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"trainer.keep_every is {self.keep_every}: expected a multiple of trainer.checkpoint_every, which is "
+                f"{self.checkpoint_every}, because no other steps have a checkpoint"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
 

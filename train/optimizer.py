@@ -42,6 +42,16 @@ class Schedule:
         for name in ("peak", "floor", "start", "warmup", "weight_decay", "eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} is {getattr(self, name)}: expected a number of at least 0")
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"schedule.warmup is {self.warmup}, but the schedule ends after {self.steps} steps, before the rate "
+                "has risen to its peak: give fewer (task.schedule.warmup), or more steps"
+            )
+        for name in ("floor", "start"):
+            if getattr(self, name) > self.peak:
+                raise ValueError(
+                    f"schedule.{name} is {getattr(self, name)}, above schedule.peak, which is {self.peak}: lower it as well"
+                )
         if self.clip <= 0:  # 0 would make all gradients 0
             raise ValueError(f"schedule.clip is {self.clip}: expected a number above 0, a large one for no clipping")
 

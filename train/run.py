@@ -33,7 +33,7 @@ from jrt.config import Config, presets  # noqa: E402
 from jrt.model import LanguageModel  # noqa: E402
 from jrt.system.processes import PARENT, end_with  # noqa: E402
 from jrt.system.provenance import code_sha256  # noqa: E402
-from jrt.training.objective import Objective, prefix_of  # noqa: E402
+from jrt.training.objective import Objective, check_objective, prefix_of  # noqa: E402
 from jrt.training.settings import check_kind, check_seed, check_whole  # noqa: E402
 from train import recall  # noqa: E402
 from train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
@@ -157,6 +157,11 @@ def objective_of(config: DictConfig, model: Config, data: Data) -> tuple[Objecti
     given = fields.pop("prefix_length", None)
     kind = fields.pop("kind", "jrt" if model.has("P") else "causal")
     objective = Objective(kind, fields.pop("mask_token", model.vocab_rows - 1), **fields)
+    check_objective(model, kind)
+    if data.tells_prefix and given is not None:
+        raise ValueError(
+            f"objective.prefix_length is {given}, but this data says how long each row's prefix is: leave it out"
+        )
     prefix = None if data.tells_prefix else prefix_of(model, kind, data.length, given)
     if data.tells_prefix and model.has("P") and model.enc_length < data.length:
         raise ValueError(

@@ -137,17 +137,11 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
     Raises:
         ValueError: model, objective and lengths contradict each other.
     """
-    if kind not in KINDS:
-        raise ValueError(f"objective {kind!r}: expected one of {', '.join(KINDS)}")
+    check_objective(config, kind)
     if prefix_length is not None:
         check_whole("prefix_length", prefix_length, 0)
     encodes = config.has("P")
     if kind == "causal":
-        if encodes:
-            raise ValueError(
-                f"pattern {config.pattern!r} has a prefix encoder, which the objective 'causal' leaves without a prefix: "
-                "use 'jrt' or 'prefix-lm'"
-            )
         if prefix_length:
             raise ValueError(f"prefix_length is {prefix_length}: the objective 'causal' has no prefix")
         return 0
@@ -169,6 +163,17 @@ def prefix_of(config: Config, kind: str, length: int, prefix_length: int | None 
             "use longer sequences or a shorter encoder (enc_length)"
         )
     return prefix
+
+
+def check_objective(config: Config, kind: str) -> None:
+    """Raises ValueError for an unknown kind, and for one that counts tokens that the model's encoder has read."""
+    if kind not in KINDS:
+        raise ValueError(f"objective {kind!r}: expected one of {', '.join(KINDS)}")
+    if kind == "causal" and config.has("P"):
+        raise ValueError(
+            f"pattern {config.pattern!r} has a prefix encoder, which the objective 'causal' leaves without a prefix: "
+            "use 'jrt' or 'prefix-lm'"
+        )
 
 
 def mean_loss(logits: Tensor, labels: Tensor, items: int | Tensor | None = None) -> Tensor:
