@@ -185,7 +185,7 @@ def test_a_text_that_goes_on_has_its_prefix_already(name):
     model, text = build(name), texts(2, 24)
     cache = model(text[:, :20], use_cache=True).past_key_values
     given = {"past_key_values": cache, "max_new_tokens": 4, "do_sample": False}
-    with pytest.raises(ValueError, match="has read the text from its beginning.*leave it out"):
+    with pytest.raises(ValueError, match=r"has read the text from its beginning.*leave it out"):
         model.generate(text, prefix_length=torch.tensor([5, 20]), **given)
     if name == "mini-jrt":
         for rule in ("repeat", "pad"):

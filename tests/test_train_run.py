@@ -176,10 +176,16 @@ def test_a_model_by_its_fields():
         (["steps=1", "trainer.max_steps=9"], r"schedule\.warmup is 2, but the schedule ends after 1 steps"),
         (["task.schedule.peak=5e-5"], r"schedule\.floor is .*, above schedule\.peak, which is 5e-05"),
         (["+task.schedule.start=1"], r"schedule\.start is 1, above schedule\.peak"),
-        (["trainer.checkpoint_every=0", "trainer.keep_best=1"], r"keep_best is 1, but .*checkpoint_every=0 writes none"),
+        (
+            ["trainer.checkpoint_every=0", "trainer.keep_best=1"],
+            r"keep_best is 1, but .*checkpoint_every=0 writes none",
+        ),
         (["trainer.checkpoint_every=0", "trainer.keep_every=2"], r"keep_every is 2, but"),
         (["trainer.checkpoint_every=4", "trainer.keep_every=6"], r"keep_every is 6: expected a multiple"),
-        (["data=text", "data.length=128", "data.workers=0", "data.neox_windows=50"], r"data\.neox_windows is for data\.order=neox"),
+        (
+            ["data=text", "data.length=128", "data.workers=0", "data.neox_windows=50"],
+            r"data\.neox_windows is for data\.order=neox",
+        ),
         (["task.objective.prefix_length=-3"], "prefix_length is -3"),
         (["seed=1.5"], "seed is 1.5"),
         (["accept=code"], r"a list such as \[code\]"),

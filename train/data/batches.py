@@ -127,7 +127,9 @@ class TextData:
         if neox_windows is not None:
             check_whole("data.neox_windows", neox_windows, 1)
             if order != "neox":
-                raise ValueError(f"data.neox_windows is for data.order=neox: leave it out, or change the order {order!r}")
+                raise ValueError(
+                    f"data.neox_windows is for data.order=neox: leave it out, or change the order {order!r}"
+                )
         self.length, self.seed, self.order, self.workers = length, seed, order, workers
         self.folders = [Path(str(part["folder"])).expanduser() for part in mixture] or [Path(str(folder)).expanduser()]
         self.weights = [float(part["weight"]) for part in mixture] or [1.0]
