@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-eval
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=ci
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
