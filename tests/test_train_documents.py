@@ -1,6 +1,7 @@
 """Documents of every kind of source: which files are read, which documents there are, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,48 @@ def test_a_dataset_that_was_saved_is_read(tmp_path, monkeypatch):
     datasets.DatasetDict(train=train, validation=train.select(range(4))).save_to_disk(str(tmp_path / "saved"))
     assert texts_of(tmp_path / "saved") == TEXTS
     assert texts_of(tmp_path / "saved", split="validation") == TEXTS[:4]
+
+
+def test_a_single_dataset_that_was_saved_is_read_and_a_change_is_noticed(tmp_path):
+    """`datasets` saves a dataset without splits in another layout."""
+    import datasets
+
+    for texts in (TEXTS, [text.swapcase() for text in TEXTS]):
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+        assert texts_of(tmp_path / "saved") == texts
+        assert list(find_documents(str(tmp_path / "saved")).start(7)) == texts[7:]
+        if texts == TEXTS:
+            prepare(str(tmp_path / "saved"), tmp_path / "out", validation=0.1)
+    with pytest.raises(ValueError, match="begun with other inputs"):
+        prepare(str(tmp_path / "saved"), tmp_path / "out", validation=0.1)
+    for settings, told in (
+        ({"split": "validation"}, "has no splits: leave out --split"),
+        ({"column": "body"}, "expected 'body'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            texts_of(tmp_path / "saved", **settings)
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": TEXTS})).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match=r"has splits train: expected one of them for --split, not 'validation'"):
+        texts_of(tmp_path / "splits", split="validation")
+    for damaged in (tmp_path / "splits" / "train").glob("*.arrow"):
+        damaged.write_bytes(b"no table")
+    with pytest.raises(ValueError, match="cannot be read as a dataset"):
+        texts_of(tmp_path / "splits")
+
+
+def test_settings_that_the_source_has_no_use_for_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(LINES)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "one.txt").write_text("one")
+    for source, settings, told in (
+        ("text", {"split": "validation"}, "--split chooses a part of a dataset"),
+        ("rows.jsonl", {"split": "validation"}, "--split chooses a part of a dataset"),
+        ("rows.jsonl", {"suffixes": ("txt",)}, "--suffixes chooses files of a folder"),
+        ("text", {"column": "body"}, "--column names a field of JSONL"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            find_documents(str(tmp_path / source), **settings)
 
 
 def test_the_first_document_that_is_not_empty_is_held_out(tmp_path):

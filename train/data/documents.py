@@ -10,12 +10,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from train.data.files import read_ids, sampled_sha256
 from train.data.indexed import read_index
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 log = logging.getLogger(__name__)
 TEXT = (".txt", ".text", ".md", ".rst")
@@ -45,17 +48,26 @@ def find_documents(
             text file is one document; a JSONL or Parquet file holds one document in each row. A folder may also be a
             dataset that `datasets` saved.
         column: the column that holds the text, in JSONL, Parquet and hub datasets.
-        split: split of a hub dataset.
+        split: split of a dataset.
         suffixes: endings of the files in a folder that are read. None: those of ROWS if there are any, else those of
             TEXT.
 
     Raises:
-        ValueError: nothing there, or nothing that can be read.
+        ValueError: nothing there, nothing that can be read, or a setting that this kind of source has no use for.
     """
+    path = Path(source).expanduser()
+    is_saved = any((path / name).is_file() for name in SAVED)
+    if suffixes is not None and (source.startswith(HUB) or is_saved or not path.is_dir()):
+        raise ValueError(f"--suffixes chooses files of a folder, and {source} is none: leave it out")
     if source.startswith(HUB):
         return _hub(source.removeprefix(HUB), column, split)
-    path = Path(source).expanduser()
+    if is_saved:
+        return _saved(path, column, split)
+    if split != "train":
+        raise ValueError(f"--split chooses a part of a dataset, and {source} is none: leave it out")
     if path.suffix in (".bin", ".idx") or path.with_suffix(path.suffix + ".idx").is_file():
+        if column != "text":
+            raise ValueError(f"--column names a field of JSONL, Parquet or a dataset, and {source} has token ids")
         return _indexed(path)
     if path.is_file():
         if not _is_rows(path):
@@ -64,8 +76,6 @@ def find_documents(
                 f"or a file that ends in {', '.join(ROWS)} or .bin"
             )
         return _files([path], path.parent, column)
-    if any((path / name).is_file() for name in SAVED):
-        return _hub(str(path), column, split)
     if not path.is_dir():
         raise ValueError(f"nothing at {source}: expected a folder, a .jsonl, .parquet, text or .bin file, or hub:NAME")
     everything = sorted(file for file in path.rglob("*") if file.is_file())
@@ -86,6 +96,8 @@ def find_documents(
         raise ValueError(
             f"{source} holds no text: expected files that end in {', '.join(endings)} (--suffixes for others)"
         )
+    if column != "text" and not any(map(_is_rows, chosen)):
+        raise ValueError(f"--column names a field of JSONL, Parquet or a dataset, and {source} has text files only")
     return _files(chosen, path, column)
 
 
@@ -220,13 +232,35 @@ def _hub(name: str, column: str, split: str) -> Documents:
         dataset = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(f"dataset {path}: {error}") from error
+    return _dataset(dataset, path, column, [{"name": f"{HUB}{name}", "split": split}])
 
+
+def _saved(folder: Path, column: str, split: str) -> Documents:
+    """A dataset that `datasets` saved, with or without splits."""
+    import datasets
+    import pyarrow
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{folder} cannot be read as a dataset: {str(error).partition(chr(10))[0]}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise ValueError(f"{folder} has splits {', '.join(found)}: expected one of them for --split, not {split!r}")
+        found, folder = found[split], folder / split
+    elif split != "train":
+        raise ValueError(f"{folder} has no splits: leave out --split")
+    inputs = [_input(file, file.name) for file in sorted(folder.glob("*.arrow"))]
+    return _dataset(found.to_iterable_dataset(), str(folder), column, inputs)
+
+
+def _dataset(dataset: IterableDataset, name: str, column: str, inputs: list[dict]) -> Documents:
     def start(number: int) -> Iterator[str]:
         for place, row in enumerate(dataset.skip(number) if number else dataset, number + 1):
             if column not in row:
                 raise ValueError(
-                    f"dataset {path} has columns {list(row)}; expected {column!r} (--column names another)"
+                    f"dataset {name} has columns {list(row)}; expected {column!r} (--column names another)"
                 )
-            yield _text(row[column], column, f"dataset {path}", place)
+            yield _text(row[column], column, f"dataset {name}", place)
 
-    return Documents([{"name": f"{HUB}{name}", "split": split}], start)
+    return Documents(inputs, start)
