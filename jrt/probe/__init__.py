@@ -18,17 +18,7 @@ from jrt.probe.trials import LENGTH, STATES, Trials, read_row
 PASSES = 20
 """The most calls of the model's `forward` in one probe."""
 
-__all__ = [
-    "CHECKS",
-    "LENGTH",
-    "PASSES",
-    "STATES",
-    "Check",
-    "Findings",
-    "RunMode",
-    "probe",
-    "read_row",
-]
+__all__ = ["CHECKS", "LENGTH", "PASSES", "STATES", "Check", "Findings", "RunMode", "probe", "read_row"]
 
 
 @torch.no_grad()
@@ -38,13 +28,12 @@ def probe(model: PreTrainedModel, pad_token_id: int = 0) -> Findings:
     The model and its generation settings are left as they were. A check that fails is part of the result, not an error.
 
     pad_token_id: the id in padded columns; it should be the one with which the model will be run."""
-    training = model.training
+    training, calls = model.training, []
     model.eval()
-    with _plain_settings(model), _counted(model) as calls:
-        trials = Trials(model, pad_token_id)
-        checks = tuple(trials.checks())
+    with _plain_settings(model), model.register_forward_pre_hook(lambda *_: calls.append(None)):
+        checks = tuple(Trials(model, pad_token_id).checks())
     model.train(training)
-    return Findings(checks, str(model.dtype).removeprefix("torch."), calls[0])
+    return Findings(checks, str(model.dtype).removeprefix("torch."), len(calls))
 
 
 @contextmanager
@@ -57,18 +46,3 @@ def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
     finally:
         model.generation_config = own
         vars(model.config).update(config)
-
-
-@contextmanager
-def _counted(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Counts calls of `forward` inside the context; the count is the only element of the list."""
-    calls = [0]
-
-    def count(*_: object) -> None:
-        calls[0] += 1
-
-    hook = model.register_forward_pre_hook(count)
-    try:
-        yield calls
-    finally:
-        hook.remove()
