@@ -176,11 +176,12 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
     _check_tokens(raw, "config.json")
     if raw.get("transformers_weights") is not None:
         raise CheckpointError("config.json has transformers_weights: expected the weights in model.safetensors")
-    described: dict[str, Source] = {tensor: (entry,) for tensor, entry in entries(folder).items()}
     if kind is Kind.JRT:
-        return _own_config(raw), _matched(described, keys.OWN)
+        return _own_config(raw), _matched(entries(folder), keys.OWN)
     table, translate = TRANSLATIONS[kind]
-    sources = _matched(_modern(described, raw), table)
+    sources = _matched(entries(folder), table)
+    if raw.get("mlp_type") == "alt":
+        _stack_values_on_gates(sources)
     if "embedding.weight" not in sources and "head.weight" in sources:
         sources["embedding.weight"] = sources.pop("head.weight")  # a tied tensor may be saved under either name
     try:
@@ -226,28 +227,20 @@ def _check_tokens(raw: dict, file: str) -> None:
                 )
 
 
-def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
-    """Sources under the names of the released layout, for files in an older layout."""
-    renames = keys.modern_norms(list(described))
-    found: dict[str, Source] = {}
-    for name, source in described.items():
-        if renames[name] in found:
-            raise CheckpointError(f"the tensors {found[renames[name]][0].name} and {name} are both {renames[name]}")
-        found[renames[name]] = source
-    if raw.get("mlp_type") == "alt":
-        for name in [name for name in found if ".mlp.fc3." in name]:
-            gate = name.replace(".fc3.", ".fc1.")
-            if gate not in found:
-                raise CheckpointError(f"{name} has no {gate} beside it")
-            found[gate] = found.pop(name) + found[gate]  # one tensor: rows of the values, then rows of the gates
-    return found
-
-
-def _matched(described: Mapping[str, Source], table: keys.Table) -> dict[str, Source]:
-    found, unknown = keys.renamed(list(described), table)
+def _matched(described: Mapping[str, Entry], table: keys.Table) -> dict[str, Source]:
+    found, unknown = keys.renamed(described, table)
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors have no place in the model: {', '.join(sorted(unknown)[:8])}")
-    return {here: described[name] for here, name in found.items()}
+    return {here: (described[name],) for here, name in found.items()}
+
+
+def _stack_values_on_gates(sources: dict[str, Source]) -> None:
+    """Joins fc3 and fc1 of MLPs of the kind "alt" to one tensor: rows of the values, then rows of the gates."""
+    for name in [name for name in sources if ".mlp.fc3." in name]:
+        gate = name.replace(".fc3.", ".fc1.")
+        if gate not in sources:
+            raise CheckpointError(f"{name} has no {gate} beside it")
+        sources[gate] = sources.pop(name) + sources[gate]
 
 
 def _shape(source: Source) -> tuple[int, ...]:
