@@ -73,7 +73,11 @@ def _loaded(model: PreTrainedModel, pad_token_id: int) -> Iterator[Check]:
             return
         for name in LOADED:
             try:
-                yield _same_again(model, folder) if name == "save and load" else _narrow(model, folder, name, pad_token_id)
+                yield (
+                    _same_again(model, folder)
+                    if name == "save and load"
+                    else _narrow(model, folder, name, pad_token_id)
+                )
             except BREAKS as error:
                 yield Check.failed(name, 0.0, one_line(error))
 

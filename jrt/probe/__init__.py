@@ -28,8 +28,9 @@ def probe(model: PreTrainedModel, pad_token_id: int = 0) -> Findings:
     The model and its generation settings are left as they were. A check that fails is part of the result, not an error.
 
     pad_token_id: the id in padded columns; it should be the one with which the model will be run."""
-    training, calls = model.training, []
+    training = model.training
     model.eval()
+    calls: list[None] = []
     with _plain_settings(model), model.register_forward_pre_hook(lambda *_: calls.append(None)):
         checks = tuple(Trials(model, pad_token_id).checks())
     model.train(training)
