@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from jrt.checkpoints import keys
-from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
+from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, as_checkpoint_error, entries, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
 from jrt.config import LARGEST
 from jrt.configuration_jrt import JRTConfig
@@ -23,7 +22,7 @@ from jrt.modeling_jrt import JRTForCausalLM
 from jrt.released import configurations
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
-from jrt.system.breaks import as_value_error, first_line
+from jrt.system.breaks import as_value_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Vocabulary sizes of GPT-NeoX's tokenizer: its own, and padded as in state-spaces/mamba-* and mamba2-*.
@@ -196,10 +195,9 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
 def _own_config(raw: dict) -> JRTConfig:
     # Fields that only transformers knows are dropped: some of them can make it allocate memory.
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}
-    try:
-        return JRTConfig(**{name: value for name, value in raw.items() if name in known})
-    except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json is no jrt configuration ({first_line(error)})") from error
+    with as_checkpoint_error("config.json is no jrt configuration"):
+        config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
+    return config
 
 
 def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
@@ -210,10 +208,9 @@ def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
     raw = read_json(file)
     _check_tokens(raw, file.name)
-    try:
-        return GenerationConfig.from_dict(raw)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file.name} is no generation configuration ({error})") from error
+    with as_checkpoint_error(f"{file.name} is no generation configuration"):
+        settings = GenerationConfig.from_dict(raw)
+    return settings
 
 
 def _check_tokens(raw: dict, file: str) -> None:
@@ -260,11 +257,8 @@ def _built(
     core = config.core
     if len(core.pattern) > len(sources):
         raise CheckpointError(f"config.json has {len(core.pattern)} layers and the file {len(sources)} tensors")
-    try:
-        with torch.device("meta"):
-            model = JRTForCausalLM(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"config.json describes no model that can be built ({first_line(error)})") from error
+    with as_checkpoint_error("config.json describes no model that can be built"), torch.device("meta"):
+        model = JRTForCausalLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
     optional = {"log_decay"} | ({"head.weight"} if core.tied else set())
     missing = sorted(set(expected) - set(sources) - optional)
