@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jrt.cache import LayerState, ModelState
 from jrt.decoding.states import FixedState, KeyRing, LayerBuffers, LinearSums, Position
 from jrt.decoding.tables import Rotary, rotary_table
-from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution, WindowAttention
+from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution
 from jrt.mixers.mamba import MambaState
 from jrt.model import Block, LanguageModel
 
@@ -83,9 +83,8 @@ class Step(ABC):
             heads = config.linear_heads
             return LinearSums(rows, heads, config.feature_dim, config.width // heads, self.copies_of_z(), like)
         if isinstance(mixer, Attention):
-            window = mixer.window if isinstance(mixer, WindowAttention) else None
-            ring = self.capacity if window is None else window + 1
-            return KeyRing(rows, config.heads, ring, config.width // config.heads, window, like)
+            ring = self.capacity if mixer.window is None else mixer.window + 1
+            return KeyRing(rows, config.heads, ring, config.width // config.heads, mixer.window, like)
         assert isinstance(mixer, Mamba)
         channels, wide = config.mamba_expand * config.width, torch.promote_types(like.dtype, torch.float32)
         conv = like.new_zeros(rows, config.mamba_kernel - 1, channels)
