@@ -12,6 +12,7 @@ from jrt.model import LanguageModel
 from jrt.released.configurations import has_gpt_fields
 from jrt.released.quirks import Quirks
 from jrt.system.breaks import as_value_error
+from jrt.training.flops import mixing_flops
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
@@ -25,10 +26,9 @@ def parameters(config: Config) -> int:
 
 
 def decode_flops(config: Config, length: int) -> int:
-    """Floating-point operations (a multiply and an add are two) to decode one token after `length` tokens.
-
-    Counted are the products with weights, the head included, and the work of each mixer on its state. Norms and
-    activations are not counted, nor is the prefix encoder, which reads no generated tokens."""
+    """Operations to decode one token after `length` tokens: the products with weights, the head included, and those of
+    the mixers (`jrt.training.flops.mixing_flops`). Norms and activations are not counted, nor is the prefix encoder,
+    which reads no generated tokens."""
     with torch.device("meta"):
         model = LanguageModel(config)
     weights = sum(
@@ -38,7 +38,7 @@ def decode_flops(config: Config, length: int) -> int:
     )
     if config.tied:
         weights += model.head.weight.numel()
-    return 2 * weights + sum(_mixing_flops(config, layer, length) for layer in range(len(config.pattern)))
+    return 2 * weights + sum(mixing_flops(config, layer, length) for layer in range(len(config.pattern)))
 
 
 def attention_twin_bytes(config: Config, length: int) -> int:
@@ -142,21 +142,6 @@ def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
     found.append(("FLOPs a token", _flops(lambda length: flops + attention * (length + 1), lengths)))
     found.append(("tokenizer", "in the folder" if has_tokenizer(folder) else "not in the folder"))
     return found
-
-
-def _mixing_flops(config: Config, layer: int, length: int) -> int:
-    width = config.width
-    match config.pattern[layer]:
-        case "C":
-            return 2 * config.conv_kernel * config.conv_channels
-        case "P" | "L":
-            return 4 * config.features * (width + config.linear_heads)  # one outer product, one product with the state
-        case "S":
-            return 4 * width * (min(config.window_of(layer), length) + 1)
-        case "A":
-            return 4 * width * (length + 1)
-        case _:
-            return config.mamba_expand * width * (2 * config.mamba_kernel + 7 * config.state_dim)
 
 
 def _by_length(count: Callable[[int], int], lengths: Sequence[int]) -> str:

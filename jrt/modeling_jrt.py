@@ -209,7 +209,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("rows of several documents: expected no rule for prompts and all logits")
             alone = self.forward(
                 documents.apart(input_ids, 0),
-                documents.mask(input_ids.device),
+                documents.apart(torch.ones_like(input_ids), 0),
                 use_cache=False,
                 labels=None if labels is None else documents.apart(labels, IGNORED),
                 prefix_length=prefix_length,

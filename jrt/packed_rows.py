@@ -36,11 +36,6 @@ class Documents:
             packed.flatten().split(self.lengths), batch_first=True, padding_value=fill, padding_side="left"
         )
 
-    def mask(self, device: torch.device) -> Tensor:
-        """The attention mask (N, L) of `apart`'s result: 0 where it filled up, else 1."""
-        lengths = torch.tensor(self.lengths, device=device)
-        return (torch.arange(max(self.lengths), device=device) >= max(self.lengths) - lengths[:, None]).long()
-
     def together(self, apart: Tensor, rows: int) -> Tensor:
         """Turns outputs (N, L, ...) of single documents into outputs (B, T, ...) of the packed rows; rows: B."""
         tokens = torch.cat([row[len(row) - length :] for row, length in zip(apart, self.lengths, strict=True)])
