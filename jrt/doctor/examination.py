@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from jrt.probe import CHECKS, Check, Findings, probe, read_row
+from jrt.probe import CHECKS, Check, Findings, largest_logit, probe, read_row
 from jrt.system.breaks import BREAKS, one_line
 
 LOADED = {
@@ -100,7 +100,7 @@ def _same_again(model: PreTrainedModel, folder: str) -> Check:
     strangers = [key for kind in ("missing_keys", "unexpected_keys") for key in notes.get(kind, ())]
     if strangers:
         return Check.failed("save and load", 0.0, f"weights that the file lacks or has too many: {strangers[:3]}")
-    return Check("save and load", float((logits - truth).abs().max() / truth.abs().max()), 1e-6)
+    return Check("save and load", float((logits - truth).abs().max() / largest_logit(truth)), 1e-6)
 
 
 def _narrow(model: PreTrainedModel, folder: str, dtype: str, pad_token_id: int) -> Check:
