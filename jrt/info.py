@@ -18,35 +18,6 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
 
 
-def parameters(config: Config) -> int:
-    """Number of a model's parameters; tied ones count once."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def decode_flops(config: Config, length: int) -> int:
-    """Operations to decode one token after `length` tokens: the products with weights, the head included, and those of
-    the mixers (`jrt.training.flops.mixing_flops`). Norms and activations are not counted, nor is the prefix encoder,
-    which reads no generated tokens."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    weights = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and name.endswith("weight") and "_enc." not in name and name != "embedding.weight"
-    )
-    if config.tied:
-        weights += model.head.weight.numel()
-    return 2 * weights + sum(mixing_flops(config, layer, length) for layer in range(len(config.pattern)))
-
-
-def attention_twin_bytes(config: Config, length: int) -> int:
-    """Bytes of the fp32 keys and values of a Transformer with the same width and as many attention layers as the
-    pattern."""
-    return 4 * 2 * config.width * length * len(config.pattern)
-
-
 def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str]]:
     """(label, value) pairs for a preset, a model of this project, or any other causal language model.
 
@@ -77,8 +48,23 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
     letters = ", ".join(
         f"{letter} {LETTERS[letter]} x {core.pattern.count(letter)}" for letter in dict.fromkeys(core.pattern)
     )
+    with torch.device("meta"):
+        model = LanguageModel(core)
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and name.endswith("weight")]
+    weights = sum(p.numel() for name, p in named if "_enc." not in name and name != "embedding.weight")
+    weights += model.head.weight.numel() if core.tied else 0
+
+    def flops(length: int) -> int:
+        """To decode one token: products with weights, the head included, and the mixers' work. Norms, activations and
+        the prefix encoder, which reads no generated tokens, are not counted."""
+        return 2 * weights + sum(mixing_flops(core, layer, length) for layer in range(len(core.pattern)))
+
+    def baseline(length: int) -> int:
+        """Bytes of fp32 keys and values, if all layers were attention."""
+        return 4 * 2 * core.width * length * len(core.pattern)
+
     found = [
-        ("parameters", f"{parameters(core):,}"),
+        ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("pattern", f"{core.pattern} ({letters})"),
         (
             "width",
@@ -88,8 +74,8 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
     if core.has("P"):
         found.append(("prefix encoder", f"reads up to {core.enc_length:,} tokens"))
     found.append(("state a sequence", _by_length(core.state_bytes, lengths)))
-    found.append(("attention baseline", _by_length(lambda length: attention_twin_bytes(core, length), lengths)))
-    found.append(("FLOPs a token", _flops(lambda length: decode_flops(core, length), lengths)))
+    found.append(("attention baseline", _by_length(baseline, lengths)))
+    found.append(("FLOPs a token", _flops(flops, lengths)))
     return found
 
 
