@@ -1,7 +1,5 @@
-"""The model class for transformers: `forward` and `generate`.
-
-Importing this module registers the class with AutoModelForCausalLM. `jrt.configuration_jrt` imports it with the first
-configuration. So `import jrt` is enough before AutoModelForCausalLM.from_pretrained.
+"""The model class for transformers: `forward` and `generate`. Importing this module registers the class with
+AutoModelForCausalLM, and the first `JRTConfig` imports it (`jrt.configuration_jrt`).
 
 Shapes: B batch, T tokens of a call, V vocabulary rows.
 """

@@ -1,6 +1,7 @@
 """`jrt doctor MODEL`: the probe (`jrt.probe`), and checks of saving, loading and half precision."""
 
 import dataclasses
+import functools
 import math
 import shutil
 import tempfile
@@ -71,13 +72,11 @@ def _loaded(model: PreTrainedModel, pad_token_id: int) -> Iterator[Check]:
         except BREAKS as error:
             yield Check.failed("save and load", 0.0, one_line(error))
             return
-        for name in LOADED:
+        trials = {name: functools.partial(_narrow, model, folder, name, pad_token_id) for name in LOADED}
+        trials["save and load"] = functools.partial(_same_again, model, folder)
+        for name, trial in trials.items():
             try:
-                yield (
-                    _same_again(model, folder)
-                    if name == "save and load"
-                    else _narrow(model, folder, name, pad_token_id)
-                )
+                yield trial()
             except BREAKS as error:
                 yield Check.failed(name, 0.0, one_line(error))
 
