@@ -5,8 +5,7 @@ rows. All of this is correct for a model that masks padding and keeps its rows a
 answers without an error.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 
 import torch
 from transformers import PreTrainedModel
@@ -30,20 +29,11 @@ def probe(model: PreTrainedModel, pad_token_id: int = 0) -> Findings:
     pad_token_id: the id in padded columns; it should be the one with which the model will be run."""
     training = model.training
     model.eval()
+    plain = copy.copy(model)  # the same weights, with settings of its own
+    plain.config = copy.copy(model.config)
+    set_aside(plain)
     calls: list[None] = []
-    with _plain_settings(model), model.register_forward_pre_hook(lambda *_: calls.append(None)):
-        checks = tuple(Trials(model, pad_token_id).checks())
+    with plain.register_forward_pre_hook(lambda *_: calls.append(None)):
+        checks = tuple(Trials(plain, pad_token_id).checks())
     model.train(training)
     return Findings(checks, str(model.dtype).removeprefix("torch."), len(calls))
-
-
-@contextmanager
-def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Gives the model plain greedy generation settings inside the context, and its own settings after it."""
-    own, config = model.generation_config, dict(vars(model.config))
-    set_aside(model)
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        vars(model.config).update(config)
