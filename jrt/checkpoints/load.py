@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from jrt.checkpoints import keys
-from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
+from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, as_checkpoint_error, entries, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
 from jrt.config import LARGEST
 from jrt.configuration_jrt import JRTConfig
@@ -23,14 +21,13 @@ from jrt.modeling_jrt import JRTForCausalLM
 from jrt.released import configurations
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
-from jrt.system.breaks import as_value_error, first_line
+from jrt.system.breaks import as_value_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Vocabulary sizes of GPT-NeoX's tokenizer: its own, and padded as in state-spaces/mamba-* and mamba2-*.
 NEOX_SIZES = (50277, 50280, 50288)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-Source = tuple[Entry, ...]  # the entries of one tensor; several are concatenated along the first dimension
 Translate = Callable[[dict, configurations.Shapes, str], JRTConfig]
 TRANSLATIONS: dict[Kind, tuple[keys.Table, Translate]] = {
     Kind.RELEASED_GPT: (keys.GPT, configurations.released_gpt),
@@ -162,8 +159,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
-def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
-    """A folder's configuration, and for each tensor of the model the entries of the files that hold it."""
+def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Entry]]:
+    """A folder's configuration, and for each tensor of the model the entry of the file that holds it."""
     raw = read_config(folder)
     kind = kind_of(raw)
     if kind is Kind.OTHER:
@@ -176,15 +173,14 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
     _check_tokens(raw, "config.json")
     if raw.get("transformers_weights") is not None:
         raise CheckpointError("config.json has transformers_weights: expected the weights in model.safetensors")
-    described: dict[str, Source] = {tensor: (entry,) for tensor, entry in entries(folder).items()}
     if kind is Kind.JRT:
-        return _own_config(raw), _matched(described, keys.OWN)
+        return _own_config(raw), _matched(entries(folder), keys.OWN)
     table, translate = TRANSLATIONS[kind]
-    sources = _matched(_modern(described, raw), table)
+    sources = _matched(entries(folder), table)
     if "embedding.weight" not in sources and "head.weight" in sources:
         sources["embedding.weight"] = sources.pop("head.weight")  # a tied tensor may be saved under either name
     try:
-        config = translate(raw, {tensor: _shape(source) for tensor, source in sources.items()}, name)
+        config = translate(raw, {tensor: entry.shape for tensor, entry in sources.items()}, name)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if config.core.decay_const is None:
@@ -195,10 +191,9 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
 def _own_config(raw: dict) -> JRTConfig:
     # Fields that only transformers knows are dropped: some of them can make it allocate memory.
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}
-    try:
-        return JRTConfig(**{name: value for name, value in raw.items() if name in known})
-    except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json is no jrt configuration ({first_line(error)})") from error
+    with as_checkpoint_error("config.json is no jrt configuration"):
+        config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
+    return config
 
 
 def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
@@ -209,10 +204,9 @@ def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
     raw = read_json(file)
     _check_tokens(raw, file.name)
-    try:
-        return GenerationConfig.from_dict(raw)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file.name} is no generation configuration ({error})") from error
+    with as_checkpoint_error(f"{file.name} is no generation configuration"):
+        settings = GenerationConfig.from_dict(raw)
+    return settings
 
 
 def _check_tokens(raw: dict, file: str) -> None:
@@ -226,52 +220,22 @@ def _check_tokens(raw: dict, file: str) -> None:
                 )
 
 
-def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
-    """Sources under the names of the released layout, for files in an older layout."""
-    renames = keys.modern_norms(list(described))
-    found: dict[str, Source] = {}
-    for name, source in described.items():
-        if renames[name] in found:
-            raise CheckpointError(f"the tensors {found[renames[name]][0].name} and {name} are both {renames[name]}")
-        found[renames[name]] = source
-    if raw.get("mlp_type") == "alt":
-        for name in [name for name in found if ".mlp.fc3." in name]:
-            gate = name.replace(".fc3.", ".fc1.")
-            if gate not in found:
-                raise CheckpointError(f"{name} has no {gate} beside it")
-            found[gate] = found.pop(name) + found[gate]  # one tensor: rows of the values, then rows of the gates
-    return found
-
-
-def _matched(described: Mapping[str, Source], table: keys.Table) -> dict[str, Source]:
-    found, unknown = keys.renamed(list(described), table)
+def _matched(described: Mapping[str, Entry], table: keys.Table) -> dict[str, Entry]:
+    found, unknown = keys.renamed(described, table)
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors have no place in the model: {', '.join(sorted(unknown)[:8])}")
     return {here: described[name] for here, name in found.items()}
 
 
-def _shape(source: Source) -> tuple[int, ...]:
-    first = source[0].shape
-    if len(source) == 1:
-        return first
-    if len({part.shape[1:] for part in source}) != 1 or not first:
-        names, shapes = " and ".join(part.name for part in source), ", ".join(str(part.shape) for part in source)
-        raise CheckpointError(f"{names} cannot be stacked: {shapes}")
-    return (sum(part.shape[0] for part in source), *first[1:])
-
-
 def _built(
-    config: JRTConfig, sources: dict[str, Source], device: torch.device, dtype: torch.dtype | None
+    config: JRTConfig, sources: dict[str, Entry], device: torch.device, dtype: torch.dtype | None
 ) -> JRTForCausalLM:
     """Builds the model on the meta device (without memory), checks names and shapes, then reads tensor by tensor."""
     core = config.core
     if len(core.pattern) > len(sources):
         raise CheckpointError(f"config.json has {len(core.pattern)} layers and the file {len(sources)} tensors")
-    try:
-        with torch.device("meta"):
-            model = JRTForCausalLM(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"config.json describes no model that can be built ({first_line(error)})") from error
+    with as_checkpoint_error("config.json describes no model that can be built"), torch.device("meta"):
+        model = JRTForCausalLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
     optional = {"log_decay"} | ({"head.weight"} if core.tied else set())
     missing = sorted(set(expected) - set(sources) - optional)
@@ -280,30 +244,25 @@ def _built(
         raise CheckpointError(
             f"the weights do not fit the configuration: missing {missing[:8]}, left over {left_over[:8]}"
         )
-    for name, source in sources.items():
-        if _shape(source) != expected[name]:
-            raise CheckpointError(f"{name} has shape {_shape(source)}; expected {expected[name]} from config.json")
+    for name, entry in sources.items():
+        if entry.shape != expected[name]:
+            raise CheckpointError(f"{name} has shape {entry.shape}; expected {expected[name]} from config.json")
     reader = Reader(device, _one_dtype(sources) if dtype is None else dtype)
     head = sources.pop("head.weight", None) if core.tied else None
-    if head is not None and not reader.equal(head[0], sources["embedding.weight"][0]):
+    if head is not None and not reader.equal(head, sources["embedding.weight"]):
         raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
     decay = sources.pop("log_decay", None)
-    weights = {name: _read(reader, source) for name, source in sources.items()}
+    weights = {name: reader.read(entry) for name, entry in sources.items()}
     if core.decay_const is not None:  # always in fp32
         exact = fixed_decay(core.decay_const, core.linear_heads).to(device)
-        weights["log_decay"] = exact if decay is None else _read(Reader(device, torch.float32), decay)
+        weights["log_decay"] = exact if decay is None else Reader(device, torch.float32).read(decay)
     model.model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
 
 
-def _one_dtype(sources: dict[str, Source]) -> torch.dtype | None:
+def _one_dtype(sources: dict[str, Entry]) -> torch.dtype | None:
     """The dtype that holds all of a file's floating-point dtypes, if it mixes them; None if it has only one."""
-    stored = {entry.dtype for name, source in sources.items() if name != "log_decay" for entry in source}
+    stored = {entry.dtype for name, entry in sources.items() if name != "log_decay"}
     kinds = stored & set(FLOATING)
     return functools.reduce(torch.promote_types, kinds) if len(kinds) > 1 else None
-
-
-def _read(reader: Reader, source: Source) -> Tensor:
-    parts = [reader.read(entry) for entry in source]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
