@@ -75,7 +75,7 @@ def kind_of(mixer: dict) -> str:
 
 
 def random_weights(
-    config: dict, *, hidden: int, rows: int = 256, filter_bias: bool = False, gain: bool = False
+    config: dict, *, hidden: int, rows: int = 256, filter_bias: bool = False, gain: bool = False, alt_mlp: bool = False
 ) -> dict[str, Tensor]:
     """A checkpoint's tensors with activations of order one, under the released names."""
     draw = torch.Generator().manual_seed(3)
@@ -105,7 +105,10 @@ def random_weights(
                 found[at + "mixer.decay_proj.weight"] = normal(mixer["num_heads"], d)
         else:
             found |= {at + "mixer.Wqkv.weight": normal(3 * d, d), at + "mixer.out_proj.weight": normal(d, d)}
-        found[at + "mlp.fc1.weight"] = normal(2 * hidden, d)
+        if alt_mlp:
+            found |= {at + f"mlp.{name}.weight": normal(hidden, d) for name in ("fc1", "fc3")}
+        else:
+            found[at + "mlp.fc1.weight"] = normal(2 * hidden, d)
         found[at + "mlp.fc2.weight"] = normal(d, hidden)
     found["transformer.ln_f.weight"] = torch.ones(d)
     found["transformer.embeddings.word_embeddings.weight"] = torch.randn(rows, d, generator=draw)
@@ -240,7 +243,10 @@ def reference(
                 y = attention_reference(config, mixer, layer, h, w)
         x = x + y
         h = norm(x, weights[at + "norm2.weight"])
-        value, gate = (h @ weights[at + "mlp.fc1.weight"].T).chunk(2, -1)
+        if at + "mlp.fc3.weight" in weights:
+            value, gate = h @ weights[at + "mlp.fc3.weight"].T, h @ weights[at + "mlp.fc1.weight"].T
+        else:
+            value, gate = (h @ weights[at + "mlp.fc1.weight"].T).chunk(2, -1)
         x = x + (value * F.silu(gate)) @ weights[at + "mlp.fc2.weight"].T
     return norm(x, weights["transformer.ln_f.weight"]) @ weights["lm_head.weight"].T
 

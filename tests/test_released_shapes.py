@@ -95,6 +95,7 @@ CASES = {
     "attention, n_inner null": (ATTENTION | {"n_inner": None}, {"hidden": 128}),
     "attention, odd rotary": (ATTENTION | {"rotary_emb_fraction": 0.375, "n_head": 2}, {}),
     "attention, inverse scale": (ATTENTION | {"scale_attn_by_inverse_layer_idx": True}, {}),
+    "mlp alt": (BASE | {"mlp_type": "alt", "ff_mult": 4}, {"hidden": 256, "alt_mlp": True}),
     "19 layers with window 4096": (
         with_(BASE, n_layer=19, alt_mixer_2_layers=[2, 7, 17], alt_mixer_2__window_size=4096),
         {},
@@ -156,7 +157,7 @@ def test_whatever_is_called_metrics_is_no_weight(extra, tmp_path):
 # A value of each field with which the same weights would compute something else.
 OTHERS = {
     "activation_function": "geglu",
-    "mlp_type": "alt",
+    "mlp_type": "sparse",
     "rms_norm": False,
     "prenorm": False,
     "parallel_block": True,

@@ -17,7 +17,7 @@ Table = tuple[tuple[str, str], ...]
 GPT: Table = (
     (r"transformer\.embeddings\.word_embeddings\.weight", "embedding.weight"),
     (r"transformer\.layers\.(\d+)\.(norm[12])\.weight", r"blocks.\1.\2.weight"),
-    (r"transformer\.layers\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
+    (r"transformer\.layers\.(\d+)\.mlp\.(fc[123])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
     (r"transformer\.layers\.(\d+)\.mixer\.conv1?\.conv1?\.(weight|bias)", r"blocks.\1.mixer.conv.\2"),
     (r"transformer\.layers\.(\d+)\.mixer\.(in_proj|out_proj|Wqkv)\.(weight|bias)", r"blocks.\1.mixer.\2.\3"),
     (r"transformer\.layers\.(\d+)\.mixer\.(proj_[qkv]|proj_[kv]_enc|decay_proj)\.weight", r"blocks.\1.mixer.\2.weight"),

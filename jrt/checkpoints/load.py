@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from jrt.checkpoints import keys
@@ -28,6 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NEOX_SIZES = (50277, 50280, 50288)
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+Source = tuple[Entry, ...]  # the entries of one tensor; several are concatenated along the first dimension
 Translate = Callable[[dict, configurations.Shapes, str], JRTConfig]
 TRANSLATIONS: dict[Kind, tuple[keys.Table, Translate]] = {
     Kind.RELEASED_GPT: (keys.GPT, configurations.released_gpt),
@@ -159,8 +161,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
-def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Entry]]:
-    """A folder's configuration, and for each tensor of the model the entry of the file that holds it."""
+def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
+    """A folder's configuration, and for each tensor of the model the entries of the files that hold it."""
     raw = read_config(folder)
     kind = kind_of(raw)
     if kind is Kind.OTHER:
@@ -177,10 +179,12 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Entry]]:
         return _own_config(raw), _matched(entries(folder), keys.OWN)
     table, translate = TRANSLATIONS[kind]
     sources = _matched(entries(folder), table)
+    if raw.get("mlp_type") == "alt":
+        _stack_values_on_gates(sources)
     if "embedding.weight" not in sources and "head.weight" in sources:
         sources["embedding.weight"] = sources.pop("head.weight")  # a tied tensor may be saved under either name
     try:
-        config = translate(raw, {tensor: entry.shape for tensor, entry in sources.items()}, name)
+        config = translate(raw, {tensor: _shape(source) for tensor, source in sources.items()}, name)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if config.core.decay_const is None:
@@ -220,15 +224,34 @@ def _check_tokens(raw: dict, file: str) -> None:
                 )
 
 
-def _matched(described: Mapping[str, Entry], table: keys.Table) -> dict[str, Entry]:
+def _matched(described: Mapping[str, Entry], table: keys.Table) -> dict[str, Source]:
     found, unknown = keys.renamed(described, table)
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors have no place in the model: {', '.join(sorted(unknown)[:8])}")
-    return {here: described[name] for here, name in found.items()}
+    return {here: (described[name],) for here, name in found.items()}
+
+
+def _stack_values_on_gates(sources: dict[str, Source]) -> None:
+    """Joins fc3 and fc1 of MLPs of the kind "alt" to one tensor: rows of the values, then rows of the gates."""
+    for name in [name for name in sources if ".mlp.fc3." in name]:
+        gate = name.replace(".fc3.", ".fc1.")
+        if gate not in sources:
+            raise CheckpointError(f"{name} has no {gate} beside it")
+        sources[gate] = sources.pop(name) + sources[gate]
+
+
+def _shape(source: Source) -> tuple[int, ...]:
+    first = source[0].shape
+    if len(source) == 1:
+        return first
+    if len({part.shape[1:] for part in source}) != 1 or not first:
+        names, shapes = " and ".join(part.name for part in source), ", ".join(str(part.shape) for part in source)
+        raise CheckpointError(f"{names} cannot be stacked: {shapes}")
+    return (sum(part.shape[0] for part in source), *first[1:])
 
 
 def _built(
-    config: JRTConfig, sources: dict[str, Entry], device: torch.device, dtype: torch.dtype | None
+    config: JRTConfig, sources: dict[str, Source], device: torch.device, dtype: torch.dtype | None
 ) -> JRTForCausalLM:
     """Builds the model on the meta device (without memory), checks names and shapes, then reads tensor by tensor."""
     core = config.core
@@ -244,25 +267,30 @@ def _built(
         raise CheckpointError(
             f"the weights do not fit the configuration: missing {missing[:8]}, left over {left_over[:8]}"
         )
-    for name, entry in sources.items():
-        if entry.shape != expected[name]:
-            raise CheckpointError(f"{name} has shape {entry.shape}; expected {expected[name]} from config.json")
+    for name, source in sources.items():
+        if _shape(source) != expected[name]:
+            raise CheckpointError(f"{name} has shape {_shape(source)}; expected {expected[name]} from config.json")
     reader = Reader(device, _one_dtype(sources) if dtype is None else dtype)
     head = sources.pop("head.weight", None) if core.tied else None
-    if head is not None and not reader.equal(head, sources["embedding.weight"]):
+    if head is not None and not reader.equal(head[0], sources["embedding.weight"][0]):
         raise CheckpointError("head.weight differs from embedding.weight, though config.json ties them")
     decay = sources.pop("log_decay", None)
-    weights = {name: reader.read(entry) for name, entry in sources.items()}
+    weights = {name: _read(reader, source) for name, source in sources.items()}
     if core.decay_const is not None:  # always in fp32
         exact = fixed_decay(core.decay_const, core.linear_heads).to(device)
-        weights["log_decay"] = exact if decay is None else Reader(device, torch.float32).read(decay)
+        weights["log_decay"] = exact if decay is None else _read(Reader(device, torch.float32), decay)
     model.model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
 
 
-def _one_dtype(sources: dict[str, Entry]) -> torch.dtype | None:
+def _one_dtype(sources: dict[str, Source]) -> torch.dtype | None:
     """The dtype that holds all of a file's floating-point dtypes, if it mixes them; None if it has only one."""
-    stored = {entry.dtype for name, entry in sources.items() if name != "log_decay"}
+    stored = {entry.dtype for name, source in sources.items() if name != "log_decay" for entry in source}
     kinds = stored & set(FLOATING)
     return functools.reduce(torch.promote_types, kinds) if len(kinds) > 1 else None
+
+
+def _read(reader: Reader, source: Source) -> Tensor:
+    parts = [reader.read(entry) for entry in source]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

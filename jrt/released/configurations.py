@@ -38,7 +38,7 @@ ALIASES = {
 # implemented here. In all tables, a field that is null counts as not given, and an empty tuple allows no value at all.
 GPT_FIXED: Fixed = {
     "activation_function": ("swiglu",),
-    "mlp_type": ("base",),
+    "mlp_type": ("base", "alt"),
     "rms_norm": (True,),
     "prenorm": (True,),
     "parallel_block": (False,),
@@ -357,6 +357,8 @@ def _mlp_width(raw: dict, width: int, shapes: Shapes) -> int:
     """Hidden units of the MLP: the file's, which must be the configured number rounded up as a version of flash-attn
     did."""
     least = _count_or(raw, "n_inner") or int(8 * width / 3)
+    if raw.get("mlp_type") == "alt":
+        least = int(2 * width * (_count_or(raw, "ff_mult") or 4) / 3)
     stored = _first_rows(shapes, "mlp.fc1.weight")
     hidden = -(-least // MLP_ROUNDING) * MLP_ROUNDING if stored is None else stored // 2
     if not least <= hidden < least + MLP_ROUNDING:
