@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from jrt.cli import main
 from jrt.evaluate import ModelSpec, open_model
 from jrt.evaluate.answering import encode
-from jrt.evaluate.folder import Cell, former_manifest, read_run
+from jrt.evaluate.folder import Cell, Results, former_manifest, read_run
 from jrt.evaluate.harness import _check_model
 from jrt.evaluate.models import OpenModel, position_bound
 from jrt.evaluate.perplexity import sequences
-from jrt.evaluate.report import page
+from jrt.evaluate.report.html import page
 from jrt.probe import RunMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -297,8 +297,9 @@ def test_the_text_of_a_special_token_is_text_for_perplexity():
 
 def test_a_cell_that_no_model_answered_is_in_the_page():
     cell = Cell("a/b", "qa_squad", "once", "full")
-    manifest = {"identity": {"protocols": [PROTOCOLS["full"].as_dict()]}}
-    text = page("t", [], [], [], manifest, [], failed={cell: "<no\nmodel>"})
+    failed = [{**cell._asdict(), "reason": "<no\nmodel>"}]
+    manifest = {"identity": {"protocols": [PROTOCOLS["full"].as_dict()]}, "failed": failed}
+    text = page("t", Results([], [], manifest), [])
     assert "documents whole" in text and "not run: &lt;no model&gt;" in text
 
 

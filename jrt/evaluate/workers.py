@@ -122,13 +122,15 @@ class RayPool:
         gpus: GPUs that each worker reserves; a fraction lets workers share a GPU.
 
     Raises:
-        ValueError: fewer than one worker, more workers than this machine has GPUs for, or the cluster cannot be
-            reached.
+        ValueError: Ray is not installed, fewer than one worker, more workers than this machine has GPUs for, or the
+            cluster cannot be reached.
     """
 
     def __init__(self, workers: int, address: str | None = None, gpus: float = 0) -> None:
-        import ray
-
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("several workers need Ray: pip install 'jrt[scale]'") from error
         if workers < 1:
             raise ValueError(f"at least one worker is needed, got {workers}")
         options: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from jrt.evaluate.folder import Results
 from jrt.evaluate.tables.results import size
 from jrt.system.files import write_bytes, write_text
 
@@ -99,12 +100,12 @@ class Drawn(NamedTuple):
     svg: str
 
 
-def draw(records: Sequence[dict], predictions: Sequence[dict]) -> dict[str, Drawn]:
+def draw(results: Results) -> dict[str, Drawn]:
     """All figures of a run, by file name without ending. Drawing takes seconds, so files and page share the result."""
     return {
-        "accuracy": _drawn("Accuracy by reading strategy", by_strategy(records)),
-        "state": _drawn("Accuracy against state", by_state(records)),
-        "position": _drawn("Accuracy against the place of the answer", by_position(predictions)),
+        "accuracy": _drawn("Accuracy by reading strategy", by_strategy(results.records)),
+        "state": _drawn("Accuracy against state", by_state(results.records)),
+        "position": _drawn("Accuracy against the place of the answer", by_position(results.predictions)),
     }
 
 

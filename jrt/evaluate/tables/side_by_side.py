@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from jrt.evaluate.folder import cell_of
+from jrt.evaluate.folder import Results, cell_of
 from jrt.evaluate.tables.results import aligned, percent
 
 Row = tuple[str, str, str]  # model, task, strategy
 
 
-def protocols_side_by_side(records: Sequence[dict], predictions: Sequence[dict]) -> str:
+def protocols_side_by_side(results: Results) -> str:
     """The table as text; empty if no task was run under several protocols.
 
     Scores of two columns come from different prompts. So the lines below the table say for each pair of protocols how
     many items had the same prompt, and for how many of these the model gave the same answer."""
     scores: dict[Row, dict[str, float]] = {}
-    for record in records:
+    for record in results.records:
         row = record["model"], record["task"], record["strategy"]
         scores.setdefault(row, {})[record["protocol"]] = record["score"]
     several = {row: found for row, found in scores.items() if len(found) > 1}
@@ -29,7 +29,7 @@ def protocols_side_by_side(records: Sequence[dict], predictions: Sequence[dict])
         for row, found in several.items()
     ]
     table = aligned(("model, task and strategy, percent under", *protocols), rows)
-    return "\n".join([table, *agreements(predictions)])
+    return "\n".join([table, *agreements(results.predictions)])
 
 
 def agreements(predictions: Sequence[dict]) -> list[str]:
