@@ -29,7 +29,7 @@ from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
 from jrt.evaluate.folder import Cell, Results, RunFolder, cell_of, origin
 from jrt.evaluate.models import ModelSpec, open_tokenizer
-from jrt.evaluate.workers import Failure, Job, Pool, Throughput
+from jrt.evaluate.workers import Job, Pool, Throughput
 
 CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
 CPU_PADDING = 1024  # the most padding of a batch, in tokens: more costs as much time as one more batch
@@ -221,8 +221,8 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> R
     with tqdm(total=sum(map(len, missing.values())), unit="item", smoothing=0.05) as progress:
         for job, generations, worker in pool.answers(jobs()):
             progress.set_description(f"{job.cell.model} {job.cell.task} {job.cell.strategy}", refresh=False)
-            if isinstance(generations, Failure):
-                failed[job.cell] = generations.reason
+            if isinstance(generations, str):
+                failed[job.cell] = generations
                 continue
             folder.append(_predictions(plan, job, asked[job.cell].prompts, generations))
             throughput.note(worker, len(generations))
