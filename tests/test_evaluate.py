@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from jrt.evaluate import LocalPool, ModelSpec, Request, open_model, plan, read_run, run
 from jrt.evaluate.answering import answer, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
-from jrt.evaluate.run import comparisons
+from jrt.evaluate.tables.side_by_side import comparisons
 
 PAGES = PROTOCOLS["pages-512"]
 RECORD = [

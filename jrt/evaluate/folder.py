@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,14 @@ class Cell(NamedTuple):
 def cell_of(row: dict) -> Cell:
     """The cell that a prediction or a record belongs to."""
     return Cell(row["model"], row["task"], row["strategy"], row["protocol"])
+
+
+def by_item(predictions: Iterable[dict]) -> defaultdict[Cell, dict[str, dict]]:
+    """Predictions by cell and by the id of their item. If an item was answered twice, the first answer counts."""
+    found: defaultdict[Cell, dict[str, dict]] = defaultdict(dict)
+    for row in predictions:
+        found[cell_of(row)].setdefault(row["id"], row)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,14 +129,11 @@ class RunFolder:
             self._lock = _locked(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be made or written ({error.strerror}): choose another folder") from error
-        known = _read_predictions(path / PREDICTIONS) if former else []
-        self.answers: dict[Cell, dict[str, dict]] = defaultdict(dict)
-        """The predictions by cell and by the id of their item. If an item was answered twice, the first one counts."""
-        self._keep(known)
+        self.rows = _read_predictions(path / PREDICTIONS) if former else []
         self.manifest = {**manifest, "models": (former or {}).get("models", {}), "complete": False}
         write_json(path / MANIFEST, self.manifest)
         if former:  # written again without the last line, if a crash cut that off
-            write_text(path / PREDICTIONS, json_lines(known))
+            write_text(path / PREDICTIONS, json_lines(self.rows))
         self._stream = (path / PREDICTIONS).open("a", encoding="utf-8", newline="\n")
 
     def __enter__(self) -> RunFolder:
@@ -153,11 +159,7 @@ class RunFolder:
         self._stream.write(json_lines(rows))
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._keep(rows)
-
-    def _keep(self, rows: list[dict]) -> None:
-        for row in rows:
-            self.answers[cell_of(row)].setdefault(row["id"], row)
+        self.rows += rows
 
     def finish(
         self,

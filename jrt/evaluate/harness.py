@@ -74,7 +74,8 @@ class JRTHarness(HFLM):
         found: list[tuple[float, bool]] = []
         chunk = 16 * size  # sorted by length within a chunk
         for start in trange(0, len(pairs), chunk, desc="log-likelihoods", unit="chunk", disable=disable_tqdm):
-            found += map(tuple, log_likelihoods(self.model, pairs[start : start + chunk], size))
+            scored = log_likelihoods(self.model, pairs[start : start + chunk], size)
+            found += [(one.log_likelihood, one.is_greedy) for one in scored]
         for (text, _, _), one in zip(requests, found, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, one)

@@ -13,22 +13,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from jrt_recall import TaskItems, contains, items, strategy_named, task_named
 from jrt_recall.protocols import PAGES, PASSAGES
 from jrt_recall.protocols import cells as protocols_of
-from jrt_recall.scoring import bootstrap, paired_difference
+from jrt_recall.scoring import bootstrap
 from jrt_recall.tokenizers import reachable
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
-from jrt.evaluate.folder import Cell, Results, RunFolder, cell_of, origin
+from jrt.evaluate.folder import Cell, Results, RunFolder, by_item, origin
 from jrt.evaluate.models import ModelSpec, open_tokenizer
+from jrt.evaluate.tables.side_by_side import comparisons
 from jrt.evaluate.workers import Job, Pool, Throughput
 
 CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
@@ -187,8 +187,9 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> R
     asked: dict[Cell, _Asked] = {}
     failed: dict[Cell, str] = {}
     cells = plan.cells()
+    known = by_item(folder.rows)
     missing = {
-        cell: [index for index, item in enumerate(plan.items(cell).items) if item.id not in folder.answers[cell]]
+        cell: [index for index, item in enumerate(plan.items(cell).items) if item.id not in known[cell]]
         for cell in cells
     }
 
@@ -232,9 +233,9 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> R
     if not done:
         raise ValueError(next(iter(failed.values())))
     records, predictions = [], []
+    answers = by_item(folder.rows)
     for cell in done:
-        answers = folder.answers[cell]
-        rows = [answers[item.id] for item in plan.items(cell).items if item.id in answers]
+        rows = [answers[cell][item.id] for item in plan.items(cell).items if item.id in answers[cell]]
         records.append(record(plan, cell, rows, folder.manifest["models"][cell.model], asked[cell]))
         predictions += rows
     compared = comparisons(predictions, plan.request.seed)
@@ -344,35 +345,3 @@ def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, asked: _Asked) 
         "version": found.protocol.version,
         "notes": [*info["notes"], *(f"not asked: {problem}" for problem in dict.fromkeys(problems))],
     }
-
-
-def comparisons(rows: list[dict], seed: int = 0) -> list[dict]:
-    """Paired differences over the items that two cells share: two strategies of one model, or two models with one
-    strategy.
-
-    difference = second - first, in units of the score (0 to 1), with its 95% bootstrap interval."""
-    cells: dict[Cell, dict[str, float]] = {}
-    for row in rows:
-        cells.setdefault(cell_of(row), {})[row["id"]] = row["score"]
-    found = []
-    for first, second in combinations(cells, 2):
-        differing = [name for name in Cell._fields if getattr(first, name) != getattr(second, name)]
-        if differing not in (["strategy"], ["model"]):
-            continue
-        shared = [item for item in cells[first] if item in cells[second]]
-        if not shared:
-            continue
-        before, after = ([cells[cell][item] for item in shared] for cell in (first, second))
-        interval = paired_difference(before, after, seed=seed)
-        found.append(
-            {
-                "between": differing[0],
-                "first": first._asdict(),
-                "second": second._asdict(),
-                "difference": interval.mean,
-                "low": interval.low,
-                "high": interval.high,
-                "n": len(shared),
-            }
-        )
-    return found

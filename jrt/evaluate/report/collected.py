@@ -9,11 +9,10 @@ import pandas
 
 from jrt.evaluate.folder import RESULTS, Cell, Results, cell_of, read_run
 from jrt.evaluate.report.html import MEASURED_PUBLISHED, write_page
-from jrt.evaluate.run import comparisons
 from jrt.evaluate.tables import layouts, mixtures
 from jrt.evaluate.tables.published import TITLES, Table, published_tables
 from jrt.evaluate.tables.results import Rows, aligned, percent, results_text
-from jrt.evaluate.tables.side_by_side import protocols_side_by_side
+from jrt.evaluate.tables.side_by_side import comparisons, protocols_side_by_side
 from jrt.system.files import write_bytes, write_text
 
 FILES = (

@@ -7,8 +7,7 @@ tables of SuperGLUE are in `super_glue`.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from jrt_recall import data
@@ -17,7 +16,7 @@ from jrt_recall.protocols import GPT2, PUBLISHED
 from jrt_recall.scoring import error_kind
 from jrt_recall.tokenizers import cutting_tokenizer, token_ids
 
-from jrt.evaluate.folder import Cell, Results, cell_of
+from jrt.evaluate.folder import Results, by_item
 from jrt.evaluate.shapes import Kinds, check
 from jrt.evaluate.tables.mixtures import limited, mixture, unlike
 from jrt.evaluate.tables.published import (
@@ -59,8 +58,7 @@ def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
     lines = published_lines("published_latency.csv")
     published = {(line["method"], int(line["batch"]), int(line["length"])): line["ms"] for line in lines}
     measured = {(row["method"], row["shape"]["B"], row["shape"]["N"]): row for row in content["rows"]}
-    shapes = [(16, length) for length in (2048, 4096, 8192, 16384, 32768)]
-    shapes += [(batch, 16384) for batch in (2, 4, 8, 32, 64)]
+    shapes = list(dict.fromkeys((int(line["batch"]), int(line["length"])) for line in lines))
     rows = []
     notes = [f"measured on {content['device']}, {content['date']}, commit {content['commit']}"]
     for implementation, method in {line["implementation"]: line["method"] for line in lines}.items():
@@ -159,9 +157,7 @@ def layout_rows(table: Table, results: Results) -> tuple[Rows, list[str]]:
     Cells that were not measured like the others have a mark. A published value stands only beside a cell of the same
     protocol and of published documents."""
     mixed, run = mixture(table, results), results.by_cell
-    answered: dict[Cell, list[dict]] = defaultdict(list)
-    for row in results.predictions:
-        answered[cell_of(row)].append(row)
+    answered = by_item(results.predictions)
     scores = table.columns[0].measure == "score"
     lines = []
     for model in results.models:
@@ -170,7 +166,7 @@ def layout_rows(table: Table, results: Results) -> tuple[Rows, list[str]]:
         if not any(read):
             continue
         measured = [
-            None if cell is None else _measured(column, run[cell], answered[cell])
+            None if cell is None else _measured(column, run[cell], answered[cell].values())
             for column, cell in zip(table.columns, read, strict=True)
         ]
         generated = any(run[cell]["source"].startswith(GENERATED) for cell in read if cell is not None)
@@ -193,7 +189,7 @@ def layout_rows(table: Table, results: Results) -> tuple[Rows, list[str]]:
     return (("model", *labels), lines), notes
 
 
-def _measured(column: Column, record: Mapping, rows: Sequence[dict]) -> float | None:
+def _measured(column: Column, record: Mapping, rows: Collection[dict]) -> float:
     """A cell's value in percent: its score, or the share of its answers with the column's kind of error."""
     if column.measure == "score":
         return 100 * record["score"]
@@ -213,6 +209,11 @@ def missing_runs(table: Table, results: Results) -> list[str]:
     A cell that was only measured under another protocol, and stands in the table with a mark, counts as missing."""
     asked = {(column.task, column.strategy) for column in table.columns}
     models = list(dict.fromkeys(cell.model for cell in results.by_cell if (cell.task, cell.strategy) in asked))
+    # Table 4 has a row for each rule for short prompts.
+    seen = {(name, word) for name, settings in map(split_label, models) for word in settings}
+    rules = dict.fromkeys(rule for name, _ in table.rows for rule in split_label(name)[1])
+    for name in dict.fromkeys(split_label(model)[0] for model in models):
+        models += [f"{name} [{rule}]" for rule in rules if (name, rule) not in seen]
     lines = []
     for model in models:
         wanted: dict[tuple[str, str], list[str]] = {}
@@ -223,7 +224,7 @@ def missing_runs(table: Table, results: Results) -> list[str]:
             f"--protocol {protocol} --output FOLDER"
             for (strategy, protocol), tasks in wanted.items()
         ]
-    return lines + _missing_rules(table, models)
+    return lines
 
 
 def _told(table: Table, results: Results) -> list[str]:
@@ -243,20 +244,6 @@ def _options(model: str) -> str:
     name, settings = split_label(model)
     options = {**dict.fromkeys(SHORT_PROMPTS, "--short-prompt"), "released": "--compat"}
     return " ".join([name, *(f"{options.get(word, '--dtype')} {word}" for word in settings)])
-
-
-def _missing_rules(table: Table, models: Sequence[str]) -> list[str]:
-    """For Table 4, which has a row for each rule for short prompts: the rules with which a model was not run."""
-    rules = dict.fromkeys(rule for name, _ in table.rows for rule in split_label(name)[1])
-    found: dict[str, set[str]] = defaultdict(set)
-    for name, settings in map(split_label, models):
-        found[name].update(settings)
-    return [
-        f"missing: jrt eval --model {name} --short-prompt {rule} ..., into another folder"
-        for name, seen in sorted(found.items())
-        for rule in rules
-        if rule not in seen
-    ]
 
 
 FROM_FILES: dict[str, Callable[[Sequence[Path]], tuple[Rows, list[str]]]] = {

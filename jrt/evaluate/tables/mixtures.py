@@ -81,7 +81,8 @@ def differences(settings: Mapping[Key, Settings]) -> dict[Key, list[str]]:
     most = usual(settings)
     return {
         cell: [
-            f"{name} {_short(found.get(name))}, the others {_short(most.get(name))}"
+            # 16 letters tell two hashes apart
+            f"{name} {found.get(name, 'unknown')[:16]}, the others {most.get(name, 'unknown')[:16]}"
             for name in {**most, **found}
             if found.get(name) != most.get(name)
         ]
@@ -91,8 +92,10 @@ def differences(settings: Mapping[Key, Settings]) -> dict[Key, list[str]]:
 
 def lettered(said: Mapping[Key, Sequence[str]]) -> tuple[dict[Key, str], list[str]]:
     """A letter for each cell that has lines in `said`, and a line for each letter; equal reasons share a letter."""
-    letters: dict[str, str] = {}
-    marks = {key: letters.setdefault("; ".join(lines), _letter(len(letters))) for key, lines in said.items() if lines}
+    reasons = {key: "; ".join(lines) for key, lines in said.items() if lines}
+    names = [*ascii_lowercase, *map(str, range(26, len(reasons)))]
+    letters = dict(zip(dict.fromkeys(reasons.values()), names, strict=False))
+    marks = {key: letters[reason] for key, reason in reasons.items()}
     return marks, [f"{letter}: {reason}" for reason, letter in letters.items()]
 
 
@@ -103,11 +106,3 @@ def unlike(results: Results) -> list[str]:
         if lines:
             groups.setdefault("; ".join(lines), []).append(cell.model)
     return [f"not measured alike: {', '.join(dict.fromkeys(models))}: {reason}" for reason, models in groups.items()]
-
-
-def _short(value: str | None) -> str:
-    return "unknown" if value is None else value[:16]  # 16 letters tell two hashes apart
-
-
-def _letter(number: int) -> str:
-    return ascii_lowercase[number] if number < len(ascii_lowercase) else str(number)
