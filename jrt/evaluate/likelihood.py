@@ -8,12 +8,12 @@ Shapes: B pairs, T their longest row, K the longest continuation, V vocabulary r
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
 from jrt.evaluate.answering import left_padded
+from jrt.evaluate.batches import Limits, batches
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.short_prompts import fill_short_prompts
 from jrt.training.objective import greedy_answers
@@ -61,18 +61,14 @@ def log_likelihoods(
         if not len(context) or not len(continuation):
             raise ValueError(f"pair {number}: context and continuation need at least one token each")
     rows = [(number, row) for number, pair in enumerate(pairs) for row in _rows(model, list(pair[0]), list(pair[1]))]
-    rows.sort(key=lambda numbered: -len(numbered[1].ids))
     # With these quirks the model reads padding as tokens, so a batch holds only rows of equal length.
-    alone = model.quirks.blank_padding or model.quirks.ignore_batch_padding
+    pads = not (model.quirks.blank_padding or model.quirks.ignore_batch_padding)
     found = [Scored(0.0, True)] * len(pairs)
-    for _, members in groupby(rows, key=lambda numbered: len(numbered[1].ids) if alone else 0):
-        alike = list(members)
-        for start in range(0, len(alike), batch_size):
-            batch = alike[start : start + batch_size]
-            scores = _scores(model, [row for _, row in batch], pad_token_id)
-            for (number, _), one in zip(batch, scores, strict=True):
-                before = found[number]
-                found[number] = Scored(before.log_likelihood + one.log_likelihood, before.is_greedy and one.is_greedy)
+    for batch in batches([row.ids for _, row in rows], Limits(batch_size, shares=False, pads=pads)):
+        scores = _scores(model, [rows[index][1] for index in batch], pad_token_id)
+        for (number, _), one in zip([rows[index] for index in batch], scores, strict=True):
+            before = found[number]
+            found[number] = Scored(before.log_likelihood + one.log_likelihood, before.is_greedy and one.is_greedy)
     return found
 
 
