@@ -1,13 +1,11 @@
 """The output folder of one run of `jrt eval`.
 
-    manifest.json       what was asked (the run's identity), versions, models' hashes, how fast the last start of the run
-                        answered (see `jrt.evaluate.workers.Throughput`), whether the run is complete
-    predictions.jsonl   one line for each answered item; appended batch by batch, sorted at the end
-    results.json        one record for each cell: a model, task, strategy and protocol
-    comparisons.json    paired differences between cells
-    run.lock            locked while a process writes
-
-A folder belongs to one run. Another run is refused; the same run continues where it stopped.
+manifest.json       what was asked (the run's identity), versions, models' hashes, how fast the last start of the run
+                    answered (see `jrt.evaluate.workers.Throughput`), whether the run is complete
+predictions.jsonl   one line for each answered item; appended batch by batch, sorted at the end
+results.json        one record for each cell: a model, task, strategy and protocol
+comparisons.json    paired differences between cells
+run.lock            locked while a process writes
 """
 
 from __future__ import annotations
@@ -37,7 +35,8 @@ ALL_ITEMS = "all"  # in the settings of a cell: all items of its task were asked
 
 
 class Cell(NamedTuple):
-    """The names that identify one score: which model answered which task, read how, under which protocol."""
+    """The names that identify one score: which model answered which task, with which reading strategy (the context once
+    or twice), under which protocol (prompt format and limits)."""
 
     model: str
     task: str

@@ -62,10 +62,6 @@ class JRTHarness(HFLM):
             backend="causal",
         )
 
-    @property
-    def max_length(self) -> int:
-        return self._max_length or self.model.core.train_length
-
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

@@ -1,8 +1,7 @@
 """The models under test: ours are opened by `jrt.load`, all other causal language models by transformers.
 
 A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the opened model. Code in a checkpoint
-is never executed: transformers refuses a model that needs it. A model that is not ours is probed before its first
-answer (`jrt.probe`): padding, batches and caches are used only if they do not change its answers.
+is never executed: transformers refuses a model that needs it.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ class OpenModel:
 
     @cached_property
     def findings(self) -> Findings | None:
-        """What `jrt.probe` measured on the model, once, before its first answer. None for models of this project: this
-        repository's tests cover them."""
+        """What `jrt.probe` measured on the model, once, before its first answer: padding, batches and caches are used
+        only if they do not change its answers. None for models of this project: this repository's tests cover them."""
         if self.ours:
             return None
         with self.cores:

@@ -1,11 +1,7 @@
 """A run of `jrt eval`: `plan(request)` loads the questions, `run(plan, pool, output)` answers them into a folder.
 
-`plan` checks a request before a model is opened or a file written. `run` writes predictions batch by batch, and
-computes all results from what was written. So the results are the same for a run that was interrupted and resumed, or
-spread over workers.
-
-A cell is one score: a model, a task, a reading strategy (the context once or twice) and a protocol (prompt format and
-limits).
+`run` writes predictions batch by batch, and computes all results from what was written. So the results are the same for
+a run that was interrupted and resumed, or spread over workers.
 """
 
 from __future__ import annotations
