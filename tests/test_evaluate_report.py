@@ -152,6 +152,12 @@ def test_runs_of_one_model_with_different_rules_are_kept_apart(tmp_path):
         together([tmp_path / "a", tmp_path / "c"])
 
 
+def test_runs_in_folders_of_one_name_keep_their_manifests(tmp_path):
+    runs = [write_run(tmp_path / model / "run", {model: {}}) for model in ("mini-based", "mini-jrt")]
+    kept = together(runs).manifest["runs"]
+    assert [run["identity"]["models"][0]["name"] for run in kept.values()] == ["mini-based", "mini-jrt"]
+
+
 def test_collect_writes_every_file(tmp_path):
     import pandas
 

@@ -41,7 +41,7 @@ def together(folders: Sequence[Path]) -> Results:
         failed += [{**row, "model": labels[row["model"]]} for row in run.manifest.get("failed", ())]
         settings |= {cell._replace(model=labels[cell.model]): found for cell, found in run.settings.items()}
         protocols |= {(one["name"], one["version"]): one for one in run.manifest["identity"]["protocols"]}
-        manifests[folder.name] = run.manifest
+        manifests[str(folder)] = run.manifest
     cells = [cell_of(record) for record in records]
     if repeated := sorted({cell for cell in cells if cells.count(cell) > 1}):
         raise ValueError(f"two runs hold {', '.join(repeated[0])}: collect one of them")
