@@ -44,7 +44,7 @@ def test_two_workers_one_killed_end_with_the_same_result(model, tmp_path):
         def answers(self, jobs):
             for number, answered in enumerate(super().answers(jobs)):
                 if number == 1:
-                    ray.kill(self.actors[1])
+                    ray.kill(self.actors[1], no_restart=False)  # as a crash does
                     Killing.killed += 1
                 yield answered
 
@@ -74,6 +74,28 @@ def test_a_job_that_kills_its_workers_ends_the_run(model, monkeypatch):
         pool.info(ModelSpec(model))
         found.extend(answered.job.items[0] for answered in pool.answers(given))
     assert 0 not in found and len(set(found)) == len(found)
+
+
+@pytest.mark.slow
+@needs_ray
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_workers_that_die_while_they_open_a_model_are_replaced_twice(model, tmp_path, monkeypatch, deaths):
+    class Fragile(Worker):
+        def open(self, spec):
+            died = len(list(tmp_path.glob("died-*")))
+            if died < deaths:
+                (tmp_path / f"died-{died}").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().open(spec)
+
+    monkeypatch.setattr(workers, "Worker", Fragile)
+    with RayPool(1) as pool:
+        if deaths == 1:
+            pool.info(ModelSpec(model))
+            assert [one.job.items for one in pool.answers(jobs(model, [[5, 6, 7]]))] == [[0]]
+        else:
+            with pytest.raises(RuntimeError, match=f"3 workers died while they opened {model}"):
+                pool.info(ModelSpec(model))
 
 
 @pytest.mark.slow

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
-from typing import Protocol as Interface
 
 import torch
 from jrt_recall import Protocol
@@ -21,8 +20,6 @@ from jrt_recall import Protocol
 from jrt.evaluate.answering import Generation, answer
 from jrt.evaluate.folder import Cell
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
-
-logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 STORE = 2**30  # bytes that Ray may take for prompts and answers on their way; by default it takes 30% of the memory
@@ -45,31 +42,12 @@ class Job:
     items: list[int]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Stands for the answers of a batch on which the model's code failed; `reason` is the error message."""
-
-    reason: str
-
-
 class Answered(NamedTuple):
-    """The answers to a job, and the number of the worker that gave them (from 0)."""
+    """A job with its answers, or with the error message if the model's code failed; worker: its number, from 0."""
 
     job: Job
-    answers: list[Generation] | Failure
+    answers: list[Generation] | str
     worker: int
-
-
-class Pool(Interface):
-    """The interface that a run needs: a model's description, its state size, and answers to jobs."""
-
-    workers: int
-
-    def info(self, spec: ModelSpec) -> dict: ...
-
-    def state_bytes(self, spec: ModelSpec, length: int) -> int: ...
-
-    def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]: ...
 
 
 class Worker:
@@ -84,16 +62,16 @@ class Worker:
             self._opened(spec)
 
     def info(self, spec: ModelSpec) -> dict:
-        return asdict(self._opened(spec).info())
+        return self._opened(spec).info()
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
         return self._opened(spec).state_bytes(length)
 
-    def answer(self, job: Job) -> list[Generation] | Failure:
+    def answer(self, job: Job) -> list[Generation] | str:
         try:
             return answer(self._opened(job.spec), job.rows, job.protocol)
         except ValueError as error:
-            return Failure(str(error))
+            return str(error)
 
     def _opened(self, spec: ModelSpec) -> OpenModel:
         if self._model is None or self._model.spec != spec:
@@ -112,19 +90,11 @@ class LocalPool(Worker):
             yield Answered(job, self.answer(job), 0)
 
 
-class _Given(NamedTuple):
-    """A job that was given to a worker: the worker's number, and the actor that had this number then."""
-
-    job: Job
-    worker: int
-    actor: Any
-
-
 class RayPool:
     """Ray actors, each with its own copy of the model. Leaving the context (`with RayPool(...)`) ends them.
 
-    All workers open the model at the same time, and a worker is given jobs once it has opened it. A worker that dies is
-    replaced, and its jobs are given to others.
+    All workers open the model at the same time, and a worker is given jobs once it has opened it. Ray replaces a worker
+    that dies and gives it the same jobs; it opens the model for the first of them.
 
     Args:
         workers: number of actors; each reserves one CPU.
@@ -132,13 +102,15 @@ class RayPool:
         gpus: GPUs that each worker reserves; a fraction lets workers share a GPU.
 
     Raises:
-        ValueError: fewer than one worker, more workers than this machine has GPUs for, or the cluster cannot be
-            reached.
+        ValueError: Ray is not installed, fewer than one worker, more workers than this machine has GPUs for, or the
+            cluster cannot be reached.
     """
 
     def __init__(self, workers: int, address: str | None = None, gpus: float = 0) -> None:
-        import ray
-
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("several workers need Ray: pip install 'jrt[scale]'") from error
         if workers < 1:
             raise ValueError(f"at least one worker is needed, got {workers}")
         options: dict[str, Any] = {}
@@ -157,11 +129,11 @@ class RayPool:
             ) from error
         self.workers = workers
         self._ray = ray
-        self._actor_class: Any = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
-        self.actors = [self._actor_class.remote() for _ in range(workers)]
+        reserved = {"num_cpus": 1, "num_gpus": gpus}
+        actor: Any = ray.remote(**reserved, max_restarts=-1, max_task_retries=ATTEMPTS - 1)(Worker)
+        self.actors = [actor.remote() for _ in range(workers)]
         self._spec: ModelSpec | None = None  # the model that was asked for last
         self._opening: dict[Any, int] = {}  # the workers that are opening it, by Ray's reference to the end of that
-        self._deaths = 0  # of workers that were opening it, since one succeeded
 
     def __enter__(self) -> RayPool:
         return self
@@ -173,85 +145,56 @@ class RayPool:
         """A model's description, from the first worker. The others open the model meanwhile."""
         if spec != self._spec:
             self._spec = spec
-            for worker in range(self.workers):
-                self._open(worker)
-        return self._asked("info", spec)
+            self._opening = {actor.open.remote(spec): worker for worker, actor in enumerate(self.actors)}
+        return self._result(self.actors[0].info.remote(spec), f"while they opened {spec.name}")
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
-        return self._asked("state_bytes", spec, length)
+        return self._result(self.actors[0].state_bytes.remote(spec, length), f"while they ran {spec.name}")
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]:
         """Yields jobs with their answers, in the order in which they finish.
 
         Raises RuntimeError if ATTEMPTS workers died of the same job, or one after the other while they opened a model."""
-        coming, again = iter(jobs), deque[Job]()
-        deaths = Counter[int]()  # of workers, by the id of the job
-        given: dict[Any, _Given] = {}  # by Ray's reference to the answers, oldest first
+        coming = iter(jobs)
+        given: dict[Any, tuple[Job, int]] = {}  # a job and its worker, by Ray's reference to the answers; oldest first
         while True:
-            for worker in self._free(given.values()):
-                job = again.popleft() if again else next(coming, None)
+            for worker in self._free(worker for _, worker in given.values()):
+                job = next(coming, None)
                 if job is None and not given:
                     return
                 if job is None:
                     break
-                actor = self.actors[worker]
-                given[actor.answer.remote(job)] = _Given(job, worker, actor)
+                given[self.actors[worker].answer.remote(job)] = job, worker
             (done,), _ = self._ray.wait([*given, *self._opening], num_returns=1)
             if done in self._opening:
-                self._has_opened(done)
+                self._result(done, f"while they opened {self._spec.name if self._spec else 'a model'}")
+                del self._opening[done]
                 continue
-            job, worker, actor = given[done]
-            try:
-                answers = self._ray.get(done)
-            except self._ray.exceptions.RayActorError as error:
-                lost = [given.pop(other).job for other in list(given) if given[other].actor is actor]
-                deaths[id(lost[0])] += 1  # a worker answers its jobs in their order, so it died of the oldest
-                if deaths[id(lost[0])] == ATTEMPTS:
-                    raise RuntimeError(f"{ATTEMPTS} workers died of the same {len(lost[0].rows)} prompts") from error
-                again.extend(lost)
-                if self.actors[worker] is actor:
-                    self._replace(worker)
-                continue
+            job, worker = given[done]
+            # A worker answers its jobs in their order, so it died of the oldest.
+            oldest = next(job for job, other in given.values() if other == worker)
+            answers = self._result(done, f"of the same {len(oldest.rows)} prompts")
             del given[done]
             yield Answered(job, answers, worker)
 
-    def _free(self, given: Iterable[_Given]) -> list[int]:
-        """The workers that can be given jobs now, once for each job; those with the fewest jobs come first."""
-        jobs = Counter(one.worker for one in given)
-        opening = set(self._opening.values())
+    def _free(self, busy: Iterable[int]) -> list[int]:
+        """The workers that can be given jobs now, once for each job; those with the fewest jobs come first.
+
+        busy: the worker of each job that has no answer yet."""
+        jobs, opening = Counter(busy), self._opening.values()
         ready = [worker for worker in range(self.workers) if worker not in opening]
         return [worker for count in range(AHEAD) for worker in ready if jobs[worker] <= count]
 
-    def _open(self, worker: int) -> None:
-        self._opening = {reference: other for reference, other in self._opening.items() if other != worker}
-        self._opening[self.actors[worker].open.remote(self._spec)] = worker
-
-    def _has_opened(self, reference: Any) -> None:
-        worker = self._opening.pop(reference)
+    def _result(self, reference: Any, when: str) -> Any:
+        """What a call of an actor returned. Raises RuntimeError if ATTEMPTS workers died; `when` says of what."""
         try:
-            self._ray.get(reference)
-            self._deaths = 0
+            return self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
-            self._deaths += 1
-            if self._deaths == ATTEMPTS:
-                raise self._died_opening() from error
-            self._replace(worker)
+            raise RuntimeError(f"{ATTEMPTS} workers died {when}") from error
 
-    def _asked(self, method: str, spec: ModelSpec, *more: int) -> Any:
-        for _ in range(ATTEMPTS):
-            try:
-                return self._ray.get(getattr(self.actors[0], method).remote(spec, *more))
-            except self._ray.exceptions.RayActorError:
-                self._replace(0)
-        raise self._died_opening()
 
-    def _died_opening(self) -> RuntimeError:
-        return RuntimeError(f"{ATTEMPTS} workers died while they opened {self._spec.name if self._spec else 'a model'}")
-
-    def _replace(self, worker: int) -> None:
-        logger.warning("worker %d died: another takes its place", worker)
-        self.actors[worker] = self._actor_class.remote()
-        self._open(worker)
+Pool = LocalPool | RayPool
+"""Gives a model's description, the size of its state, and answers to jobs."""
 
 
 class Throughput:
