@@ -44,7 +44,7 @@ def test_two_workers_one_killed_end_with_the_same_result(model, tmp_path):
         def answers(self, jobs):
             for number, answered in enumerate(super().answers(jobs)):
                 if number == 1:
-                    ray.kill(self.actors[1], no_restart=False)  # as a crash does
+                    ray.kill(self.actors[1])
                     Killing.killed += 1
                 yield answered
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from jrt_recall import Protocol
 from jrt.evaluate.answering import Generation, answer
 from jrt.evaluate.folder import Cell
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 STORE = 2**30  # bytes that Ray may take for prompts and answers on their way; by default it takes 30% of the memory
@@ -90,11 +92,19 @@ class LocalPool(Worker):
             yield Answered(job, self.answer(job), 0)
 
 
+class _Given(NamedTuple):
+    """A job that was given to a worker: the worker's number, and the actor that had this number then."""
+
+    job: Job
+    worker: int
+    actor: Any
+
+
 class RayPool:
     """Ray actors, each with its own copy of the model. Leaving the context (`with RayPool(...)`) ends them.
 
-    All workers open the model at the same time, and a worker is given jobs once it has opened it. Ray replaces a worker
-    that dies and gives it the same jobs; it opens the model for the first of them.
+    All workers open the model at the same time, and a worker is given jobs once it has opened it. A worker that dies is
+    replaced, and its jobs are given to others.
 
     Args:
         workers: number of actors; each reserves one CPU.
@@ -129,11 +139,11 @@ class RayPool:
             ) from error
         self.workers = workers
         self._ray = ray
-        reserved = {"num_cpus": 1, "num_gpus": gpus}
-        actor: Any = ray.remote(**reserved, max_restarts=-1, max_task_retries=ATTEMPTS - 1)(Worker)
-        self.actors = [actor.remote() for _ in range(workers)]
+        self._actor_class: Any = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
+        self.actors = [self._actor_class.remote() for _ in range(workers)]
         self._spec: ModelSpec | None = None  # the model that was asked for last
         self._opening: dict[Any, int] = {}  # the workers that are opening it, by Ray's reference to the end of that
+        self._deaths = 0  # of workers that were opening it, since one succeeded
 
     def __enter__(self) -> RayPool:
         return self
@@ -145,52 +155,85 @@ class RayPool:
         """A model's description, from the first worker. The others open the model meanwhile."""
         if spec != self._spec:
             self._spec = spec
-            self._opening = {actor.open.remote(spec): worker for worker, actor in enumerate(self.actors)}
-        return self._result(self.actors[0].info.remote(spec), f"while they opened {spec.name}")
+            for worker in range(self.workers):
+                self._open(worker)
+        return self._asked("info", spec)
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
-        return self._result(self.actors[0].state_bytes.remote(spec, length), f"while they ran {spec.name}")
+        return self._asked("state_bytes", spec, length)
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]:
         """Yields jobs with their answers, in the order in which they finish.
 
         Raises RuntimeError if ATTEMPTS workers died of the same job, or one after the other while they opened a model."""
-        coming = iter(jobs)
-        given: dict[Any, tuple[Job, int]] = {}  # a job and its worker, by Ray's reference to the answers; oldest first
+        coming, again = iter(jobs), deque[Job]()
+        deaths = Counter[int]()  # of workers, by the id of the job
+        given: dict[Any, _Given] = {}  # by Ray's reference to the answers, oldest first
         while True:
-            for worker in self._free(worker for _, worker in given.values()):
-                job = next(coming, None)
+            for worker in self._free(given.values()):
+                job = again.popleft() if again else next(coming, None)
                 if job is None and not given:
                     return
                 if job is None:
                     break
-                given[self.actors[worker].answer.remote(job)] = job, worker
+                actor = self.actors[worker]
+                given[actor.answer.remote(job)] = _Given(job, worker, actor)
             (done,), _ = self._ray.wait([*given, *self._opening], num_returns=1)
             if done in self._opening:
-                self._result(done, f"while they opened {self._spec.name if self._spec else 'a model'}")
-                del self._opening[done]
+                self._has_opened(done)
                 continue
-            job, worker = given[done]
-            # A worker answers its jobs in their order, so it died of the oldest.
-            oldest = next(job for job, other in given.values() if other == worker)
-            answers = self._result(done, f"of the same {len(oldest.rows)} prompts")
+            job, worker, actor = given[done]
+            try:
+                answers = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
+                lost = [given.pop(other).job for other in list(given) if given[other].actor is actor]
+                deaths[id(lost[0])] += 1  # a worker answers its jobs in their order, so it died of the oldest
+                if deaths[id(lost[0])] == ATTEMPTS:
+                    raise RuntimeError(f"{ATTEMPTS} workers died of the same {len(lost[0].rows)} prompts") from error
+                again.extend(lost)
+                if self.actors[worker] is actor:
+                    self._replace(worker)
+                continue
             del given[done]
             yield Answered(job, answers, worker)
 
-    def _free(self, busy: Iterable[int]) -> list[int]:
-        """The workers that can be given jobs now, once for each job; those with the fewest jobs come first.
-
-        busy: the worker of each job that has no answer yet."""
-        jobs, opening = Counter(busy), self._opening.values()
+    def _free(self, given: Iterable[_Given]) -> list[int]:
+        """The workers that can be given jobs now, once for each job; those with the fewest jobs come first."""
+        jobs = Counter(one.worker for one in given)
+        opening = set(self._opening.values())
         ready = [worker for worker in range(self.workers) if worker not in opening]
         return [worker for count in range(AHEAD) for worker in ready if jobs[worker] <= count]
 
-    def _result(self, reference: Any, when: str) -> Any:
-        """What a call of an actor returned. Raises RuntimeError if ATTEMPTS workers died; `when` says of what."""
+    def _open(self, worker: int) -> None:
+        self._opening = {reference: other for reference, other in self._opening.items() if other != worker}
+        self._opening[self.actors[worker].open.remote(self._spec)] = worker
+
+    def _has_opened(self, reference: Any) -> None:
+        worker = self._opening.pop(reference)
         try:
-            return self._ray.get(reference)
+            self._ray.get(reference)
+            self._deaths = 0
         except self._ray.exceptions.RayActorError as error:
-            raise RuntimeError(f"{ATTEMPTS} workers died {when}") from error
+            self._deaths += 1
+            if self._deaths == ATTEMPTS:
+                raise self._died_opening() from error
+            self._replace(worker)
+
+    def _asked(self, method: str, spec: ModelSpec, *more: int) -> Any:
+        for _ in range(ATTEMPTS):
+            try:
+                return self._ray.get(getattr(self.actors[0], method).remote(spec, *more))
+            except self._ray.exceptions.RayActorError:
+                self._replace(0)
+        raise self._died_opening()
+
+    def _died_opening(self) -> RuntimeError:
+        return RuntimeError(f"{ATTEMPTS} workers died while they opened {self._spec.name if self._spec else 'a model'}")
+
+    def _replace(self, worker: int) -> None:
+        logger.warning("worker %d died: another takes its place", worker)
+        self.actors[worker] = self._actor_class.remote()
+        self._open(worker)
 
 
 Pool = LocalPool | RayPool
