@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 from .fields import kind
 from .parquet import read_parquet
-from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
+from .protocols import PASSAGES, PUBLISHED, Task, published_task
 
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE, PASSAGES_VARIABLE = "JRT_DATA", "JRT_PASSAGES"
 MANIFEST = "manifest.json"
+SPLIT = "validation"  # of the published datasets
 PROBLEM = "jrt_recall: problem"  # the field that says why a row cannot be read; no column of a user has this name
 _COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstd
 _ENTRY = {"rows": int, "columns": list, "sha256": str, "source": str}  # what is read of a dataset's entry
@@ -87,8 +88,7 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
     if chosen is None or not (chosen / name).is_file():
         reason = "no folder of passages" if chosen is None else f"{chosen / name} is absent"
         raise MissingDataset(f"{task}: {reason}; set {PASSAGES_VARIABLE} to a folder with {name}")
-    of_attributes = PASSAGES[task] == "fda"
-    needed = ("text", "attributes") if of_attributes else ("context", "question", "answers")
+    needed = PASSAGES[task].columns
     lines = read_lines(chosen / name)
     rows: list[dict] = []
     if lines and (absent := [field for field in needed if not any(field in line for line in lines)]):
@@ -97,7 +97,7 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
         if missing := [field for field in needed if field not in line]:
             rows.append({**line, PROBLEM: f"line {number + 1} lacks {', '.join(missing)}"})
         else:
-            rows.extend(_attribute_rows(line, number) if of_attributes else [line])
+            rows.extend(_attribute_rows(line, number) if "attributes" in needed else [line])
     return Documents(rows, f"passages {name}", digest(lines))
 
 
@@ -173,7 +173,7 @@ def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> P
     return file
 
 
-def check_columns(spec: PublishedTask, rows: Sequence[dict], source: str) -> None:
+def check_columns(spec: Task, rows: Sequence[dict], source: str) -> None:
     """Raises ValueError if there are no rows, or if a row lacks a column of the task; the message names the column."""
     if not rows:
         raise ValueError(f"{spec.name}: {source} holds no documents")
@@ -257,7 +257,7 @@ def _read_rows(path: Path, needed: Sequence[str]) -> list[dict]:
     raise ValueError(f"{path}: expected a .jsonl, .json or .parquet file")
 
 
-def _as_json_holds(spec: PublishedTask, rows: Sequence[dict], source: str) -> list[dict]:
+def _as_json_holds(spec: Task, rows: Sequence[dict], source: str) -> list[dict]:
     """Leaves out the columns that JSON cannot hold (timestamps, decimals, bytes) and that no task uses.
 
     Raises ValueError if the task uses such a column."""
@@ -281,7 +281,7 @@ def _fits_json(value: object) -> bool:
     return isinstance(value, list | tuple) and all(map(_fits_json, value))
 
 
-def _from_mirror(spec: PublishedTask, mirror: Path, file: Path) -> Documents:
+def _from_mirror(spec: Task, mirror: Path, file: Path) -> Documents:
     checked = _verified(spec, mirror)
     if not checked.ok:
         raise ValueError(f"{checked.message}; bring it again with `jrt data fetch {spec.name}`")
@@ -311,22 +311,22 @@ def from_hub(task: str, dataset: str, instead: str, **which: str) -> Any:
         raise MissingDataset(f"{task}: {dataset} could not be read from the hub ({reason}). {instead}") from error
 
 
-def _published(spec: PublishedTask) -> Documents:
-    source = f"{spec.dataset} ({spec.split})"
-    rows = from_hub(spec.name, spec.dataset, _how_to_get(spec), split=spec.split).to_list()
+def _published(spec: Task) -> Documents:
+    source = f"{spec.dataset} ({SPLIT})"
+    rows = from_hub(spec.name, str(spec.dataset), _how_to_get(spec), split=SPLIT).to_list()
     check_columns(spec, rows, source)
     rows = _as_json_holds(spec, rows, source)
     return Documents(rows, source, digest(rows))
 
 
-def _how_to_get(spec: PublishedTask) -> str:
+def _how_to_get(spec: Task) -> str:
     return (
         f"With network, run `jrt data fetch {spec.name}` and set {FOLDER_VARIABLE} to that folder; without, bring a file "
         f"with the columns {', '.join(spec.columns)} and run `jrt data import {spec.name} FILE`"
     )
 
 
-def _verified(spec: PublishedTask, mirror: Path) -> Checked:
+def _verified(spec: Task, mirror: Path) -> Checked:
     file = mirror / f"{spec.name}.jsonl"
     entry = _manifest(mirror).get(spec.name)
 

@@ -17,9 +17,9 @@ from . import data as documents_data
 from . import reference_pages
 from .fields import answers_of, is_blank, text_field
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, passage_ending, prompt, strategy_named
-from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, context_column, protocol_named, published_task, task_named
-from .scoring import contains, first_hit
-from .tokenizers import cut, protocol_and_tokenizer
+from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, document_task, protocol_named, task_named
+from .scoring import contains, hits
+from .tokenizers import cut, protocol_and_tokenizer, reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ class TaskItems:
     @property
     def unreachable(self) -> int:
         """Number of items that no generation can answer, because each of their answers contains a stop string."""
-        return sum(not self.protocol.can_hold(item.answers) for item in self.items)
+        return sum(not reachable(None, item.answers, self.protocol.stop) for item in self.items)
 
     def summary(self) -> dict:
         """The counts and settings as plain values, without the items."""
@@ -144,7 +144,7 @@ def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
     long examples. Here, with a long window, the prompt can exceed the protocol's limit; then the beginning of the first
     example is cut off, and results count such prompts."""
     of_pages = run.task.startswith(PAGES)
-    column = "window" if of_pages else context_column(run.task)
+    column = "window" if of_pages else document_task(run.task).context
     answered = [f"{item.prompt}{'' if of_pages else ' '}{item.answers[0]}" for item in run.items]
     chosen = _examples([item.doc[column] for item in run.items], strategy.shots, seed)
     asked = (
@@ -204,12 +204,11 @@ def _document_items(
     folder: str | Path | None,
 ) -> TaskItems:
     documents = (documents_data.load_passages if task in PASSAGES else documents_data.load)(task, folder)
-    column = context_column(task)
-    prefix = task if task in PASSAGES else published_task(task).name  # of the items' ids
+    spec = document_task(task)
     found: list[Item] = []
     invalid: list[str] = []
     dropped = looked_at = 0
-    ids = _ids(prefix, documents.rows)
+    ids = _ids(spec.name, documents.rows)
     for number, (row, item_id) in enumerate(zip(documents.rows, ids, strict=True)):
         if len(found) == limit:
             break
@@ -228,8 +227,8 @@ def _document_items(
         if kept is None:
             dropped += 1
             continue
-        position = _position(answers, kept[column])
-        lost = position is None and contains(doc[column], answers)
+        position = _position(answers, kept[spec.context])
+        lost = position is None and contains(doc[spec.context], answers)
         found.append(Item(item_id, kept, text, answers, position, lost))
     return TaskItems(
         task=task,
@@ -266,12 +265,13 @@ def _as_read(task: str, row: dict) -> dict:
     Raises ValueError if the row has a PROBLEM, which `data` sets for rows that cannot be read, or a blank question."""
     if documents_data.PROBLEM in row:
         raise ValueError(f"{task}: {row[documents_data.PROBLEM]}")
-    if PASSAGES.get(task) == "squad":
+    form = document_task(task).form
+    if form == "passage":
         passage, question = (text_field(task, row, field) for field in ("context", "question"))
         if is_blank(question):
             raise ValueError(f"{task}: field 'question' is empty: there is nothing to ask for")
         return {**row, "text": passage + passage_ending(question)}
-    if published_task(task).name == "swde" and isinstance(row.get("text"), str):
+    if form == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row
 
@@ -286,5 +286,5 @@ def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
 
 def _position(answers: tuple[str, ...], text: str) -> float | None:
     """Where the first answer stands in a text, from 0 (start) to 1 (end), found by the metric's own search."""
-    hits = [hit for answer in answers if (hit := first_hit(answer, text)) >= 0]
-    return min(hits) / max(1, len(text)) if hits else None
+    first = min(hits(answers, text), default=None)
+    return None if first is None else first / max(1, len(text))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 RESAMPLES = 10_000
@@ -14,13 +14,14 @@ _COMES_BACK = 4  # words of a phrase that is looked for anywhere else in the tex
 _WORD = re.compile(r"\w+")
 
 
-def first_hit(answer: str, text: str) -> int:
-    """Returns the character position of the first `answer` in `text`, or -1 if there is none.
+def hits(answers: Iterable[str], text: str) -> Iterator[int]:
+    """Yields, for each answer that stands in `text`, the position of its first character there.
 
     The search is literal and ignores case, as in the published metric: `re.IGNORECASE` on the escaped answer, without
     Unicode case folding and without trimming."""
-    hit = re.search(re.escape(answer), text, re.IGNORECASE)
-    return hit.start() if hit else -1
+    for answer in answers:
+        if hit := re.search(re.escape(answer), text, re.IGNORECASE):
+            yield hit.start()
 
 
 def contains(prediction: str, answers: str | Sequence[str]) -> bool:
@@ -30,7 +31,7 @@ def contains(prediction: str, answers: str | Sequence[str]) -> bool:
     labels = [answers] if isinstance(answers, str) else list(answers)
     if not labels:
         raise ValueError("contains needs at least one answer, got an empty list")
-    return any(first_hit(label, prediction) >= 0 for label in labels)
+    return any(True for _ in hits(labels, prediction))
 
 
 def error_kind(prediction: str, answers: str | Sequence[str]) -> str | None:

@@ -17,17 +17,13 @@ that the tokenizer cannot spell. With `max_length`, the prompts that lm-eval wil
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..items import TaskItems, items
-from ..prompts import times
 from ..protocols import Protocol
 from ..scoring import contains
 from ..tokenizers import model_tokenizer, reachable
 from .settings import whole_number
-
-if TYPE_CHECKING:  # transformers takes seconds to import
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +60,12 @@ def documents(
     for name, value in (("protocol", protocol), ("cut_with", cut_with), ("data", data)):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{name}: expected a name, got {value!r}")
-    strategy = times(whole_number("n", n)) if reading == N_TIMES else reading
+    strategy = f"{whole_number('n', n)}x" if reading == N_TIMES else reading
     most = None if max_items is None else whole_number("max_items", max_items, least=1)
     found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
     logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
-    tokenizer = _tokenizer_of(arguments)
+    name = arguments.get("tokenizer") or arguments.get("pretrained")
+    tokenizer = model_tokenizer(name) if isinstance(name, str) else None
     prompts = [item.prompt for item in found.items]
     counts = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     limit = _limit(found.protocol, arguments)
@@ -90,7 +87,7 @@ def documents(
             "answers": list(item.answers),
             "position": -1.0 if item.position is None else item.position,
             "lost": int(item.lost),
-            "unreachable": int(not _can_answer(found.protocol, item.answers, tokenizer)),
+            "unreachable": int(not reachable(tokenizer, item.answers, found.protocol.stop)),
             "prompt_tokens": count if limit is None or count is None else min(count, limit),
             "truncated": None if limit is None or count is None else int(count > limit),
             **shared,
@@ -123,17 +120,6 @@ def total(values: list) -> float | str:
 def average(values: list) -> float | str:
     """Aggregates lengths by their mean; "unknown" if any row has none."""
     return UNKNOWN if None in values else sum(values) / len(values)
-
-
-def _tokenizer_of(arguments: dict) -> PreTrainedTokenizerBase | None:
-    """The model's own tokenizer, or None if it cannot be loaded."""
-    name = arguments.get("tokenizer") or arguments.get("pretrained")
-    return model_tokenizer(name) if isinstance(name, str) else None
-
-
-def _can_answer(protocol: Protocol, answers: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether a generation can hold any of the answers: without a stop string, and as the tokenizer spells them."""
-    return protocol.can_hold(answers) if tokenizer is None else reachable(tokenizer, answers, protocol.stop)
 
 
 def _limit(protocol: Protocol, arguments: dict) -> int | None:
