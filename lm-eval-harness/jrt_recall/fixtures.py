@@ -8,7 +8,8 @@ for one on the published data.
 import random
 from pathlib import Path
 
-from .data import canonical_lines, store
+from .data import store
+from .files import canonical_lines
 from .harness.super_glue import COLUMNS, SPLITS
 from .protocols import PUBLISHED, published_task
 
