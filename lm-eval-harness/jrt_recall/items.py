@@ -7,8 +7,8 @@ eval` share this code, so both ask the same questions.
 from __future__ import annotations
 
 import logging
+import platform
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -140,33 +140,25 @@ def items(
 def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
     """Puts examples, other items of the run with their answers, in front of each prompt (the paper's Table 14).
 
-    As in lm-eval, a blank joins prompt and answer, and an empty line ends an example. The paper does not say how it cut
-    long examples. Here, with a long window, the prompt can exceed the protocol's limit; then the beginning of the first
-    example is cut off, and results count such prompts."""
+    The examples have other contexts, and depend on the seed and the item. As in lm-eval, a blank joins prompt and
+    answer, and an empty line ends an example. The paper does not say how it cut long examples. Here, with a long
+    window, the prompt can exceed the protocol's limit; then the beginning of the first example is cut off, and results
+    count such prompts."""
     of_pages = run.task.startswith(PAGES)
     column = "window" if of_pages else document_task(run.task).context
-    answered = [f"{item.prompt}{'' if of_pages else ' '}{item.answers[0]}" for item in run.items]
-    chosen = _examples([item.doc[column] for item in run.items], strategy.shots, seed)
-    asked = (
-        item._replace(prompt="".join(f"{answered[number]}\n\n" for number in numbers) + item.prompt)
-        for item, numbers in zip(run.items, chosen, strict=True)
-    )
-    return replace(run, strategy=strategy.name, items=tuple(asked), seed=seed)
-
-
-def _examples(contexts: Sequence[str], shots: int, seed: int) -> list[list[int]]:
-    """For each item, the indices of `shots` other items with another context. They depend on the seed and the item."""
-    chosen = []
-    for number, context in enumerate(contexts):
-        order = random.Random(f"{seed}/{number}").sample(range(len(contexts)), len(contexts))
-        others = [other for other in order if contexts[other] != context][:shots]
-        if len(others) < shots:
+    blank = "" if of_pages else " "
+    asked = []
+    for number, item in enumerate(run.items):
+        shuffled = random.Random(f"{seed}/{number}").sample(run.items, len(run.items))
+        others = [other for other in shuffled if other.doc[column] != item.doc[column]][: strategy.shots]
+        if len(others) < strategy.shots:
             raise ValueError(
-                f"{shots} examples before each question come from other documents of the run; item {number} has "
-                f"{len(others)} of them: raise the limit, or give more documents"
+                f"{strategy.shots} examples before each question come from other documents of the run; item {number} "
+                f"has {len(others)} of them: raise the limit, or give more documents"
             )
-        chosen.append(others)
-    return chosen
+        shown = "".join(f"{other.prompt}{blank}{other.answers[0]}\n\n" for other in others)
+        asked.append(item._replace(prompt=shown + item.prompt))
+    return replace(run, strategy=strategy.name, items=tuple(asked), seed=seed)
 
 
 def _page_items(
@@ -179,7 +171,7 @@ def _page_items(
     for doc in selection.documents:
         answers, text = (reference_pages.answer(doc),), reference_pages.prompt(doc, strategy)
         found.append(Item(doc["id"], doc, text, answers, _position(answers, doc["window"]), lost=False))
-    python = reference_pages.python_version()
+    python = platform.python_version()
     return TaskItems(
         task=f"{PAGES}_{protocol.window}",
         strategy=strategy.name,
@@ -204,58 +196,66 @@ def _document_items(
     folder: str | Path | None,
 ) -> TaskItems:
     documents = (documents_data.load_passages if task in PASSAGES else documents_data.load)(task, folder)
-    spec = document_task(task)
+    prefix = document_task(task).name
     found: list[Item] = []
     invalid: list[str] = []
-    dropped = looked_at = 0
-    ids = _ids(spec.name, documents.rows)
-    for number, (row, item_id) in enumerate(zip(documents.rows, ids, strict=True)):
+    taken: set[str] = set()
+    looked_at = 0
+    for number, row in enumerate(documents.rows):
         if len(found) == limit:
             break
         looked_at += 1
+        # Resumed runs and comparisons between models find an item again by its id.
+        item_id = f"{prefix}/{number if row.get('id') is None else row['id']}"
+        while item_id in taken:
+            item_id += f"#{number}"
+        taken.add(item_id)
         try:
-            as_it_is = protocol.name in LM_EVAL and task not in PASSAGES  # lm-eval's tasks read a dataset's own text
-            doc = row if as_it_is else _as_read(task, row)
-            answers = _as_scored(task, doc, protocol)
-            kept: dict | None = doc
-            if tokenizer is not None and protocol.window is not None:
-                kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
-            text = "" if kept is None else prompt(task, kept, strategy, protocol)
+            item = _item(task, row, item_id, strategy, protocol, tokenizer)
         except ValueError as error:
             invalid.append(f"document {number} of {documents.source}: {error}")
-            continue
-        if kept is None:
-            dropped += 1
-            continue
-        position = _position(answers, kept[spec.context])
-        lost = position is None and contains(doc[spec.context], answers)
-        found.append(Item(item_id, kept, text, answers, position, lost))
+        else:
+            found += [] if item is None else [item]
     return TaskItems(
         task=task,
         strategy=strategy.name,
         protocol=protocol,
         items=tuple(found),
         documents=looked_at,
-        dropped=dropped,
+        dropped=looked_at - len(found) - len(invalid),
         invalid=tuple(invalid),
         source=documents.source,
         sha256=documents.sha256,
     )
 
 
-def _ids(prefix: str, rows: Sequence[dict]) -> list[str]:
-    """Returns an id for each row: its own id, or its number if it has none. A repeated id gets the row's number
-    appended.
+def _item(
+    task: str,
+    row: dict,
+    item_id: str,
+    strategy: Strategy,
+    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Item | None:
+    """Returns the question of one document; None if the published rule drops it.
 
-    Ids must be unique: resumed runs and comparisons between models use them to find the same item again."""
-    found: dict[str, None] = {}
-    for number, row in enumerate(rows):
-        own = row.get("id")
-        item_id = f"{prefix}/{number if own is None else own}"
-        while item_id in found:
-            item_id += f"#{number}"
-        found[item_id] = None
-    return list(found)
+    Raises ValueError if the document cannot be asked or scored."""
+    of_lm_eval = protocol.name in LM_EVAL
+    doc = row if of_lm_eval and task not in PASSAGES else _as_read(task, row)  # lm-eval reads a dataset's own text
+    answers = answers_of(task, doc)
+    if of_lm_eval:
+        answers = tuple(map(LM_EVAL[protocol.name], answers))
+        if not all(answers):
+            raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
+    kept: dict | None = doc
+    if tokenizer is not None and protocol.window is not None:
+        kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
+    if kept is None:
+        return None
+    column = document_task(task).context
+    text = prompt(task, kept, strategy, protocol)
+    position = _position(answers, kept[column])
+    return Item(item_id, kept, text, answers, position, lost=position is None and contains(doc[column], answers))
 
 
 def _as_read(task: str, row: dict) -> dict:
@@ -274,14 +274,6 @@ def _as_read(task: str, row: dict) -> dict:
     if form == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row
-
-
-def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
-    """Returns the answers as the protocol compares them: `lm-eval-v1` strips them."""
-    answers = tuple(map(LM_EVAL.get(protocol.name, str), answers_of(task, doc)))
-    if not all(answers):
-        raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
-    return answers
 
 
 def _position(answers: tuple[str, ...], text: str) -> float | None:

@@ -33,7 +33,6 @@ LM_EVAL: dict[str, Callable[[str], str]] = {"lm-eval-v0": str, "lm-eval-v1": str
 The numbers are the versions in lm-eval's tables. Version 1 strips both columns (lm-eval pull request 3795, in 0.4.13).
 Version 0 takes them as they are in the dataset."""
 _BY_NUMBER = re.compile(r"w([1-9]\d{0,8})-a(0|[1-9]\d{0,8})")
-_NEARLY_BY_NUMBER = re.compile(r"\s*w-?\d.*", re.IGNORECASE)
 PASSAGES_VERSION = 2
 """Version of the protocols of the `qa_*` tasks. In version 2 any of a document's answers counts, and a window is cut
 around the first one that is in the passage, and keeps the question. Version 1 used only the first answer, as the
@@ -174,17 +173,6 @@ class Protocol:
         cut = "documents whole" if self.window is None else f"{self.window}/{self.answer_room}"
         return f"{self.name} v{self.version} ({cut})"
 
-    def cut_with(self, tokenizer_name: str) -> Protocol:
-        """Returns this protocol with another cutting tokenizer. Its name says so, because its scores differ."""
-        if self.window is None or tokenizer_name == self.cutting_tokenizer:
-            return self
-        return replace(self, name=f"{self.name}+cut-by-{tokenizer_name}", cutting_tokenizer=tokenizer_name)
-
-
-def _pages(window: int) -> Protocol:
-    # No answer room: these windows were made by cutting pages into pieces, not by cutting around an answer.
-    return Protocol(f"pages-{window}", window, 0, max_prompt_tokens=None, cutting_tokenizer=SHIPPED)
-
 
 _ALL = (
     Protocol("jrt-table1", 1000, 50),
@@ -196,7 +184,8 @@ _ALL = (
     Protocol("w2000-a50", 2000, 50),
     Protocol("w2048-a48", 2048, 48),
     Protocol("w2048-a50", 2048, 50),
-    *map(_pages, PAGE_WINDOWS),
+    # No answer room: these windows were made by cutting pages into pieces, not by cutting around an answer.
+    *(Protocol(f"pages-{w}", w, 0, max_prompt_tokens=None, cutting_tokenizer=SHIPPED) for w in PAGE_WINDOWS),
     Protocol("lm-eval-v0", None, 0, max_prompt_tokens=None, cutting_tokenizer=None, version=0),
     Protocol("lm-eval-v1", None, 0, max_prompt_tokens=None, cutting_tokenizer=None),
 )
@@ -245,14 +234,11 @@ def _by_name(name: str) -> Protocol:
     if name in PROTOCOLS:
         return PROTOCOLS[name]
     numbers = _BY_NUMBER.fullmatch(name)
-    if numbers is None and _NEARLY_BY_NUMBER.fullmatch(name):
-        raise ValueError(
-            f"unknown protocol {name!r}: a window by number is w, its tokens (1 to 999999999), -a, and its answer room, "
-            "such as w1536-a64"
-        )
     if numbers is None:
-        names = ", ".join((*PROTOCOLS, *FAMILIES))
-        raise ValueError(f"unknown protocol {name!r}: choose one of {names}, or a window by number such as w1536-a64")
+        raise ValueError(
+            f"unknown protocol {name!r}: choose one of {', '.join((*PROTOCOLS, *FAMILIES))}; "
+            "a window by number is w, its tokens (1 to 999999999), -a, and its answer room, such as w1536-a64"
+        )
     window, answer_room = map(int, numbers.groups())
     if answer_room >= window:
         raise ValueError(

@@ -9,7 +9,6 @@ text.
 from __future__ import annotations
 
 import random
-import sys
 import sysconfig
 import tokenize
 from collections import Counter
@@ -58,11 +57,6 @@ class Selection(NamedTuple):
     documents: list[dict]
     facts: int
     left_out: dict[str, int]
-
-
-def python_version() -> str:
-    """The version of the running Python. Results state it, because the pages change with it."""
-    return ".".join(map(str, sys.version_info[:3]))
 
 
 @cache
@@ -129,17 +123,11 @@ def askable(window: Window) -> tuple[list[api_text.Fact], Counter[str]]:
             left_out["length"] += 1
         elif headed[fact.name] > 1:
             left_out["name headed twice"] += 1
-        elif _occurrences(arguments, lowered) > 1:  # the name stands in the window too: this covers the question
+        elif lowered.find(arguments, lowered.find(arguments) + 1) >= 0:  # this covers the question, whose name is there
             left_out["answer elsewhere"] += 1
         else:
             kept.append(fact)
     return kept, left_out
-
-
-def _occurrences(needle: str, text: str) -> int:
-    """Number of occurrences of needle in text, at most 2; they may overlap."""
-    first = text.find(needle)
-    return (first >= 0) + (first >= 0 and text.find(needle, first + 1) >= 0)
 
 
 def select(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +93,10 @@ def protocol_and_tokenizer(
     if tokenizer is None:
         return protocol, cutting_tokenizer(protocol.cutting_tokenizer or GPT2, data)
     chosen = cutting_tokenizer(tokenizer, data) if isinstance(tokenizer, str) else tokenizer
-    return protocol.cut_with(_label(chosen)), chosen
+    name = _label(chosen)
+    if name == protocol.cutting_tokenizer:
+        return protocol, chosen
+    return replace(protocol, name=f"{protocol.name}+cut-by-{name}", cutting_tokenizer=name), chosen
 
 
 def _label(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -64,8 +64,8 @@ def documents(
     most = None if max_items is None else whole_number("max_items", max_items, least=1)
     found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
     logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
-    name = arguments.get("tokenizer") or arguments.get("pretrained")
-    tokenizer = model_tokenizer(name) if isinstance(name, str) else None
+    named = arguments.get("tokenizer") or arguments.get("pretrained")
+    tokenizer = model_tokenizer(named) if isinstance(named, str) else None
     prompts = [item.prompt for item in found.items]
     counts = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     limit = _limit(found.protocol, arguments)
