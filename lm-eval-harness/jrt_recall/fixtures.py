@@ -60,30 +60,24 @@ def write_super_glue(folder: str | Path, count: int = 6, seed: int = 0) -> Path:
 
 
 def _super_glue_row(configuration: str, number: int, generator: random.Random) -> dict:
-    first, second, third = (_sentence(generator) for _ in range(3))
-    label = {"idx": number, "label": number % (3 if configuration == "cb" else 2)}
+    """A sentence in each column, where upstream's prompt needs nothing else."""
+    row: dict = {column: _sentence(generator) for column in COLUMNS[configuration]}
+    row |= {"idx": number, "label": number % (3 if configuration == "cb" else 2)}
     names = [_name(generator) for _ in range(3)]
     match configuration:
-        case "boolq":
-            return {"question": second[:-1].lower(), "passage": first, **label}
-        case "cb" | "rte":
-            return {"premise": first, "hypothesis": second[:-1], **label}
         case "copa":
-            asked = ("cause", "effect")[number % 2]
-            return {"premise": first, "choice1": second, "choice2": third, "question": asked, **label}
-        case "multirc":
-            return {"paragraph": f"{first} {second}", "question": "Who came?", "answer": names[0], **label}
+            row["question"] = ("cause", "effect")[number % 2]
         case "record":
-            passage = f"{names[0]} met {names[1]}. {first}\n@highlight\n{second}\n@highlight\n{third}"
-            return {"passage": passage, "query": "Later @placeholder left.", "entities": names, "answers": names[:1]}
+            highlights = f"@highlight\n{row['query']}\n@highlight\n{_sentence(generator)}"
+            row["passage"] = f"{names[0]} met {names[1]}. {row['passage']}\n{highlights}"
+            row |= {"query": "Later @placeholder left.", "entities": names, "answers": names[:1]}
         case "wic":
-            sentences = {"sentence1": f"The clock {first}", "sentence2": f"A clock {second}"}
-            places = {"start1": 4, "end1": 9, "start2": 2, "end2": 7}
-            return {"word": "clock", **sentences, **places, **label}
+            row |= {"word": "clock", "sentence1": f"The clock {row['sentence1']}", "start1": 4, "end1": 9}
+            row |= {"sentence2": f"A clock {row['sentence2']}", "start2": 2, "end2": 7}
         case "wsc.fixed":
-            spans = {"span1_index": 0, "span1_text": names[0].split()[0], "span2_index": 3, "span2_text": "she"}
-            return {"text": f"{names[0]} said she {first.lower()}", **spans, **label}
-    raise AssertionError(configuration)
+            row |= {"span1_index": 0, "span1_text": names[0].split()[0], "span2_index": 3, "span2_text": "she"}
+            row["text"] = f"{names[0]} said she {row['text'].lower()}"
+    return row
 
 
 def _name(generator: random.Random) -> str:

@@ -141,12 +141,6 @@ def as_dict(name: str, value: Any) -> dict:
     raise ValueError(f"--{name}: expected a JSON object or key=value pairs, got {value!r}")
 
 
-def hf_model(settings: Mapping[str, Any]) -> str | None:
-    """The name of the model that lm-eval's `hf` model opens; None for lm-eval's other models."""
-    name = as_dict("model_args", settings.get("model_args")).get("pretrained")
-    return name if settings.get("model", "hf") in ("hf", "huggingface", "hf-auto") and isinstance(name, str) else None
-
-
 def whole_number(name: str, value: Any, least: int = 0) -> int:
     """Returns a setting as a whole number; a string of digits is accepted.
 
