@@ -9,9 +9,9 @@ from typing import NamedTuple
 RESAMPLES = 10_000
 NO_ANSWER, REPETITION, IRRELEVANT = "no answer", "repetition", "irrelevant"
 _BLOCK = 2_000_000  # most indices drawn at once: 16 MB
-_LONGEST_PHRASE = 8  # words of a phrase that is looked for right after itself
-_COMES_BACK = 4  # words of a phrase that is looked for anywhere else in the text
 _WORD = re.compile(r"\w+")
+# Of words with a blank between them: one word three times, two to eight words twice, or four words that come back.
+_REPEATED = re.compile(r"\b(\w+) \1 \1\b|\b(\w+(?: \w+){1,7}) \2\b|\b(\w+(?: \w+){3})\b.* \3\b")
 
 
 def hits(answers: Iterable[str], text: str) -> Iterator[int]:
@@ -50,19 +50,7 @@ def error_kind(prediction: str, answers: str | Sequence[str]) -> str | None:
     words = _WORD.findall(prediction.lower())
     if not words:
         return NO_ANSWER
-    return REPETITION if _repeats(words) else IRRELEVANT
-
-
-def _repeats(words: list[str]) -> bool:
-    phrases = [tuple(words[start : start + _COMES_BACK]) for start in range(len(words) - _COMES_BACK + 1)]
-    if len(set(phrases)) < len(phrases):
-        return True
-    for size in range(1, _LONGEST_PHRASE + 1):
-        times = 3 if size == 1 else 2
-        for start in range(len(words) - size * times + 1):
-            if words[start : start + size * times] == words[start : start + size] * times:
-                return True
-    return False
+    return REPETITION if _REPEATED.search(" ".join(words)) else IRRELEVANT
 
 
 class Interval(NamedTuple):

@@ -1,17 +1,6 @@
 """The functions that the task files in `tasks/` name as lm-eval's hooks, built on `items` and `contains`.
 
 `documents` makes the prompts and answers with `items`, as `jrt eval` does, so both commands ask the same questions.
-lm-eval passes it the settings of `--metadata` together with the model's arguments:
-
-    protocol   name of a protocol (default: the task file's)
-    n          how often the *_n_times tasks show the context (default 3)
-    cut_with   another cutting tokenizer: gpt2, shipped, a folder or a hub name; the protocol's name then says so
-    data       folder with copies of the published datasets (a mirror, see `data`), or folder of the passages
-    seed       selection of reference pages (default 0)
-    max_items  most items that are made (lm-eval's --limit makes all of them and then uses fewer)
-
-Two of the model's arguments are used as well. With `pretrained` or `tokenizer`, prompt tokens are counted, and answers
-that the tokenizer cannot spell. With `max_length`, the prompts that lm-eval will truncate are counted.
 """
 
 from __future__ import annotations
@@ -19,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..items import TaskItems, items
+from ..items import items
 from ..protocols import Protocol
 from ..scoring import contains
 from ..tokenizers import model_tokenizer, reachable
@@ -46,11 +35,20 @@ def documents(
 ) -> dict:
     """lm-eval's hook `custom_dataset`: returns {"test": Dataset} with one row for each item.
 
+    The task file gives `recall_task` and `reading`. The other arguments are the settings of `--metadata`.
+
     Args:
-        recall_task: task name, from the task file.
-        reading: a strategy's name or "n_times", from the task file.
-        protocol, n, cut_with, data, seed, max_items: settings of `--metadata`, listed at the top of this file.
-        arguments: the model's arguments, which lm-eval adds, and settings meant for other tasks.
+        recall_task: task name.
+        reading: a strategy's name or "n_times".
+        protocol: name of a protocol; default: the task file's.
+        n: how often the *_n_times tasks show the context.
+        cut_with: another cutting tokenizer: gpt2, shipped, a folder or a hub name; the protocol's name then says so.
+        data: folder with copies of the published datasets (a mirror, see `data`), or folder of the passages.
+        seed: of the selection of reference pages.
+        max_items: most items that are made (lm-eval's --limit makes all of them and then uses fewer).
+        arguments: the model's arguments, which lm-eval adds, and settings meant for other tasks. With `pretrained` or
+            `tokenizer`, prompt tokens are counted, and answers that the tokenizer cannot spell. With `max_length`, the
+            prompts that lm-eval will truncate are counted.
 
     Raises:
         ValueError: a setting has the wrong type, or `items` refuses the settings.
@@ -63,11 +61,15 @@ def documents(
     strategy = f"{whole_number('n', n)}x" if reading == N_TIMES else reading
     most = None if max_items is None else whole_number("max_items", max_items, least=1)
     found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
-    logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
+    counts = (
+        f"{len(found.items)} items of {found.documents} documents from {found.source}: {found.dropped} dropped by the "
+        f"published rule, {len(found.invalid)} invalid, {found.lost} with the answer cut away"
+    )
+    logger.info("%s, %s; %s", found.task, found.protocol.describe(), counts)
     named = arguments.get("tokenizer") or arguments.get("pretrained")
     tokenizer = model_tokenizer(named) if isinstance(named, str) else None
     prompts = [item.prompt for item in found.items]
-    counts = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    lengths = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     limit = _limit(found.protocol, arguments)
     shared = {
         "task": found.task,
@@ -88,11 +90,11 @@ def documents(
             "position": -1.0 if item.position is None else item.position,
             "lost": int(item.lost),
             "unreachable": int(not reachable(tokenizer, item.answers, found.protocol.stop)),
-            "prompt_tokens": count if limit is None or count is None else min(count, limit),
-            "truncated": None if limit is None or count is None else int(count > limit),
+            "prompt_tokens": length if limit is None or length is None else min(length, limit),
+            "truncated": None if limit is None or length is None else int(length > limit),
             **shared,
         }
-        for item, count in zip(found.items, counts, strict=True)
+        for item, length in zip(found.items, lengths, strict=True)
     ]
     return {"test": Dataset.from_list(rows)}
 
@@ -133,10 +135,3 @@ def _limit(protocol: Protocol, arguments: dict) -> int | None:
             f"max_length={length} leaves no prompt beside the {protocol.max_new_tokens} new tokens of {protocol.name}"
         )
     return room
-
-
-def _counts(found: TaskItems) -> str:
-    return (
-        f"{len(found.items)} items of {found.documents} documents from {found.source}: {found.dropped} dropped by the "
-        f"published rule, {len(found.invalid)} invalid, {found.lost} with the answer cut away"
-    )
