@@ -3,7 +3,7 @@
 import platform
 
 import pytest
-from jrt_recall import api_text, contains, items, reference_pages
+from jrt_recall import api_text, contains, items, prompt
 from jrt_recall.reference_pages import Page, Window, askable, library_pages, select, windows
 from jrt_recall.tokenizers import shipped_tokenizer
 
@@ -65,7 +65,7 @@ def test_the_library_gives_enough_items_and_every_item_keeps_the_rules(size):
         assert text.lower().count(arguments.lower()) == 1
         assert text.split("\n").count(f"{name}({arguments})") == 1
         assert not contains(api_text.question(name), [arguments])
-        assert not contains(reference_pages.prompt(doc, "question_first").replace(text, ""), [arguments])
+        assert not contains(prompt("reference_pages", doc, "question_first").replace(text, ""), [arguments])
 
 
 def test_windows_lie_in_the_pages_they_name():

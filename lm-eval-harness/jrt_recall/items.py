@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import data as documents_data
 from . import reference_pages
+from .data import PROBLEM, Documents, load, load_passages
 from .fields import answers_of, is_blank, text_field
+from .files import digest
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, passage_ending, prompt, strategy_named
 from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, document_task, protocol_named, task_named
 from .scoring import contains, hits
@@ -125,7 +126,8 @@ def items(
     if name.startswith(PAGES):
         result = _page_items(asked, actual, cutter, limit, seed)
     else:
-        result = _document_items(name, asked, actual, cutter, limit, data)
+        documents = (load_passages if name in PASSAGES else load)(name, data)
+        result = _asked(name, documents, asked, actual, cutter, limit)
     if not result.items:
         reasons = f"; the first reason: {result.invalid[0]}" if result.invalid else ""
         raise ValueError(
@@ -145,7 +147,7 @@ def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
     window, the prompt can exceed the protocol's limit; then the beginning of the first example is cut off, and results
     count such prompts."""
     of_pages = run.task.startswith(PAGES)
-    column = "window" if of_pages else document_task(run.task).context
+    column = document_task(run.task).context
     blank = "" if of_pages else " "
     asked = []
     for number, item in enumerate(run.items):
@@ -167,36 +169,23 @@ def _page_items(
     assert protocol.window is not None and tokenizer is not None  # true of every pages-* protocol
     count = reference_pages.DEFAULT_ITEMS if limit is None else limit
     selection = reference_pages.select(protocol.window, tokenizer, count, seed)
-    found = []
-    for doc in selection.documents:
-        answers, text = (reference_pages.answer(doc),), reference_pages.prompt(doc, strategy)
-        found.append(Item(doc["id"], doc, text, answers, _position(answers, doc["window"]), lost=False))
     python = platform.python_version()
-    return TaskItems(
-        task=f"{PAGES}_{protocol.window}",
-        strategy=strategy.name,
-        protocol=protocol,
-        items=tuple(found),
-        documents=selection.facts,
-        dropped=sum(selection.left_out.values()),
-        invalid=(),
-        source=f"standard library of Python {python}",
-        sha256=documents_data.digest(selection.documents),
-        seed=seed,
-        python=python,
-    )
+    rows, source = selection.documents, f"standard library of Python {python}"
+    found = _asked(f"{PAGES}_{protocol.window}", Documents(rows, source, digest(rows)), strategy, protocol)
+    headings, left_out = selection.facts, sum(selection.left_out.values())
+    return replace(found, documents=headings, dropped=left_out, seed=seed, python=python)
 
 
-def _document_items(
+def _asked(
     task: str,
+    documents: Documents,
     strategy: Strategy,
     protocol: Protocol,
-    tokenizer: PreTrainedTokenizerBase | None,
-    limit: int | None,
-    folder: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    limit: int | None = None,
 ) -> TaskItems:
-    documents = (documents_data.load_passages if task in PASSAGES else documents_data.load)(task, folder)
-    prefix = document_task(task).name
+    """Asks the documents until `limit` items are found. tokenizer: cuts them to the protocol's window; None: whole."""
+    prefix = "" if task.startswith(PAGES) else f"{document_task(task).name}/"
     found: list[Item] = []
     invalid: list[str] = []
     taken: set[str] = set()
@@ -206,7 +195,7 @@ def _document_items(
             break
         looked_at += 1
         # Resumed runs and comparisons between models find an item again by its id.
-        item_id = f"{prefix}/{number if row.get('id') is None else row['id']}"
+        item_id = f"{prefix}{number if row.get('id') is None else row['id']}"
         while item_id in taken:
             item_id += f"#{number}"
         taken.add(item_id)
@@ -261,16 +250,18 @@ def _item(
 def _as_read(task: str, row: dict) -> dict:
     """Returns the row as the task uses it, before anything is cut.
 
-    A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question.
+    A right answer to a reference page has the closing bracket, so that a longer list is wrong. A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question.
     Raises ValueError if the row has a PROBLEM, which `data` sets for rows that cannot be read, or a blank question."""
-    if documents_data.PROBLEM in row:
-        raise ValueError(f"{task}: {row[documents_data.PROBLEM]}")
+    if PROBLEM in row:
+        raise ValueError(f"{task}: {row[PROBLEM]}")
     form = document_task(task).form
     if form == "passage":
         passage, question = (text_field(task, row, field) for field in ("context", "question"))
         if is_blank(question):
             raise ValueError(f"{task}: field 'question' is empty: there is nothing to ask for")
         return {**row, "text": passage + passage_ending(question)}
+    if form == "page":
+        return {**row, "answers": row["arguments"] + ")"}
     if form == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row

@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from . import api_text
 from .fields import text_field
 from .protocols import LM_EVAL, Protocol, document_task, protocol_named
 
@@ -78,8 +79,8 @@ def strategy_named(name: str | Strategy) -> Strategy:
 
 
 class Parts(NamedTuple):
-    """Parts of a prompt whose question stands first: announcement, a blank, then `context` and a line feed for each
-    reading but the last, then `closing`, which is the last reading followed by the question."""
+    """Parts of a prompt whose question stands first: announcement, then `context` and a line feed for each reading but
+    the last, then `closing`, which is the last reading followed by the question."""
 
     announcement: str
     context: str
@@ -91,7 +92,7 @@ def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: st
 
     Args:
         task: swde, fda, squad, drop, nq_512, nq_1024, nq_2048 (or nq) or triviaqa, with or without `recall_`, or a
-            `qa_*` task, whose prompt has the form of squad's or fda's.
+            `qa_*` task, whose prompt has the form of squad's or fda's, or reference_pages.
         doc: the document. To use a window, cut it first with `jrt_recall.cut`.
         strategy: once, twice, question_first or Nx.
         protocol: `lm-eval-v0` or `lm-eval-v1` give the prompts of lm-eval's own tasks; all others, the published
@@ -119,7 +120,7 @@ def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: st
     if not chosen.announced:
         return once(doc)
     announcement, context, closing = parts(doc)
-    return f"{announcement} " + f"{context}\n" * (chosen.copies - 1) + closing
+    return announcement + f"{context}\n" * (chosen.copies - 1) + closing
 
 
 def _filled(task: str, doc: dict, field: str) -> str:
@@ -149,7 +150,7 @@ def _page(form: str, doc: dict) -> tuple[str, str]:
 
 def _page_parts(key: str, page: str) -> Parts:
     page = page if page.endswith(".") else page + "."
-    return Parts(f"Information about {key}.", page, f"{page} {key}:")
+    return Parts(f"Information about {key}. ", page, f"{page} {key}:")
 
 
 def _swde_once(doc: dict) -> str:
@@ -186,7 +187,7 @@ def _squad_once(doc: dict) -> str:
 def _passage_parts(doc: dict) -> Parts:
     # The first reading is the column `context`. In squad it is never cut: windows cut only `text`.
     passage = text_field("squad", doc, "context")
-    return Parts(text_field("squad", doc, "question"), passage, _squad_once(doc))
+    return Parts(text_field("squad", doc, "question") + " ", passage, _squad_once(doc))
 
 
 def _squad_parts(doc: dict) -> Parts:
@@ -211,7 +212,7 @@ def _drop_once(doc: dict) -> str:
 def _drop_parts(doc: dict) -> Parts:
     question, passage = _drop_passage(doc)
     passage = passage.strip().strip(".").strip() + "."
-    return Parts(text_field("drop", doc, "orig_question").strip(":"), passage, f"{passage} {question}")
+    return Parts(text_field("drop", doc, "orig_question").strip(":") + " ", passage, f"{passage} {question}")
 
 
 def _nq_once(doc: dict) -> str:
@@ -235,7 +236,19 @@ def _trivia_once(doc: dict) -> str:
 def _trivia_parts(doc: dict) -> Parts:
     # Unlike drop, the question in front keeps its colons and blanks.
     parts = _drop_parts(_trivia_document(doc))
-    return parts._replace(announcement=text_field("triviaqa", doc, "orig_question"))
+    return parts._replace(announcement=text_field("triviaqa", doc, "orig_question") + " ")
+
+
+# reference pages: a window of a page, and the beginning of a heading in it
+
+
+def _page_window_parts(doc: dict) -> Parts:
+    name, window = text_field("reference_pages", doc, "name"), text_field("reference_pages", doc, "window")
+    return Parts(f"{api_text.announcement(name)}\n", window, f"{window}\n{api_text.question(name)}")
+
+
+def _page_window_once(doc: dict) -> str:
+    return _page_window_parts(doc).closing
 
 
 _FORMS = {
@@ -246,4 +259,5 @@ _FORMS = {
     "drop": (_drop_once, _drop_parts),
     "nq": (_nq_once, _drop_parts),
     "triviaqa": (_trivia_once, _trivia_parts),
+    "page": (_page_window_once, _page_window_parts),
 }

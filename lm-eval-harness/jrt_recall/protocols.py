@@ -43,7 +43,7 @@ LM_EVAL_TASKS = ("recall_swde", "recall_fda", "recall_squad", "qa_squad", "qa_nq
 
 @dataclass(frozen=True)
 class Task:
-    """A task on a published dataset, or on passages of your own.
+    """A task on a published dataset, on passages of your own, or on reference pages.
 
     Args:
         name: of its files and items. The full name of a published task is `recall_NAME`.
@@ -54,7 +54,7 @@ class Task:
         answer_keys: columns whose value is searched for in the context to find the answer. A published task without
             them keeps the beginning of a document.
         labels: the column with the answers, once a document is read.
-        dataset: name of the published dataset on the hub; None for passages.
+        dataset: name of the published dataset on the hub; None for the other tasks.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Task:
     dataset: str | None = None
 
 
-_PAGE = ("text", "key", "value")
+_ATTRIBUTE = ("text", "key", "value")
 _SQUAD = ("text", "context", "question", "value")
 _CLOZE = ("context", "question", "orig_question", "answers")
 _PUBLISHED = (
-    Task("swde", "swde", _PAGE, "text", ("key", "value"), "value", "hazyresearch/based-swde-v2"),
-    Task("fda", "fda", _PAGE, "text", ("key", "value"), "value", "hazyresearch/based-fda"),
+    Task("swde", "swde", _ATTRIBUTE, "text", ("key", "value"), "value", "hazyresearch/based-swde-v2"),
+    Task("fda", "fda", _ATTRIBUTE, "text", ("key", "value"), "value", "hazyresearch/based-fda"),
     Task("squad", "squad", _SQUAD, "text", ("value",), "value", "hazyresearch/based-squad"),
     Task("drop", "drop", _CLOZE, "context", (), "answers", "hazyresearch/based_drop"),
     Task("nq_512", "nq", _CLOZE, "context", ("answers",), "answers", "hazyresearch/based_nq_512"),
@@ -88,6 +88,9 @@ _PASSAGES = (
 )
 PASSAGES = {task.name: task for task in _PASSAGES}
 """Tasks on passages from a local folder."""
+_PAGE = Task("reference_pages", "page", (), "window", (), "answers")
+_BY_NAME = {**PUBLISHED, "nq": PUBLISHED["nq_1024"], **PASSAGES, "reference_pages": _PAGE}
+_BY_NAME |= {f"reference_pages_{window}": _PAGE for window in PAGE_WINDOWS}
 TASKS = (*(PREFIX + name for name in PUBLISHED), *(f"{PAGES}_{window}" for window in PAGE_WINDOWS), *PASSAGES)
 """The full names of all tasks, as they stand in results here and in lm-eval."""
 
@@ -104,20 +107,22 @@ def task_named(name: str) -> str:
     raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
 
 
-def published_task(name: str) -> Task:
-    """Returns the published task of that name, with or without `recall_`. Raises ValueError for unknown names.
+def document_task(name: str) -> Task:
+    """Returns the task of that name, with or without `recall_`. Raises ValueError for unknown names.
 
     `nq` gives `nq_1024`: the three NQ sizes share their rules."""
-    plain = name.removeprefix(PREFIX) if isinstance(name, str) else ""
-    task = PUBLISHED.get("nq_1024" if plain == "nq" else plain)
+    task = _BY_NAME.get(name.removeprefix(PREFIX)) if isinstance(name, str) else None
     if task is None:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(PUBLISHED)}")
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     return task
 
 
-def document_task(name: str) -> Task:
-    """Returns the task of that name, on a published dataset or on passages. Raises ValueError as `published_task`."""
-    return PASSAGES[name] if isinstance(name, str) and name in PASSAGES else published_task(name)
+def published_task(name: str) -> Task:
+    """Returns the task of that name. Raises ValueError if it is not on a published dataset."""
+    task = document_task(name)
+    if task.dataset is None:
+        raise ValueError(f"{name} has no published dataset: choose one of {', '.join(PUBLISHED)}")
+    return task
 
 
 @dataclass(frozen=True)

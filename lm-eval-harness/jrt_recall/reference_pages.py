@@ -1,8 +1,7 @@
 """The task `reference_pages`: recall on documents that every machine has, the API text of Python's standard library.
 
 One item is a window of a module's page (see `api_text`), the name of a function in it, and the argument list that
-follows the name there. The prompt is the window and then `name(`. A right generation contains `arguments)`. Windows end
-at the end of a line. They are measured with the tokenizer that ships with this package, so every model reads the same
+follows the name there. Windows end at the end of a line. They are measured with the tokenizer that ships with this package, so every model reads the same
 text.
 """
 
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import api_text
-from .prompts import Strategy, strategy_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,17 +177,3 @@ def _document(window: Window, fact: api_text.Fact) -> dict:
         "tokens": window.tokens,
         "window": window.text,
     }
-
-
-def answer(doc: dict) -> str:
-    """What a right generation contains: the arguments and their closing bracket, so that a longer list is wrong."""
-    return doc["arguments"] + ")"
-
-
-def prompt(doc: dict, strategy: str | Strategy = "once") -> str:
-    """Returns the prompt of one document. Each part stands on lines of its own:
-
-    `name ?` (only if the strategy announces the question), the window once or more, `name(`."""
-    chosen = strategy_named(strategy)
-    announcement = api_text.announcement(doc["name"]) + "\n" if chosen.announced else ""
-    return announcement + f"{doc['window']}\n" * chosen.copies + api_text.question(doc["name"])
