@@ -203,8 +203,9 @@ def _asked(
             item = _item(task, row, item_id, strategy, protocol, tokenizer)
         except ValueError as error:
             invalid.append(f"document {number} of {documents.source}: {error}")
-        else:
-            found += [] if item is None else [item]
+            continue
+        if item is not None:
+            found.append(item)
     return TaskItems(
         task=task,
         strategy=strategy.name,
@@ -250,7 +251,9 @@ def _item(
 def _as_read(task: str, row: dict) -> dict:
     """Returns the row as the task uses it, before anything is cut.
 
-    A right answer to a reference page has the closing bracket, so that a longer list is wrong. A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question.
+    A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question. The
+    answer to a reference page has the closing bracket of the arguments, so that a longer list is wrong.
+
     Raises ValueError if the row has a PROBLEM, which `data` sets for rows that cannot be read, or a blank question."""
     if PROBLEM in row:
         raise ValueError(f"{task}: {row[PROBLEM]}")

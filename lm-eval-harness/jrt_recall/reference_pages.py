@@ -1,8 +1,8 @@
 """The task `reference_pages`: recall on documents that every machine has, the API text of Python's standard library.
 
 One item is a window of a module's page (see `api_text`), the name of a function in it, and the argument list that
-follows the name there. Windows end at the end of a line. They are measured with the tokenizer that ships with this package, so every model reads the same
-text.
+follows the name there. Windows end at the end of a line. They are measured with the tokenizer that ships with this
+package, so every model reads the same text.
 """
 
 from __future__ import annotations
