@@ -42,6 +42,14 @@ def text(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test, its fixtures included, draws the same random numbers in every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests skip by themselves where there is no GPU, with the reason."""
     import torch

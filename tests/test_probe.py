@@ -240,6 +240,14 @@ def test_nan_logits_never_hold():
     json.dumps(findings.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_head_is_still_zero_is_not_blamed(dtype):
+    model = tiny_model("llama").to(dtype)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    findings = probe(model)
+    assert findings.checks and not failed(findings), findings.to_dict()
+
+
 def test_a_probe_leaves_the_model_as_it_was_and_stays_within_its_passes():
     model = tiny_model("llama").train()
     model.generation_config = GenerationConfig(repetition_penalty=2.0, num_beams=3, eos_token_id=[7, 8], max_length=5)

@@ -21,7 +21,7 @@ def results(function, qkv, angles, heads, weights):
 
 
 def error(found, truth):
-    return ((found.double() - truth).norm() / truth.norm()).item()
+    return ((found.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
 
 
 @kernels

@@ -134,7 +134,7 @@ def test_error_is_at_most_twice_that_of_eager(shape, masked, decays, normalize):
 @kernels
 def test_one_token_in_a_narrow_dtype_is_as_good_as_eager_in_every_draw():
     """The gradient of the denominator holds do . o. With one token, nothing averages the rounding of o in it."""
-    for seed in range(40):
+    for seed in range(20 if INTERPRETED else 0, 40):  # with o rounded, 23, 27, 37 and 38 fail in the interpreter
         assert_as_good_as_eager(draw(batch=2, tokens=1, D=32, dtype=NARROW, state=2, seed=seed))
 
 

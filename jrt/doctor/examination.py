@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from jrt.probe import CHECKS, Check, Findings, probe, read_row
+from jrt.probe import CHECKS, Check, Findings, largest_logit, probe, read_row
 from jrt.system.breaks import BREAKS, one_line
 
 LOADED = {
@@ -109,7 +109,7 @@ def _same_again(model: PreTrainedModel, folder: str) -> Check:
         truth, logits = read_row(model), read_row(again.to(model.device).eval())
     except BREAKS as error:
         return Check("save and load", math.inf, 0.0, reason=one_line(error))
-    deviation = float((logits - truth).abs().max() / truth.abs().max())
+    deviation = float((logits - truth).abs().max() / largest_logit(truth))
     if strangers:
         return Check(
             "save and load", math.inf, 0.0, reason=f"weights that the file lacks or has too many: {strangers[:3]}"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from jrt.foreign.greedy import set_aside
 from jrt.probe.findings import CHECKS, Check, Findings, RunMode
-from jrt.probe.trials import LENGTH, STATES, Trials, read_row
+from jrt.probe.trials import LENGTH, STATES, Trials, largest_logit, read_row
 
 PASSES = 20
 """The most calls of the model's `forward` in one probe."""
@@ -26,6 +26,7 @@ __all__ = [
     "Check",
     "Findings",
     "RunMode",
+    "largest_logit",
     "probe",
     "read_row",
 ]

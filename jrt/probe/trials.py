@@ -218,7 +218,7 @@ class Trials:
             compared = trial()
         except BREAKS as error:
             return Check(name, math.inf, self.bound, reason=one_line(error))
-        scale = self.truth.float().abs().max()
+        scale = largest_logit(self.truth)
         largest, where = -1.0, 0
         for logits, truth, start in compared:
             found = (_difference(logits, truth) / scale).amax(1)  # (K,)
@@ -245,7 +245,7 @@ class Trials:
         (`_rounded_otherwise`)."""
         with _rounded_otherwise(self.model.get_input_embeddings()):
             many = self.read(self.row.expand(ROWS, -1))  # (ROWS, T, V)
-        apart = _difference(many, self.truth).amax((1, 2)) / self.truth.float().abs().max()  # (ROWS,)
+        apart = _difference(many, self.truth).amax((1, 2)) / largest_logit(self.truth)  # (ROWS,)
         return float(apart[: ROWS // 2].max()), float(apart[ROWS // 2 :].max())
 
 
@@ -305,6 +305,12 @@ def _difference(first: Tensor, second: Tensor) -> Tensor:
     """|first - second| in float32. Two equal infinities differ by 0; a NaN differs from everything by infinity."""
     first, second = first.float(), second.float()
     return torch.where(first == second, 0.0, (first - second).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def largest_logit(logits: Tensor) -> Tensor:
+    """The largest |logit| in float32, the unit of deviations. At least the smallest positive number: a model whose head
+    is still zero deviates by 0 from itself."""
+    return logits.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
