@@ -154,7 +154,7 @@ def write_repeated(
 
 
 def _members(index: Mapping[str, Any], member: str | dict, around: tuple[str, ...] = ()) -> list[str]:
-    """The tasks behind a name, or behind a member of a group's list. A group in such a list may be written out as a dict.
+    """The tasks behind a name, or behind a member of a group's list, in which a group can be written out as a dict.
 
     around: the groups that contain it."""
     if isinstance(member, dict):
