@@ -28,13 +28,10 @@ def documents(task: str, count: int = 24, seed: int = 0, sentences: int = 40) ->
     """Returns `count` documents of a published task, each of about `sentences` sentences of 20 GPT-2 tokens."""
     name = published_task(task).name
     generator = random.Random(f"{name}/{seed}")
-    make = {"swde": _page, "fda": _page, "squad": _squad}.get(name, _cloze)
-    rows = []
-    for number in range(count):
-        row = make(generator, sentences)
-        if name == "triviaqa":
+    rows = [_document(name, generator, sentences) for _ in range(count)]
+    if name == "triviaqa":
+        for number, row in enumerate(rows):
             row |= {"context": f"[DOC] [TLE] {row['context']} [PAR] ", "doc_id": f"doc-{number}"}
-        rows.append(row)
     return rows
 
 
@@ -96,32 +93,18 @@ def _prose(generator: random.Random, sentences: int, statements: list[str]) -> s
     return " ".join(lines)
 
 
-def _page(generator: random.Random, sentences: int) -> dict:
-    keys = generator.sample(_ATTRIBUTES, 4)
-    values = [_name(generator) for _ in keys]
-    statements = [f"{key.capitalize()}: {value}." for key, value in zip(keys, values, strict=True)]
-    return {"text": _prose(generator, sentences, statements) + f" {keys[0]}:", "key": keys[0], "value": values[0]}
-
-
-def _statements(generator: random.Random) -> tuple[list[str], str, str]:
-    """Returns four statements of who had which role, the role that is asked, and the name that answers it."""
-    roles = generator.sample(_ROLES, 4)
-    names = [_name(generator) for _ in roles]
-    return [f"The {role} was {name}." for role, name in zip(roles, names, strict=True)], roles[0], names[0]
-
-
-def _squad(generator: random.Random, sentences: int) -> dict:
-    statements, role, name = _statements(generator)
-    passage = _prose(generator, sentences, statements)
-    question = f"Who was the {role}?"
-    return {"text": f"{passage}\nThe {role} was", "context": passage, "question": question, "value": name}
-
-
-def _cloze(generator: random.Random, sentences: int) -> dict:
-    statements, role, name = _statements(generator)
-    return {
-        "context": _prose(generator, sentences, statements),
-        "question": f"The {role} was",
-        "orig_question": f"Who was the {role}?",
-        "answers": [name, name.split()[-1]],
-    }
+def _document(name: str, generator: random.Random, sentences: int) -> dict:
+    """One document of a published task. Four facts are stated in its prose, and the first of them is asked."""
+    of_pages = name in ("swde", "fda")
+    subjects = generator.sample(_ATTRIBUTES if of_pages else _ROLES, 4)
+    answers = [_name(generator) for _ in subjects]
+    form = "{}: {}." if of_pages else "The {} was {}."
+    asked, answer = subjects[0], answers[0]
+    shown = [subject.capitalize() for subject in subjects] if of_pages else subjects
+    prose = _prose(generator, sentences, [form.format(*fact) for fact in zip(shown, answers, strict=True)])
+    if of_pages:
+        return {"text": f"{prose} {asked}:", "key": asked, "value": answer}
+    cloze, question = f"The {asked} was", f"Who was the {asked}?"
+    if name == "squad":
+        return {"text": f"{prose}\n{cloze}", "context": prose, "question": question, "value": answer}
+    return {"context": prose, "question": cloze, "orig_question": question, "answers": [answer, answer.split()[-1]]}

@@ -17,6 +17,7 @@ changed.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,10 +118,10 @@ def prompt(task: str, doc: dict, strategy: str | Strategy = "once", protocol: st
                 "question_first: lm-eval's own prompts have no question apart from the text; choose once or Nx"
             )
         return "\n".join([text] * chosen.copies)
-    if not chosen.announced:
+    if not chosen.announced and once is not None:
         return once(doc)
     announcement, context, closing = parts(doc)
-    return announcement + f"{context}\n" * (chosen.copies - 1) + closing
+    return (announcement if chosen.announced else "") + f"{context}\n" * (chosen.copies - 1) + closing
 
 
 def _filled(task: str, doc: dict, field: str) -> str:
@@ -161,10 +162,6 @@ def _swde_once(doc: dict) -> str:
 def _swde_parts(doc: dict) -> Parts:
     key, page = _page("swde", doc)
     return _page_parts(key, page.strip("\n").strip(".").strip())
-
-
-def _fda_once(doc: dict) -> str:
-    return _fda_parts(doc).closing
 
 
 def _fda_parts(doc: dict) -> Parts:
@@ -247,17 +244,14 @@ def _page_window_parts(doc: dict) -> Parts:
     return Parts(f"{api_text.announcement(name)}\n", window, f"{window}\n{api_text.question(name)}")
 
 
-def _page_window_once(doc: dict) -> str:
-    return _page_window_parts(doc).closing
-
-
-_FORMS = {
+_FORMS: dict[str, tuple[Callable[[dict], str] | None, Callable[[dict], Parts]]] = {
     "swde": (_swde_once, _swde_parts),
-    "fda": (_fda_once, _fda_parts),
+    "fda": (None, _fda_parts),
     "squad": (_squad_once, _squad_parts),
     "passage": (_squad_once, _passage_parts),
     "drop": (_drop_once, _drop_parts),
     "nq": (_nq_once, _drop_parts),
     "triviaqa": (_trivia_once, _trivia_parts),
-    "page": (_page_window_once, _page_window_parts),
+    "page": (None, _page_window_parts),
 }
+"""For each form its `once` and its `parts`. None: `once` is the closing part."""

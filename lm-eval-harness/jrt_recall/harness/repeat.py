@@ -18,6 +18,7 @@ import yaml
 
 from .. import task_folder
 from ..prompts import strategy_named
+from .settings import names_of
 
 CONTEXT_COLUMNS = ("context", "passage", "document", "article")
 """Column names that mean context. `input` means context too if the template also has a `question` (babilong)."""
@@ -195,7 +196,7 @@ def run(given: list[str]) -> None:
             raise ValueError(f"{word}: write --tasks in full, once, where contexts are repeated")
     if not 2 <= own.repeat <= 64:
         raise ValueError(f"--repeat takes 2 to 64, got {own.repeat}")
-    names = [name for words in own.tasks for name in words.split(",") if name]
+    names = names_of(own.tasks)
     if ours := [name for name in names if name in {file.stem for file in task_folder().glob("*.yaml")}]:
         raise ValueError(
             f"{ours[0]} is a task of this package: its second reading is {ours[0]}_twice or {ours[0]}_n_times"
