@@ -172,8 +172,7 @@ def _page_items(
     python = platform.python_version()
     rows, source = selection.documents, f"standard library of Python {python}"
     found = _asked(f"{PAGES}_{protocol.window}", Documents(rows, source, digest(rows)), strategy, protocol)
-    headings, left_out = selection.facts, sum(selection.left_out.values())
-    return replace(found, documents=headings, dropped=left_out, seed=seed, python=python)
+    return replace(found, documents=selection.facts, dropped=selection.left_out, seed=seed, python=python)
 
 
 def _asked(

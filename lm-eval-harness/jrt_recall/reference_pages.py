@@ -11,8 +11,8 @@ import random
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,12 +49,11 @@ class Window(NamedTuple):
 class Selection(NamedTuple):
     """The documents that are asked.
 
-    facts: number of headings in the windows they were chosen from. left_out: how many of these headings each rule of
-    `askable` left out, by the rule's name."""
+    facts: number of headings in the windows they were chosen from. left_out: how many of these `askable` left out."""
 
     documents: list[dict]
     facts: int
-    left_out: dict[str, int]
+    left_out: int
 
 
 @cache
@@ -128,13 +127,7 @@ def askable(window: Window) -> tuple[list[api_text.Fact], Counter[str]]:
     return kept, left_out
 
 
-def select(
-    size: int,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int = DEFAULT_ITEMS,
-    seed: int = 0,
-    pages: Sequence[Page] | None = None,
-) -> Selection:
+def select(size: int, tokenizer: PreTrainedTokenizerBase, count: int = DEFAULT_ITEMS, seed: int = 0) -> Selection:
     """Chooses `count` documents (fewer if there are no more), spread over all windows.
 
     Windows are taken in a shuffled order. One heading of every window is chosen before a second one of any. A smaller
@@ -145,26 +138,22 @@ def select(
         tokenizer: measures the windows.
         count: most documents.
         seed: of the choice.
-        pages: the pages to cut; None for the standard library's.
 
     Returns:
         Documents with the fields id, module, line, name, arguments, tokens and window.
     """
-    chosen = [w for page in (library_pages() if pages is None else pages) for w in windows(page, size, tokenizer)]
+    chosen = [window for page in library_pages() for window in windows(page, size, tokenizer)]
     generator = random.Random(f"reference_pages/{size}/{seed}")
     generator.shuffle(chosen)
-    left_out: Counter[str] = Counter()
     queues: list[list[dict]] = []
-    facts = 0
+    left_out = 0
     for window in chosen:
         kept, dropped = askable(window)
-        left_out += dropped
-        facts += len(kept) + dropped.total()
+        left_out += dropped.total()
         generator.shuffle(kept)
         queues.append([_document(window, fact) for fact in kept])
-    rounds = max(map(len, queues), default=0)
-    documents = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
-    return Selection(documents[:count], facts, dict(left_out))
+    documents = [doc for turn in zip_longest(*queues) for doc in turn if doc is not None]
+    return Selection(documents[:count], len(documents) + left_out, left_out)
 
 
 def _document(window: Window, fact: api_text.Fact) -> dict:
