@@ -71,19 +71,10 @@ def documents(
     prompts = [item.prompt for item in found.items]
     lengths = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     limit = _limit(found.protocol, arguments)
-    shared = {
-        "task": found.task,
-        "strategy": found.strategy,
-        "protocol": found.protocol.label(),
-        "source": found.source,
-        "sha256": found.sha256,
-        "python": found.python or "",
-        "documents": found.documents,
-        "dropped": found.dropped,
-        "invalid": len(found.invalid),
-    }
+    shared = {**found.summary(), "protocol": found.protocol.label()}
     rows = [
         {
+            **shared,
             "id": item.id,
             "prompt": item.prompt,
             "answers": list(item.answers),
@@ -92,7 +83,6 @@ def documents(
             "unreachable": int(not reachable(tokenizer, item.answers, found.protocol.stop)),
             "prompt_tokens": length if limit is None or length is None else min(length, limit),
             "truncated": None if limit is None or length is None else int(length > limit),
-            **shared,
         }
         for item, length in zip(found.items, lengths, strict=True)
     ]
