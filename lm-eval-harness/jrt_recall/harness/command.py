@@ -100,11 +100,8 @@ def command_line(
     hf_models.register(found)
     if (told := hf_models.acting_settings(found)) is not None:
         logger.warning(told)
-    if (cache := settings.response_cache(found)) is not None:
-        namespace.use_cache = cache
-    for name in (*settings.NUMBERS, "samples"):  # lm-eval reads the `--config` file again, whose numbers may be text
-        if name in found:
-            setattr(namespace, name, found[name])
+    # lm-eval reads the `--config` file again, whose numbers may be text: what was read here comes first.
+    vars(namespace).update(found, use_cache=settings.response_cache(found))
     try:
         parser.execute(namespace)
     except AssertionError as error:  # lm-eval's own check of the numbers in --samples
