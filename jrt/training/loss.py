@@ -49,6 +49,9 @@ class ModelWithLoss(nn.Module):
 
         Blocks of the same kind share one compiled graph, so there are as many compilations as kinds of layers."""
         torch._dynamo.config.recompile_limit = 64  # kinds of layers x lengths
+        # DistributedDataParallel would have each block cut into graphs of 25 MB of weights, so that their gradients are
+        # sent early. The gradients of a block are early enough, and cuts end the fusion of operations.
+        torch._dynamo.config.optimize_ddp = False
         for block in self.model.blocks:
             block.forward = _compiled(block.forward, fullgraph)
         last = torch.compile(self.model.last, dynamic=False, fullgraph=fullgraph)
