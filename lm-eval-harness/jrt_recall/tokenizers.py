@@ -143,9 +143,11 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
         The new document, or None if the published rule drops it: its answer or key has at most one character.
 
     Raises:
-        ValueError: unknown task, missing field, empty answer list, or a window that leaves no context.
+        ValueError: unknown task, reference pages, missing field, empty answer list, or a window that leaves no context.
     """
     spec, is_passage = document_task(task), task in PASSAGES
+    if spec.form == "page":
+        raise ValueError(f"{task}: its documents are windows already; choose their size by the protocol")
     context = text_field(task, doc, spec.context).strip()
     ending = passage_ending(text_field(task, doc, "question")) if spec.form == "passage" else ""
     desired = window - answer_room - len(token_ids(tokenizer, ending, special_is_text=True))
