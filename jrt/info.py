@@ -12,39 +12,10 @@ from jrt.model import LanguageModel
 from jrt.released.configurations import has_gpt_fields
 from jrt.released.quirks import Quirks
 from jrt.system.breaks import as_value_error
+from jrt.training.flops import mixing_flops
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _RELEASED_DEFAULTS = (("tokenizer", "GPT-2's"), ("quirks switched on", "none"))
-
-
-def parameters(config: Config) -> int:
-    """Number of a model's parameters; tied ones count once."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def decode_flops(config: Config, length: int) -> int:
-    """Floating-point operations (a multiply and an add are two) to decode one token after `length` tokens.
-
-    Counted are the products with weights, the head included, and the work of each mixer on its state. Norms and
-    activations are not counted, nor is the prefix encoder, which reads no generated tokens."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    weights = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and name.endswith("weight") and "_enc." not in name and name != "embedding.weight"
-    )
-    if config.tied:
-        weights += model.head.weight.numel()
-    return 2 * weights + sum(_mixing_flops(config, layer, length) for layer in range(len(config.pattern)))
-
-
-def attention_twin_bytes(config: Config, length: int) -> int:
-    """Bytes of the fp32 keys and values of a Transformer with the same width and as many attention layers as the
-    pattern."""
-    return 4 * 2 * config.width * length * len(config.pattern)
 
 
 def describe(name: str, lengths: Sequence[int] = LENGTHS) -> list[tuple[str, str]]:
@@ -77,8 +48,23 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
     letters = ", ".join(
         f"{letter} {LETTERS[letter]} x {core.pattern.count(letter)}" for letter in dict.fromkeys(core.pattern)
     )
+    with torch.device("meta"):
+        model = LanguageModel(core)
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and name.endswith("weight")]
+    weights = sum(p.numel() for name, p in named if "_enc." not in name and name != "embedding.weight")
+    weights += model.head.weight.numel() if core.tied else 0
+
+    def flops(length: int) -> int:
+        """To decode one token: products with weights, the head included, and the mixers' work. Norms, activations and
+        the prefix encoder, which reads no generated tokens, are not counted."""
+        return 2 * weights + sum(mixing_flops(core, layer, length) for layer in range(len(core.pattern)))
+
+    def baseline(length: int) -> int:
+        """Bytes of fp32 keys and values, if all layers were attention."""
+        return 4 * 2 * core.width * length * len(core.pattern)
+
     found = [
-        ("parameters", f"{parameters(core):,}"),
+        ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
         ("pattern", f"{core.pattern} ({letters})"),
         (
             "width",
@@ -88,8 +74,8 @@ def _ours(core: Config, lengths: Sequence[int]) -> list[tuple[str, str]]:
     if core.has("P"):
         found.append(("prefix encoder", f"reads up to {core.enc_length:,} tokens"))
     found.append(("state a sequence", _by_length(core.state_bytes, lengths)))
-    found.append(("attention baseline", _by_length(lambda length: attention_twin_bytes(core, length), lengths)))
-    found.append(("FLOPs a token", _flops(lambda length: decode_flops(core, length), lengths)))
+    found.append(("attention baseline", _by_length(baseline, lengths)))
+    found.append(("FLOPs a token", _flops(flops, lengths)))
     return found
 
 
@@ -142,21 +128,6 @@ def _others(folder: Path, lengths: Sequence[int]) -> list[tuple[str, str]]:
     found.append(("FLOPs a token", _flops(lambda length: flops + attention * (length + 1), lengths)))
     found.append(("tokenizer", "in the folder" if has_tokenizer(folder) else "not in the folder"))
     return found
-
-
-def _mixing_flops(config: Config, layer: int, length: int) -> int:
-    width = config.width
-    match config.pattern[layer]:
-        case "C":
-            return 2 * config.conv_kernel * config.conv_channels
-        case "P" | "L":
-            return 4 * config.features * (width + config.linear_heads)  # one outer product, one product with the state
-        case "S":
-            return 4 * width * (min(config.window_of(layer), length) + 1)
-        case "A":
-            return 4 * width * (length + 1)
-        case _:
-            return config.mamba_expand * width * (2 * config.mamba_kernel + 7 * config.state_dim)
 
 
 def _by_length(count: Callable[[int], int], lengths: Sequence[int]) -> str:

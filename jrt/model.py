@@ -95,12 +95,10 @@ def recorded(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
         residuals.append(residual(x, update))
         return residuals[-1], None, *rest
 
-    hooks = [block.register_forward_pre_hook(record) for block in blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(record))
         yield residuals
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class LanguageModel(nn.Module):

@@ -1,7 +1,5 @@
-"""The model class for transformers: `forward` and `generate`.
-
-Importing this module registers the class with AutoModelForCausalLM. `jrt.configuration_jrt` imports it with the first
-configuration. So `import jrt` is enough before AutoModelForCausalLM.from_pretrained.
+"""The model class for transformers: `forward` and `generate`. Importing this module registers the class with
+AutoModelForCausalLM, and the first `JRTConfig` imports it (`jrt.configuration_jrt`).
 
 Shapes: B batch, T tokens of a call, V vocabulary rows.
 """
@@ -42,7 +40,7 @@ from jrt.inputs import (
 )
 from jrt.mixers import TokenBatch
 from jrt.model import LanguageModel, recorded
-from jrt.packed_rows import DESCRIPTIONS, check_longest, documents_of
+from jrt.packed_rows import DESCRIPTIONS, LONGEST, documents_of
 from jrt.recurrent_cache import CACHE, RecurrentCache, one_cache, state_of
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import PADDED_MIXERS, Prompt, check_short_prompt, fill_short_prompts, padded
@@ -194,19 +192,14 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the inputs do not fit; the message says what was expected.
         """
         check_counts(num_items_in_batch, logits_to_keep, labels)
-        packing = {name: kwargs.pop(name, None) for name in DESCRIPTIONS}
-        longest = {name: kwargs.pop(name, None) for name in ("max_length_q", "max_length_k")}
+        packing = {name: kwargs.pop(name, None) for name in (*DESCRIPTIONS, *LONGEST)}
         check_unknown(kwargs)
         cache = one_cache(past_key_values, cache)
         state = state_of(cache)
         input_ids = check_ids(input_ids, self.core.vocab_rows, is_step=state is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        documents = None
-        if any(given is not None for given in packing.values()):
-            documents = documents_of(input_ids, attention_mask, None if state is None else state.lengths, **packing)
-        if state is None:
-            check_longest(longest, documents, input_ids, attention_mask)
+        documents = documents_of(input_ids, attention_mask, None if state is None else state.lengths, packing)
         if documents is not None:
             if state is not None or use_cache:
                 raise ValueError("rows of several documents leave no cache to go on from: pass use_cache=False")
@@ -214,7 +207,7 @@ class JRTForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("rows of several documents: expected no rule for prompts and all logits")
             alone = self.forward(
                 documents.apart(input_ids, 0),
-                documents.mask(input_ids.device),
+                documents.apart(torch.ones_like(input_ids), 0),
                 use_cache=False,
                 labels=None if labels is None else documents.apart(labels, IGNORED),
                 prefix_length=prefix_length,

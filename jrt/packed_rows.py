@@ -20,6 +20,8 @@ from jrt.inputs import INTEGERS, check_tensor
 
 DESCRIPTIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """The arguments of `forward` that say where documents begin."""
+LONGEST = ("max_length_q", "max_length_k")
+"""The arguments of `forward` that say how many tokens the longest document has."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,6 @@ class Documents:
             packed.flatten().split(self.lengths), batch_first=True, padding_value=fill, padding_side="left"
         )
 
-    def mask(self, device: torch.device) -> Tensor:
-        """The attention mask (N, L) of `apart`'s result: 0 where it filled up, else 1."""
-        lengths = torch.tensor(self.lengths, device=device)
-        return (torch.arange(max(self.lengths), device=device) >= max(self.lengths) - lengths[:, None]).long()
-
     def together(self, apart: Tensor, rows: int) -> Tensor:
         """Turns outputs (N, L, ...) of single documents into outputs (B, T, ...) of the packed rows; rows: B."""
         tokens = torch.cat([row[len(row) - length :] for row, length in zip(apart, self.lengths, strict=True)])
@@ -46,13 +43,7 @@ class Documents:
 
 
 def documents_of(
-    input_ids: Tensor,
-    mask: Tensor | None,
-    past: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seq_lens_q: Tensor | None,
-    cu_seq_lens_k: Tensor | None,
-    seq_idx: Tensor | None,
+    input_ids: Tensor, mask: Tensor | None, past: Tensor | None, given: Mapping[str, object]
 ) -> Documents | None:
     """The documents as described by any of DESCRIPTIONS; None if each row is one text.
 
@@ -60,90 +51,65 @@ def documents_of(
         input_ids: (B, T).
         mask: (B, T), 0 for padding, which rows with several documents must not have; None: no padding.
         past: (B,) number of tokens of each row in earlier calls; None: there were none.
-        position_ids: (B, T), (1, T) or (T,): the index of each token in its document.
-        cu_seq_lens_q, cu_seq_lens_k: (N + 1,): where documents begin in the rows laid end to end, and where the last
-            ends.
-        seq_idx: (B, T): the number of each token's document in its row.
+        given: values of DESCRIPTIONS and LONGEST, None for an argument that is not given. `position_ids`, (B, T),
+            (1, T) or (T,), is the index of each token in its document, and `seq_idx`, of the same shape, the number of
+            its document. `cu_seq_lens_*`, (N + 1,), say where documents begin in the rows laid end to end, and where
+            the last ends.
 
     Raises:
-        ValueError: a description that does not fit, or two that contradict each other.
+        ValueError: a description that does not fit, or two that contradict each other; a maximum length below that of
+            the longest text, because the rows were then meant to hold several documents.
     """
-    rows, length = input_ids.shape
-    starts = []
-    for name, given in zip(DESCRIPTIONS, (position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx), strict=True):
-        if given is not None:
-            check_tensor(name, given, "a tensor of integers")
-            if given.dtype not in INTEGERS or given.numel() == 0 or given.ndim not in (1, 2):
-                shape = tuple(given.shape)
-                raise ValueError(
-                    f"{name} is {given.dtype} of shape {shape}; expected integers, int64 or int32, of 1 or 2 dimensions"
-                )
-    if position_ids is not None:
-        positions = position_ids.expand(rows, -1) if position_ids.ndim == 1 or len(position_ids) == 1 else position_ids
-        if _count_own_tokens(_checked("position_ids", positions, input_ids), mask, past):
-            starts.append(_first_column(input_ids))
+    described = {name: _integers(name, given[name]) for name in DESCRIPTIONS if given[name] is not None}
+    if past is not None:
+        described.pop("cu_seq_lens_k", None)  # on top of a cache there are more keys than tokens of the call
+    starts = []  # of each description: (B, T) bool, True where a document begins
+    for name, value in described.items():
+        if name.startswith("cu_seq_lens"):
+            starts.append(_starts_of_ends(name, value, input_ids))
         else:
-            starts.append(_starts_of_positions(positions))
-    if cu_seq_lens_q is not None:
-        starts.append(_starts_of_ends("cu_seq_lens_q", cu_seq_lens_q, input_ids))
-    if cu_seq_lens_k is not None and past is None:  # on top of a cache there are more keys than tokens of the call
-        starts.append(_starts_of_ends("cu_seq_lens_k", cu_seq_lens_k, input_ids))
-    if seq_idx is not None:
-        number = _checked("seq_idx", seq_idx, input_ids)
-        starts.append(torch.cat([_first_column(input_ids)[:, :1], number[:, 1:] != number[:, :-1]], dim=1))
+            each = value.expand(len(input_ids), -1) if value.ndim == 1 or len(value) == 1 else value
+            if each.shape != input_ids.shape:
+                shape, expected = tuple(each.shape), tuple(input_ids.shape)
+                raise ValueError(f"{name} has shape {shape}; expected that of input_ids, {expected}")
+            if name == "seq_idx":
+                starts.append(each.diff(dim=1, prepend=each[:, :1] - 1) != 0)
+            else:
+                starts.append(_starts_of_positions(each, mask, past))
     if any(not torch.equal(each, starts[0]) for each in starts[1:]):
         raise ValueError(f"{', '.join(DESCRIPTIONS)} put documents at different places: expected the same")
-    if not starts or not bool(starts[0][:, 1:].any()):
-        return None
-    if mask is not None and not bool((mask == 1).all()):
-        raise ValueError("attention_mask has padding beside rows of several documents: expected one or the other")
-    begins = [*starts[0].flatten().nonzero().flatten().tolist(), rows * length]
-    return Documents([end - begin for begin, end in itertools.pairwise(begins)])
+    documents = None
+    if starts and bool(starts[0][:, 1:].any()):
+        if mask is not None and not bool((mask == 1).all()):
+            raise ValueError("attention_mask has padding beside rows of several documents: expected one or the other")
+        begins = [*starts[0].flatten().nonzero().flatten().tolist(), input_ids.numel()]
+        documents = Documents([end - begin for begin, end in itertools.pairwise(begins)])
+    for name in LONGEST if past is None else ():
+        if given[name] is not None:
+            own = input_ids.shape[1] if mask is None else int(mask.sum(1).max())
+            _check_longest(name, given[name], own if documents is None else max(documents.lengths))
+    return documents
 
 
-def check_longest(
-    longest: Mapping[str, object], documents: Documents | None, input_ids: Tensor, mask: Tensor | None
-) -> None:
-    """Raises ValueError if a maximum length (by name, None if not given) is less than the tokens of the longest text,
-    because the rows were then meant to hold several documents.
-
-    mask: (B, T), as in `forward`."""
-    for name, given in longest.items():
-        if given is None:
-            continue
-        own = input_ids.shape[1] if mask is None else int(mask.sum(1).max())
-        tokens = own if documents is None else max(documents.lengths)
-        number = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
-        if not isinstance(number, int) or number < tokens:
-            raise ValueError(
-                f"{name} is {given}, and the longest text has {tokens} tokens: expected position_ids, cu_seq_lens_q or "
-                "seq_idx beside it, which say where documents begin"
-            )
-
-
-def _first_column(input_ids: Tensor) -> Tensor:
-    """(B, T) bool, True at the start of each row."""
-    return (torch.arange(input_ids.shape[1], device=input_ids.device) == 0).expand(input_ids.shape)
-
-
-def _count_own_tokens(positions: Tensor, mask: Tensor | None, past: Tensor | None) -> bool:
-    """Whether `positions` (B, T) just number each row's own tokens from 0, so that each row is one text."""
-    own = torch.ones_like(positions) if mask is None or past is not None else mask.long()  # steps have no padding
-    expected = own.cumsum(1) - 1 + (0 if past is None else past[:, None])
-    return torch.equal(positions * own, expected * own)
-
-
-def _checked(name: str, given: Tensor, input_ids: Tensor) -> Tensor:
-    if given.shape != input_ids.shape:
-        raise ValueError(f"{name} has shape {tuple(given.shape)}; expected that of input_ids, {tuple(input_ids.shape)}")
+def _integers(name: str, given: object) -> Tensor:
+    check_tensor(name, given, "a tensor of integers")
+    assert isinstance(given, Tensor)
+    if given.dtype not in INTEGERS or given.numel() == 0 or given.ndim not in (1, 2):
+        shape = tuple(given.shape)
+        raise ValueError(
+            f"{name} is {given.dtype} of shape {shape}; expected integers, int64 or int32, of 1 or 2 dimensions"
+        )
     return given
 
 
-def _starts_of_positions(positions: Tensor) -> Tensor:
-    """(B, T) bool, True where a document begins."""
+def _starts_of_positions(positions: Tensor, mask: Tensor | None, past: Tensor | None) -> Tensor:
+    """Arguments as in `documents_of`, positions: (B, T)."""
+    own = torch.ones_like(positions) if mask is None or past is not None else mask.long()  # steps have no padding
+    expected = own.cumsum(1) - 1 + (0 if past is None else past[:, None])
+    if torch.equal(positions * own, expected * own):  # they just number each row's own tokens: one text
+        return (torch.arange(positions.shape[1], device=positions.device) == 0).expand(positions.shape)
     begins = positions == 0
-    follows = positions[:, 1:] == positions[:, :-1] + 1
-    if not bool((begins[:, 1:] | follows).all()) or not bool(begins[:, 0].all()):
+    if not bool((begins | (positions.diff(dim=1, prepend=positions[:, :1]) == 1)).all()):
         raise ValueError(
             "position_ids: expected 0, 1, 2, ... from the start of each document; others are not supported"
         )
@@ -161,3 +127,13 @@ def _starts_of_ends(name: str, given: Tensor, input_ids: Tensor) -> Tensor:
     if not bool(begins[:, 0].all()):
         raise ValueError(f"{name}: a document reaches over the end of a row; expected each row to begin with one")
     return begins
+
+
+def _check_longest(name: str, given: object, tokens: int) -> None:
+    """tokens: of the longest text."""
+    number = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if not isinstance(number, int) or number < tokens:
+        raise ValueError(
+            f"{name} is {given}, and the longest text has {tokens} tokens: expected position_ids, cu_seq_lens_q or "
+            "seq_idx beside it, which say where documents begin"
+        )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+# One thread a process, before torch is imported: tests run side by side, and a process with threads cannot be forked.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 

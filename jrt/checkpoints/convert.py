@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import torch
 import transformers
@@ -78,14 +78,21 @@ def convert(
         if self_contained:
             make_self_contained(partial, type(model), __version__)
         sources = [folder / "config.json", *files(folder), *(folder / name for name in copied)]
-        where = "in this folder" if tokenizer else f"not in the source: `{trained_tokenizer(folder)}`"
-        card = _card(
-            model,
+        card = ModelCard.from_template(
+            ModelCardData(
+                library_name="transformers",
+                pipeline_tag="text-generation",
+                tags=["jrt", "recurrent", "linear-attention"],
+            ),
+            template_path=str(Path(__file__).with_name("card.md.jinja")),
+            model=model,
             name=origin(source),
-            tokenizer=where,
+            tokenizer="in this folder" if tokenizer else f"not in the source: `{trained_tokenizer(folder)}`",
             sources=sources,
             results=sorted(partial.iterdir()),
             self_contained=self_contained,
+            versions={"jrt": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            sha256=sha256,
         )
         card.save(partial / "README.md")
         partial.chmod(0o755)  # mkdtemp makes folders that no other user can read
@@ -119,20 +126,3 @@ def sha256(file: Path) -> str:
     hidden = True if size < LONG_HASH else None  # None: shown on a terminal
     with open(file, "rb") as opened, tqdm.wrapattr(opened, "read", size, desc=name, disable=hidden) as stream:
         return sha_fileobj(cast(BinaryIO, stream)).hex()  # the wrapper has `read`, and no more is needed
-
-
-def _card(model: JRTForCausalLM, **described: Any) -> ModelCard:
-    """The folder's README.md: what the model is, how to load it, where it came from."""
-    packages = {"jrt": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["jrt", "recurrent", "linear-attention"],
-        ),
-        template_path=str(Path(__file__).with_name("card.md.jinja")),
-        model=model,
-        versions=packages,
-        sha256=sha256,
-        **described,
-    )

@@ -11,6 +11,8 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +47,19 @@ class CheckpointError(ValueError):
         super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}...")
 
 
+@contextmanager
+def as_checkpoint_error(what: str) -> Iterator[None]:
+    """Inside the context, the errors that corrupted files raise become CheckpointErrors: "{what} ({why})"."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        # torch's own text for a pickle that it refuses proposes to run the file's code.
+        why = "expected named tensors only" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise CheckpointError(f"{what} ({why})") from error
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a file, as the file describes it."""
@@ -61,7 +76,9 @@ def entries(folder: Path) -> dict[str, Entry]:
     Raises CheckpointError for no weights, a missing shard, and a file that is truncated, corrupted or no weight file."""
     found: dict[str, Entry] = {}
     for file in files(folder):
-        for name, entry in _entries_of(file).items():
+        with as_checkpoint_error(f"{file.name} is truncated, corrupted or no weight file"):
+            own = _safetensors_entries(file) if file.suffix == ".safetensors" else _torch_entries(file)
+        for name, entry in own.items():
             if name in found:
                 raise CheckpointError(f"{name} stands in two files: {found[name].file.name} and {file.name}")
             found[name] = entry
@@ -106,17 +123,12 @@ class Reader:
         if entry.dtype not in FLOATING:
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
             raise CheckpointError(f"{entry.file.name}: {entry.name} is {entry.dtype}; expected one of {expected}")
-        try:
-            return self._get(entry)
-        except UNREADABLE as error:
-            raise CheckpointError(f"{entry.file.name}: {entry.name} cannot be read ({first_line(error)})") from error
-
-    def _get(self, entry: Entry) -> Tensor:
-        if self._file != entry.file or self._touched > self.REOPEN_BYTES:
-            self._content, self._file, self._touched = _opened(entry.file), entry.file, 0
-        if entry.file.suffix == ".safetensors":
-            return self._content.get_tensor(entry.name)
-        return self._content[entry.name]
+        with as_checkpoint_error(f"{entry.file.name}: {entry.name} cannot be read"):
+            if self._file != entry.file or self._touched > self.REOPEN_BYTES:
+                self._content, self._file, self._touched = _opened(entry.file), entry.file, 0
+            is_safetensors = entry.file.suffix == ".safetensors"
+            tensor = self._content.get_tensor(entry.name) if is_safetensors else self._content[entry.name]
+        return tensor
 
 
 def read_json(file: Path) -> dict:
@@ -158,17 +170,6 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index.name} lists shards that are not there: {', '.join(missing)}")
     return [index.parent / name for name in names]
-
-
-def _entries_of(file: Path) -> dict[str, Entry]:
-    try:
-        return _safetensors_entries(file) if file.suffix == ".safetensors" else _torch_entries(file)
-    except CheckpointError:
-        raise
-    except UNREADABLE as error:
-        # torch's own text for a pickle that it refuses proposes to run the file's code.
-        why = "expected named tensors only" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise CheckpointError(f"{file.name} is truncated, corrupted or no weight file ({why})") from error
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:

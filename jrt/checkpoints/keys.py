@@ -7,6 +7,9 @@ counts.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+from jrt.checkpoints.files import CheckpointError
 
 Table = tuple[tuple[str, str], ...]
 
@@ -14,7 +17,7 @@ Table = tuple[tuple[str, str], ...]
 GPT: Table = (
     (r"transformer\.embeddings\.word_embeddings\.weight", "embedding.weight"),
     (r"transformer\.layers\.(\d+)\.(norm[12])\.weight", r"blocks.\1.\2.weight"),
-    (r"transformer\.layers\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
+    (r"transformer\.layers\.(\d+)\.mlp\.(fc[123])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
     (r"transformer\.layers\.(\d+)\.mixer\.conv1?\.conv1?\.(weight|bias)", r"blocks.\1.mixer.conv.\2"),
     (r"transformer\.layers\.(\d+)\.mixer\.(in_proj|out_proj|Wqkv)\.(weight|bias)", r"blocks.\1.mixer.\2.\3"),
     (r"transformer\.layers\.(\d+)\.mixer\.(proj_[qkv]|proj_[kv]_enc|decay_proj)\.weight", r"blocks.\1.mixer.\2.weight"),
@@ -41,45 +44,41 @@ OWN: Table = ((r"model\.(.+)", r"\1"),)
 NOT_WEIGHTS = (r".*metrics.*", r".+\.rotary_emb\.(inv_freq|scale)", r".+\.feature_map\..+")
 
 
-def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
+def renamed(names: Iterable[str], table: Table) -> tuple[dict[str, str], list[str]]:
     """{name in this package: name in the file}, and the names that match no row of the table. NOT_WEIGHTS are in neither.
 
-    Raises ValueError if two tensors of the file have the same name in this package."""
+    Raises CheckpointError if two tensors of the file have the same name in this package."""
+    cut = {name: name if table is OWN else name.removeprefix("model.") for name in names}
+    moved = _moved_norms(set(cut.values()))
     found: dict[str, str] = {}
     unknown = []
-    for name in names:
-        cut = name.removeprefix("model.") if table is not OWN else name
-        if any(re.fullmatch(pattern, cut) for pattern in NOT_WEIGHTS):
+    for name, plain in cut.items():
+        modern = moved.get(plain, plain)
+        if any(re.fullmatch(pattern, modern) for pattern in NOT_WEIGHTS):
             continue
-        for pattern, replacement in table:
-            if match := re.fullmatch(pattern, cut):
-                here = match.expand(replacement)
-                if here in found:
-                    raise ValueError(f"the tensors {found[here]} and {name} are both {here}")
-                found[here] = name
-                break
-        else:
+        matches = ((re.fullmatch(pattern, modern), replacement) for pattern, replacement in table)
+        here = next((match.expand(replacement) for match, replacement in matches if match), None)
+        if here is None:
             unknown.append(name)
+        elif here in found:
+            raise CheckpointError(f"the tensors {found[here]} and {name} are both {modern}")
+        else:
+            found[here] = name
     return found, unknown
 
 
-def modern_norms(names: list[str]) -> dict[str, str]:
-    """{name in the file: name in the released layout}, also for an older layout in which norms belong to the layer
-    before.
+def _moved_norms(names: set[str]) -> dict[str, str]:
+    """{name: name in the released layout} of the norms of an older layout, in which they belong to the layer before.
 
     There `ln_0` stands before the first layer, and a layer's two norms stand after its mixer and after its MLP. In the
     released layout each norm stands before the mixer or MLP that reads it, and the last one is `ln_f`.
     """
-    plain = {name: name.removeprefix("model.") for name in names}
-    present = set(plain.values())
-    if "transformer.ln_0.weight" not in present:
-        return {name: name for name in names}
+    if "transformer.ln_0.weight" not in names:
+        return {}
     moved = {"transformer.ln_0.weight": "transformer.layers.0.norm1.weight"}
-    for cut in present:
-        match = re.fullmatch(r"transformer\.layers\.(\d{1,9})\.norm([12])\.weight", cut)
-        if match is None:
-            continue
-        layer, number = int(match[1]), int(match[2])
-        after = f"transformer.layers.{layer + number - 1}.norm{3 - number}.weight"
-        moved[cut] = after if after in present else "transformer.ln_f.weight"
-    return {name: moved.get(cut, cut) for name, cut in plain.items()}
+    for name in names:
+        if match := re.fullmatch(r"transformer\.layers\.(\d{1,9})\.norm([12])\.weight", name):
+            layer, number = int(match[1]), int(match[2])
+            after = f"transformer.layers.{layer + number - 1}.norm{3 - number}.weight"
+            moved[name] = after if after in names else "transformer.ln_f.weight"
+    return moved

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from jrt.checkpoints import keys
-from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, entries, read_json
+from jrt.checkpoints.files import FLOATING, CheckpointError, Entry, Reader, as_checkpoint_error, entries, read_json
 from jrt.checkpoints.names import MINIS, Kind, kind_of, read_config, resolve
 from jrt.config import LARGEST
 from jrt.configuration_jrt import JRTConfig
@@ -23,7 +22,7 @@ from jrt.modeling_jrt import JRTForCausalLM
 from jrt.released import configurations
 from jrt.released.quirks import Quirks
 from jrt.short_prompts import SPACE_TOKEN, check_short_prompt
-from jrt.system.breaks import as_value_error, first_line
+from jrt.system.breaks import as_value_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Vocabulary sizes of GPT-NeoX's tokenizer: its own, and padded as in state-spaces/mamba-* and mamba2-*.
@@ -176,11 +175,12 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
     _check_tokens(raw, "config.json")
     if raw.get("transformers_weights") is not None:
         raise CheckpointError("config.json has transformers_weights: expected the weights in model.safetensors")
-    described: dict[str, Source] = {tensor: (entry,) for tensor, entry in entries(folder).items()}
     if kind is Kind.JRT:
-        return _own_config(raw), _matched(described, keys.OWN)
+        return _own_config(raw), _matched(entries(folder), keys.OWN)
     table, translate = TRANSLATIONS[kind]
-    sources = _matched(_modern(described, raw), table)
+    sources = _matched(entries(folder), table)
+    if raw.get("mlp_type") == "alt":
+        _stack_values_on_gates(sources)
     if "embedding.weight" not in sources and "head.weight" in sources:
         sources["embedding.weight"] = sources.pop("head.weight")  # a tied tensor may be saved under either name
     try:
@@ -195,10 +195,9 @@ def _described(folder: Path, name: str) -> tuple[JRTConfig, dict[str, Source]]:
 def _own_config(raw: dict) -> JRTConfig:
     # Fields that only transformers knows are dropped: some of them can make it allocate memory.
     known = set(inspect.signature(JRTConfig).parameters) - {"kwargs"}
-    try:
-        return JRTConfig(**{name: value for name, value in raw.items() if name in known})
-    except (TypeError, AttributeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json is no jrt configuration ({first_line(error)})") from error
+    with as_checkpoint_error("config.json is no jrt configuration"):
+        config = JRTConfig(**{name: value for name, value in raw.items() if name in known})
+    return config
 
 
 def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
@@ -209,10 +208,9 @@ def _generation_config(folder: Path, config: JRTConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
     raw = read_json(file)
     _check_tokens(raw, file.name)
-    try:
-        return GenerationConfig.from_dict(raw)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file.name} is no generation configuration ({error})") from error
+    with as_checkpoint_error(f"{file.name} is no generation configuration"):
+        settings = GenerationConfig.from_dict(raw)
+    return settings
 
 
 def _check_tokens(raw: dict, file: str) -> None:
@@ -226,28 +224,20 @@ def _check_tokens(raw: dict, file: str) -> None:
                 )
 
 
-def _modern(described: dict[str, Source], raw: dict) -> dict[str, Source]:
-    """Sources under the names of the released layout, for files in an older layout."""
-    renames = keys.modern_norms(list(described))
-    found: dict[str, Source] = {}
-    for name, source in described.items():
-        if renames[name] in found:
-            raise CheckpointError(f"the tensors {found[renames[name]][0].name} and {name} are both {renames[name]}")
-        found[renames[name]] = source
-    if raw.get("mlp_type") == "alt":
-        for name in [name for name in found if ".mlp.fc3." in name]:
-            gate = name.replace(".fc3.", ".fc1.")
-            if gate not in found:
-                raise CheckpointError(f"{name} has no {gate} beside it")
-            found[gate] = found.pop(name) + found[gate]  # one tensor: rows of the values, then rows of the gates
-    return found
-
-
-def _matched(described: Mapping[str, Source], table: keys.Table) -> dict[str, Source]:
-    found, unknown = keys.renamed(list(described), table)
+def _matched(described: Mapping[str, Entry], table: keys.Table) -> dict[str, Source]:
+    found, unknown = keys.renamed(described, table)
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors have no place in the model: {', '.join(sorted(unknown)[:8])}")
-    return {here: described[name] for here, name in found.items()}
+    return {here: (described[name],) for here, name in found.items()}
+
+
+def _stack_values_on_gates(sources: dict[str, Source]) -> None:
+    """Joins fc3 and fc1 of MLPs of the kind "alt" to one tensor: rows of the values, then rows of the gates."""
+    for name in [name for name in sources if ".mlp.fc3." in name]:
+        gate = name.replace(".fc3.", ".fc1.")
+        if gate not in sources:
+            raise CheckpointError(f"{name} has no {gate} beside it")
+        sources[gate] = sources.pop(name) + sources[gate]
 
 
 def _shape(source: Source) -> tuple[int, ...]:
@@ -267,11 +257,8 @@ def _built(
     core = config.core
     if len(core.pattern) > len(sources):
         raise CheckpointError(f"config.json has {len(core.pattern)} layers and the file {len(sources)} tensors")
-    try:
-        with torch.device("meta"):
-            model = JRTForCausalLM(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"config.json describes no model that can be built ({first_line(error)})") from error
+    with as_checkpoint_error("config.json describes no model that can be built"), torch.device("meta"):
+        model = JRTForCausalLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
     optional = {"log_decay"} | ({"head.weight"} if core.tied else set())
     missing = sorted(set(expected) - set(sources) - optional)

@@ -10,30 +10,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    EosTokenCriteria,
-    EpsilonLogitsWarper,
-    GenerationConfig,
-    LogitNormalization,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import generation
+from transformers.generation import EosTokenCriteria, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 # Processors that a CUDA graph may contain: they use the scores only, never read a value back to the host, and their
 # attributes are numbers, which identify a captured graph.
 CAPTURED = (
-    EpsilonLogitsWarper,
-    LogitNormalization,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
+    generation.EpsilonLogitsWarper,
+    generation.LogitNormalization,
+    generation.MinPLogitsWarper,
+    generation.TemperatureLogitsWarper,
+    generation.TopKLogitsWarper,
+    generation.TopPLogitsWarper,
+    generation.TypicalLogitsWarper,
 )
 
 

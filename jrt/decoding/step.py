@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from jrt.cache import LayerState, ModelState
-from jrt.decoding.states import ConvolutionInputs, KeyRing, LayerBuffers, LinearSums, MambaSums, Position
+from jrt.decoding.states import FixedState, KeyRing, LayerBuffers, LinearSums, Position
 from jrt.decoding.tables import Rotary, rotary_table
-from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution, WindowAttention
+from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution
+from jrt.mixers.mamba import MambaState
 from jrt.model import Block, LanguageModel
 
 
@@ -48,9 +49,16 @@ class Step(ABC):
     def advance(self, ids: Tensor) -> Tensor:
         """Reads one token for each row, (B,), and returns the logits (B, V) of the next, in the dtype of the weights.
 
-        It advances `position.column` on the device. The caller advances `position.seen`, because a captured step runs
-        no Python code.
+        It advances `position.column` on the device, and not `position.seen`, because a captured step runs no Python
+        code.
         """
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reads one token for each row, (B,), outside of a graph; returns the logits (B, V) of the next, which the next
+        call overwrites."""
+        logits = self.advance(tokens)
+        self.position.seen += 1
+        return logits
 
     def likeliest(self, logits: Tensor) -> Tensor:
         """The tokens (B,) with the largest logits of (B, V); of equal ones, the first."""
@@ -77,16 +85,17 @@ class Step(ABC):
     def _buffers(self, mixer: nn.Module) -> LayerBuffers:
         config, like, rows = self.model.config, self.model.embedding.weight, self.rows
         if isinstance(mixer, ShortConvolution):
-            return ConvolutionInputs(rows, config.conv_kernel, config.conv_channels, like)
+            return FixedState(like.new_zeros(rows, config.conv_kernel - 1, config.conv_channels))
         if isinstance(mixer, LinearAttention):
             heads = config.linear_heads
             return LinearSums(rows, heads, config.feature_dim, config.width // heads, self.copies_of_z(), like)
         if isinstance(mixer, Attention):
-            window = mixer.window if isinstance(mixer, WindowAttention) else None
-            ring = self.capacity if window is None else window + 1
-            return KeyRing(rows, config.heads, ring, config.width // config.heads, window, like)
+            ring = self.capacity if mixer.window is None else mixer.window + 1
+            return KeyRing(rows, config.heads, ring, config.width // config.heads, mixer.window, like)
         assert isinstance(mixer, Mamba)
-        return MambaSums(rows, config, like)
+        channels, wide = config.mamba_expand * config.width, torch.promote_types(like.dtype, torch.float32)
+        conv = like.new_zeros(rows, config.mamba_kernel - 1, channels)
+        return FixedState(MambaState(conv, like.new_zeros(rows, channels, config.state_dim, dtype=wide)))
 
 
 def filled_columns(state: ModelState) -> int:

@@ -1,6 +1,7 @@
 """`jrt doctor MODEL`: the probe (`jrt.probe`), and checks of saving, loading and half precision."""
 
 import dataclasses
+import functools
 import math
 import shutil
 import tempfile
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -27,27 +27,16 @@ ANSWERS = {True: "yes", False: "NO", None: "-"}
 
 
 @dataclass(frozen=True)
-class Examination:
-    """All checks of a model. findings: the results of the probe; loaded: the checks of LOADED."""
+class Examination(Findings):
+    """The findings of a probe, with the checks of LOADED after its own, and the model's name."""
 
-    name: str
-    findings: Findings
-    loaded: tuple[Check, ...]
-
-    @property
-    def checks(self) -> tuple[Check, ...]:
-        return self.findings.checks + self.loaded
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether no check failed. Checks that were not tried do not count."""
-        return not any(check.holds is False for check in self.checks)
+    model: str
 
     def text(self) -> str:
         """The table that `jrt doctor MODEL` prints, and how `jrt eval` runs the model."""
         said = CHECKS | LOADED
         width = max(len(said[check.name]) for check in self.checks)
-        lines = [f"{self.name}, {self.findings.dtype}; deviation: share of the largest logit, from the row read alone"]
+        lines = [f"{self.model}, {self.dtype}; deviation: share of the largest logit, from the row read alone"]
         for check in self.checks:
             deviation = (
                 f"{check.deviation:.1e}" if check.deviation is not None and math.isfinite(check.deviation) else "-"
@@ -55,21 +44,19 @@ class Examination:
             where = check.reason or ("" if check.holds else f"{check.where}, at most {check.bound:.1e} is rounding")
             cells = (said[check.name].ljust(width), ANSWERS[check.holds].ljust(3), deviation.ljust(7), where)
             lines.append("  ".join(cells).rstrip())
-        sentences = self.findings.mode.sentences() or ["as any other model"]
+        sentences = self.mode.sentences() or ["as any other model"]
         return "\n".join([*lines, *(f"jrt eval runs it: {sentence}" for sentence in sentences)])
 
     def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        found = self.findings.to_dict()
-        more = dataclasses.replace(self.findings, checks=self.loaded).to_dict()["checks"]
-        return {"model": self.name, "sound": self.is_sound} | found | {"checks": found["checks"] + more}
+        return {"model": self.model, "sound": self.is_sound} | super().to_dict()
 
 
 def examine(model: PreTrainedModel, name: str, pad_token_id: int = 0) -> Examination:
     """Runs all checks on a causal language model. It is saved to a temporary folder, which is removed afterwards.
 
     name: for the report. pad_token_id: as in `jrt.probe.probe`."""
-    return Examination(name, probe(model, pad_token_id), tuple(_loaded(model, pad_token_id)))
+    found = probe(model, pad_token_id)
+    return Examination(found.checks + tuple(_loaded(model, pad_token_id)), found.dtype, found.passes, name)
 
 
 def _loaded(model: PreTrainedModel, pad_token_id: int) -> Iterator[Check]:
@@ -83,11 +70,15 @@ def _loaded(model: PreTrainedModel, pad_token_id: int) -> Iterator[Check]:
         try:
             model.save_pretrained(folder)
         except BREAKS as error:
-            yield Check("save and load", math.inf, 0.0, reason=one_line(error))
+            yield Check.failed("save and load", 0.0, one_line(error))
             return
-        yield _same_again(model, folder)
-        for dtype in (torch.bfloat16, torch.float16):
-            yield _in_dtype(model, folder, dtype, pad_token_id)
+        trials = {name: functools.partial(_narrow, model, folder, name, pad_token_id) for name in LOADED}
+        trials["save and load"] = functools.partial(_same_again, model, folder)
+        for name, trial in trials.items():
+            try:
+                yield trial()
+            except BREAKS as error:
+                yield Check.failed(name, 0.0, one_line(error))
 
 
 @contextmanager
@@ -102,27 +93,18 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _same_again(model: PreTrainedModel, folder: str) -> Check:
-    try:
-        loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-        again, notes = loaded
-        strangers = [key for kind in ("missing_keys", "unexpected_keys") for key in notes.get(kind, ())]
-        truth, logits = read_row(model), read_row(again.to(model.device).eval())
-    except BREAKS as error:
-        return Check("save and load", math.inf, 0.0, reason=one_line(error))
-    deviation = float((logits - truth).abs().max() / largest_logit(truth))
+    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    again, notes = loaded
+    truth, logits = read_row(model), read_row(again.to(model.device).eval())
+    strangers = [key for kind in ("missing_keys", "unexpected_keys") for key in notes.get(kind, ())]
     if strangers:
-        return Check(
-            "save and load", math.inf, 0.0, reason=f"weights that the file lacks or has too many: {strangers[:3]}"
-        )
-    return Check("save and load", deviation, 1e-6)
+        return Check.failed("save and load", 0.0, f"weights that the file lacks or has too many: {strangers[:3]}")
+    return Check("save and load", float((logits - truth).abs().max() / largest_logit(truth)), 1e-6)
 
 
-def _in_dtype(model: PreTrainedModel, folder: str, dtype: torch.dtype, pad_token_id: int) -> Check:
-    name = str(dtype).removeprefix("torch.")
-    try:
-        narrow: Any = type(model).from_pretrained(folder, dtype=dtype)
-        narrow = narrow.to(model.device).eval()
-    except BREAKS as error:
-        return Check(name, math.inf, 0.0, reason=one_line(error))
+def _narrow(model: PreTrainedModel, folder: str, dtype: str, pad_token_id: int) -> Check:
+    """Checks the saved model in the dtype with this name."""
+    narrow: Any = type(model).from_pretrained(folder, dtype=dtype)
+    narrow = narrow.to(model.device).eval()
     decoded = next(check for check in probe(narrow, pad_token_id).checks if check.name == "decode")
-    return dataclasses.replace(decoded, name=name)
+    return dataclasses.replace(decoded, name=dtype)

@@ -46,12 +46,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Installation:
-    """What was found on this machine.
-
-    Args:
-        packages: (label, value) pairs; devices and folders are among them.
-        backends: the checks of all backends.
-    """
+    """What was found on this machine. packages: (label, value) pairs, of devices and folders too."""
 
     packages: list[tuple[str, str]]
     backends: list[BackendCheck]
@@ -63,7 +58,10 @@ class Installation:
 
     def text(self) -> str:
         """What `jrt doctor` prints."""
-        lines = [*self.packages, *(_summary(name, found) for name, found in self._by_backend().items())]
+        by_backend: dict[str, list[BackendCheck]] = {}
+        for check in self.backends:
+            by_backend.setdefault(f"{check.op}: {check.backend}", []).append(check)
+        lines = [*self.packages, *(_summary(name, found) for name, found in by_backend.items())]
         width = max(len(label) for label, _ in lines)
         return "\n".join(f"{label.ljust(width)}  {value}" for label, value in lines)
 
@@ -71,12 +69,6 @@ class Installation:
         """Plain values for JSON."""
         backends = [check._asdict() | {"holds": check.holds} for check in self.backends]
         return {"sound": self.is_sound, "installed": dict(self.packages), "backends": backends}
-
-    def _by_backend(self) -> dict[str, list[BackendCheck]]:
-        found: dict[str, list[BackendCheck]] = {}
-        for check in self.backends:
-            found.setdefault(f"{check.op}: {check.backend}", []).append(check)
-        return found
 
 
 def inspect_installation() -> Installation:
@@ -105,14 +97,11 @@ def installed() -> list[tuple[str, str]]:
             found.append((package, f"{version(package)} ({purpose})"))
         except PackageNotFoundError:
             found.append((package, f"absent ({purpose}: {remedy})"))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
-            found.append(
-                (f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, {memory:.0f} GiB")
-            )
-    else:
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        found.append((f"cuda:{index}", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB"))
+    if not torch.cuda.is_available():
         found.append(("cuda", "no GPU: models run on the CPU"))
     kernels = importlib.util.find_spec("jrt_kernels") is not None
     found.append(("jrt_kernels", "built" if kernels else "not built (Hopper kernels; optional)"))

@@ -21,15 +21,10 @@ def register_architecture(name: str) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in CONFIG_MAPPING:
         return
-    if find_spec("fla") is None and config.get("auto_map"):
-        raise ValueError(
-            f"the model {name!r} is of the type {kind!r}, which transformers does not have: it needs the code among its "
-            "own files, and code of a checkpoint is never run"
-        )
     if find_spec("fla") is None:
-        raise ValueError(
-            f"the model {name!r} is of the type {kind!r}, which transformers does not have; "
-            "models of flash-linear-attention need it installed: pip install flash-linear-attention"
-        )
+        remedy = "models of flash-linear-attention need it installed: pip install flash-linear-attention"
+        if config.get("auto_map"):
+            remedy = "it needs the code among its own files, and code of a checkpoint is never run"
+        raise ValueError(f"the model {name!r} is of the type {kind!r}, which transformers does not have; {remedy}")
     with as_value_error("flash-linear-attention cannot be imported"):
         importlib.import_module("fla.models")

@@ -29,6 +29,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
+        self.window: int | None = None  # W; None: a query sees all earlier tokens
         self.heads = config.heads
         self.scale = (config.width // config.heads) ** -0.5
         if config.inverse_layer_scale:
@@ -38,13 +39,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: TokenBatch, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
         q, k, v = self.rotated(x, batch)
-        if state is None:
-            k, v = k.contiguous(), v.contiguous()  # as views they would keep queries alive as long as the state
-        else:
-            k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, K, H, D)
         is_whole = batch.mask is None and state is None  # a whole text without padding: all keys are valid
+        if state is not None:
+            k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, K, H, D)
+        elif self.window is None:
+            k, v = k.contiguous(), v.contiguous()  # as views they would keep queries alive as long as the state
         valid = None if is_whole else own_keys(batch, k.shape[1])
-        o = softmax_attention(q, k, v, scale=self.scale, valid=valid)
+        o = softmax_attention(q, k, v, scale=self.scale, window=self.window, valid=valid)
+        if self.window is not None:
+            k, v = _last_columns(k, self.window), _last_columns(v, self.window)
         return self.out_proj(o.flatten(2)), KeyValues(k, v)
 
     def rotated(self, x: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,18 +65,6 @@ class WindowAttention(Attention):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__(config, layer)
         self.window = config.window_of(layer)
-
-    def forward(self, x: Tensor, batch: TokenBatch, state: KeyValues | None) -> tuple[Tensor, KeyValues]:
-        q, k, v = self.rotated(x, batch)
-        if state is None and batch.mask is None:  # a whole text without padding: all keys are valid
-            o = softmax_attention(q, k, v, scale=self.scale, window=self.window)
-            return self.out_proj(o.flatten(2)), KeyValues(*(_last_columns(y, self.window) for y in (k, v)))
-        if state is None:
-            empty = k.new_zeros(k.shape[0], self.window, *k.shape[2:])
-            state = KeyValues(empty, empty)
-        k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)  # (B, W + T, H, D)
-        o = softmax_attention(q, k, v, scale=self.scale, window=self.window, valid=own_keys(batch, k.shape[1]))
-        return self.out_proj(o.flatten(2)), KeyValues(*(_last_columns(y, self.window) for y in (k, v)))
 
 
 def own_keys(batch: TokenBatch, keys: int) -> Tensor:

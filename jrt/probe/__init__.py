@@ -5,8 +5,7 @@ rows. All of this is correct for a model that masks padding and keeps its rows a
 answers without an error.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 
 import torch
 from transformers import PreTrainedModel
@@ -18,18 +17,7 @@ from jrt.probe.trials import LENGTH, STATES, Trials, largest_logit, read_row
 PASSES = 20
 """The most calls of the model's `forward` in one probe."""
 
-__all__ = [
-    "CHECKS",
-    "LENGTH",
-    "PASSES",
-    "STATES",
-    "Check",
-    "Findings",
-    "RunMode",
-    "largest_logit",
-    "probe",
-    "read_row",
-]
+__all__ = ["CHECKS", "LENGTH", "PASSES", "STATES", "Check", "Findings", "RunMode", "largest_logit", "probe", "read_row"]
 
 
 @torch.no_grad()
@@ -41,35 +29,11 @@ def probe(model: PreTrainedModel, pad_token_id: int = 0) -> Findings:
     pad_token_id: the id in padded columns; it should be the one with which the model will be run."""
     training = model.training
     model.eval()
-    with _plain_settings(model), _counted(model) as calls:
-        trials = Trials(model, pad_token_id)
-        checks = tuple(trials.checks())
+    plain = copy.copy(model)  # the same weights, with settings of its own
+    plain.config = copy.copy(model.config)
+    set_aside(plain)
+    calls: list[None] = []
+    with plain.register_forward_pre_hook(lambda *_: calls.append(None)):
+        checks = tuple(Trials(plain, pad_token_id).checks())
     model.train(training)
-    return Findings(checks, str(model.dtype).removeprefix("torch."), calls[0])
-
-
-@contextmanager
-def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Gives the model plain greedy generation settings inside the context, and its own settings after it."""
-    own, config = model.generation_config, dict(vars(model.config))
-    set_aside(model)
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        vars(model.config).update(config)
-
-
-@contextmanager
-def _counted(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Counts calls of `forward` inside the context; the count is the only element of the list."""
-    calls = [0]
-
-    def count(*_: object) -> None:
-        calls[0] += 1
-
-    hook = model.register_forward_pre_hook(count)
-    try:
-        yield calls
-    finally:
-        hook.remove()
+    return Findings(checks, str(model.dtype).removeprefix("torch."), len(calls))

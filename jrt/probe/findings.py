@@ -1,5 +1,7 @@
 """The results of probing a model, and the ways of running it that follow from them."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -40,6 +42,11 @@ class Check:
     @property
     def holds(self) -> bool | None:
         return None if self.deviation is None else self.deviation <= self.bound
+
+    @classmethod
+    def failed(cls, name: str, bound: float, reason: str) -> Check:
+        """The result where the model raised an error, or gave something that is no logits."""
+        return cls(name, math.inf, bound, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,11 @@ class Findings:
     checks: tuple[Check, ...]
     dtype: str
     passes: int
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no check failed. Checks that were not tried do not count."""
+        return not any(check.holds is False for check in self.checks)
 
     def holds(self, name: str) -> bool:
         """Whether a check was tried and held."""

@@ -8,7 +8,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -72,7 +71,7 @@ class Trials:
             self.longer_truth = self.read(self.longer[None], prompt=LONG)[0]  # (LENGTH, V)
             self.bound = self._bound()
         except BREAKS as error:
-            yield Check("decode", math.inf, SHARE, reason=one_line(error))
+            yield Check.failed("decode", SHARE, one_line(error))
             return
         decode = self._check("decode", self._decode)
         yield decode
@@ -217,7 +216,7 @@ class Trials:
         try:
             compared = trial()
         except BREAKS as error:
-            return Check(name, math.inf, self.bound, reason=one_line(error))
+            return Check.failed(name, self.bound, one_line(error))
         scale = largest_logit(self.truth)
         largest, where = -1.0, 0
         for logits, truth, start in compared:
@@ -243,29 +242,19 @@ class Trials:
         The first is the largest difference between the logits of the row alone and those of its copies in a batch. The
         second is the same for copies whose embeddings differ by one rounding error here and there
         (`_rounded_otherwise`)."""
-        with _rounded_otherwise(self.model.get_input_embeddings()):
+        with self.model.get_input_embeddings().register_forward_hook(_rounded_otherwise):
             many = self.read(self.row.expand(ROWS, -1))  # (ROWS, T, V)
         apart = _difference(many, self.truth).amax((1, 2)) / largest_logit(self.truth)  # (ROWS,)
         return float(apart[: ROWS // 2].max()), float(apart[ROWS // 2 :].max())
 
 
-@contextmanager
-def _rounded_otherwise(embedding: torch.nn.Module) -> Iterator[None]:
-    """Inside the context, about one in MOVED embedding values of a batch's second half becomes the next number of its
+def _rounded_otherwise(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+    """A hook of an embedding: about one in MOVED values of a batch's second half becomes the next number of its
     dtype."""
-    generator = torch.Generator().manual_seed(0)
-
-    def move(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        moved = torch.randint(MOVED, output.shape, generator=generator).to(output.device) == 0
-        moved[: len(output) // 2] = False
-        neighbour = output.float() * (1 + 0.75 * torch.finfo(output.dtype).eps)  # nearest to the next value away from 0
-        return torch.where(moved, neighbour.to(output.dtype), output)
-
-    hook = embedding.register_forward_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
+    moved = torch.randint(MOVED, output.shape, generator=torch.Generator().manual_seed(0)).to(output.device) == 0
+    moved[: len(output) // 2] = False
+    neighbour = output.float() * (1 + 0.75 * torch.finfo(output.dtype).eps)  # nearest to the next value away from 0
+    return torch.where(moved, neighbour.to(output.dtype), output)
 
 
 def _random_rows(model: PreTrainedModel, count: int) -> list[Tensor]:

@@ -105,17 +105,12 @@ class ReleasedForCausalLM(JRTForCausalLM):
             self.token_rows = self.core.vocab_rows
 
     def generate(
-        self,
-        inputs: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        short_prompt: str | None = None,
-        prefix_length: Tensor | None = None,
-        **kwargs: Any,
+        self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, *others: Any, **kwargs: Any
     ) -> Any:
         """As in JRTForCausalLM; under `ignore_batch_padding` the mask is ignored, and every column is read as a
         token."""
         mask = None if self.quirks.ignore_batch_padding else attention_mask
-        return super().generate(inputs, mask, short_prompt, prefix_length, **kwargs)
+        return super().generate(inputs, mask, *others, **kwargs)
 
     def token_batch(self, prompt: Prompt, state: ModelState | None) -> ReleasedBatch:
         """As in JRTForCausalLM; the batch carries the quirks to the mixers."""

@@ -1,5 +1,4 @@
-"""Operations that training costs for each token, and the peak rates of devices: both are needed for model FLOP
-utilisation."""
+"""Floating-point operations of a model for each token, and the peak rates of devices. A multiply and an add are two."""
 
 from __future__ import annotations
 
@@ -11,34 +10,30 @@ from jrt.config import Config
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
+def mixing_flops(config: Config, layer: int, length: int) -> int:
+    """Operations of one layer's mixer for a token that `length` others precede, without the products with weights.
+
+    They are its work on its state; of P the encoder's is left out."""
+    match config.pattern[layer]:
+        case "C":
+            return 2 * config.conv_kernel * config.conv_channels
+        case "P" | "L":  # one outer product, one product with the state
+            return 4 * config.features * (config.width + config.linear_heads)
+        case "S":
+            return 4 * config.width * (min(config.window_of(layer), length) + 1)
+        case "A":
+            return 4 * config.width * (length + 1)
+        case _:
+            return config.mamba_expand * config.width * (2 * config.mamba_kernel + 7 * config.state_dim)
+
+
 def flops_per_token(config: Config, parameters: int, length: int) -> tuple[int, int]:
-    """Training FLOPs for each token, in two counts: 6 N for N parameters; and 6 N plus the mixers' work beside
-    projections.
+    """Training FLOPs for each token, in two counts: 6 N for N parameters; and 6 N plus the mixers' work.
 
-    A multiply-add counts 2, and a backward pass twice its forward pass. Forward, a token costs in a layer of kind A 2 x
-    2 x T/2 x E (scores and sums); S 2 x 2 x window x E; P and L 2 x 2 x F x (E + H) (writing and reading the state; the
-    encoder's writing is left out); M about 9 x states x channels; C 2 x taps x channels.
-
-    Args:
-        config: the architecture, with width E, H heads and F features of linear attention.
-        parameters: N.
-        length: T, tokens of a training sequence.
+    A backward pass counts twice its forward pass, and a mixer as in the middle of a sequence of `length` tokens.
     """
-    simple = 6 * parameters
-    forward = 0
-    for layer, letter in enumerate(config.pattern):
-        match letter:
-            case "A":
-                forward += 2 * length * config.width
-            case "S":
-                forward += 4 * min(config.window_of(layer), length) * config.width
-            case "P" | "L":
-                forward += 4 * config.features * (config.width + config.linear_heads)
-            case "M":
-                forward += 9 * config.state_dim * config.mamba_expand * config.width
-            case _:
-                forward += 2 * config.conv_kernel * config.conv_channels
-    return simple, simple + 3 * forward
+    mixing = sum(mixing_flops(config, layer, length // 2) for layer in range(len(config.pattern)))
+    return 6 * parameters, 6 * parameters + 3 * mixing
 
 
 def peak_flops(device: torch.device) -> float:

@@ -63,7 +63,7 @@ class ModelWithLoss(nn.Module):
 
         Call it after `compile_parts`."""
         for block in self.model.blocks:
-            block.forward = _checkpointed(block.forward)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     def forward(
         self,
@@ -198,13 +198,6 @@ def _compiled(forward: Callable, fullgraph: bool) -> Callable:
         if torch.is_grad_enabled() and state is None:
             return *trained(x, update, batch), None
         return whole(x, update, batch, state)
-
-    return call
-
-
-def _checkpointed(forward: Callable) -> Callable:
-    def call(*arguments: object) -> object:
-        return checkpoint(forward, *arguments, use_reentrant=False)
 
     return call
 
