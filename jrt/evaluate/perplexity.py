@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from jrt_recall.data import digest, read_text
+from jrt_recall.files import digest, read_text
 from jrt_recall.reference_pages import library_pages
 from jrt_recall.tokenizers import token_ids
 from tqdm import tqdm
