@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from jrt.evaluate import LocalPool, ModelSpec, Request, plan, run
-from jrt.evaluate.tables import comparisons_text, results_text
+from jrt.evaluate.tables.results import comparisons_text, results_text
 
 
 def main() -> None:
@@ -30,10 +30,9 @@ def main() -> None:
         limit=arguments.limit,
         passages=arguments.passages,
     )
-    chosen = plan(request)
-    outcome = run(chosen, LocalPool(), arguments.output, resume=True)
-    print(results_text(outcome.records, chosen.protocols()))
-    print(comparisons_text(outcome.comparisons))
+    results = run(plan(request), LocalPool(), arguments.output, resume=True)
+    print(results_text(results))
+    print(comparisons_text(results.comparisons))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from jrt.evaluate import LocalPool, ModelSpec, Request, open_model, plan, read_run, run
 from jrt.evaluate.answering import answer, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
-from jrt.evaluate.run import comparisons
+from jrt.evaluate.tables.side_by_side import comparisons
 
 PAGES = PROTOCOLS["pages-512"]
 RECORD = [
@@ -178,7 +178,7 @@ def test_a_run_leaves_the_promised_files(models, pages, tmp_path):
         assert record["low"] <= record["score"] <= record["high"]
         assert record["beyond_training"]  # 512 tokens; the debug size is trained on 128
     assert [row["id"] for row in rows[:6]] == [row["id"] for row in rows[6:]]
-    manifest = read_run(tmp_path / "run")[2]
+    manifest = read_run(tmp_path / "run").manifest
     assert manifest["complete"] and manifest["identity"]["cells"][0]["sha256"]
     assert len(manifest["models"][models["causal"]]["sha256"]) == 64
 
@@ -217,14 +217,14 @@ def test_a_folder_of_version_0_1_is_read_and_gone_on_with(pages, tmp_path):
     for name in ("results.json", "predictions.jsonl", "comparisons.json", "manifest.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace('"recall_reference_pages_512"', '"reference_pages"'))
-    assert read_run(folder)[:2] == (now.records, now.predictions)
+    assert (read_run(folder).records, read_run(folder).predictions) == (now.records, now.predictions)
 
     class Idle(LocalPool):
         def answer(self, job):
             raise AssertionError("everything was answered")
 
     resumed = run(pages, Idle(), folder, resume=True)
-    assert resumed.predictions == now.predictions and read_run(folder)[0] == now.records
+    assert resumed.predictions == now.predictions and read_run(folder).records == now.records
 
 
 def test_a_folder_belongs_to_one_run(models, pages, tmp_path):
@@ -248,7 +248,7 @@ def test_a_folder_belongs_to_one_run(models, pages, tmp_path):
 def test_damaged_folders_are_named(models, pages, tmp_path):
     folder = tmp_path / "run"
     run(pages, LocalPool(), folder)
-    manifest = read_run(folder)[2]
+    manifest = read_run(folder).manifest
     assert len(manifest["versions"]["code"]) == 64 and manifest["device"] and manifest["commit"]
     whole = (folder / "predictions.jsonl").read_text()
     (folder / "predictions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:7]))

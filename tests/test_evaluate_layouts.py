@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from jrt_recall import PROTOCOLS, data, fixtures, protocol_named
 
-from jrt.evaluate.report import Collected, collect, paper_table
-from jrt.evaluate.tables import SUPER_GLUE_SIZES, TITLES, aligned, layouts, mixtures, published_tables
+from jrt.evaluate.report.collected import collect, paper_table, together
+from jrt.evaluate.tables import layouts, mixtures
+from jrt.evaluate.tables.published import SUPER_GLUE_SIZES, TITLES, published_tables
+from jrt.evaluate.tables.results import aligned
 from jrt.system.files import json_lines, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +53,7 @@ def table1_cells(once=0.25, twice=0.5):
 
 def text_of(folders, layout):
     """The table and what stands below it, without the page and its figures."""
-    _, (header, rows), below = paper_table(layout, Collected(folders))
+    (header, rows), below = paper_table(layout, together(folders))
     return "\n".join([aligned(header, rows), *below])
 
 
@@ -166,8 +168,8 @@ def test_cells_that_were_not_measured_alike_have_a_mark_and_a_reason(tmp_path):
     assert "25.0 (25.7)" in row and "25.0 a (41.9)" in row and row.rstrip().endswith("50.0 b")
     assert "a: dtype bfloat16, the others float32; torch 2.11.0, the others 2.13.0" in text
     assert "b: measured under w2000-a50, not jrt-table1: no published value beside it" in text
-    found = Collected([tmp_path / name for name in "abc"])
-    assert mixtures.unlike(found.settings, found.records)[0].startswith(
+    found = together([tmp_path / name for name in "abc"])
+    assert mixtures.unlike(found)[0].startswith(
         "not measured alike: state-spaces/mamba-370m [bfloat16]: dtype bfloat16"
     )
 

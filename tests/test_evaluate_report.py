@@ -8,19 +8,13 @@ import pytest
 from jrt_recall import PROTOCOLS
 
 from jrt.evaluate.perplexity import slices
-from jrt.evaluate.report import FILES, Collected, collect, marked, page, plots, split_question
-from jrt.evaluate.run import comparisons
-from jrt.evaluate.tables import (
-    SUPER_GLUE_SIZES,
-    SUPER_GLUE_TABLES,
-    aligned,
-    latex,
-    layout_rows,
-    published_row,
-    published_tables,
-    size,
-    super_glue_rows,
-)
+from jrt.evaluate.report import plots
+from jrt.evaluate.report.collected import FILES, collect, latex, together
+from jrt.evaluate.report.html import marked, page, split_question
+from jrt.evaluate.tables.layouts import layout_rows
+from jrt.evaluate.tables.published import SUPER_GLUE_SIZES, published_row, published_tables
+from jrt.evaluate.tables.results import aligned, size
+from jrt.evaluate.tables.super_glue import super_glue_rows
 from jrt.system.files import json_lines, write_json, write_text
 
 TABLES = published_tables()
@@ -106,8 +100,7 @@ def test_published_rows_are_found_by_id_and_rule():
 
 
 def rows_from(folder, name: str):
-    found = Collected([folder])
-    return layout_rows(TABLES[name], found.records, found.predictions)
+    return layout_rows(TABLES[name], together([folder]))[0]
 
 
 def test_published_values_stand_beside_measured_ones_of_the_same_model(tmp_path):
@@ -130,7 +123,6 @@ def test_super_glue_has_published_values_beside_whole_splits_alone():
     for name, row in (("table8", ("mamba-360m-30b", "5")), ("table8", ("jrt-360m-30b", "1"))):
         mean = sum(TABLES[name].rows[row]) / len(TABLES[name].columns)
         assert mean == pytest.approx({"5": 45.5, "1": 41.3}[row[1]], abs=0.05)  # the printed averages
-    assert set(SUPER_GLUE_TABLES) < set(TABLES)
     results = {task: {"acc,none": 0.5, "f1,none": 0.25, "em,none": 0.125} for task in SUPER_GLUE_SIZES}
     found = {
         "model_name": "hazyresearch/JRT-360M-30B",
@@ -139,7 +131,7 @@ def test_super_glue_has_published_values_beside_whole_splits_alone():
         "n-samples": {task: {"effective": size} for task, size in SUPER_GLUE_SIZES.items()} | {"wic": {"effective": 6}},
         "results": results,
     }
-    header, rows = super_glue_rows(TABLES["table8"], [found])
+    (header, rows), _ = super_glue_rows(TABLES["table8"], [found])
     assert rows[0][:4] == ["hazyresearch/JRT-360M-30B [released]", "5", "50.0 (49.1)", "50.0 (44.6)"]
     assert dict(zip(header, rows[0], strict=True))["WiC"] == "50.0"
 
@@ -153,11 +145,17 @@ def test_error_modes_come_from_predictions(tmp_path):
 def test_runs_of_one_model_with_different_rules_are_kept_apart(tmp_path):
     write_run(tmp_path / "a", {"hazyresearch/JRT-360M-30B": {"short_prompt": "pad"}})
     write_run(tmp_path / "b", {"hazyresearch/JRT-360M-30B": {"short_prompt": "repeat", "dtype": "bfloat16"}})
-    names = {record["model"] for record in Collected([tmp_path / "a", tmp_path / "b"]).records}
+    names = {record["model"] for record in together([tmp_path / "a", tmp_path / "b"]).records}
     assert names == {"hazyresearch/JRT-360M-30B [pad]", "hazyresearch/JRT-360M-30B [repeat, bfloat16]"}
     write_run(tmp_path / "c", {"hazyresearch/JRT-360M-30B": {"short_prompt": "pad"}})
     with pytest.raises(ValueError, match="two runs hold"):
-        Collected([tmp_path / "a", tmp_path / "c"])
+        together([tmp_path / "a", tmp_path / "c"])
+
+
+def test_runs_in_folders_of_one_name_keep_their_manifests(tmp_path):
+    runs = [write_run(tmp_path / model / "run", {model: {}}) for model in ("mini-based", "mini-jrt")]
+    kept = together(runs).manifest["runs"]
+    assert [run["identity"]["models"][0]["name"] for run in kept.values()] == ["mini-based", "mini-jrt"]
 
 
 def test_collect_writes_every_file(tmp_path):
@@ -182,12 +180,9 @@ def test_collect_writes_every_file(tmp_path):
 
 def test_a_page_is_self_contained_and_escapes_what_models_wrote(tmp_path):
     write_run(tmp_path / "a", {NASTY: {}})
-    found = Collected([tmp_path / "a"])
+    found = together([tmp_path / "a"])
     found.records[0] |= {"truncated": 3, "nan": 2}
-    figures = plots.draw(found.records, found.predictions).values()
-    text = page(
-        "A title & more", found.records, comparisons(found.predictions), found.predictions, found.manifest, figures
-    )
+    text = page("A title & more", found, plots.draw(found).values())
     scripts = []
 
     class Tags(HTMLParser):

@@ -78,6 +78,28 @@ def test_a_job_that_kills_its_workers_ends_the_run(model, monkeypatch):
 
 @pytest.mark.slow
 @needs_ray
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_workers_that_die_while_they_open_a_model_are_replaced_twice(model, tmp_path, monkeypatch, deaths):
+    class Fragile(Worker):
+        def open(self, spec):
+            died = len(list(tmp_path.glob("died-*")))
+            if died < deaths:
+                (tmp_path / f"died-{died}").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().open(spec)
+
+    monkeypatch.setattr(workers, "Worker", Fragile)
+    with RayPool(1) as pool:
+        if deaths == 1:
+            pool.info(ModelSpec(model))
+            assert [one.job.items for one in pool.answers(jobs(model, [[5, 6, 7]]))] == [[0]]
+        else:
+            with pytest.raises(RuntimeError, match=f"3 workers died while they opened {model}"):
+                pool.info(ModelSpec(model))
+
+
+@pytest.mark.slow
+@needs_ray
 def test_no_job_waits_for_a_worker_that_starts_late(model, tmp_path, monkeypatch):
     class Late(Worker):
         def open(self, spec):

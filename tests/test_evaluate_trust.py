@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from jrt.cli import main
 from jrt.evaluate import ModelSpec, open_model
 from jrt.evaluate.answering import encode
-from jrt.evaluate.folder import Cell, former_manifest, read_run
+from jrt.evaluate.folder import Cell, Results, former_manifest, read_run
 from jrt.evaluate.harness import _check_model
 from jrt.evaluate.models import OpenModel, position_bound
 from jrt.evaluate.perplexity import sequences
-from jrt.evaluate.report import page
+from jrt.evaluate.report.html import page
 from jrt.probe import RunMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -297,8 +297,9 @@ def test_the_text_of_a_special_token_is_text_for_perplexity():
 
 def test_a_cell_that_no_model_answered_is_in_the_page():
     cell = Cell("a/b", "qa_squad", "once", "full")
-    manifest = {"identity": {"protocols": [PROTOCOLS["full"].as_dict()]}}
-    text = page("t", [], [], [], manifest, [], failed={cell: "<no\nmodel>"})
+    failed = [{**cell._asdict(), "reason": "<no\nmodel>"}]
+    manifest = {"identity": {"protocols": [PROTOCOLS["full"].as_dict()]}, "failed": failed}
+    text = page("t", Results([], [], manifest), [])
     assert "documents whole" in text and "not run: &lt;no model&gt;" in text
 
 
@@ -354,22 +355,22 @@ def test_code_of_a_checkpoint_is_not_run_and_that_is_said(saved, capsys):
 
 def test_models_of_this_project_are_not_probed(tmp_path):
     info = open_model(ModelSpec(save_random_model(tmp_path, "CP"))).info()
-    assert info.probe is None and info.mode == RunMode(sharing=False) and info.notes == []
+    assert info["probe"] is None and RunMode(**info["mode"]) == RunMode(sharing=False) and info["notes"] == []
 
 
 def test_prompts_of_one_token_are_not_asked_of_a_model_that_reads_them_on_top_of_others(saved):
     opened = open_model(ModelSpec(saved("recurrent_gemma")))
     info = opened.info()
-    assert not info.mode.one_token and any("one token" in note for note in info.notes)
+    assert not info["mode"]["one_token"] and any("one token" in note for note in info["notes"])
     (token,) = shipped_tokenizer()("a")["input_ids"]
-    one, two = encode(opened.tokenizer, ["a", "a b c"], None, info.vocabulary, shortest=2)
+    one, two = encode(opened.tokenizer, ["a", "a b c"], None, info["vocabulary"], shortest=2)
     assert one.ids == [token] and "one token" in one.problem and not two.problem
-    assert open_model(ModelSpec(saved("llama"))).info().mode.one_token
+    assert open_model(ModelSpec(saved("llama"))).mode.one_token
 
 
 def test_limits_in_quotes_are_numbers(saved):
     folder = saved("llama", "quoted", config={"max_seq_len": "96", "n_positions": 100.0})
-    assert open_model(ModelSpec(folder)).info().max_length == 96
+    assert open_model(ModelSpec(folder)).max_length == 96
 
 
 def test_an_end_token_that_is_no_id_is_stated(saved):
@@ -411,7 +412,7 @@ def test_a_model_with_weights_missing_is_not_run_on_random_ones(name, change, sa
 
 def test_weights_that_a_model_does_not_use_are_stated(saved):
     folder = saved("llama", "shallow", config={"num_hidden_layers": 1})
-    (note,) = open_model(ModelSpec(folder)).info().notes
+    (note,) = open_model(ModelSpec(folder)).notes()
     assert "9 weights of the file are not used" in note and "model.layers.1." in note
 
 

@@ -84,16 +84,15 @@ def changed(draw, content):
 def open_and_ask(folder: Path) -> None:
     """What `jrt eval` does with a model."""
     opened = open_model(ModelSpec(str(folder)))
-    info = opened.info()
-    json.dumps(info.probe)
+    json.dumps(opened.info())
     opened.state_bytes(30)
     protocol = PROTOCOLS["full"]
-    limit = prompt_limit(protocol, info.max_length)
+    limit = prompt_limit(protocol, opened.max_length)
     prompts = ["The valve opens at noon.", "The valve opens at noon, and closes at"]
-    asked = [one.ids for one in encode(opened.tokenizer, prompts, limit, info.vocabulary) if not one.problem]
-    if not info.mode.batches:
+    asked = [one.ids for one in encode(opened.tokenizer, prompts, limit, opened.vocabulary) if not one.problem]
+    if not opened.mode.batches:
         asked = asked[:1]
-    if not info.mode.padding:
+    if not opened.mode.padding:
         asked = [ids for ids in asked if len(ids) == len(asked[0])]
     if asked:
         assert len(answer(opened, asked, protocol)) == len(asked)

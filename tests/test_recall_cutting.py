@@ -126,6 +126,7 @@ def test_special_tokens_in_a_document_are_text_that_decoding_leaves_out(gpt2):
         ("drop", {"context": "a"}, 20, 20, "no context"),
         ("drop", {"context": "a"}, 20, -1, "no context"),
         ("dorp", {"context": "a"}, 20, 0, "unknown task"),
+        ("reference_pages_512", {"window": "a"}, 20, 0, "windows already"),
     ],
 )
 def test_bad_input_is_named(task, doc, window, room, said, words):

@@ -157,3 +157,9 @@ def test_a_manifest_in_another_encoding_is_named(tmp_path):
     (tmp_path / "manifest.json").write_bytes("{}".encode("utf-16"))
     with pytest.raises(ValueError, match=r"manifest.json.*UTF-16"):
         data.verify(["squad"], tmp_path)
+
+
+def test_tasks_without_a_published_dataset_are_refused(mirror):
+    for task in ("qa_squad", "reference_pages_512"):
+        with pytest.raises(ValueError, match=rf"{task} has no published dataset: choose one of swde"):
+            data.fetch([task], mirror)

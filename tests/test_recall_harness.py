@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from jrt_recall import PUBLISHED, fixtures, harness, items, task_folder
 from jrt_recall.harness import hooks, settings, super_glue
-from jrt_recall.harness.saved import acting_settings
+from jrt_recall.harness.hf_models import acting_settings
 from jrt_recall.protocols import PASSAGES
 from lm_eval._cli import HarnessCLI
 from transformers import GenerationConfig

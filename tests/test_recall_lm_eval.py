@@ -1,5 +1,6 @@
 """The protocols of lm-eval's own swde, fda and squad_completion against the installed lm-eval; windows by number."""
 
+import dataclasses
 import json
 
 import pytest
@@ -138,7 +139,7 @@ def test_one_run_under_several_protocols(mirror, tmp_path):
         plan(Request((ModelSpec("mini-based"),), ("squad",), protocol=("full", "full"), data=mirror))
     request = Request((ModelSpec("mini-based"),), ("squad",), protocol=names[:3], limit=3, data=mirror)
     outcome = run(plan(request), LocalPool(), tmp_path / "run")
-    text = protocols_side_by_side(outcome.records, outcome.predictions)
+    text = protocols_side_by_side(outcome)
     assert text.splitlines()[0].split()[-3:] == list(names[:3])
     by_cell = {(row["protocol"], row["id"]): row for row in outcome.predictions}
     for item in (row["id"] for row in outcome.predictions if row["protocol"] == "full"):
@@ -146,4 +147,6 @@ def test_one_run_under_several_protocols(mirror, tmp_path):
         assert stripped["prompt"] == published["prompt"] != by_cell["lm-eval-v0", item]["prompt"]
         assert stripped["prediction"] == published["prediction"]
     assert "lm-eval-v1 and full: 3 of 3 prompts are equal, 3 of these have the same answer" in text
-    assert agreements([]) == [] and protocols_side_by_side(outcome.records[:1], outcome.predictions) == ""
+    assert (
+        agreements([]) == [] and protocols_side_by_side(dataclasses.replace(outcome, records=outcome.records[:1])) == ""
+    )

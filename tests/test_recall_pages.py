@@ -1,7 +1,9 @@
 """The task reference_pages of jrt_recall: windows, the facts that can be asked, and the selection."""
 
+import platform
+
 import pytest
-from jrt_recall import api_text, contains, items, reference_pages
+from jrt_recall import api_text, contains, items, prompt
 from jrt_recall.reference_pages import Page, Window, askable, library_pages, select, windows
 from jrt_recall.tokenizers import shipped_tokenizer
 
@@ -63,7 +65,7 @@ def test_the_library_gives_enough_items_and_every_item_keeps_the_rules(size):
         assert text.lower().count(arguments.lower()) == 1
         assert text.split("\n").count(f"{name}({arguments})") == 1
         assert not contains(api_text.question(name), [arguments])
-        assert not contains(reference_pages.prompt(doc, "question_first").replace(text, ""), [arguments])
+        assert not contains(prompt("reference_pages", doc, "question_first").replace(text, ""), [arguments])
 
 
 def test_windows_lie_in_the_pages_they_name():
@@ -86,7 +88,7 @@ def test_selection_is_deterministic_nested_and_seeded():
 def test_every_model_reads_the_same_items_in_all_strategies():
     runs = {name: items("reference_pages", name, "pages-512", limit=12) for name in ("once", "twice", "3x", "1x")}
     once = runs["once"]
-    assert once.seed == 0 and once.python == reference_pages.python_version()
+    assert once.seed == 0 and once.python == platform.python_version()
     assert once.documents - once.dropped > 512 and once.lost == 0
     for name, run in runs.items():
         assert [item.id for item in run.items] == [item.id for item in once.items]

@@ -8,7 +8,7 @@ import logging
 import math
 
 import torch
-from jrt_recall import reference_pages
+from jrt_recall import prompts, reference_pages
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -70,9 +70,9 @@ def score(
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, document: dict, strategy: str) -> tuple[list[int], list[int]]:
-    texts = [reference_pages.prompt(document, strategy), reference_pages.answer(document)]
-    prompt, answer = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return prompt, answer
+    texts = [prompts.prompt("reference_pages", document, strategy), document["arguments"] + ")"]
+    asked, answer = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return asked, answer
 
 
 def _right(

@@ -45,16 +45,13 @@ def _reported(command: Callable[[], int | None], kept: str = "") -> int:
     kept: what to tell the user, after "stopped", about the work of an interrupted command."""
     try:
         return command() or OK
-    except ValueError as error:
-        print(f"jrt: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE
     except KeyboardInterrupt:
         print(f"jrt: stopped{kept}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         sys.stderr.close()
         return OK
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"jrt: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE
 

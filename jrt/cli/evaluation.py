@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jrt.cli.options import FAILED, OK, Parser, add_names, model_options, model_spec, path, positive, seed
 
 if TYPE_CHECKING:
-    from jrt.evaluate import ModelSpec, Outcome, Plan
+    from jrt.evaluate import ModelSpec
+    from jrt.evaluate.workers import Pool
 
 
 def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -26,7 +28,7 @@ def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import demo
-    from jrt.evaluate.tables import comparisons_text, results_text
+    from jrt.evaluate.tables.results import comparisons_text, results_text
 
     if arguments.real:
         if arguments.models is not None:
@@ -39,11 +41,10 @@ def _demo(arguments: argparse.Namespace) -> int:
         models = demo.MINIS if arguments.models is None else arguments.models
         chosen = demo.mini_plan(models, arguments.limit or demo.ITEMS, arguments.device)
         title = "Just read twice: mini models on reference pages"
-    outcome = demo.demo(chosen, arguments.output, title)
-    print(results_text(outcome.records, chosen.protocols(), outcome.failed))
-    print(comparisons_text(outcome.comparisons))
+    results = demo.demo(chosen, arguments.output, title)
+    print(f"{results_text(results)}\n{comparisons_text(results.comparisons)}")
     print(f"\nreport: {arguments.output / 'report.html'}   figures: accuracy, state, position (.png, .svg)")
-    return FAILED if outcome.failed else OK
+    return FAILED if results.failed else OK
 
 
 def add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -74,8 +75,9 @@ def add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from jrt.evaluate import LocalPool, Request, plan, run
-    from jrt.evaluate.tables import comparisons_text, results_text
+    from jrt.evaluate.tables.results import comparisons_text, results_text
     from jrt.evaluate.tables.side_by_side import protocols_side_by_side
+    from jrt.evaluate.workers import RayPool
 
     specs = tuple(model_spec(arguments, name) for name in arguments.model)
     if "recall_perplexity" in arguments.tasks:
@@ -94,31 +96,21 @@ def _eval(arguments: argparse.Namespace) -> int:
         cut_with=arguments.cut_with,
     )
     chosen = plan(request)
+    pool: AbstractContextManager[Pool]
     if arguments.workers is None and arguments.ray_address is None:
-        outcome = run(chosen, LocalPool(), arguments.output, arguments.batch_size, arguments.resume)
+        pool = nullcontext(LocalPool())
     else:
-        outcome = _on_workers(arguments, chosen)
-    print(results_text(outcome.records, chosen.protocols(), outcome.failed))
-    if several := protocols_side_by_side(outcome.records, outcome.predictions):
+        gpus = 1 if arguments.device.startswith("cuda") else 0
+        pool = RayPool(arguments.workers or 1, arguments.ray_address, gpus)
+    with pool as workers:
+        results = run(chosen, workers, arguments.output, arguments.batch_size, arguments.resume)
+    print(results_text(results))
+    if several := protocols_side_by_side(results):
         print(f"{several}\n")
-    if outcome.comparisons:
-        print(comparisons_text(outcome.comparisons))
+    if results.comparisons:
+        print(comparisons_text(results.comparisons))
     print(f"\nresults: {arguments.output / 'results.json'}   report: jrt report {arguments.output}")
-    return FAILED if outcome.failed else OK
-
-
-def _on_workers(arguments: argparse.Namespace, chosen: Plan) -> Outcome:
-    from importlib.util import find_spec
-
-    from jrt.evaluate import run
-
-    if find_spec("ray") is None:
-        raise ValueError("--workers needs Ray: pip install 'jrt[scale]'")
-    from jrt.evaluate.workers import RayPool
-
-    gpus = 1 if arguments.device.startswith("cuda") else 0
-    with RayPool(arguments.workers or 1, arguments.ray_address, gpus) as pool:
-        return run(chosen, pool, arguments.output, arguments.batch_size, arguments.resume)
+    return FAILED if results.failed else OK
 
 
 def _perplexity(arguments: argparse.Namespace, specs: tuple[ModelSpec, ...]) -> int:
@@ -153,7 +145,7 @@ def add_report(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from jrt.evaluate.report import collect
+    from jrt.evaluate.report.collected import collect
 
     output = arguments.output or arguments.runs[0]
     if arguments.output is None and output.is_file():

@@ -5,9 +5,9 @@
 with lm-eval as `--model jrt`.
 """
 
-from jrt.evaluate.folder import Cell, read_run
+from jrt.evaluate.folder import Cell, Results, read_run
 from jrt.evaluate.models import ModelSpec, OpenModel, open_model
-from jrt.evaluate.run import Outcome, Plan, Request, plan, run
+from jrt.evaluate.run import Plan, Request, plan, run
 from jrt.evaluate.workers import LocalPool
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     "LocalPool",
     "ModelSpec",
     "OpenModel",
-    "Outcome",
     "Plan",
     "Request",
+    "Results",
     "open_model",
     "plan",
     "read_run",

@@ -1,11 +1,7 @@
 """Greedy answers to prompts, in batches whose rows do not influence each other.
 
-A row's answer does not depend on its batch, so prompts may be grouped into batches in any way. Three optimisations save
-time, and none of them changes an answer (docs/batching.md has their measured gains):
-
-- `jrt.evaluate.batches`: prompts with a common beginning, or of similar length, share a batch;
-- `read_beginnings`: a common beginning of several prompts is read once, and the state after it is copied to each;
-- `decode`: on a CPU, decoding stops when half of the rows have ended, and continues with the other rows only.
+A row's answer does not depend on its batch. Three optimisations save time, and none of them changes an answer:
+`jrt.evaluate.batches`, `read_beginnings` and the early end in `decode` (docs/batching.md has their measured gains).
 
 Shapes: B rows of a batch, T tokens of its longest prompt, G groups of rows that begin alike, P tokens of the longest
 common beginning, R tokens that all rows read after it at once, N tokens that end an answer.
@@ -226,17 +222,16 @@ def read_beginnings(model: OpenModel, rows: Sequence[Sequence[int]], ends: set[i
     """Reads the common beginning of each group of rows once: several questions on one page share the reading of the
     page.
 
-    The state after a group's common tokens is copied to each of its rows. After it, the rows have different numbers of
-    their own tokens. All rows read as many of them as the shortest has in one call; the remaining ones are forced in
-    the first steps of decoding (`Start.forced`). This way no padding stands in the middle of a row, where recurrent
-    layers could not skip it.
+    The state after a group's common tokens is copied to each of its rows. After it, all rows read as many of their own
+    tokens as the shortest has in one call; the remaining ones are forced in the first steps of decoding
+    (`Start.forced`). This way no padding stands in the middle of a row, where recurrent layers could not skip it.
 
     Args:
         ends: tokens at which `generate` ends a row; a prompt with such a token cannot be forced.
 
     Returns:
-        None if this saves too little time, if it is not possible for these prompts, or if the model's states cannot be
-        copied from row to row. The caller then reads each prompt whole.
+        None if this saves too little time, or is not possible with these prompts or this model. The caller then reads
+        each prompt whole.
     """
     if not model.mode.sharing:
         return None

@@ -1,7 +1,7 @@
 """Sorts prompts into batches: prompts with a common beginning are neighbours, and lengths within a batch are similar.
 
-A row's answer does not depend on its batch, so the choice affects speed only. If padding changes a model's answers (as
-`jrt.probe` measures), a batch holds only prompts of equal length.
+The choice affects speed only. If padding changes a model's answers (as `jrt.probe` measures), a batch holds only prompts
+of equal length.
 """
 
 from __future__ import annotations

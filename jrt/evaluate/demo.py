@@ -6,10 +6,10 @@ and twice. SmolLM2-135M, an off-the-shelf Transformer, can be compared through t
 
 from pathlib import Path
 
-from jrt.evaluate.folder import read_run
+from jrt.evaluate.folder import Results
 from jrt.evaluate.models import SMOLLM2, ModelSpec
-from jrt.evaluate.report import write_page
-from jrt.evaluate.run import Outcome, Plan, Request, plan, run
+from jrt.evaluate.report.html import write_page
+from jrt.evaluate.run import Plan, Request, plan, run
 from jrt.evaluate.workers import LocalPool
 
 MINIS = ("mini-attention", "mini-mamba", "mini-based", "mini-jrt")
@@ -39,12 +39,10 @@ def real_plan(passages: Path | None, limit: int = REAL_ITEMS, device: str = "cpu
     return plan(Request((spec,), tasks, STRATEGIES, "full", limit, passages=passages))
 
 
-def demo(chosen: Plan, output: Path, title: str) -> Outcome:
+def demo(chosen: Plan, output: Path, title: str) -> Results:
     """Runs a plan and writes its results, figures (PNG and SVG) and report.html to `output`.
 
     If the folder holds the same demo, finished or not, only what is missing is computed."""
-    outcome = run(chosen, LocalPool(), output, BATCH, resume=True)
-    manifest = read_run(output)[2]
-    records, predictions = outcome.records, outcome.predictions
-    write_page(title, output, records, outcome.comparisons, predictions, manifest, failed=outcome.failed)
-    return outcome
+    results = run(chosen, LocalPool(), output, BATCH, resume=True)
+    write_page(title, output, results)
+    return results

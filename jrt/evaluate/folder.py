@@ -1,13 +1,11 @@
 """The output folder of one run of `jrt eval`.
 
-    manifest.json       what was asked (the run's identity), versions, models' hashes, how fast the last start of the run
-                        answered (see `jrt.evaluate.workers.Throughput`), whether the run is complete
-    predictions.jsonl   one line for each answered item; appended batch by batch, sorted at the end
-    results.json        one record for each cell: a model, task, strategy and protocol
-    comparisons.json    paired differences between cells
-    run.lock            locked while a process writes
-
-A folder belongs to one run. Another run is refused; the same run continues where it stopped.
+manifest.json       what was asked (the run's identity), versions, models' hashes, how fast the last start of the run
+                    answered (see `jrt.evaluate.workers.Throughput`), whether the run is complete
+predictions.jsonl   one line for each answered item; appended batch by batch, sorted at the end
+results.json        one record for each cell: a model, task, strategy and protocol
+comparisons.json    paired differences between cells
+run.lock            locked while a process writes
 """
 
 from __future__ import annotations
@@ -15,13 +13,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jrt_recall
-from jrt_recall import task_named
+from jrt_recall import Protocol, task_named
 from jrt_recall.protocols import PAGES
 
 import jrt
@@ -31,15 +31,70 @@ from jrt.system.provenance import code_sha256, commit, device_name, versions
 
 MANIFEST, PREDICTIONS, RESULTS, COMPARISONS = "manifest.json", "predictions.jsonl", "results.json", "comparisons.json"
 _LOCK = "run.lock"
+ALL_ITEMS = "all"  # in the settings of a cell: all items of its task were asked
 
 
 class Cell(NamedTuple):
-    """The names that identify one score: which model answered which task, read how, under which protocol."""
+    """The names that identify one score: which model answered which task, with which reading strategy (the context once
+    or twice), under which protocol (prompt format and limits)."""
 
     model: str
     task: str
     strategy: str
     protocol: str
+
+
+def cell_of(row: dict) -> Cell:
+    """The cell that a prediction or a record belongs to."""
+    return Cell(row["model"], row["task"], row["strategy"], row["protocol"])
+
+
+def by_item(predictions: Iterable[dict]) -> defaultdict[Cell, dict[str, dict]]:
+    """Predictions by cell and by the id of their item. If an item was answered twice, the first answer counts."""
+    found: defaultdict[Cell, dict[str, dict]] = defaultdict(dict)
+    for row in predictions:
+        found[cell_of(row)].setdefault(row["id"], row)
+    return found
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of one run, or of several together.
+
+    Args:
+        records: one for each cell that has a score, as in results.json.
+        predictions: one for each answered item, as in predictions.jsonl.
+        manifest: as in manifest.json.
+        comparisons: paired differences between cells, as in comparisons.json.
+        settings: for each cell, the dtype, items and package versions with which it was computed.
+    """
+
+    records: list[dict]
+    predictions: list[dict]
+    manifest: dict
+    comparisons: list[dict] = field(default_factory=list)
+    settings: dict[Cell, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def by_cell(self) -> dict[Cell, dict]:
+        """The records by cell."""
+        return {cell_of(record): record for record in self.records}
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models that have a record, in their order."""
+        return list(dict.fromkeys(record["model"] for record in self.records))
+
+    @property
+    def protocols(self) -> list[Protocol]:
+        """The protocols that the manifest describes."""
+        known = self.manifest["identity"]["protocols"]
+        return [Protocol(**{**protocol, "stop": tuple(protocol["stop"])}) for protocol in known]
+
+    @property
+    def failed(self) -> dict[Cell, str]:
+        """The cells without a score, with the reason on one line."""
+        return {cell_of(row): " ".join(row["reason"].split()) for row in self.manifest.get("failed", ())}
 
 
 def origin(device: str) -> dict[str, object]:
@@ -98,44 +153,36 @@ class RunFolder:
         self.manifest["models"][info["name"]] = info
         write_json(self.path / MANIFEST, self.manifest)
 
-    def done(self, cell: Cell) -> set[str]:
-        """Ids of the items of a cell that are answered."""
-        return {row["id"] for row in self.rows if cell_of(row) == cell}
-
     def append(self, rows: list[dict]) -> None:
         """Adds the predictions of a batch; they are on disk when this returns."""
         self._stream.write(json_lines(rows))
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self.rows.extend(rows)
+        self.rows += rows
 
     def finish(
         self,
-        rows: list[dict],
         records: list[dict],
+        predictions: list[dict],
         comparisons: list[dict],
         throughput: dict[str, float],
         failed: dict[Cell, str],
-    ) -> None:
+    ) -> Results:
         """Writes the predictions in order, and the results. The order of answering leaves no trace in these files.
 
         failed: cells without a score, with the reason. The manifest records them, and the run counts as unfinished."""
-        write_text(self.path / PREDICTIONS, json_lines(rows))
-        write_json(self.path / COMPARISONS, comparisons)
-        write_json(self.path / RESULTS, records)
         self.manifest["throughput"] = throughput
         self.manifest["failed"] = [{**cell._asdict(), "reason": reason} for cell, reason in failed.items()]
         self.manifest["complete"] = not failed
+        write_text(self.path / PREDICTIONS, json_lines(predictions))
+        write_json(self.path / COMPARISONS, comparisons)
+        write_json(self.path / RESULTS, records)
         write_json(self.path / MANIFEST, self.manifest)
+        return Results(records, predictions, self.manifest, comparisons)
 
 
-def cell_of(row: dict) -> Cell:
-    """The cell that a prediction or a record belongs to."""
-    return Cell(row["model"], row["task"], row["strategy"], row["protocol"])
-
-
-def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
-    """Records, predictions and manifest of a finished run.
+def read_run(path: Path) -> Results:
+    """The results of a finished run, without its comparisons.
 
     Raises ValueError if the folder holds no finished run, or files that do not fit together."""
     files = [path / name for name in (RESULTS, PREDICTIONS, MANIFEST)]
@@ -146,7 +193,8 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
     found, manifest = read_json(files[0]), read_json(files[2])
     check_each(str(files[0]), found, RECORD, (*CELL, "score", "n"))
     check_manifest(str(files[2]), manifest)
-    records = _renamed(found)
+    later = {"version": 1, "unreachable": 0, "notes": []}  # fields that older versions did not write
+    records = [{**record, **later, **record} for record in _renamed(found)]
     check_finished(str(files[2]), manifest, records)
     predictions = _read_predictions(files[1])
     counted = Counter(map(cell_of, predictions))
@@ -156,7 +204,18 @@ def read_run(path: Path) -> tuple[list[dict], list[dict], dict]:
                 f"{path} is damaged: {RESULTS} rests on {record['n']} answers of {record['model']} {record['task']} "
                 f"{record['strategy']}, {PREDICTIONS} holds {found}: go on with `jrt eval ... --resume`"
             )
-    return records, predictions, manifest
+    settings = _settings(manifest)
+    return Results(
+        records, predictions, manifest, settings={cell_of(record): settings[record["model"]] for record in records}
+    )
+
+
+def _settings(manifest: dict) -> dict[str, dict[str, str]]:
+    """For each model of a run, the dtype, items and package versions with which its cells were computed."""
+    identity = manifest["identity"]
+    versions = {name: str(value) for name, value in manifest.get("versions", {}).items() if name != "platform"}
+    items = ALL_ITEMS if identity.get("limit") is None else f"the first {identity['limit']}"
+    return {model["name"]: {"dtype": model["dtype"], "items": items, **versions} for model in identity["models"]}
 
 
 def former_manifest(path: Path, identity: dict, resume: bool) -> dict | None:

@@ -13,7 +13,7 @@ from jrt_recall import PROTOCOLS
 from jrt_recall.harness import arguments, command_line, settings
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
+from tqdm import trange
 
 from jrt.evaluate.likelihood import log_likelihoods
 from jrt.evaluate.models import ModelSpec, open_model
@@ -62,10 +62,6 @@ class JRTHarness(HFLM):
             backend="causal",
         )
 
-    @property
-    def max_length(self) -> int:
-        return self._max_length or self.model.core.train_length
-
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -73,11 +69,9 @@ class JRTHarness(HFLM):
         size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
         found: list[tuple[float, bool]] = []
         chunk = 16 * size  # sorted by length within a chunk
-        with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as progress:
-            for start in range(0, len(pairs), chunk):
-                scored = log_likelihoods(self.model, pairs[start : start + chunk], size)
-                found += [(one.log_likelihood, one.is_greedy) for one in scored]
-                progress.update(min(chunk, len(pairs) - start))
+        for start in trange(0, len(pairs), chunk, desc="log-likelihoods", unit="chunk", disable=disable_tqdm):
+            scored = log_likelihoods(self.model, pairs[start : start + chunk], size)
+            found += [(one.log_likelihood, one.is_greedy) for one in scored]
         for (text, _, _), one in zip(requests, found, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, one)

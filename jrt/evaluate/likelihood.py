@@ -8,12 +8,12 @@ Shapes: B pairs, T their longest row, K the longest continuation, V vocabulary r
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
 from jrt.evaluate.answering import left_padded
+from jrt.evaluate.batches import Limits, batches
 from jrt.modeling_jrt import JRTForCausalLM
 from jrt.short_prompts import fill_short_prompts
 from jrt.training.objective import greedy_answers
@@ -60,19 +60,26 @@ def log_likelihoods(
     for number, (context, continuation) in enumerate(pairs):
         if not len(context) or not len(continuation):
             raise ValueError(f"pair {number}: context and continuation need at least one token each")
-    if model.core.has("P") and model.config.short_prompt == "iterate":
-        return _iterated(model, pairs, batch_size, pad_token_id)
-    rows = [filled_row(model, list(context), list(continuation)) for context, continuation in pairs]
-    found: dict[int, Scored] = {}
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
+    rows = [(number, row) for number, pair in enumerate(pairs) for row in _rows(model, list(pair[0]), list(pair[1]))]
     # With these quirks the model reads padding as tokens, so a batch holds only rows of equal length.
-    alone = model.quirks.blank_padding or model.quirks.ignore_batch_padding
-    for _, members in groupby(order, key=lambda index: len(rows[index].ids) if alone else 0):
-        indices = list(members)
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            found |= zip(batch, _scores(model, [rows[index] for index in batch], pad_token_id), strict=True)
-    return [found[index] for index in range(len(rows))]
+    pads = not (model.quirks.blank_padding or model.quirks.ignore_batch_padding)
+    found = [Scored(0.0, True)] * len(pairs)
+    for batch in batches([row.ids for _, row in rows], Limits(batch_size, shares=False, pads=pads)):
+        scores = _scores(model, [rows[index][1] for index in batch], pad_token_id)
+        for (number, _), one in zip([rows[index] for index in batch], scores, strict=True):
+            before = found[number]
+            found[number] = Scored(before.log_likelihood + one.log_likelihood, before.is_greedy and one.is_greedy)
+    return found
+
+
+def _rows(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> list[Row]:
+    """The rows whose scores together are that of a continuation: one, or, with the rule "iterate", one for each of its
+    tokens, because the encoder then reads all tokens so far before each."""
+    if not (model.core.has("P") and model.config.short_prompt == "iterate"):
+        return [filled_row(model, context, continuation)]
+    texts = [[*context, *continuation[:end]] for end in range(len(continuation))]
+    prefixes = [min(model.core.enc_length, len(text)) for text in texts]
+    return [Row(text, [token], prefix, 0) for text, token, prefix in zip(texts, continuation, prefixes, strict=True)]
 
 
 def filled_row(model: JRTForCausalLM, context: list[int], continuation: list[int]) -> Row:
@@ -116,23 +123,4 @@ def _scores(model: JRTForCausalLM, rows: list[Row], pad_token_id: int) -> list[S
         likely = own.gather(1, target[:, None]).sum()
         right, _ = greedy_answers(own.argmax(-1)[None], target[None], torch.ones_like(target)[None])
         found.append(Scored(float(likely), bool(right)))
-    return found
-
-
-def _iterated(
-    model: JRTForCausalLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, pad_token_id: int
-) -> list[Scored]:
-    """Scores for the rule "iterate": the encoder reads all tokens so far before each token of a continuation."""
-    rows, owners = [], []
-    for number, (context, continuation) in enumerate(pairs):
-        for end in range(len(continuation)):
-            ids = [*context, *continuation[:end]]
-            rows.append(Row(ids, [continuation[end]], min(model.core.enc_length, len(ids)), 0))
-            owners.append(number)
-    found = [Scored(0.0, True)] * len(pairs)
-    for start in range(0, len(rows), batch_size):
-        scored = _scores(model, rows[start : start + batch_size], pad_token_id)
-        for owner, one in zip(owners[start : start + batch_size], scored, strict=True):
-            total = found[owner]
-            found[owner] = Scored(total.log_likelihood + one.log_likelihood, total.is_greedy and one.is_greedy)
     return found

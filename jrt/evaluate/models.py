@@ -1,8 +1,7 @@
 """The models under test: ours are opened by `jrt.load`, all other causal language models by transformers.
 
 A `ModelSpec` is what a worker process needs to open a model; an `OpenModel` is the opened model. Code in a checkpoint
-is never executed: transformers refuses a model that needs it. A model that is not ours is probed before its first
-answer (`jrt.probe`): padding, batches and caches are used only if they do not change its answers.
+is never executed: transformers refuses a model that needs it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,35 +75,6 @@ class ModelSpec:
         }
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """The description of a model that a run records. Lengths are in tokens; None: no such bound.
-
-    Args:
-        sha256: over the names, shapes and bytes of all weights; the same for every file format.
-        attends_to_all: some layer attends to all earlier tokens (assumed of every model that is not ours).
-        mode: the ways of running the model that leave its answers as they are.
-        vocabulary: number of token ids that the embedding has rows for.
-        batch_length: the most tokens of a prompt with its answer that may share a batch with others.
-        notes: sentences for the user on how the model is run differently from most.
-        set_aside: saved generation settings that were ignored because they change greedy answers, as text.
-        probe: the findings of `jrt.probe`, as plain values; None for models of this project.
-    """
-
-    name: str
-    parameters: int
-    sha256: str
-    train_length: int | None
-    max_length: int | None
-    attends_to_all: bool
-    mode: RunMode
-    vocabulary: int
-    batch_length: int | None
-    notes: list[str]
-    set_aside: dict[str, str]
-    probe: dict | None
-
-
 @dataclass
 class OpenModel:
     """A model with its tokenizer, ready to compute.
@@ -142,10 +112,15 @@ class OpenModel:
         """Number of token ids that the embedding has rows for."""
         return len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]  # the embedding's weight
 
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that the model reads, prompt and answer together; None: no bound."""
+        return None if self.ours else position_bound(self.model)
+
     @cached_property
     def findings(self) -> Findings | None:
-        """What `jrt.probe` measured on the model, once, before its first answer. None for models of this project: this
-        repository's tests cover them."""
+        """What `jrt.probe` measured on the model, once, before its first answer: padding, batches and caches are used
+        only if they do not change its answers. None for models of this project: this repository's tests cover them."""
         if self.ours:
             return None
         with self.cores:
@@ -172,24 +147,30 @@ class OpenModel:
         """Number of the model's parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def info(self) -> ModelInfo:
-        bound = position_bound(self.model)
-        return ModelInfo(
-            name=self.spec.name,
-            parameters=self.parameters,
-            sha256=weights_sha256(self.model),
-            train_length=self.ours.core.train_length if self.ours else bound,
-            max_length=None if self.ours else bound,
-            attends_to_all=self.ours is None or self.ours.core.has("A"),
-            mode=self.mode,
-            vocabulary=self.vocabulary,
-            batch_length=switching_length(self.model),
-            notes=self._notes(),
-            set_aside={name: str(value) for name, value in self.set_aside.items()},
-            probe=None if self.findings is None else self.findings.to_dict(),
-        )
+    def info(self) -> dict[str, Any]:
+        """The description that a run records, as plain values. Lengths are in tokens; None: no such bound.
 
-    def _notes(self) -> list[str]:
+        sha256: over the names, shapes and bytes of all weights; the same for every file format. attends_to_all: some
+        layer attends to all earlier tokens (assumed of every model that is not ours). batch_length: the most tokens of a
+        prompt with its answer that may share a batch with others. notes: sentences for the user on how the model is run
+        differently from most. probe: the findings of `jrt.probe`."""
+        return {
+            "name": self.spec.name,
+            "parameters": self.parameters,
+            "sha256": weights_sha256(self.model),
+            "train_length": self.ours.core.train_length if self.ours else self.max_length,
+            "max_length": self.max_length,
+            "attends_to_all": self.ours is None or self.ours.core.has("A"),
+            "mode": asdict(self.mode),
+            "vocabulary": self.vocabulary,
+            "batch_length": switching_length(self.model),
+            "notes": self.notes(),
+            "set_aside": {name: str(value) for name, value in self.set_aside.items()},
+            "probe": None if self.findings is None else self.findings.to_dict(),
+        }
+
+    def notes(self) -> list[str]:
+        """Sentences for the user on how the model is run differently from most."""
         saved = ", ".join(f"{name}={value}" for name, value in self.set_aside.items())
         sentences = [] if self.ours else self.mode.sentences()
         if (switch := switching_length(self.model)) is not None:

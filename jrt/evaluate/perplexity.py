@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from jrt_recall.data import digest, read_text
+from jrt_recall.files import digest, read_text
 from jrt_recall.reference_pages import library_pages
 from jrt_recall.tokenizers import token_ids
 from tqdm import tqdm
@@ -111,17 +111,16 @@ def measure(model: OpenModel, documents: Sequence[str], limit: int | None, batch
 
     Raises ValueError if the text is shorter than one sequence, if no sequence is left, or if the code of a model that is
     not ours failed."""
-    info = model.info()
-    length = LENGTH if info.max_length is None else min(LENGTH, info.max_length)
+    length = LENGTH if model.max_length is None else min(LENGTH, model.max_length)
     cut = sequences(model.tokenizer, documents, length)[:limit]
     if not cut:
         raise ValueError(f"the text is shorter than one sequence of {length} tokens")
-    rows = [row for row in cut if max(row) < info.vocabulary]
+    rows = [row for row in cut if max(row) < model.vocabulary]
     if not rows:
-        raise ValueError(f"each sequence of the text has a token beyond the model's {info.vocabulary} rows")
-    notes = list(info.notes)
+        raise ValueError(f"each sequence of the text has a token beyond the model's {model.vocabulary} rows")
+    notes = model.notes()
     if invalid := len(cut) - len(rows):
-        notes.append(f"{invalid} sequences left out: they have tokens beyond the model's {info.vocabulary} rows")
+        notes.append(f"{invalid} sequences left out: they have tokens beyond the model's {model.vocabulary} rows")
     counts = Counter(pair for row in rows for pair in pairwise(row))
     sums: dict[Slice, float] = defaultdict(float)
     sizes: Counter[Slice] = Counter()

@@ -1,11 +1,7 @@
 """A run of `jrt eval`: `plan(request)` loads the questions, `run(plan, pool, output)` answers them into a folder.
 
-`plan` checks a request before a model is opened or a file written. `run` writes predictions batch by batch, and
-computes all results from what was written. So the results are the same for a run that was interrupted and resumed, or
-spread over workers.
-
-A cell is one score: a model, a task, a reading strategy (the context once or twice) and a protocol (prompt format and
-limits).
+`run` writes predictions batch by batch, and computes all results from what was written. So the results are the same for
+a run that was interrupted and resumed, or spread over workers.
 """
 
 from __future__ import annotations
@@ -13,21 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
-from jrt_recall import Protocol, TaskItems, contains, items, strategy_named, task_named
+from jrt_recall import TaskItems, contains, items, strategy_named, task_named
 from jrt_recall.protocols import PAGES, PASSAGES
 from jrt_recall.protocols import cells as protocols_of
-from jrt_recall.scoring import bootstrap, paired_difference
+from jrt_recall.scoring import bootstrap
 from jrt_recall.tokenizers import reachable
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from jrt.evaluate.answering import Encoded, Generation, encode, prompt_limit
 from jrt.evaluate.batches import Limits, batches
-from jrt.evaluate.folder import Cell, RunFolder, cell_of, origin
+from jrt.evaluate.folder import Cell, Results, RunFolder, by_item, origin
 from jrt.evaluate.models import ModelSpec, open_tokenizer
-from jrt.evaluate.workers import Failure, Job, Pool, Throughput
+from jrt.evaluate.tables.side_by_side import comparisons
+from jrt.evaluate.workers import Job, Pool, Throughput
 
 CPU_TOKENS = 8192  # the most tokens of a batch: the activations of more do not fit a processor's caches
 CPU_PADDING = 1024  # the most padding of a batch, in tokens: more costs as much time as one more batch
@@ -79,32 +77,19 @@ class Plan:
     def items(self, cell: Cell) -> TaskItems:
         return self.questions[cell.task, cell.strategy, cell.protocol]
 
-    def protocols(self) -> list[Protocol]:
-        """Each protocol that is used, once."""
-        return list({found.protocol.label(): found.protocol for found in self.questions.values()}.values())
-
     def identity(self) -> dict:
         """Plain values that decide the results: two runs with equal identities are the same run.
 
         Batch sizes, devices and workers change no result, so they are not included."""
         request = self.request
+        protocols = {found.protocol.label(): found.protocol for found in self.questions.values()}
         return {
             "models": [spec.identity() for spec in request.models],
             "limit": request.limit,
             "seed": request.seed,
             "cells": [found.summary() for found in self.questions.values()],
-            "protocols": [protocol.as_dict() for protocol in self.protocols()],
+            "protocols": [protocol.as_dict() for protocol in protocols.values()],
         }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The results of a run, as they stand in its folder. failed: cells without a score, with the reason."""
-
-    records: list[dict]
-    comparisons: list[dict]
-    predictions: list[dict]
-    failed: dict[Cell, str]
 
 
 def plan(request: Request) -> Plan:
@@ -181,7 +166,7 @@ def _check_folders(request: Request, tasks: list[str]) -> None:
             )
 
 
-def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, resume: bool = False) -> Outcome:
+def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, resume: bool = False) -> Results:
     """Answers all questions of a plan and writes the results to the folder `output`.
 
     batch_size: prompts of a batch; None: chosen for the device and the length of the prompts.
@@ -194,12 +179,15 @@ def run(plan: Plan, pool: Pool, output: Path, batch_size: int | None = None, res
         return _run(plan, pool, folder, batch_size)
 
 
-def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> Outcome:
-    prompts: dict[Cell, list[Encoded]] = {}
-    measured: dict[Cell, dict[str, int]] = {}
+def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> Results:
+    asked: dict[Cell, _Asked] = {}
     failed: dict[Cell, str] = {}
     cells = plan.cells()
-    missing = {cell: _missing(plan, cell, folder) for cell in cells}
+    known = by_item(folder.rows)
+    missing = {
+        cell: [index for index, item in enumerate(plan.items(cell).items) if item.id not in known[cell]]
+        for cell in cells
+    }
 
     def jobs() -> Iterator[Job]:
         for spec in plan.request.models:
@@ -213,32 +201,16 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
             for cell in mine:
                 found = plan.items(cell)
                 try:
-                    limit = prompt_limit(found.protocol, info["max_length"])
+                    asked[cell] = _asked(found, tokenizer, info, pool, spec)
                 except ValueError as error:
                     failed[cell] = str(error)
                     continue
-                encoded = prompts[cell] = encode(
-                    tokenizer,
-                    [item.prompt for item in found.items],
-                    limit,
-                    info["vocabulary"],
-                    shortest=1 if info["mode"]["one_token"] else 2,
-                )
-                lengths = [len(one.ids) for one in encoded if not one.problem]
-                if not lengths:
-                    failed[cell] = f"no item can be asked: the prompt of {found.items[0].id}: {encoded[0].problem}"
-                    continue
-                measured[cell] = {
-                    "state_bytes": pool.state_bytes(spec, round(sum(lengths) / len(lengths))),
-                    "unreachable": sum(
-                        not reachable(tokenizer, item.answers, found.protocol.stop) for item in found.items
-                    ),
-                }
+                prompts = asked[cell].prompts
+                open_items = [index for index in missing[cell] if not prompts[index].problem]
                 limits = _limits(spec, info, batch_size, found.protocol.max_new_tokens)
-                open_items = [index for index in missing[cell] if not encoded[index].problem]
-                for batch in batches([encoded[index].ids for index in open_items], limits):
+                for batch in batches([prompts[index].ids for index in open_items], limits):
                     chosen = [open_items[index] for index in batch]
-                    yield Job(spec, cell, found.protocol, [encoded[index].ids for index in chosen], chosen)
+                    yield Job(spec, cell, found.protocol, [prompts[index].ids for index in chosen], chosen)
                     if cell in failed:
                         break
 
@@ -246,27 +218,54 @@ def _run(plan: Plan, pool: Pool, folder: RunFolder, batch_size: int | None) -> O
     with tqdm(total=sum(map(len, missing.values())), unit="item", smoothing=0.05) as progress:
         for job, generations, worker in pool.answers(jobs()):
             progress.set_description(f"{job.cell.model} {job.cell.task} {job.cell.strategy}", refresh=False)
-            if isinstance(generations, Failure):
-                failed[job.cell] = generations.reason
+            if isinstance(generations, str):
+                failed[job.cell] = generations
                 continue
-            folder.append(_predictions(plan, job, prompts[job.cell], generations))
+            folder.append(_predictions(plan, job, asked[job.cell].prompts, generations))
             throughput.note(worker, len(generations))
             progress.update(len(generations))
 
     done = [cell for cell in cells if cell not in failed]
     if not done:
         raise ValueError(next(iter(failed.values())))
-    rows = _ordered(plan, done, folder.rows)
-    models = folder.manifest["models"]
-    records = []
+    records, predictions = [], []
+    answers = by_item(folder.rows)
     for cell in done:
-        invalid = [one for one in prompts[cell] if one.problem]
-        more = {**measured[cell], "beyond_the_model": [one.problem for one in invalid]}
-        records.append(record(plan, cell, rows[cell], models[cell.model], more))
-    every = [row for cell in done for row in rows[cell]]
-    compared = comparisons(every, plan.request.seed)
-    folder.finish(every, records, compared, throughput.as_dict(), failed)
-    return Outcome(records, compared, every, failed)
+        rows = [answers[cell][item.id] for item in plan.items(cell).items if item.id in answers[cell]]
+        records.append(record(plan, cell, rows, folder.manifest["models"][cell.model], asked[cell]))
+        predictions += rows
+    compared = comparisons(predictions, plan.request.seed)
+    return folder.finish(records, predictions, compared, throughput.as_dict(), failed)
+
+
+class _Asked(NamedTuple):
+    """What is known of a cell before its first answer.
+
+    Args:
+        prompts: of its items, as the model reads them.
+        state_bytes: of the model's state after a prompt of mean length.
+        unreachable: the number of items of which the model can write no correct answer.
+    """
+
+    prompts: list[Encoded]
+    state_bytes: int
+    unreachable: int
+
+
+def _asked(found: TaskItems, tokenizer: PreTrainedTokenizerBase, info: dict, pool: Pool, spec: ModelSpec) -> _Asked:
+    """Raises ValueError if the model cannot be asked any of the items."""
+    prompts = encode(
+        tokenizer,
+        [item.prompt for item in found.items],
+        prompt_limit(found.protocol, info["max_length"]),
+        info["vocabulary"],
+        shortest=1 if info["mode"]["one_token"] else 2,
+    )
+    lengths = [len(prompt.ids) for prompt in prompts if not prompt.problem]
+    if not lengths:
+        raise ValueError(f"no item can be asked: the prompt of {found.items[0].id}: {prompts[0].problem}")
+    unreachable = sum(not reachable(tokenizer, item.answers, found.protocol.stop) for item in found.items)
+    return _Asked(prompts, pool.state_bytes(spec, round(sum(lengths) / len(lengths))), unreachable)
 
 
 def _limits(spec: ModelSpec, info: dict, batch_size: int | None, new_tokens: int) -> Limits:
@@ -281,11 +280,6 @@ def _limits(spec: ModelSpec, info: dict, batch_size: int | None, new_tokens: int
         limits = limits._replace(size=1)
     together = None if info["batch_length"] is None else info["batch_length"] - new_tokens
     return limits._replace(shares=mode["sharing"], pads=mode["padding"], together=together)
-
-
-def _missing(plan: Plan, cell: Cell, folder: RunFolder) -> list[int]:
-    done = folder.done(cell)
-    return [index for index, item in enumerate(plan.items(cell).items) if item.id not in done]
 
 
 def _predictions(plan: Plan, job: Job, prompts: list[Encoded], generations: list[Generation]) -> list[dict]:
@@ -312,24 +306,16 @@ def _predictions(plan: Plan, job: Job, prompts: list[Encoded], generations: list
     return rows
 
 
-def _ordered(plan: Plan, cells: list[Cell], rows: list[dict]) -> dict[Cell, list[dict]]:
-    """Predictions by cell, in the order of the items. If an item was answered twice, the first answer counts."""
-    found: dict[Cell, dict[str, dict]] = {cell: {} for cell in cells}
-    for row in rows:
-        found.get(cell_of(row), {}).setdefault(row["id"], row)
-    return {cell: [found[cell][item.id] for item in plan.items(cell).items if item.id in found[cell]] for cell in cells}
-
-
-def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict) -> dict:
+def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, asked: _Asked) -> dict:
     """The record of one cell, as it stands in results.json.
 
     Some of its fields: score, low and high (mean and 95% interval) lie between 0 and 1; seconds is compute time summed
     over batches; truncated counts items whose prompt was cut to a limit; nan counts items with a NaN logit (they score
     0); unreachable counts items of which the model can write no correct answer.
 
-    measured: state_bytes and unreachable; beyond_the_model: for each prompt that this model cannot be asked, the
-    reason."""
+    info: of the model, as in the manifest."""
     found = plan.items(cell)
+    problems = [prompt.problem for prompt in asked.prompts if prompt.problem]
     interval = bootstrap([row["score"] for row in rows], seed=plan.request.seed)
     longest = max(row["prompt_tokens"] for row in rows)
     train_length = info["train_length"]
@@ -341,52 +327,17 @@ def record(plan: Plan, cell: Cell, rows: list[dict], info: dict, measured: dict)
         "n": len(rows),
         "documents": found.documents,
         "dropped": found.dropped,
-        "invalid": len(found.invalid) + len(measured["beyond_the_model"]),
+        "invalid": len(found.invalid) + len(problems),
         "lost": found.lost,
-        "unreachable": measured["unreachable"],
+        "unreachable": asked.unreachable,
         "absent": found.absent,
         "truncated": sum(row["truncated"] > 0 for row in rows),
         "nan": sum(not row["finite"] for row in rows),
         "prompt_tokens": sum(row["prompt_tokens"] for row in rows) / len(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "state_bytes": measured["state_bytes"],
+        "state_bytes": asked.state_bytes,
         "beyond_training": train_length is not None and longest > train_length,
         "source": found.source,
         "version": found.protocol.version,
-        "notes": [
-            *info["notes"],
-            *(f"not asked: {problem}" for problem in dict.fromkeys(measured["beyond_the_model"])),
-        ],
+        "notes": [*info["notes"], *(f"not asked: {problem}" for problem in dict.fromkeys(problems))],
     }
-
-
-def comparisons(rows: list[dict], seed: int = 0) -> list[dict]:
-    """Paired differences over the items that two cells share: two strategies of one model, or two models with one
-    strategy.
-
-    difference = second - first, in units of the score (0 to 1), with its 95% bootstrap interval."""
-    cells: dict[Cell, dict[str, float]] = {}
-    for row in rows:
-        cells.setdefault(cell_of(row), {})[row["id"]] = row["score"]
-    found = []
-    for first, second in combinations(cells, 2):
-        differing = [name for name in Cell._fields if getattr(first, name) != getattr(second, name)]
-        if differing not in (["strategy"], ["model"]):
-            continue
-        shared = [item for item in cells[first] if item in cells[second]]
-        if not shared:
-            continue
-        before, after = ([cells[cell][item] for item in shared] for cell in (first, second))
-        interval = paired_difference(before, after, seed=seed)
-        found.append(
-            {
-                "between": differing[0],
-                "first": first._asdict(),
-                "second": second._asdict(),
-                "difference": interval.mean,
-                "low": interval.low,
-                "high": interval.high,
-                "n": len(shared),
-            }
-        )
-    return found

@@ -12,40 +12,23 @@ Kinds = dict[str, type | tuple[type, ...]]
 
 NUMBER, NAME = (int, float), (str, type(None))
 CELL: Kinds = {"model": str, "task": str, "strategy": str, "protocol": str}
-RECORD: Kinds = CELL | {
-    "score": NUMBER,
-    "low": NUMBER,
-    "high": NUMBER,
-    "n": int,
-    "documents": int,
-    "dropped": int,
-    "invalid": int,
-    "lost": int,
-    "unreachable": int,
-    "absent": int,
-    "truncated": int,
-    "nan": int,
-    "prompt_tokens": NUMBER,
-    "seconds": NUMBER,
-    "state_bytes": int,
+_COUNTS = ("n", "documents", "dropped", "invalid", "lost", "unreachable", "absent", "truncated", "nan")
+RECORD: Kinds = {
+    **CELL,
+    **dict.fromkeys((*_COUNTS, "state_bytes", "version"), int),
+    **dict.fromkeys(("score", "low", "high", "prompt_tokens", "seconds"), NUMBER),
     "beyond_training": bool,
     "source": str,
-    "version": int,
     "notes": list,
 }
-PREDICTION: Kinds = CELL | {
-    "id": str,
-    "prompt": str,
+PREDICTION: Kinds = {
+    **CELL,
+    **dict.fromkeys(("id", "prompt", "prediction"), str),
+    **dict.fromkeys(("prompt_tokens", "truncated", "new_tokens"), int),
+    **dict.fromkeys(("score", "seconds"), NUMBER),
+    **dict.fromkeys(("lost", "finite"), bool),
     "answers": list,
-    "prediction": str,
-    "score": NUMBER,
     "position": (int, float, type(None)),
-    "lost": bool,
-    "prompt_tokens": int,
-    "truncated": int,
-    "new_tokens": int,
-    "finite": bool,
-    "seconds": NUMBER,
 }
 MANIFEST: Kinds = {"identity": dict, "versions": dict, "models": dict, "failed": (list, dict)}
 MODEL: Kinds = {"name": str, "dtype": str, "compat": NAME, "short_prompt": NAME}

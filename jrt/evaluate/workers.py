@@ -11,9 +11,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
-from typing import Protocol as Interface
 
 import torch
 from jrt_recall import Protocol
@@ -45,31 +44,12 @@ class Job:
     items: list[int]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Stands for the answers of a batch on which the model's code failed; `reason` is the error message."""
-
-    reason: str
-
-
 class Answered(NamedTuple):
-    """The answers to a job, and the number of the worker that gave them (from 0)."""
+    """A job with its answers, or with the error message if the model's code failed; worker: its number, from 0."""
 
     job: Job
-    answers: list[Generation] | Failure
+    answers: list[Generation] | str
     worker: int
-
-
-class Pool(Interface):
-    """The interface that a run needs: a model's description, its state size, and answers to jobs."""
-
-    workers: int
-
-    def info(self, spec: ModelSpec) -> dict: ...
-
-    def state_bytes(self, spec: ModelSpec, length: int) -> int: ...
-
-    def answers(self, jobs: Iterable[Job]) -> Iterator[Answered]: ...
 
 
 class Worker:
@@ -84,16 +64,16 @@ class Worker:
             self._opened(spec)
 
     def info(self, spec: ModelSpec) -> dict:
-        return asdict(self._opened(spec).info())
+        return self._opened(spec).info()
 
     def state_bytes(self, spec: ModelSpec, length: int) -> int:
         return self._opened(spec).state_bytes(length)
 
-    def answer(self, job: Job) -> list[Generation] | Failure:
+    def answer(self, job: Job) -> list[Generation] | str:
         try:
             return answer(self._opened(job.spec), job.rows, job.protocol)
         except ValueError as error:
-            return Failure(str(error))
+            return str(error)
 
     def _opened(self, spec: ModelSpec) -> OpenModel:
         if self._model is None or self._model.spec != spec:
@@ -132,13 +112,15 @@ class RayPool:
         gpus: GPUs that each worker reserves; a fraction lets workers share a GPU.
 
     Raises:
-        ValueError: fewer than one worker, more workers than this machine has GPUs for, or the cluster cannot be
-            reached.
+        ValueError: Ray is not installed, fewer than one worker, more workers than this machine has GPUs for, or the
+            cluster cannot be reached.
     """
 
     def __init__(self, workers: int, address: str | None = None, gpus: float = 0) -> None:
-        import ray
-
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("several workers need Ray: pip install 'jrt[scale]'") from error
         if workers < 1:
             raise ValueError(f"at least one worker is needed, got {workers}")
         options: dict[str, Any] = {}
@@ -252,6 +234,10 @@ class RayPool:
         logger.warning("worker %d died: another takes its place", worker)
         self.actors[worker] = self._actor_class.remote()
         self._open(worker)
+
+
+Pool = LocalPool | RayPool
+"""Gives a model's description, the size of its state, and answers to jobs."""
 
 
 class Throughput:

@@ -16,7 +16,6 @@ text of the mini models and the ``reference_pages`` task are both made of these 
 will be asked."""
 
 import ast
-import inspect
 import re
 from typing import NamedTuple
 
@@ -74,21 +73,17 @@ def render(source: str) -> str:
 def _render_body(body: list[ast.stmt], lines: list[str], in_class: bool) -> None:
     for node in body:
         match node:
-            case ast.ClassDef() if _is_public(node.name):
+            case ast.ClassDef() if not node.name.startswith("_"):
                 lines.append(f"class {node.name}")
                 lines.extend(_first_paragraph(node))
                 _render_body(node.body, lines, in_class=True)
-            case ast.FunctionDef() | ast.AsyncFunctionDef() if _is_public(node.name):
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if not node.name.startswith("_"):
                 lines.append(heading(node.name, _arguments(node, in_class)))
                 lines.extend(_first_paragraph(node))
             # A definition may depend on the platform: the definitions of both branches are shown.
             case ast.If() | ast.Try():
                 _render_body(node.body, lines, in_class)
                 _render_body(node.orelse, lines, in_class)
-
-
-def _is_public(name: str) -> bool:
-    return not name.startswith("_")
 
 
 def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> str:
@@ -108,7 +103,7 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> 
 
 def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """The first paragraph of a docstring as one line, so that line breaks of the source file do not matter."""
-    text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+    text = ast.get_docstring(node) or ""
     paragraph = " ".join(re.split(r"\n\s*\n", text, maxsplit=1)[0].split())
     return [paragraph] if paragraph else []
 

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .fields import kind
-from .parquet import read_parquet
-from .protocols import PASSAGES, PUBLISHED, PublishedTask, published_task
+from .files import canonical_lines, digest, json_object, read_lines, read_rows, read_text, write_text
+from .protocols import PASSAGES, PUBLISHED, Task, published_task
 
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE, PASSAGES_VARIABLE = "JRT_DATA", "JRT_PASSAGES"
 MANIFEST = "manifest.json"
+SPLIT = "validation"  # of the published datasets
 PROBLEM = "jrt_recall: problem"  # the field that says why a row cannot be read; no column of a user has this name
-_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz, zstd
 _ENTRY = {"rows": int, "columns": list, "sha256": str, "source": str}  # what is read of a dataset's entry
 
 
@@ -70,7 +70,11 @@ def load(task: str, folder: str | Path | None = None) -> Documents:
     if mirror is not None:
         file = mirror / f"{spec.name}.jsonl"
         if file.is_file():
-            return _from_mirror(spec, mirror, file)
+            checked = _verified(spec, mirror)
+            if not checked.ok:
+                raise ValueError(f"{checked.message}; bring it again with `jrt data fetch {spec.name}`")
+            entry = _manifest(mirror)[spec.name]
+            return Documents(read_lines(file), entry["source"], entry["sha256"])
         if folder is not None:
             raise MissingDataset(f"{spec.name}: {mirror} holds no {file.name}. {_how_to_get(spec)}")
     return _published(spec)
@@ -87,8 +91,7 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
     if chosen is None or not (chosen / name).is_file():
         reason = "no folder of passages" if chosen is None else f"{chosen / name} is absent"
         raise MissingDataset(f"{task}: {reason}; set {PASSAGES_VARIABLE} to a folder with {name}")
-    of_attributes = PASSAGES[task] == "fda"
-    needed = ("text", "attributes") if of_attributes else ("context", "question", "answers")
+    needed = PASSAGES[task].columns
     lines = read_lines(chosen / name)
     rows: list[dict] = []
     if lines and (absent := [field for field in needed if not any(field in line for line in lines)]):
@@ -97,7 +100,7 @@ def load_passages(task: str, folder: str | Path | None = None) -> Documents:
         if missing := [field for field in needed if field not in line]:
             rows.append({**line, PROBLEM: f"line {number + 1} lacks {', '.join(missing)}"})
         else:
-            rows.extend(_attribute_rows(line, number) if of_attributes else [line])
+            rows.extend(_attribute_rows(line, number) if "attributes" in needed else [line])
     return Documents(rows, f"passages {name}", digest(lines))
 
 
@@ -135,7 +138,7 @@ def import_file(task: str, file: str | Path, folder: str | Path | None = None) -
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    return store(spec.name, _read_rows(path, spec.columns), f"imported from {path.name}", _named(folder))
+    return store(spec.name, read_rows(path, spec.columns), f"imported from {path.name}", _named(folder))
 
 
 def verify(tasks: Iterable[str] | None = None, folder: str | Path | None = None) -> list[Checked]:
@@ -153,116 +156,38 @@ def store(task: str, rows: Sequence[dict], source: str, folder: str | Path) -> P
 
     Each of the two files is replaced in one step. Raises ValueError if a column is missing or JSON cannot hold it."""
     spec = published_task(task)
-    check_columns(spec, rows, source)
-    rows = _as_json_holds(spec, rows, source)
+    rows = usable_rows(spec, rows, source)
     mirror = _named(folder)
     mirror.mkdir(parents=True, exist_ok=True)
-    text = canonical_lines(rows)
     file = mirror / f"{spec.name}.jsonl"
-    _write(file, text)
+    write_text(file, canonical_lines(rows))
     entry = {
         "file": file.name,
         "rows": len(rows),
         "columns": sorted(rows[0]),
-        "sha256": _sha256(text),
+        "sha256": digest(rows),
         "source": source,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     manifest = _manifest(mirror) | {spec.name: entry}
-    _write(mirror / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    write_text(mirror / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return file
 
 
-def check_columns(spec: PublishedTask, rows: Sequence[dict], source: str) -> None:
-    """Raises ValueError if there are no rows, or if a row lacks a column of the task; the message names the column."""
+def usable_rows(spec: Task, rows: Sequence[dict], source: str) -> list[dict]:
+    """Returns the rows without the columns that JSON cannot hold (timestamps, decimals, bytes).
+
+    Raises ValueError if there are no rows, or if a row lacks a column of the task, or JSON cannot hold it; the message
+    names the column."""
     if not rows:
         raise ValueError(f"{spec.name}: {source} holds no documents")
+    dropped: dict[str, str] = {}
     for number, row in enumerate(rows):
         if missing := [column for column in spec.columns if column not in row]:
             raise ValueError(
                 f"{spec.name}: document {number} of {source} lacks the column{'s' * (len(missing) > 1)} "
                 f"{', '.join(missing)} (it has {', '.join(map(str, row))}; expected {', '.join(spec.columns)})"
             )
-
-
-def canonical_lines(rows: Iterable[dict]) -> str:
-    """The rows as text, one JSON object a line with sorted keys. Its sha256 identifies a set of documents."""
-    return "".join(_canonical(row) + "\n" for row in rows)
-
-
-def _canonical(row: dict) -> str:
-    text = json.dumps(row, ensure_ascii=False, sort_keys=True)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair: UTF-8 cannot encode it, a JSON escape can
-        return json.dumps(row, sort_keys=True)
-    return text
-
-
-def digest(rows: Iterable[dict]) -> str:
-    """The sha256 of `canonical_lines(rows)`."""
-    return _sha256(canonical_lines(rows))
-
-
-def read_lines(file: Path) -> list[dict]:
-    """Returns the rows of a JSONL file. If a line is not a JSON object or not UTF-8, the ValueError has its number."""
-    # str.splitlines would also split at U+2028 and the like, which may stand in JSON strings.
-    lines = enumerate(read_text(file).split("\n"), start=1)
-    return [_json_object(line, f"{file}, line {number}") for number, line in lines if line.strip()]
-
-
-def read_text(file: Path) -> str:
-    """Reads a UTF-8 file, with or without a byte order mark."""
-    content = file.read_bytes()
-    if content.startswith(_COMPRESSED):
-        raise ValueError(f"{file}: the file is compressed; unpack it")
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]:  # with or without a byte order mark
-        raise ValueError(f"{file}, line 1: the file is UTF-16 or UTF-32; save it as UTF-8")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}, line {line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
-        ) from error
-
-
-def _json_object(text: str, place: str) -> dict:
-    row = _json(text, place)
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {kind(row)}")
-    return row
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg})") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of too many digits
-        raise ValueError(f"{place}: JSON that cannot be read ({type(error).__name__})") from error
-
-
-def _read_rows(path: Path, needed: Sequence[str]) -> list[dict]:
-    match path.suffix:
-        case ".jsonl":
-            return read_lines(path)
-        case ".json":
-            rows = _json(read_text(path), str(path))
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ValueError(f"{path}: expected a JSON list of objects")
-            return rows
-        case ".parquet":
-            return read_parquet(path, needed)
-    raise ValueError(f"{path}: expected a .jsonl, .json or .parquet file")
-
-
-def _as_json_holds(spec: PublishedTask, rows: Sequence[dict], source: str) -> list[dict]:
-    """Leaves out the columns that JSON cannot hold (timestamps, decimals, bytes) and that no task uses.
-
-    Raises ValueError if the task uses such a column."""
-    dropped: dict[str, str] = {}
-    for row in rows:
         for column, value in row.items():
             if column not in dropped and not _fits_json(value):
                 dropped[column] = type(value).__name__
@@ -274,19 +199,11 @@ def _as_json_holds(spec: PublishedTask, rows: Sequence[dict], source: str) -> li
 
 
 def _fits_json(value: object) -> bool:
-    if value is None or isinstance(value, str | int | float):
-        return True
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _fits_json(one) for key, one in value.items())
-    return isinstance(value, list | tuple) and all(map(_fits_json, value))
-
-
-def _from_mirror(spec: PublishedTask, mirror: Path, file: Path) -> Documents:
-    checked = _verified(spec, mirror)
-    if not checked.ok:
-        raise ValueError(f"{checked.message}; bring it again with `jrt data fetch {spec.name}`")
-    entry = _manifest(mirror)[spec.name]
-    return Documents(read_lines(file), entry["source"], entry["sha256"])
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def from_hub(task: str, dataset: str, instead: str, **which: str) -> Any:
@@ -311,38 +228,32 @@ def from_hub(task: str, dataset: str, instead: str, **which: str) -> Any:
         raise MissingDataset(f"{task}: {dataset} could not be read from the hub ({reason}). {instead}") from error
 
 
-def _published(spec: PublishedTask) -> Documents:
-    source = f"{spec.dataset} ({spec.split})"
-    rows = from_hub(spec.name, spec.dataset, _how_to_get(spec), split=spec.split).to_list()
-    check_columns(spec, rows, source)
-    rows = _as_json_holds(spec, rows, source)
+def _published(spec: Task) -> Documents:
+    source = f"{spec.dataset} ({SPLIT})"
+    rows = usable_rows(spec, from_hub(spec.name, str(spec.dataset), _how_to_get(spec), split=SPLIT).to_list(), source)
     return Documents(rows, source, digest(rows))
 
 
-def _how_to_get(spec: PublishedTask) -> str:
+def _how_to_get(spec: Task) -> str:
     return (
         f"With network, run `jrt data fetch {spec.name}` and set {FOLDER_VARIABLE} to that folder; without, bring a file "
         f"with the columns {', '.join(spec.columns)} and run `jrt data import {spec.name} FILE`"
     )
 
 
-def _verified(spec: PublishedTask, mirror: Path) -> Checked:
-    file = mirror / f"{spec.name}.jsonl"
-    entry = _manifest(mirror).get(spec.name)
-
-    def found(problem: str) -> Checked:
-        return Checked(spec.name, False, f"{spec.name}: {problem}")
-
+def _verified(spec: Task, mirror: Path) -> Checked:
+    file, entry = mirror / f"{spec.name}.jsonl", _manifest(mirror).get(spec.name)
     if not file.is_file():
-        return found(f"{mirror} holds no {file.name}")
-    if entry is None:
-        return found(f"{file} is not in {MANIFEST} (import it: `jrt data import {spec.name} {file}`)")
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    if sha256 != entry["sha256"]:
-        return found(f"{file} has sha256 {sha256[:12]}, not {entry['sha256'][:12]}")
-    if missing := [column for column in spec.columns if column not in entry["columns"]]:
-        return found(f"{file} lacks the columns {', '.join(missing)}")
-    return Checked(spec.name, True, f"{spec.name}: {entry['rows']} documents, {entry['source']}")
+        problem = f"{mirror} holds no {file.name}"
+    elif entry is None:
+        problem = f"{file} is not in {MANIFEST} (import it: `jrt data import {spec.name} {file}`)"
+    elif (sha256 := hashlib.sha256(file.read_bytes()).hexdigest()) != entry["sha256"]:
+        problem = f"{file} has sha256 {sha256[:12]}, not {entry['sha256'][:12]}"
+    elif missing := [column for column in spec.columns if column not in entry["columns"]]:
+        problem = f"{file} lacks the columns {', '.join(missing)}"
+    else:
+        return Checked(spec.name, True, f"{spec.name}: {entry['rows']} documents, {entry['source']}")
+    return Checked(spec.name, False, f"{spec.name}: {problem}")
 
 
 def _folder(folder: str | Path | None, variable: str) -> Path | None:
@@ -363,7 +274,7 @@ def _manifest(mirror: Path) -> dict:
     file = mirror / MANIFEST
     if not file.is_file():
         return {}
-    manifest = _json_object(read_text(file), str(file))
+    manifest = json_object(read_text(file), str(file))
     for name, entry in manifest.items():
         kinds = {field: type(entry.get(field)) for field in _ENTRY} if isinstance(entry, dict) else {}
         if kinds != _ENTRY:
@@ -371,14 +282,3 @@ def _manifest(mirror: Path) -> dict:
                 f"{file} is damaged: expected {', '.join(_ENTRY)} in its entry {name!r}; remove it and bring the data again"
             )
     return manifest
-
-
-def _write(file: Path, text: str) -> None:
-    """Writes a file in one step, so that nobody reads a half-written one."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(file)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from .protocols import PASSAGES, published_task
+from .protocols import document_task
 
 
 def checked_text(place: str, value: object) -> str:
@@ -116,10 +116,9 @@ def answers_of(task: str, doc: dict) -> tuple[str, ...]:
 
     They are the field `value` for swde, fda and squad, else the field `answers`. Raises ValueError if the field is
     missing or holds no answer."""
-    field = "answers" if task in PASSAGES else published_task(task).labels
-    if field == "value":
-        return answers_in(f"{task}: field {field!r}", text_field(task, doc, field))
-    return answers_in(f"{task}: field {field!r}", _field(task, doc, field))
+    field = document_task(task).labels
+    value = text_field(task, doc, field) if field == "value" else _field(task, doc, field)
+    return answers_in(f"{task}: field {field!r}", value)
 
 
 def _field(task: str, doc: dict, field: str) -> Any:

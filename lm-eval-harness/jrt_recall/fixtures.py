@@ -8,7 +8,8 @@ for one on the published data.
 import random
 from pathlib import Path
 
-from .data import canonical_lines, store
+from .data import store
+from .files import canonical_lines
 from .harness.super_glue import COLUMNS, SPLITS
 from .protocols import PUBLISHED, published_task
 
@@ -27,13 +28,10 @@ def documents(task: str, count: int = 24, seed: int = 0, sentences: int = 40) ->
     """Returns `count` documents of a published task, each of about `sentences` sentences of 20 GPT-2 tokens."""
     name = published_task(task).name
     generator = random.Random(f"{name}/{seed}")
-    make = {"swde": _page, "fda": _page, "squad": _squad}.get(name, _cloze)
-    rows = []
-    for number in range(count):
-        row = make(generator, sentences)
-        if name == "triviaqa":
+    rows = [_document(name, generator, sentences) for _ in range(count)]
+    if name == "triviaqa":
+        for number, row in enumerate(rows):
             row |= {"context": f"[DOC] [TLE] {row['context']} [PAR] ", "doc_id": f"doc-{number}"}
-        rows.append(row)
     return rows
 
 
@@ -59,30 +57,24 @@ def write_super_glue(folder: str | Path, count: int = 6, seed: int = 0) -> Path:
 
 
 def _super_glue_row(configuration: str, number: int, generator: random.Random) -> dict:
-    first, second, third = (_sentence(generator) for _ in range(3))
-    label = {"idx": number, "label": number % (3 if configuration == "cb" else 2)}
+    """A sentence in each column, where upstream's prompt needs nothing else."""
+    row: dict = {column: _sentence(generator) for column in COLUMNS[configuration]}
+    row |= {"idx": number, "label": number % (3 if configuration == "cb" else 2)}
     names = [_name(generator) for _ in range(3)]
     match configuration:
-        case "boolq":
-            return {"question": second[:-1].lower(), "passage": first, **label}
-        case "cb" | "rte":
-            return {"premise": first, "hypothesis": second[:-1], **label}
         case "copa":
-            asked = ("cause", "effect")[number % 2]
-            return {"premise": first, "choice1": second, "choice2": third, "question": asked, **label}
-        case "multirc":
-            return {"paragraph": f"{first} {second}", "question": "Who came?", "answer": names[0], **label}
+            row["question"] = ("cause", "effect")[number % 2]
         case "record":
-            passage = f"{names[0]} met {names[1]}. {first}\n@highlight\n{second}\n@highlight\n{third}"
-            return {"passage": passage, "query": "Later @placeholder left.", "entities": names, "answers": names[:1]}
+            highlights = f"@highlight\n{row['query']}\n@highlight\n{_sentence(generator)}"
+            row["passage"] = f"{names[0]} met {names[1]}. {row['passage']}\n{highlights}"
+            row |= {"query": "Later @placeholder left.", "entities": names, "answers": names[:1]}
         case "wic":
-            sentences = {"sentence1": f"The clock {first}", "sentence2": f"A clock {second}"}
-            places = {"start1": 4, "end1": 9, "start2": 2, "end2": 7}
-            return {"word": "clock", **sentences, **places, **label}
+            row |= {"word": "clock", "sentence1": f"The clock {row['sentence1']}", "start1": 4, "end1": 9}
+            row |= {"sentence2": f"A clock {row['sentence2']}", "start2": 2, "end2": 7}
         case "wsc.fixed":
-            spans = {"span1_index": 0, "span1_text": names[0].split()[0], "span2_index": 3, "span2_text": "she"}
-            return {"text": f"{names[0]} said she {first.lower()}", **spans, **label}
-    raise AssertionError(configuration)
+            row |= {"span1_index": 0, "span1_text": names[0].split()[0], "span2_index": 3, "span2_text": "she"}
+            row["text"] = f"{names[0]} said she {row['text'].lower()}"
+    return row
 
 
 def _name(generator: random.Random) -> str:
@@ -101,32 +93,18 @@ def _prose(generator: random.Random, sentences: int, statements: list[str]) -> s
     return " ".join(lines)
 
 
-def _page(generator: random.Random, sentences: int) -> dict:
-    keys = generator.sample(_ATTRIBUTES, 4)
-    values = [_name(generator) for _ in keys]
-    statements = [f"{key.capitalize()}: {value}." for key, value in zip(keys, values, strict=True)]
-    return {"text": _prose(generator, sentences, statements) + f" {keys[0]}:", "key": keys[0], "value": values[0]}
-
-
-def _statements(generator: random.Random) -> tuple[list[str], str, str]:
-    """Returns four statements of who had which role, the role that is asked, and the name that answers it."""
-    roles = generator.sample(_ROLES, 4)
-    names = [_name(generator) for _ in roles]
-    return [f"The {role} was {name}." for role, name in zip(roles, names, strict=True)], roles[0], names[0]
-
-
-def _squad(generator: random.Random, sentences: int) -> dict:
-    statements, role, name = _statements(generator)
-    passage = _prose(generator, sentences, statements)
-    question = f"Who was the {role}?"
-    return {"text": f"{passage}\nThe {role} was", "context": passage, "question": question, "value": name}
-
-
-def _cloze(generator: random.Random, sentences: int) -> dict:
-    statements, role, name = _statements(generator)
-    return {
-        "context": _prose(generator, sentences, statements),
-        "question": f"The {role} was",
-        "orig_question": f"Who was the {role}?",
-        "answers": [name, name.split()[-1]],
-    }
+def _document(name: str, generator: random.Random, sentences: int) -> dict:
+    """One document of a published task. Four facts are stated in its prose, and the first of them is asked."""
+    of_pages = name in ("swde", "fda")
+    subjects = generator.sample(_ATTRIBUTES if of_pages else _ROLES, 4)
+    answers = [_name(generator) for _ in subjects]
+    form = "{}: {}." if of_pages else "The {} was {}."
+    asked, answer = subjects[0], answers[0]
+    shown = [subject.capitalize() for subject in subjects] if of_pages else subjects
+    prose = _prose(generator, sentences, [form.format(*fact) for fact in zip(shown, answers, strict=True)])
+    if of_pages:
+        return {"text": f"{prose} {asked}:", "key": asked, "value": answer}
+    cloze, question = f"The {asked} was", f"Who was the {asked}?"
+    if name == "squad":
+        return {"text": f"{prose}\n{cloze}", "context": prose, "question": question, "value": answer}
+    return {"context": prose, "question": cloze, "orig_question": question, "answers": [answer, answer.split()[-1]]}

@@ -7,19 +7,20 @@ eval` share this code, so both ask the same questions.
 from __future__ import annotations
 
 import logging
+import platform
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import data as documents_data
 from . import reference_pages
+from .data import PROBLEM, Documents, load, load_passages
 from .fields import answers_of, is_blank, text_field
+from .files import digest
 from .prompts import ONCE, SWDE_SUMMARY, Strategy, passage_ending, prompt, strategy_named
-from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, context_column, protocol_named, published_task, task_named
-from .scoring import contains, first_hit
-from .tokenizers import cut, protocol_and_tokenizer
+from .protocols import LM_EVAL, PAGES, PASSAGES, Protocol, document_task, protocol_named, task_named
+from .scoring import contains, hits
+from .tokenizers import cut, protocol_and_tokenizer, reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,7 @@ class TaskItems:
     @property
     def unreachable(self) -> int:
         """Number of items that no generation can answer, because each of their answers contains a stop string."""
-        return sum(not self.protocol.can_hold(item.answers) for item in self.items)
+        return sum(not reachable(None, item.answers, self.protocol.stop) for item in self.items)
 
     def summary(self) -> dict:
         """The counts and settings as plain values, without the items."""
@@ -125,7 +126,8 @@ def items(
     if name.startswith(PAGES):
         result = _page_items(asked, actual, cutter, limit, seed)
     else:
-        result = _document_items(name, asked, actual, cutter, limit, data)
+        documents = (load_passages if name in PASSAGES else load)(name, data)
+        result = _asked(name, documents, asked, actual, cutter, limit)
     if not result.items:
         reasons = f"; the first reason: {result.invalid[0]}" if result.invalid else ""
         raise ValueError(
@@ -140,33 +142,25 @@ def items(
 def _with_examples(run: TaskItems, strategy: Strategy, seed: int) -> TaskItems:
     """Puts examples, other items of the run with their answers, in front of each prompt (the paper's Table 14).
 
-    As in lm-eval, a blank joins prompt and answer, and an empty line ends an example. The paper does not say how it cut
-    long examples. Here, with a long window, the prompt can exceed the protocol's limit; then the beginning of the first
-    example is cut off, and results count such prompts."""
+    The examples have other contexts, and depend on the seed and the item. As in lm-eval, a blank joins prompt and
+    answer, and an empty line ends an example. The paper does not say how it cut long examples. Here, with a long
+    window, the prompt can exceed the protocol's limit; then the beginning of the first example is cut off, and results
+    count such prompts."""
     of_pages = run.task.startswith(PAGES)
-    column = "window" if of_pages else context_column(run.task)
-    answered = [f"{item.prompt}{'' if of_pages else ' '}{item.answers[0]}" for item in run.items]
-    chosen = _examples([item.doc[column] for item in run.items], strategy.shots, seed)
-    asked = (
-        item._replace(prompt="".join(f"{answered[number]}\n\n" for number in numbers) + item.prompt)
-        for item, numbers in zip(run.items, chosen, strict=True)
-    )
-    return replace(run, strategy=strategy.name, items=tuple(asked), seed=seed)
-
-
-def _examples(contexts: Sequence[str], shots: int, seed: int) -> list[list[int]]:
-    """For each item, the indices of `shots` other items with another context. They depend on the seed and the item."""
-    chosen = []
-    for number, context in enumerate(contexts):
-        order = random.Random(f"{seed}/{number}").sample(range(len(contexts)), len(contexts))
-        others = [other for other in order if contexts[other] != context][:shots]
-        if len(others) < shots:
+    column = document_task(run.task).context
+    blank = "" if of_pages else " "
+    asked = []
+    for number, item in enumerate(run.items):
+        shuffled = random.Random(f"{seed}/{number}").sample(run.items, len(run.items))
+        others = [other for other in shuffled if other.doc[column] != item.doc[column]][: strategy.shots]
+        if len(others) < strategy.shots:
             raise ValueError(
-                f"{shots} examples before each question come from other documents of the run; item {number} has "
-                f"{len(others)} of them: raise the limit, or give more documents"
+                f"{strategy.shots} examples before each question come from other documents of the run; item {number} "
+                f"has {len(others)} of them: raise the limit, or give more documents"
             )
-        chosen.append(others)
-    return chosen
+        shown = "".join(f"{other.prompt}{blank}{other.answers[0]}\n\n" for other in others)
+        asked.append(item._replace(prompt=shown + item.prompt))
+    return replace(run, strategy=strategy.name, items=tuple(asked), seed=seed)
 
 
 def _page_items(
@@ -175,116 +169,107 @@ def _page_items(
     assert protocol.window is not None and tokenizer is not None  # true of every pages-* protocol
     count = reference_pages.DEFAULT_ITEMS if limit is None else limit
     selection = reference_pages.select(protocol.window, tokenizer, count, seed)
-    found = []
-    for doc in selection.documents:
-        answers, text = (reference_pages.answer(doc),), reference_pages.prompt(doc, strategy)
-        found.append(Item(doc["id"], doc, text, answers, _position(answers, doc["window"]), lost=False))
-    python = reference_pages.python_version()
-    return TaskItems(
-        task=f"{PAGES}_{protocol.window}",
-        strategy=strategy.name,
-        protocol=protocol,
-        items=tuple(found),
-        documents=selection.facts,
-        dropped=sum(selection.left_out.values()),
-        invalid=(),
-        source=f"standard library of Python {python}",
-        sha256=documents_data.digest(selection.documents),
-        seed=seed,
-        python=python,
-    )
+    python = platform.python_version()
+    rows, source = selection.documents, f"standard library of Python {python}"
+    found = _asked(f"{PAGES}_{protocol.window}", Documents(rows, source, digest(rows)), strategy, protocol)
+    return replace(found, documents=selection.facts, dropped=selection.left_out, seed=seed, python=python)
 
 
-def _document_items(
+def _asked(
     task: str,
+    documents: Documents,
     strategy: Strategy,
     protocol: Protocol,
-    tokenizer: PreTrainedTokenizerBase | None,
-    limit: int | None,
-    folder: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    limit: int | None = None,
 ) -> TaskItems:
-    documents = (documents_data.load_passages if task in PASSAGES else documents_data.load)(task, folder)
-    column = context_column(task)
-    prefix = task if task in PASSAGES else published_task(task).name  # of the items' ids
+    """Asks the documents until `limit` items are found. tokenizer: cuts them to the protocol's window; None: whole."""
+    prefix = "" if task.startswith(PAGES) else f"{document_task(task).name}/"
     found: list[Item] = []
     invalid: list[str] = []
-    dropped = looked_at = 0
-    ids = _ids(prefix, documents.rows)
-    for number, (row, item_id) in enumerate(zip(documents.rows, ids, strict=True)):
+    taken: set[str] = set()
+    looked_at = 0
+    for number, row in enumerate(documents.rows):
         if len(found) == limit:
             break
         looked_at += 1
+        # Resumed runs and comparisons between models find an item again by its id.
+        item_id = f"{prefix}{number if row.get('id') is None else row['id']}"
+        while item_id in taken:
+            item_id += f"#{number}"
+        taken.add(item_id)
         try:
-            as_it_is = protocol.name in LM_EVAL and task not in PASSAGES  # lm-eval's tasks read a dataset's own text
-            doc = row if as_it_is else _as_read(task, row)
-            answers = _as_scored(task, doc, protocol)
-            kept: dict | None = doc
-            if tokenizer is not None and protocol.window is not None:
-                kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
-            text = "" if kept is None else prompt(task, kept, strategy, protocol)
+            item = _item(task, row, item_id, strategy, protocol, tokenizer)
         except ValueError as error:
             invalid.append(f"document {number} of {documents.source}: {error}")
             continue
-        if kept is None:
-            dropped += 1
-            continue
-        position = _position(answers, kept[column])
-        lost = position is None and contains(doc[column], answers)
-        found.append(Item(item_id, kept, text, answers, position, lost))
+        if item is not None:
+            found.append(item)
     return TaskItems(
         task=task,
         strategy=strategy.name,
         protocol=protocol,
         items=tuple(found),
         documents=looked_at,
-        dropped=dropped,
+        dropped=looked_at - len(found) - len(invalid),
         invalid=tuple(invalid),
         source=documents.source,
         sha256=documents.sha256,
     )
 
 
-def _ids(prefix: str, rows: Sequence[dict]) -> list[str]:
-    """Returns an id for each row: its own id, or its number if it has none. A repeated id gets the row's number
-    appended.
+def _item(
+    task: str,
+    row: dict,
+    item_id: str,
+    strategy: Strategy,
+    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Item | None:
+    """Returns the question of one document; None if the published rule drops it.
 
-    Ids must be unique: resumed runs and comparisons between models use them to find the same item again."""
-    found: dict[str, None] = {}
-    for number, row in enumerate(rows):
-        own = row.get("id")
-        item_id = f"{prefix}/{number if own is None else own}"
-        while item_id in found:
-            item_id += f"#{number}"
-        found[item_id] = None
-    return list(found)
+    Raises ValueError if the document cannot be asked or scored."""
+    of_lm_eval = protocol.name in LM_EVAL
+    doc = row if of_lm_eval and task not in PASSAGES else _as_read(task, row)  # lm-eval reads a dataset's own text
+    answers = answers_of(task, doc)
+    if of_lm_eval:
+        answers = tuple(map(LM_EVAL[protocol.name], answers))
+        if not all(answers):
+            raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
+    kept: dict | None = doc
+    if tokenizer is not None and protocol.window is not None:
+        kept = cut(task, doc, tokenizer, protocol.window, protocol.answer_room)
+    if kept is None:
+        return None
+    column = document_task(task).context
+    text = prompt(task, kept, strategy, protocol)
+    position = _position(answers, kept[column])
+    return Item(item_id, kept, text, answers, position, lost=position is None and contains(doc[column], answers))
 
 
 def _as_read(task: str, row: dict) -> dict:
     """Returns the row as the task uses it, before anything is cut.
 
-    A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question.
+    A swde page ends before its summary. The `text` of a squad-like passage is the passage followed by its question. The
+    answer to a reference page has the closing bracket of the arguments, so that a longer list is wrong.
+
     Raises ValueError if the row has a PROBLEM, which `data` sets for rows that cannot be read, or a blank question."""
-    if documents_data.PROBLEM in row:
-        raise ValueError(f"{task}: {row[documents_data.PROBLEM]}")
-    if PASSAGES.get(task) == "squad":
+    if PROBLEM in row:
+        raise ValueError(f"{task}: {row[PROBLEM]}")
+    form = document_task(task).form
+    if form == "passage":
         passage, question = (text_field(task, row, field) for field in ("context", "question"))
         if is_blank(question):
             raise ValueError(f"{task}: field 'question' is empty: there is nothing to ask for")
         return {**row, "text": passage + passage_ending(question)}
-    if published_task(task).name == "swde" and isinstance(row.get("text"), str):
+    if form == "page":
+        return {**row, "answers": row["arguments"] + ")"}
+    if form == "swde" and isinstance(row.get("text"), str):
         return {**row, "text": row["text"].split(SWDE_SUMMARY)[0]}
     return row
 
 
-def _as_scored(task: str, doc: dict, protocol: Protocol) -> tuple[str, ...]:
-    """Returns the answers as the protocol compares them: `lm-eval-v1` strips them."""
-    answers = tuple(map(LM_EVAL.get(protocol.name, str), answers_of(task, doc)))
-    if not all(answers):
-        raise ValueError(f"{task}: an answer is empty once it is stripped, and every prediction contains that")
-    return answers
-
-
 def _position(answers: tuple[str, ...], text: str) -> float | None:
     """Where the first answer stands in a text, from 0 (start) to 1 (end), found by the metric's own search."""
-    hits = [hit for answer in answers if (hit := first_hit(answer, text)) >= 0]
-    return min(hits) / max(1, len(text)) if hits else None
+    first = min(hits(answers, text), default=None)
+    return None if first is None else first / max(1, len(text))

@@ -18,7 +18,7 @@ tokenizer, which is part of the protocol, so every model reads the same text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 GPT2 = "gpt2"
@@ -33,63 +33,64 @@ LM_EVAL: dict[str, Callable[[str], str]] = {"lm-eval-v0": str, "lm-eval-v1": str
 The numbers are the versions in lm-eval's tables. Version 1 strips both columns (lm-eval pull request 3795, in 0.4.13).
 Version 0 takes them as they are in the dataset."""
 _BY_NUMBER = re.compile(r"w([1-9]\d{0,8})-a(0|[1-9]\d{0,8})")
-_NEARLY_BY_NUMBER = re.compile(r"\s*w-?\d.*", re.IGNORECASE)
-PASSAGES = {"qa_squad": "squad", "qa_nq": "squad", "qa_triviaqa": "squad", "qa_drop": "squad", "qa_fda": "fda"}
-"""Tasks on passages from a local folder, and the published task whose prompts each takes."""
 PASSAGES_VERSION = 2
-"""Version of the protocols of these tasks. In version 2 any of a document's answers counts, and a window is cut around
-the first one that is in the passage, and keeps the question. Version 1 used only the first answer, as the
+"""Version of the protocols of the `qa_*` tasks. In version 2 any of a document's answers counts, and a window is cut
+around the first one that is in the passage, and keeps the question. Version 1 used only the first answer, as the
 published tasks do."""
-LM_EVAL_TASKS = (
-    "recall_swde",
-    "recall_fda",
-    "recall_squad",
-    *(task for task, form in PASSAGES.items() if form == "squad"),
-)
-"""Tasks that can run under an lm-eval protocol, because their `text` ends with the question.
-
-In `qa_fda` it does not."""
+LM_EVAL_TASKS = ("recall_swde", "recall_fda", "recall_squad", "qa_squad", "qa_nq", "qa_triviaqa", "qa_drop")
+"""Tasks that can run under an lm-eval protocol, because their `text` ends with the question."""
 
 
 @dataclass(frozen=True)
-class PublishedTask:
-    """A published task: its dataset on the hub, and the columns that its prompts and its score use.
+class Task:
+    """A task on a published dataset, on passages of your own, or on reference pages.
 
     Args:
-        name: of the task, without `recall_`.
-        dataset: name on the hub.
-        columns: all columns that are used.
-        context: the column that is cut around the answer.
-        answer_keys: columns whose value is searched for in the context to find the answer. If there are none, the
-            window is the beginning of the document.
-        labels: the column with the answers.
-        split: of the dataset.
+        name: of its files and items. The full name of a published task is `recall_NAME`.
+        form: of its prompts (see `prompts`).
+        columns: the columns that its file must have.
+        context: the column that is cut around the answer, and in which answers are located. Where the question has a
+            column of its own, it is not part of this one. squad has both in `text`, as published.
+        answer_keys: columns whose value is searched for in the context to find the answer. A published task without
+            them keeps the beginning of a document.
+        labels: the column with the answers, once a document is read.
+        dataset: name of the published dataset on the hub; None for the other tasks.
     """
 
     name: str
-    dataset: str
+    form: str
     columns: tuple[str, ...]
     context: str
     answer_keys: tuple[str, ...]
     labels: str
-    split: str = "validation"
+    dataset: str | None = None
 
 
-_PAGE_COLUMNS = ("text", "key", "value")
-_SQUAD_COLUMNS = ("text", "context", "question", "value")
-_CLOZE_COLUMNS = ("context", "question", "orig_question", "answers")
+_ATTRIBUTE = ("text", "key", "value")
+_SQUAD = ("text", "context", "question", "value")
+_CLOZE = ("context", "question", "orig_question", "answers")
 _PUBLISHED = (
-    PublishedTask("swde", "hazyresearch/based-swde-v2", _PAGE_COLUMNS, "text", ("key", "value"), "value"),
-    PublishedTask("fda", "hazyresearch/based-fda", _PAGE_COLUMNS, "text", ("key", "value"), "value"),
-    PublishedTask("squad", "hazyresearch/based-squad", _SQUAD_COLUMNS, "text", ("value",), "value"),
-    PublishedTask("drop", "hazyresearch/based_drop", _CLOZE_COLUMNS, "context", (), "answers"),
-    PublishedTask("nq_512", "hazyresearch/based_nq_512", _CLOZE_COLUMNS, "context", ("answers",), "answers"),
-    PublishedTask("nq_1024", "hazyresearch/based_nq_1024", _CLOZE_COLUMNS, "context", ("answers",), "answers"),
-    PublishedTask("nq_2048", "hazyresearch/based_nq_2048", _CLOZE_COLUMNS, "context", ("answers",), "answers"),
-    PublishedTask("triviaqa", "hazyresearch/based_triviaqa", (*_CLOZE_COLUMNS, "doc_id"), "context", (), "answers"),
+    Task("swde", "swde", _ATTRIBUTE, "text", ("key", "value"), "value", "hazyresearch/based-swde-v2"),
+    Task("fda", "fda", _ATTRIBUTE, "text", ("key", "value"), "value", "hazyresearch/based-fda"),
+    Task("squad", "squad", _SQUAD, "text", ("value",), "value", "hazyresearch/based-squad"),
+    Task("drop", "drop", _CLOZE, "context", (), "answers", "hazyresearch/based_drop"),
+    Task("nq_512", "nq", _CLOZE, "context", ("answers",), "answers", "hazyresearch/based_nq_512"),
+    Task("nq_1024", "nq", _CLOZE, "context", ("answers",), "answers", "hazyresearch/based_nq_1024"),
+    Task("nq_2048", "nq", _CLOZE, "context", ("answers",), "answers", "hazyresearch/based_nq_2048"),
+    Task("triviaqa", "triviaqa", (*_CLOZE, "doc_id"), "context", (), "answers", "hazyresearch/based_triviaqa"),
 )
 PUBLISHED = {task.name: task for task in _PUBLISHED}
 """The published datasets by name; the task on each is `recall_NAME`."""
+_QA = ("context", "question", "answers")
+_PASSAGES = (
+    *(Task(name, "passage", _QA, "context", (), "answers") for name in ("qa_squad", "qa_nq", "qa_triviaqa", "qa_drop")),
+    Task("qa_fda", "fda", ("text", "attributes"), "text", (), "answers"),
+)
+PASSAGES = {task.name: task for task in _PASSAGES}
+"""Tasks on passages from a local folder."""
+_PAGE = Task("reference_pages", "page", (), "window", (), "answers")
+_BY_NAME = {**PUBLISHED, "nq": PUBLISHED["nq_1024"], **PASSAGES, "reference_pages": _PAGE}
+_BY_NAME |= {f"reference_pages_{window}": _PAGE for window in PAGE_WINDOWS}
 TASKS = (*(PREFIX + name for name in PUBLISHED), *(f"{PAGES}_{window}" for window in PAGE_WINDOWS), *PASSAGES)
 """The full names of all tasks, as they stand in results here and in lm-eval."""
 
@@ -106,24 +107,22 @@ def task_named(name: str) -> str:
     raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
 
 
-def published_task(name: str) -> PublishedTask:
-    """Returns the published task of that name, with or without `recall_`. For a `qa_*` task, the one whose prompts it
-    uses.
+def document_task(name: str) -> Task:
+    """Returns the task of that name, with or without `recall_`. Raises ValueError for unknown names.
 
-    `nq` gives `nq_1024`: the three NQ sizes share their rules. Raises ValueError for unknown names."""
-    plain = PASSAGES.get(name, name).removeprefix(PREFIX) if isinstance(name, str) else ""
-    task = PUBLISHED.get("nq_1024" if plain == "nq" else plain)
+    `nq` gives `nq_1024`: the three NQ sizes share their rules."""
+    task = _BY_NAME.get(name.removeprefix(PREFIX)) if isinstance(name, str) else None
     if task is None:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(PUBLISHED)}")
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     return task
 
 
-def context_column(task: str) -> str:
-    """The column that a window cuts, and in which answers are located.
-
-    Where a dataset keeps the question in a column of its own, it is not part of this one. recall_squad has both in
-    `text`, as published."""
-    return "context" if PASSAGES.get(task) == "squad" else published_task(task).context
+def published_task(name: str) -> Task:
+    """Returns the task of that name. Raises ValueError if it is not on a published dataset."""
+    task = document_task(name)
+    if task.dataset is None:
+        raise ValueError(f"{name} has no published dataset: choose one of {', '.join(PUBLISHED)}")
+    return task
 
 
 @dataclass(frozen=True)
@@ -179,21 +178,6 @@ class Protocol:
         cut = "documents whole" if self.window is None else f"{self.window}/{self.answer_room}"
         return f"{self.name} v{self.version} ({cut})"
 
-    def can_hold(self, answers: Iterable[str]) -> bool:
-        """Whether a generation can contain any of the answers. It cannot if each has a stop string in it."""
-        return any(not any(stop in answer for stop in self.stop) for answer in answers)
-
-    def cut_with(self, tokenizer_name: str) -> Protocol:
-        """Returns this protocol with another cutting tokenizer. Its name says so, because its scores differ."""
-        if self.window is None or tokenizer_name == self.cutting_tokenizer:
-            return self
-        return replace(self, name=f"{self.name}+cut-by-{tokenizer_name}", cutting_tokenizer=tokenizer_name)
-
-
-def _pages(window: int) -> Protocol:
-    # No answer room: these windows were made by cutting pages into pieces, not by cutting around an answer.
-    return Protocol(f"pages-{window}", window, 0, max_prompt_tokens=None, cutting_tokenizer=SHIPPED)
-
 
 _ALL = (
     Protocol("jrt-table1", 1000, 50),
@@ -205,7 +189,8 @@ _ALL = (
     Protocol("w2000-a50", 2000, 50),
     Protocol("w2048-a48", 2048, 48),
     Protocol("w2048-a50", 2048, 50),
-    *map(_pages, PAGE_WINDOWS),
+    # No answer room: these windows were made by cutting pages into pieces, not by cutting around an answer.
+    *(Protocol(f"pages-{w}", w, 0, max_prompt_tokens=None, cutting_tokenizer=SHIPPED) for w in PAGE_WINDOWS),
     Protocol("lm-eval-v0", None, 0, max_prompt_tokens=None, cutting_tokenizer=None, version=0),
     Protocol("lm-eval-v1", None, 0, max_prompt_tokens=None, cutting_tokenizer=None),
 )
@@ -254,14 +239,11 @@ def _by_name(name: str) -> Protocol:
     if name in PROTOCOLS:
         return PROTOCOLS[name]
     numbers = _BY_NUMBER.fullmatch(name)
-    if numbers is None and _NEARLY_BY_NUMBER.fullmatch(name):
-        raise ValueError(
-            f"unknown protocol {name!r}: a window by number is w, its tokens (1 to 999999999), -a, and its answer room, "
-            "such as w1536-a64"
-        )
     if numbers is None:
-        names = ", ".join((*PROTOCOLS, *FAMILIES))
-        raise ValueError(f"unknown protocol {name!r}: choose one of {names}, or a window by number such as w1536-a64")
+        raise ValueError(
+            f"unknown protocol {name!r}: choose one of {', '.join((*PROTOCOLS, *FAMILIES))}; "
+            "a window by number is w, its tokens (1 to 999999999), -a, and its answer room, such as w1536-a64"
+        )
     window, answer_room = map(int, numbers.groups())
     if answer_room >= window:
         raise ValueError(

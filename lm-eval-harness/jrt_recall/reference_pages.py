@@ -1,25 +1,22 @@
 """The task `reference_pages`: recall on documents that every machine has, the API text of Python's standard library.
 
 One item is a window of a module's page (see `api_text`), the name of a function in it, and the argument list that
-follows the name there. The prompt is the window and then `name(`. A right generation contains `arguments)`. Windows end
-at the end of a line. They are measured with the tokenizer that ships with this package, so every model reads the same
-text.
+follows the name there. Windows end at the end of a line. They are measured with the tokenizer that ships with this
+package, so every model reads the same text.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import api_text
-from .prompts import Strategy, strategy_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,17 +49,11 @@ class Window(NamedTuple):
 class Selection(NamedTuple):
     """The documents that are asked.
 
-    facts: number of headings in the windows they were chosen from. left_out: how many of these headings each rule of
-    `askable` left out, by the rule's name."""
+    facts: number of headings in the windows they were chosen from. left_out: how many of these `askable` left out."""
 
     documents: list[dict]
     facts: int
-    left_out: dict[str, int]
-
-
-def python_version() -> str:
-    """The version of the running Python. Results state it, because the pages change with it."""
-    return ".".join(map(str, sys.version_info[:3]))
+    left_out: int
 
 
 @cache
@@ -129,26 +120,14 @@ def askable(window: Window) -> tuple[list[api_text.Fact], Counter[str]]:
             left_out["length"] += 1
         elif headed[fact.name] > 1:
             left_out["name headed twice"] += 1
-        elif _occurrences(arguments, lowered) > 1:  # the name stands in the window too: this covers the question
+        elif lowered.find(arguments, lowered.find(arguments) + 1) >= 0:  # this covers the question, whose name is there
             left_out["answer elsewhere"] += 1
         else:
             kept.append(fact)
     return kept, left_out
 
 
-def _occurrences(needle: str, text: str) -> int:
-    """Number of occurrences of needle in text, at most 2; they may overlap."""
-    first = text.find(needle)
-    return (first >= 0) + (first >= 0 and text.find(needle, first + 1) >= 0)
-
-
-def select(
-    size: int,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int = DEFAULT_ITEMS,
-    seed: int = 0,
-    pages: Sequence[Page] | None = None,
-) -> Selection:
+def select(size: int, tokenizer: PreTrainedTokenizerBase, count: int = DEFAULT_ITEMS, seed: int = 0) -> Selection:
     """Chooses `count` documents (fewer if there are no more), spread over all windows.
 
     Windows are taken in a shuffled order. One heading of every window is chosen before a second one of any. A smaller
@@ -159,26 +138,22 @@ def select(
         tokenizer: measures the windows.
         count: most documents.
         seed: of the choice.
-        pages: the pages to cut; None for the standard library's.
 
     Returns:
         Documents with the fields id, module, line, name, arguments, tokens and window.
     """
-    chosen = [w for page in (library_pages() if pages is None else pages) for w in windows(page, size, tokenizer)]
+    chosen = [window for page in library_pages() for window in windows(page, size, tokenizer)]
     generator = random.Random(f"reference_pages/{size}/{seed}")
     generator.shuffle(chosen)
-    left_out: Counter[str] = Counter()
     queues: list[list[dict]] = []
-    facts = 0
+    left_out = 0
     for window in chosen:
         kept, dropped = askable(window)
-        left_out += dropped
-        facts += len(kept) + dropped.total()
+        left_out += dropped.total()
         generator.shuffle(kept)
         queues.append([_document(window, fact) for fact in kept])
-    rounds = max(map(len, queues), default=0)
-    documents = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
-    return Selection(documents[:count], facts, dict(left_out))
+    documents = [doc for turn in zip_longest(*queues) for doc in turn if doc is not None]
+    return Selection(documents[:count], len(documents) + left_out, left_out)
 
 
 def _document(window: Window, fact: api_text.Fact) -> dict:
@@ -191,17 +166,3 @@ def _document(window: Window, fact: api_text.Fact) -> dict:
         "tokens": window.tokens,
         "window": window.text,
     }
-
-
-def answer(doc: dict) -> str:
-    """What a right generation contains: the arguments and their closing bracket, so that a longer list is wrong."""
-    return doc["arguments"] + ")"
-
-
-def prompt(doc: dict, strategy: str | Strategy = "once") -> str:
-    """Returns the prompt of one document. Each part stands on lines of its own:
-
-    `name ?` (only if the strategy announces the question), the window once or more, `name(`."""
-    chosen = strategy_named(strategy)
-    announcement = api_text.announcement(doc["name"]) + "\n" if chosen.announced else ""
-    return announcement + f"{doc['window']}\n" * chosen.copies + api_text.question(doc["name"])

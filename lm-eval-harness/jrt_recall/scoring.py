@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 RESAMPLES = 10_000
 NO_ANSWER, REPETITION, IRRELEVANT = "no answer", "repetition", "irrelevant"
 _BLOCK = 2_000_000  # most indices drawn at once: 16 MB
-_LONGEST_PHRASE = 8  # words of a phrase that is looked for right after itself
-_COMES_BACK = 4  # words of a phrase that is looked for anywhere else in the text
 _WORD = re.compile(r"\w+")
+# Of words with a blank between them: one word three times, two to eight words twice, or four words that come back.
+_REPEATED = re.compile(r"\b(\w+) \1 \1\b|\b(\w+(?: \w+){1,7}) \2\b|\b(\w+(?: \w+){3})\b.* \3\b")
 
 
-def first_hit(answer: str, text: str) -> int:
-    """Returns the character position of the first `answer` in `text`, or -1 if there is none.
+def hits(answers: Iterable[str], text: str) -> Iterator[int]:
+    """Yields, for each answer that stands in `text`, the position of its first character there.
 
     The search is literal and ignores case, as in the published metric: `re.IGNORECASE` on the escaped answer, without
     Unicode case folding and without trimming."""
-    hit = re.search(re.escape(answer), text, re.IGNORECASE)
-    return hit.start() if hit else -1
+    for answer in answers:
+        if hit := re.search(re.escape(answer), text, re.IGNORECASE):
+            yield hit.start()
 
 
 def contains(prediction: str, answers: str | Sequence[str]) -> bool:
@@ -30,7 +31,7 @@ def contains(prediction: str, answers: str | Sequence[str]) -> bool:
     labels = [answers] if isinstance(answers, str) else list(answers)
     if not labels:
         raise ValueError("contains needs at least one answer, got an empty list")
-    return any(first_hit(label, prediction) >= 0 for label in labels)
+    return any(True for _ in hits(labels, prediction))
 
 
 def error_kind(prediction: str, answers: str | Sequence[str]) -> str | None:
@@ -49,19 +50,7 @@ def error_kind(prediction: str, answers: str | Sequence[str]) -> str | None:
     words = _WORD.findall(prediction.lower())
     if not words:
         return NO_ANSWER
-    return REPETITION if _repeats(words) else IRRELEVANT
-
-
-def _repeats(words: list[str]) -> bool:
-    phrases = [tuple(words[start : start + _COMES_BACK]) for start in range(len(words) - _COMES_BACK + 1)]
-    if len(set(phrases)) < len(phrases):
-        return True
-    for size in range(1, _LONGEST_PHRASE + 1):
-        times = 3 if size == 1 else 2
-        for start in range(len(words) - size * times + 1):
-            if words[start : start + size * times] == words[start : start + size] * times:
-                return True
-    return False
+    return REPETITION if _REPEATED.search(" ".join(words)) else IRRELEVANT
 
 
 class Interval(NamedTuple):

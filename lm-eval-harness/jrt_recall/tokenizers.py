@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING
 from .data import FOLDER_VARIABLE, mirror_folder
 from .fields import answers_of, checked_text, is_text, kind, text_field, whole_field
 from .prompts import passage_ending
-from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, PublishedTask, context_column, published_task
-from .scoring import contains, first_hit
+from .protocols import GPT2, PASSAGES, SHIPPED, Protocol, document_task
+from .scoring import contains, hits
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -56,12 +57,15 @@ def model_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def reachable(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], stop: Sequence[str]) -> bool:
+def reachable(tokenizer: PreTrainedTokenizerBase | None, answers: Sequence[str], stop: Sequence[str]) -> bool:
     """Whether a model with this tokenizer could write at least one of the answers.
 
-    It can write no stop string and no spelling that the tokenizer normalises away. The metric ignores case."""
+    It can write no stop string and no spelling that the tokenizer normalises away. The metric ignores case. tokenizer
+    None: whether any model could."""
     for answer in (*answers, *map(str.lower, answers)):
         if is_text(answer) and not any(ending in answer for ending in stop):
+            if tokenizer is None:
+                return True
             ids = tokenizer(f"x {answer} x", add_special_tokens=False, split_special_tokens=True)["input_ids"]
             if contains(str(tokenizer.decode(ids)), answer):
                 return True
@@ -89,7 +93,10 @@ def protocol_and_tokenizer(
     if tokenizer is None:
         return protocol, cutting_tokenizer(protocol.cutting_tokenizer or GPT2, data)
     chosen = cutting_tokenizer(tokenizer, data) if isinstance(tokenizer, str) else tokenizer
-    return protocol.cut_with(_label(chosen)), chosen
+    name = _label(chosen)
+    if name == protocol.cutting_tokenizer:
+        return protocol, chosen
+    return replace(protocol, name=f"{protocol.name}+cut-by-{name}", cutting_tokenizer=name), chosen
 
 
 def _label(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -136,61 +143,55 @@ def cut(task: str, doc: dict, tokenizer: PreTrainedTokenizerBase, window: int, a
         The new document, or None if the published rule drops it: its answer or key has at most one character.
 
     Raises:
-        ValueError: unknown task, missing field, empty answer list, or a window that leaves no context.
+        ValueError: unknown task, reference pages, missing field, empty answer list, or a window that leaves no context.
     """
-    spec, column = published_task(task), context_column(task)
-    ending = "" if column == spec.context else passage_ending(text_field(task, doc, "question"))
+    spec, is_passage = document_task(task), task in PASSAGES
+    if spec.form == "page":
+        raise ValueError(f"{task}: its documents are windows already; choose their size by the protocol")
+    context = text_field(task, doc, spec.context).strip()
+    ending = passage_ending(text_field(task, doc, "question")) if spec.form == "passage" else ""
     desired = window - answer_room - len(token_ids(tokenizer, ending, special_is_text=True))
     if answer_room < 0 or desired < 1:
         beside = " beside the question" if ending else ""
         raise ValueError(
             f"a window of {window} tokens with {answer_room} kept for the answer leaves no context{beside}"
         )
-    context = text_field(task, doc, column).strip()
-    if task in PASSAGES:
-        needles = [answer for answer in answers_of(task, doc) if len(answer) > 1]
-        if not needles:
-            return None
-        position = next((hit for needle in needles if (hit := first_hit(needle, context)) >= 0), -1)
-    else:
-        needles = [_needle(task, doc, key) for key in spec.answer_keys]
-        if any(len(needle) <= 1 for needle in needles):
-            return None
-        position = _answer_position(spec, doc, context, needles)
-
-    special_is_text = task in PASSAGES  # the published windows lose such text
-    ids = token_ids(tokenizer, context, special_is_text)
+    position = _answer_position(task, doc, context)
+    if position is None:
+        return None
+    ids = token_ids(tokenizer, context, special_is_text=is_passage)  # the published windows lose such text
     # If no answer was found, position is -1 and the slice is "all but the last character". The published code does so.
-    before = len(token_ids(tokenizer, context[:position], special_is_text))
+    before = len(token_ids(tokenizer, context[:position], special_is_text=is_passage))
     if position == -1 and doc.get("tok_pos") is not None and before > desired:
         before = whole_field(task, doc, "tok_pos")
     start = max(0, before - desired // 2)
     end = min(len(ids), before + desired - (before - start))
     # Without clean-up of spaces, so that the window is a piece of the document.
     window_text = str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    cut_doc = {**doc, column: window_text}
+    cut_doc = {**doc, spec.context: window_text}
     return {**cut_doc, "text": window_text + ending} if ending else cut_doc
 
 
-def _needle(task: str, doc: dict, key: str) -> str:
-    """The text that is searched for to locate the answer: the value of a column, or the first of its answers."""
-    if key == "answers":
-        return answers_of(task, doc)[0]
-    return text_field(task, doc, key)
+def _answer_position(task: str, doc: dict, context: str) -> int | None:
+    """Character position of the answer or key that the window lies around; 0 if the task does not locate answers.
 
-
-def _answer_position(spec: PublishedTask, doc: dict, context: str, needles: list[str]) -> int:
-    """Character position of the earliest answer or key; -1 if there is none; 0 if the task does not locate answers."""
-    if not spec.answer_keys:
+    -1 if none stands in the context; None if the published rule drops the document."""
+    if task in PASSAGES:
+        needles = [answer for answer in answers_of(task, doc) if len(answer) > 1]
+        return next(hits(needles, context), -1) if needles else None
+    keys = document_task(task).answer_keys
+    if not keys:
         return 0
-    hits = [hit for needle in needles if (hit := first_hit(needle, context)) >= 0]
-    if hits:
-        return min(hits)
+    needles = [answers_of(task, doc)[0] if key == "answers" else text_field(task, doc, key) for key in keys]
+    if any(len(needle) <= 1 for needle in needles):
+        return None
+    if (earliest := min(hits(needles, context), default=None)) is not None:
+        return earliest
     alternatives = doc.get("alt_answers") or []
     if not isinstance(alternatives, list | tuple):
-        raise ValueError(f"{spec.name}: field 'alt_answers' must be a list of strings, got {kind(alternatives)}")
-    texts = [checked_text(f"{spec.name}: one of 'alt_answers'", text) for text in alternatives]
-    return next((hit for text in texts if (hit := first_hit(text, context)) >= 0), -1)
+        raise ValueError(f"{task}: field 'alt_answers' must be a list of strings, got {kind(alternatives)}")
+    texts = [checked_text(f"{task}: one of 'alt_answers'", text) for text in alternatives]
+    return next(hits(texts, context), -1)
 
 
 @cache

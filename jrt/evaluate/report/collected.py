@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from jrt.evaluate.folder import RESULTS, Cell, cell_of, read_run
+import pandas
+
+from jrt.evaluate.folder import RESULTS, Cell, Results, cell_of, read_run
 from jrt.evaluate.report.html import MEASURED_PUBLISHED, write_page
-from jrt.evaluate.run import comparisons
 from jrt.evaluate.tables import layouts, mixtures
-from jrt.evaluate.tables.published import TITLES, published_tables
-from jrt.evaluate.tables.results import Rows, aligned, latex, percent, protocols_of, results_text
-from jrt.evaluate.tables.side_by_side import protocols_side_by_side
+from jrt.evaluate.tables.published import TITLES, Table, published_tables
+from jrt.evaluate.tables.results import Rows, aligned, percent, results_text
+from jrt.evaluate.tables.side_by_side import comparisons, protocols_side_by_side
 from jrt.system.files import write_bytes, write_text
 
 FILES = (
@@ -24,36 +24,29 @@ FILES = (
 )
 
 
-class Collected:
-    """Records and predictions of several runs together. Raises ValueError if two runs hold the same cell."""
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.records: list[dict] = []
-        self.predictions: list[dict] = []
-        self.failed: dict[Cell, str] = {}  # cells without a score, with the reason
-        protocols: dict[tuple[str, int], dict] = {}
-        manifests: dict[str, dict] = {}
-        self.settings: dict[Cell, mixtures.Settings] = {}
-        """For each cell, the dtype, items and package versions with which it was computed."""
-        for folder in folders:
-            records, predictions, manifest = read_run(folder)
-            labels = {model["name"]: _label(model) for model in manifest["identity"]["models"]}
-            self.records += [{**record, "model": labels[record["model"]]} for record in records]
-            settings = mixtures.settings_of(manifest)
-            self.settings |= {
-                cell_of(record)._replace(model=labels[record["model"]]): settings[record["model"]] for record in records
-            }
-            self.predictions += [{**row, "model": labels[row["model"]]} for row in predictions]
-            known = manifest["identity"]["protocols"]
-            protocols |= {(one["name"], one["version"]): one for one in known}
-            manifests[folder.name] = manifest
-            for cell in manifest.get("failed", ()):
-                self.failed[cell_of(cell)._replace(model=labels[cell["model"]])] = cell["reason"]
-        cells = [cell_of(record) for record in self.records]
-        if repeated := sorted({cell for cell in cells if cells.count(cell) > 1}):
-            raise ValueError(f"two runs hold {', '.join(repeated[0])}: collect one of them")
-        self.manifest = {"identity": {"protocols": list(protocols.values())}, "runs": manifests}
-        """All manifests, and the protocols that the tables name."""
+def together(folders: Sequence[Path]) -> Results:
+    """The results of several runs, with the settings of a model in its name. Raises ValueError if two runs hold the same
+    cell."""
+    records: list[dict] = []
+    predictions: list[dict] = []
+    settings: dict[Cell, dict[str, str]] = {}
+    failed: list[dict] = []
+    protocols: dict[tuple[str, int], dict] = {}
+    manifests: dict[str, dict] = {}
+    for folder in folders:
+        run = read_run(folder)
+        labels = {model["name"]: _label(model) for model in run.manifest["identity"]["models"]}
+        records += [{**record, "model": labels[record["model"]]} for record in run.records]
+        predictions += [{**row, "model": labels[row["model"]]} for row in run.predictions]
+        failed += [{**row, "model": labels[row["model"]]} for row in run.manifest.get("failed", ())]
+        settings |= {cell._replace(model=labels[cell.model]): found for cell, found in run.settings.items()}
+        protocols |= {(one["name"], one["version"]): one for one in run.manifest["identity"]["protocols"]}
+        manifests[str(folder)] = run.manifest
+    cells = [cell_of(record) for record in records]
+    if repeated := sorted({cell for cell in cells if cells.count(cell) > 1}):
+        raise ValueError(f"two runs hold {', '.join(repeated[0])}: collect one of them")
+    manifest = {"identity": {"protocols": list(protocols.values())}, "failed": failed, "runs": manifests}
+    return Results(records, predictions, manifest, comparisons(predictions), settings)
 
 
 def _label(model: dict) -> str:
@@ -82,100 +75,69 @@ def runs_in(folders: Sequence[Path]) -> list[Path]:
 def collect(folders: Sequence[Path], output: Path, layout: str | None = None) -> tuple[str, tuple[str, ...]]:
     """Writes tables, figures and an HTML page to `output`; returns the tables as text, and the names of the files.
 
-    folders: runs, or folders with runs below them. layout: a key of TITLES, one of the paper's tables; None: all that
-    was measured. Raises ValueError if a folder holds no finished run, or two runs hold the same cell."""
+    folders: runs, or folders with runs below them; for some layouts, what `FROM_FILES` says. layout: a key of TITLES,
+    one of the paper's tables; None: all that was measured. Raises ValueError if a folder holds no finished run, or two
+    runs hold the same cell."""
     if layout is not None and layout not in TITLES:
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(TITLES)}")
     if layout in layouts.FROM_FILES:
-        return _from_files(layout, folders, output)
+        (header, rows), below = layouts.FROM_FILES[layout](folders)
+        output.mkdir(parents=True, exist_ok=True)
+        files = (f"{layout}.tex", f"{layout}.csv")
+        write_text(output / files[0], latex(header, rows))
+        write_text(output / files[1], _csv(pandas.DataFrame(rows, columns=list(header))))
+        unit = "measured (published)" if layout in ("table5", "table7") else MEASURED_PUBLISHED
+        return _titled(TITLES[layout], unit, (header, rows), below), files
     try:
         runs = runs_in(folders)
     except ValueError as error:
-        raise ValueError(
-            f"{error}{'' if layout is None else f'; {TITLES[layout]} is made of {cells_of(layout)}'}"
-        ) from None
-    found = Collected(runs)
-    text = results_text(found.records, protocols_of(found.manifest), found.failed)
+        made_of = "" if layout is None else f"; {TITLES[layout]} is made of {layouts.made_of(table_of(layout))}"
+        raise ValueError(f"{error}{made_of}") from None
+    found = together(runs)
+    text, paper = results_text(found), None
     if layout is None:
-        title, (header, rows) = None, _plain_rows(found.records)
-        more = [
-            protocols_side_by_side(found.records, found.predictions),
-            *mixtures.unlike(found.settings, found.records),
+        header = ("model", "task", "strategy", "protocol", "accuracy")
+        rows = [
+            [*cell_of(r), f"{percent(r['score'])} ({percent(r['low'])} to {percent(r['high'])})"] for r in found.records
         ]
-        text = "\n".join([text, *filter(None, more)]).rstrip("\n") + "\n"
+        more = filter(None, [protocols_side_by_side(found), *mixtures.unlike(found)])
+        text = "\n".join([text, *more]).rstrip("\n") + "\n"
     else:
-        title, (header, rows), below = paper_table(layout, found)
-        text = f"{_titled(title, MEASURED_PUBLISHED, (header, rows), below)}\n{text}"
+        (header, rows), below = paper_table(layout, found)
+        paper = TITLES[layout], (header, rows)
+        text = f"{_titled(TITLES[layout], MEASURED_PUBLISHED, (header, rows), below)}\n{text}"
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "results.csv", _csv(found.records))
+    write_text(output / "results.csv", _csv(pandas.DataFrame(found.records)))
     write_text(output / "table.tex", latex(header, rows))
-    write_bytes(output / "predictions.parquet", _parquet(found.predictions))
-    paper = None if title is None else (title, (header, rows))
-    compared = comparisons(found.predictions)
-    write_page("Recall report", output, found.records, compared, found.predictions, found.manifest, paper, found.failed)
+    write_bytes(output / "predictions.parquet", pandas.DataFrame(found.predictions).to_parquet())
+    write_page("Recall report", output, found, paper)
     return text, FILES
 
 
-def paper_table(layout: str, found: Collected) -> tuple[str, Rows, list[str]]:
-    """One of the paper's tables: its title, its rows, and the lines below it (reasons of marks, commands of missing
-    runs).
+def table_of(layout: str) -> Table:
+    """The table of recall that a layout is made of."""
+    return published_tables()["table1" if layout == "mean-gain" else layout]
 
-    Raises ValueError if no run holds a cell of the table."""
-    table = published_tables()["table1" if layout == "mean-gain" else layout]
-    also = [*layouts.not_run(table, found.records, found.failed), *mixtures.limited(found.settings)]
+
+def paper_table(layout: str, results: Results) -> tuple[Rows, list[str]]:
+    """One of the paper's tables of recall, and the lines below it. Raises ValueError if no run holds a cell of it."""
     if layout == "mean-gain":
-        rows, below = layouts.mean_gain(found.records)
-        return TITLES[layout], rows, [*below, *also, *mixtures.unlike(found.settings, found.records)]
-    mixed = mixtures.mixture(table, found.records, found.settings)
-    header, lines = layouts.layout_rows(table, found.records, found.predictions, mixed)
-    if not lines:
-        raise ValueError(f"no run holds a cell of {table.title}; it is made of {cells_of(layout)}")
-    return table.title, (header, lines), [*mixed.reasons, *layouts.missing_runs(table, found.records), *also]
+        return layouts.mean_gain(results)
+    rows, below = layouts.layout_rows(table_of(layout), results)
+    if not rows[1]:
+        raise ValueError(f"no run holds a cell of {TITLES[layout]}; it is made of {layouts.made_of(table_of(layout))}")
+    return rows, below
 
 
-def cells_of(layout: str) -> str:
-    """The cells that a table of recall is made of, in words."""
-    columns = published_tables()["table1" if layout == "mean-gain" else layout].columns
-    return ", ".join(dict.fromkeys(f"{column.task} {column.strategy} under {column.protocol}" for column in columns))
-
-
-def _from_files(layout: str, folders: Sequence[Path], output: Path) -> tuple[str, tuple[str, ...]]:
-    """A table that is made from other files than runs of `jrt eval`: written as LaTeX and CSV, returned as text."""
-    (header, rows), below = layouts.FROM_FILES[layout](folders)
-    folder = output.parent if output.is_file() else output
-    folder.mkdir(parents=True, exist_ok=True)
-    files = (f"{layout}.tex", f"{layout}.csv")
-    write_text(folder / files[0], latex(header, rows))
-    write_text(folder / files[1], _csv([dict(zip(header, row, strict=True)) for row in rows]))
-    unit = "measured (published)" if layout in ("table5", "table7") else MEASURED_PUBLISHED
-    return _titled(TITLES[layout], unit, (header, rows), below), files
+def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table in LaTeX; needs the package booktabs."""
+    frame = pandas.DataFrame(rows, columns=list(header))
+    return frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(header) - 1))
 
 
 def _titled(title: str, unit: str, rows: Rows, below: Sequence[str]) -> str:
     return f"{title}\n{unit}\n\n{aligned(*rows)}\n" + "".join(f"{line}\n" for line in below)
 
 
-def _plain_rows(records: Sequence[dict]) -> Rows:
-    header = ("model", "task", "strategy", "protocol", "accuracy")
-    rows = [
-        [
-            *(record[name] for name in header[:4]),
-            f"{percent(record['score'])} ({percent(record['low'])} to {percent(record['high'])})",
-        ]
-        for record in records
-    ]
-    return header, rows
-
-
-def _csv(rows: Sequence[dict]) -> str:
-    import pandas
-
-    return pandas.DataFrame(list(rows)).to_csv(index=False, lineterminator="\n")
-
-
-def _parquet(rows: Sequence[dict]) -> bytes:
-    import pandas
-
-    stream = io.BytesIO()
-    pandas.DataFrame(list(rows)).to_parquet(stream)
-    return stream.getvalue()
+def _csv(frame: pandas.DataFrame) -> str:
+    return frame.to_csv(index=False, lineterminator="\n")

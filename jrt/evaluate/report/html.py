@@ -7,72 +7,50 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from jrt.evaluate.folder import Cell
+from jrt.evaluate.folder import Results
 from jrt.evaluate.report import plots
-from jrt.evaluate.tables.results import HEADER, Rows, comparison_row, protocols_of, result_row, sections
+from jrt.evaluate.tables.results import HEADER, Rows, comparison_row, result_row, sections
 from jrt.system.files import write_text
 
 SHOWN_ITEMS = 100
 MEASURED_PUBLISHED = "measured (published), percent"
 
 
-def write_page(
-    title: str,
-    output: Path,
-    records: Sequence[dict],
-    compared: Sequence[dict],
-    predictions: Sequence[dict],
-    manifest: dict,
-    paper: tuple[str, Rows] | None = None,
-    failed: Mapping[Cell, str] = MappingProxyType({}),
-) -> None:
+def write_page(title: str, output: Path, results: Results, paper: tuple[str, Rows] | None = None) -> None:
     """Writes report.html and the figures, each as PNG and SVG, to `output`.
 
-    paper: title and rows of one of the paper's tables. failed: cells without a score, with the reason."""
-    figures = plots.draw(records, predictions)
+    paper: title and rows of one of the paper's tables."""
+    figures = plots.draw(results)
     plots.save(figures, output)
-    text = page(title, records, compared, predictions, manifest, figures.values(), paper, failed)
-    write_text(output / "report.html", text)
+    write_text(output / "report.html", page(title, results, figures.values(), paper))
 
 
-def page(
-    title: str,
-    records: Sequence[dict],
-    compared: Sequence[dict],
-    predictions: Sequence[dict],
-    manifest: dict,
-    figures: Iterable[plots.Drawn],
-    paper: tuple[str, Rows] | None = None,
-    failed: Mapping[Cell, str] = MappingProxyType({}),
-    items: int = SHOWN_ITEMS,
-) -> str:
-    """The page's HTML. items: how many questions are shown with all answers; other arguments as in `write_page`."""
-    from jinja2 import Environment, FileSystemLoader
-
+def page(title: str, results: Results, figures: Iterable[plots.Drawn], paper: tuple[str, Rows] | None = None) -> str:
+    """The page's HTML. SHOWN_ITEMS questions are shown with all answers; other arguments as in `write_page`."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"marked": marked, "comparison_row": comparison_row, "result_row": result_row}
-    shown, total, tasks = _chosen_items(predictions, items)
+    shown, total, tasks = _chosen_items(results.predictions, SHOWN_ITEMS)
     return environment.get_template("report.html.jinja").render(
         title=title,
         header=HEADER,
-        sections=sections(records, protocols_of(manifest), failed),
+        sections=sections(results),
         paper=paper,
         paper_note=MEASURED_PUBLISHED,
         figures=[(figure.heading, Markup(figure.svg)) for figure in figures],
-        compared=compared,
+        compared=results.comparisons,
         items=shown,
         total=total,
         tasks=tasks,
-        manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
+        manifest=json.dumps(results.manifest, indent=2, ensure_ascii=False),
     )
 
 

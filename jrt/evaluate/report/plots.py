@@ -5,8 +5,10 @@ Each function returns a matplotlib Figure; pyplot, with its global state, is not
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib import colormaps
@@ -17,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from jrt.evaluate.folder import Results
 from jrt.evaluate.tables.results import size
 from jrt.system.files import write_bytes, write_text
 
@@ -37,9 +40,8 @@ def by_strategy(records: Sequence[dict]) -> Figure:
         for number, strategy in enumerate(strategies):
             members = [r for r in found if r["strategy"] == strategy]
             places = [models.index(r["model"]) + (number - (len(strategies) - 1) / 2) * width for r in members]
-            scores = [r["score"] for r in members]
-            axis.bar(places, scores, width, color=colors[number])
-            axis.errorbar(places, scores, yerr=_errors(members), fmt="none", ecolor=_LINE, capsize=2)
+            axis.bar(places, [r["score"] for r in members], width, color=colors[number])
+            _intervals(axis, places, members, _LINE)
         axis.set_xticks(range(len(models)), [_short(model) for model in models], rotation=20, ha="right")
     _legend(figure, [Patch(color=color, label=s) for s, color in zip(strategies, colors, strict=True)])
     return figure
@@ -47,32 +49,30 @@ def by_strategy(records: Sequence[dict]) -> Figure:
 
 def by_state(records: Sequence[dict]) -> Figure:
     """Points: accuracy against the bytes of the state after the prompt, with a line through each model's strategies."""
-    models, strategies = _unique(records, "model"), _unique(records, "strategy")
+    colors, markers = _colors(records), dict(zip(_unique(records, "strategy"), cycle(_MARKERS), strict=False))
     figure, panels = _panels(records)
     for axis, found in panels:
         for model in _unique(found, "model"):
             members = [r for r in found if r["model"] == model]
-            color = _model_color(models.index(model))
-            axis.plot([r["state_bytes"] for r in members], [r["score"] for r in members], color=color, alpha=0.5)
-            for record in members:
-                marker = _marker(strategies.index(record["strategy"]))
-                place = ([record["state_bytes"]], [record["score"]])
-                axis.errorbar(*place, yerr=_errors([record]), fmt=marker, color=color, capsize=2, clip_on=False)
+            places = [r["state_bytes"] for r in members]
+            axis.plot(places, [r["score"] for r in members], color=colors[model], alpha=0.5)
+            for place, record in zip(places, members, strict=True):
+                _intervals(axis, [place], [record], colors[model], markers[record["strategy"]])
         axis.set_xscale("log", base=2)
         axis.margins(x=0.15)
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value).replace(".0", "")))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("state after the prompt, a sequence")
-    marks = [Line2D([], [], color=_LINE, ls="", marker=_marker(n), label=s) for n, s in enumerate(strategies)]
-    _legend(figure, [*_model_patches(models), *marks])
+    marks = [Line2D([], [], color=_LINE, ls="", marker=marker, label=s) for s, marker in markers.items()]
+    _legend(figure, [*_model_patches(colors), *marks])
     return figure
 
 
 def by_position(predictions: Sequence[dict]) -> Figure:
     """Lines: accuracy against the answer's place in the context (0 start, 1 end), in POSITION_BINS equal bins."""
     rows = [row for row in predictions if row["position"] is not None]
-    models, strategies = _unique(rows, "model"), _unique(rows, "strategy")
+    colors, dashes = _colors(rows), dict(zip(_unique(rows, "strategy"), cycle(_DASHES), strict=False))
     figure, panels = _panels(rows)
     for axis, found in panels:
         lines: dict[tuple[str, str], dict[int, list[int]]] = {}
@@ -81,13 +81,12 @@ def by_position(predictions: Sequence[dict]) -> Figure:
             lines.setdefault((row["model"], row["strategy"]), {}).setdefault(place, []).append(row["score"])
         for (model, strategy), binned in lines.items():
             places = [(place + 0.5) / POSITION_BINS for place in sorted(binned)]
-            means = [sum(binned[place]) / len(binned[place]) for place in sorted(binned)]
-            color, dashes = _model_color(models.index(model)), _dashes(strategies.index(strategy))
-            axis.plot(places, means, marker="o", markersize=3, clip_on=False, color=color, ls=dashes)
+            means = [fmean(binned[place]) for place in sorted(binned)]
+            axis.plot(places, means, marker="o", markersize=3, clip_on=False, color=colors[model], ls=dashes[strategy])
         axis.set_xlim(0, 1)
         axis.set_xlabel("place of the answer in the context (0 start, 1 end)")
-    keys = [Line2D([], [], color=_LINE, ls=_dashes(n), label=s) for n, s in enumerate(strategies)]
-    _legend(figure, [*_model_patches(models), *keys])
+    keys = [Line2D([], [], color=_LINE, ls=style, label=s) for s, style in dashes.items()]
+    _legend(figure, [*_model_patches(colors), *keys])
     return figure
 
 
@@ -99,39 +98,36 @@ class Drawn(NamedTuple):
     svg: str
 
 
-def draw(records: Sequence[dict], predictions: Sequence[dict]) -> dict[str, Drawn]:
+def draw(results: Results) -> dict[str, Drawn]:
     """All figures of a run, by file name without ending. Drawing takes seconds, so files and page share the result."""
     return {
-        "accuracy": _drawn("Accuracy by reading strategy", by_strategy(records)),
-        "state": _drawn("Accuracy against state", by_state(records)),
-        "position": _drawn("Accuracy against the place of the answer", by_position(predictions)),
+        "accuracy": _drawn("Accuracy by reading strategy", by_strategy(results.records)),
+        "state": _drawn("Accuracy against state", by_state(results.records)),
+        "position": _drawn("Accuracy against the place of the answer", by_position(results.predictions)),
     }
 
 
 def by_recall(records: Sequence[dict]) -> dict[str, Drawn]:
     """The paper's Figure 3 from the records of `jrt.evaluate.perplexity`: the perplexity of recall hits by distance and
     by frequency, a line for each model."""
-    panels = (
-        ("distance", "tokens since the pair stood before"),
-        ("frequency", "times the pair stands in other sequences"),
-    )
+    panels = {
+        "distance": "tokens since the pair stood before",
+        "frequency": "times the pair stands in other sequences",
+    }
     figure = Figure(figsize=(10.4, 4.0), layout="constrained")
-    models = _unique(records, "model")
-    for axis, (by, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    colors = _colors(records)
+    for axis, (by, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         hits = [record for record in records if (record["slice"], record["by"]) == ("hit", by)]
         bins = sorted(_unique(hits, "bin"))
-        for number, model in enumerate(models):
-            own = {record["bin"]: record["perplexity"] for record in hits if record["model"] == model}
-            there = [name for name in bins if name in own]
-            places, values = [bins.index(name) for name in there], [own[name] for name in there]
-            axis.plot(places, values, marker=_marker(number), color=_model_color(number))
+        for model, marker in zip(colors, cycle(_MARKERS), strict=False):
+            own = {bins.index(record["bin"]): record["perplexity"] for record in hits if record["model"] == model}
+            axis.plot(sorted(own), [own[place] for place in sorted(own)], marker=marker, color=colors[model])
         axis.set_xticks(range(len(bins)), [" ".join(name.split()) for name in bins], rotation=20, ha="right")
         axis.set_xlabel(label)
         axis.set_ylabel("perplexity of recall hits")
         axis.set_yscale("log")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.3)
-    _legend(figure, _model_patches(models))
+        _plain(axis)
+    _legend(figure, _model_patches(colors))
     return {"figure3": _drawn("Perplexity of recall hits", figure)}
 
 
@@ -169,8 +165,7 @@ def _panels(rows: Sequence[dict]) -> tuple[Figure, list[tuple[Axes, list[dict]]]
         axis.set_ylabel("accuracy (contains)")
         axis.set_ylim(0, 1)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.3)
+        _plain(axis)
     return figure, list(zip(axes, groups.values(), strict=False))
 
 
@@ -182,24 +177,23 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
-def _model_patches(models: Sequence[str]) -> list[Patch]:
-    return [Patch(color=_model_color(number), label=_short(model)) for number, model in enumerate(models)]
+def _model_patches(colors: Mapping[str, str]) -> list[Patch]:
+    return [Patch(color=color, label=_short(model)) for model, color in colors.items()]
 
 
-def _model_color(number: int) -> tuple[float, float, float, float]:
-    return colormaps["tab10"](number % 10)
+def _colors(rows: Sequence[dict]) -> dict[str, str]:
+    """A color for each model; matplotlib begins again after ten."""
+    return {model: f"C{number}" for number, model in enumerate(_unique(rows, "model"))}
 
 
-def _marker(number: int) -> str:
-    return _MARKERS[number % len(_MARKERS)]
+def _plain(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.3)
 
 
-def _dashes(number: int) -> str:
-    return _DASHES[number % len(_DASHES)]
-
-
-def _errors(records: Sequence[dict]) -> list[list[float]]:
-    return [[r["score"] - r["low"] for r in records], [r["high"] - r["score"] for r in records]]
+def _intervals(axis: Axes, places: Sequence[float], rows: Sequence[dict], color: str, marker: str = "none") -> None:
+    errors = [[r["score"] - r["low"] for r in rows], [r["high"] - r["score"] for r in rows]]
+    axis.errorbar(places, [r["score"] for r in rows], errors, fmt=marker, color=color, capsize=2, clip_on=False)
 
 
 def _unique(rows: Sequence[dict], name: str) -> list[str]:

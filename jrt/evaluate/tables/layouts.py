@@ -7,7 +7,7 @@ tables of SuperGLUE are in `super_glue`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from jrt_recall import data
@@ -16,10 +16,18 @@ from jrt_recall.protocols import GPT2, PUBLISHED
 from jrt_recall.scoring import error_kind
 from jrt_recall.tokenizers import cutting_tokenizer, token_ids
 
-from jrt.evaluate.folder import Cell, cell_of
+from jrt.evaluate.folder import Results, by_item
 from jrt.evaluate.shapes import Kinds, check
-from jrt.evaluate.tables.mixtures import NOTHING_MIXED, Mixture
-from jrt.evaluate.tables.published import TITLES, Column, Table, published_lines, published_row, published_tables
+from jrt.evaluate.tables.mixtures import limited, mixture, unlike
+from jrt.evaluate.tables.published import (
+    TITLES,
+    Column,
+    Table,
+    published_lines,
+    published_row,
+    published_tables,
+    split_label,
+)
 from jrt.evaluate.tables.results import Rows, beside, mean
 from jrt.evaluate.tables.super_glue import padding, super_glue
 from jrt.short_prompts import SHORT_PROMPTS
@@ -50,8 +58,7 @@ def latency(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
     lines = published_lines("published_latency.csv")
     published = {(line["method"], int(line["batch"]), int(line["length"])): line["ms"] for line in lines}
     measured = {(row["method"], row["shape"]["B"], row["shape"]["N"]): row for row in content["rows"]}
-    shapes = [(16, length) for length in (2048, 4096, 8192, 16384, 32768)]
-    shapes += [(batch, 16384) for batch in (2, 4, 8, 32, 64)]
+    shapes = list(dict.fromkeys((int(line["batch"]), int(line["length"])) for line in lines))
     rows = []
     notes = [f"measured on {content['device']}, {content['date']}, commit {content['commit']}"]
     for implementation, method in {line["implementation"]: line["method"] for line in lines}.items():
@@ -99,42 +106,41 @@ def datasets(paths: Sequence[Path]) -> tuple[Rows, list[str]]:
     return (("dataset", "examples", "mean tokens"), rows), missing
 
 
-def mean_gain(records: Sequence[dict]) -> tuple[Rows, list[str]]:
+def mean_gain(results: Results) -> tuple[Rows, list[str]]:
     """The gain in accuracy from reading twice, averaged over the tasks of Table 1, for each model; and the notes below
     it.
 
     The last row has mean and standard deviation over models. A model counts if all twelve of its cells of Table 1 were
     measured. Raises ValueError, with the missing runs, if no model counts."""
     table = published_tables()["table1"]
-    scores = {cell_of(record): 100 * record["score"] for record in records}
-    generated = any(record["source"].startswith(GENERATED) for record in records)
+    missing, run = missing_runs(table, results), results.by_cell
+    generated = any(record["source"].startswith(GENERATED) for record in results.records)
     rows: list[list[str]] = []
     gains: list[float] = []
     published: list[float] = []
-    for model in dict.fromkeys(record["model"] for record in records):
-        cells = {(c.label, c.strategy): scores.get(Cell(model, c.task, c.strategy, c.protocol)) for c in table.columns}
-        if None in cells.values():
+    for model in results.models:
+        found = [run.get(cell) for cell in table.cells(model)]
+        own = [100 * record["score"] for record in found if record is not None]
+        if len(own) < len(found):
             continue
-        once, twice = (
-            mean([s for (_, strategy), s in cells.items() if strategy == name]) for name in ("once", "twice")
-        )
-        assert once is not None and twice is not None
         paper = None if generated else published_row(table, model)
-        before = after = None
-        if paper is not None:
-            before, after = sum(paper[::2]) / 6, sum(paper[1::2]) / 6
-            published.append(after - before)
-        gains.append(twice - once)
-        known = None if before is None or after is None else after - before
-        rows.append([model, beside(once, before), beside(twice, after), beside(gains[-1], known)])
-    missing = missing_runs(table, records)
+        measured, printed = _gain(own), (None, None, None) if paper is None else _gain(paper)
+        rows.append([model, *map(beside, measured, printed)])
+        gains.append(measured[-1])
+        published += [] if printed[-1] is None else [printed[-1]]
     if not rows:
         raise ValueError(f"no run holds all of Table 1 for a model; {'; '.join(missing) or 'no cell of it at all'}")
     total = spread(gains) + (f" ({spread(published)})" if len(published) == len(gains) else "")
     rows.append([f"mean and standard deviation, models: {len(gains)}", "", "", total])
-    every = [sum(row[1::2]) / 6 - sum(row[::2]) / 6 for row in table.rows.values()]
-    notes = [f"The paper: {spread(every)} over the {len(every)} rows of its Table 1, the two of attention among them."]
-    return (("model", "once", "twice", "gain"), rows), [*missing, *notes]
+    every = [_gain(row)[-1] for row in table.rows.values()]
+    note = f"The paper: {spread(every)} over the {len(every)} rows of its Table 1, the two of attention among them."
+    return (("model", "once", "twice", "gain"), rows), [*missing, note, *_told(table, results), *unlike(results)]
+
+
+def _gain(row: Sequence[float]) -> tuple[float, float, float]:
+    """Of a row of Table 1, whose columns alternate between one reading and two: both means and their difference."""
+    once, twice = statistics.fmean(row[::2]), statistics.fmean(row[1::2])
+    return once, twice, twice - once
 
 
 def spread(values: Sequence[float]) -> str:
@@ -144,115 +150,100 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
 
 
-def layout_rows(
-    table: Table, records: Sequence[dict], predictions: Sequence[dict], mixed: Mixture = NOTHING_MIXED
-) -> Rows:
-    """One of the paper's tables of recall, with measured values; wide tables have a column for each model.
+def layout_rows(table: Table, results: Results) -> tuple[Rows, list[str]]:
+    """One of the paper's tables of recall, with measured values, and the notes below it; wide tables have a column for
+    each model.
 
-    mixed: marks for cells that were not measured like the others. A published value stands only beside a cell of the
-    same protocol and of published documents."""
-    of_cell = {cell_of(record): record for record in records}
-    answered: dict[Cell, list[dict]] = {}
-    for row in predictions:
-        answered.setdefault(cell_of(row), []).append(row)
+    Cells that were not measured like the others have a mark. A published value stands only beside a cell of the same
+    protocol and of published documents."""
+    mixed, run = mixture(table, results), results.by_cell
+    answered = by_item(results.predictions)
     scores = table.columns[0].measure == "score"
     lines = []
-    for model in dict.fromkeys(record["model"] for record in records):
-        cells = [Cell(model, column.task, column.strategy, column.protocol) for column in table.columns]
-        if not any(cell in of_cell or cell in mixed.substitutes for cell in cells):
+    for model in results.models:
+        cells = table.cells(model)
+        read = [mixed.read.get(cell) for cell in cells]
+        if not any(read):
             continue
-        read = [mixed.substitutes.get(cell, cell) for cell in cells]
-        measured: list[float | None] = [
-            _measured(column, of_cell.get(cell), answered.get(cell, []))
+        measured = [
+            None if cell is None else _measured(column, run[cell], answered[cell].values())
             for column, cell in zip(table.columns, read, strict=True)
         ]
-        generated = any(of_cell[cell]["source"].startswith(GENERATED) for cell in read if cell in of_cell)
+        generated = any(run[cell]["source"].startswith(GENERATED) for cell in read if cell is not None)
         known = None if generated else published_row(table, model)
-        paper: list[float | None] = [None] * len(cells) if known is None else list(known)
+        paper = [
+            known[place] if known is not None and read[place] in (cell, None) else None
+            for place, cell in enumerate(cells)
+        ]
         letters = [mixed.letters.get(cell, "") for cell in cells]
         if scores:
+            letters.append("" if None in measured else "".join(dict.fromkeys(letters)))
             measured.append(mean(measured))
             paper.append(mean(paper))
-            letters.append("".join(dict.fromkeys(letters)) if measured[-1] is not None else "")
-        other = [cell in mixed.substitutes for cell in cells] + [
-            any(cell in mixed.substitutes for cell in cells)
-        ] * scores
-        paper = [None if substituted else value for value, substituted in zip(paper, other, strict=True)]
-        texts = [
-            beside(value, printed, letter) for value, printed, letter in zip(measured, paper, letters, strict=True)
-        ]
-        lines.append([model, *texts])
+        lines.append([model, *map(beside, measured, paper, letters)])
+    notes = [*mixed.reasons, *missing_runs(table, results), *_told(table, results)]
     labels = [column.label for column in table.columns] + ["average"] * scores
     if lines and len(labels) > _WIDE + 1:
         turned = [[label, *(line[place + 1] for line in lines)] for place, label in enumerate(labels)]
-        return ("", *(line[0] for line in lines)), turned
-    return ("model", *labels), lines
+        return (("", *(line[0] for line in lines)), turned), notes
+    return (("model", *labels), lines), notes
 
 
-def _measured(column: Column, record: Mapping | None, rows: Sequence[dict]) -> float | None:
+def _measured(column: Column, record: Mapping, rows: Collection[dict]) -> float:
     """A cell's value in percent: its score, or the share of its answers with the column's kind of error."""
-    if record is None:
-        return None
     if column.measure == "score":
         return 100 * record["score"]
     return 100 * sum(error_kind(row["prediction"], row["answers"]) == column.measure for row in rows) / len(rows)
 
 
-def missing_runs(table: Table, records: Sequence[dict]) -> list[str]:
+def made_of(table: Table) -> str:
+    """The cells that a table of recall is made of, in words."""
+    return ", ".join(
+        dict.fromkeys(f"{column.task} {column.strategy} under {column.protocol}" for column in table.columns)
+    )
+
+
+def missing_runs(table: Table, results: Results) -> list[str]:
     """For each model in a table of recall, the commands that measure the cells that no run holds.
 
     A cell that was only measured under another protocol, and stands in the table with a mark, counts as missing."""
-    run = {cell_of(record) for record in records}
     asked = {(column.task, column.strategy) for column in table.columns}
-    models = dict.fromkeys(record["model"] for record in records if (record["task"], record["strategy"]) in asked)
+    models = list(dict.fromkeys(cell.model for cell in results.by_cell if (cell.task, cell.strategy) in asked))
+    # Table 4 has a row for each rule for short prompts.
+    seen = {(name, word) for name, settings in map(split_label, models) for word in settings}
+    rules = dict.fromkeys(rule for name, _ in table.rows for rule in split_label(name)[1])
+    for name in dict.fromkeys(split_label(model)[0] for model in models):
+        models += [f"{name} [{rule}]" for rule in rules if (name, rule) not in seen]
     lines = []
     for model in models:
         wanted: dict[tuple[str, str], list[str]] = {}
-        for _, task, strategy, protocol in sorted({Cell(model, *column[1:4]) for column in table.columns} - run):
-            wanted.setdefault((strategy, protocol), []).append(task)
+        for cell in sorted(set(table.cells(model)) - results.by_cell.keys()):
+            wanted.setdefault((cell.strategy, cell.protocol), []).append(cell.task)
         lines += [
             f"missing: jrt eval --model {_options(model)} --tasks {','.join(tasks)} --strategy {strategy} "
             f"--protocol {protocol} --output FOLDER"
             for (strategy, protocol), tasks in wanted.items()
         ]
-    return lines + _missing_rules(table, set(models))
+    return lines
 
 
-def not_run(table: Table, records: Sequence[dict], failed: Mapping[Cell, str]) -> list[str]:
-    """A line for each model that could not be run in a cell of a table of recall, with the reason.
-
-    failed: cells without a score, with the reason. A cell that another run holds is left out."""
-    run = {cell_of(record) for record in records}
+def _told(table: Table, results: Results) -> list[str]:
+    """A line for each model that could not be run in a cell of a table of recall, which no other run holds either; and
+    a line if the cells were measured on a part of their tasks' items."""
     own = {column[1:4] for column in table.columns}
-    lines = (
-        f"missing: {cell.model}: could not be run: {' '.join(why.split())}"
-        for cell, why in failed.items()
-        if cell[1:] in own and cell not in run
-    )
-    return list(dict.fromkeys(lines))
+    lines = [
+        f"missing: {cell.model}: could not be run: {why}"
+        for cell, why in results.failed.items()
+        if cell[1:] in own and cell not in results.by_cell
+    ]
+    return [*dict.fromkeys(lines), *limited(results)]
 
 
 def _options(model: str) -> str:
     """Turns a model's label, `NAME [pad, bfloat16]`, into options: `NAME --short-prompt pad --dtype bfloat16`."""
-    name, _, label = model.partition(" [")
-    words = label.rstrip("]").split(", ") if label else []
+    name, settings = split_label(model)
     options = {**dict.fromkeys(SHORT_PROMPTS, "--short-prompt"), "released": "--compat"}
-    return " ".join([name, *(f"{options.get(word, '--dtype')} {word}" for word in words)])
-
-
-def _missing_rules(table: Table, models: set[str]) -> list[str]:
-    """For Table 4, which has a row for each rule for short prompts: the rules with which a model was not run."""
-    rules = dict.fromkeys(name.partition("[")[2].rstrip("]") for name, _ in table.rows if "[" in name)
-    found: dict[str, set[str]] = {}
-    for model in models if rules else ():
-        name, _, label = model.partition(" [")
-        found.setdefault(name, set()).update(label.rstrip("]").split(", "))
-    return [
-        f"missing: jrt eval --model {name} --short-prompt {rule} ..., into another folder"
-        for name, seen in sorted(found.items())
-        for rule in rules
-        if rule not in seen
-    ]
+    return " ".join([name, *(f"{options.get(word, '--dtype')} {word}" for word in settings)])
 
 
 FROM_FILES: dict[str, Callable[[Sequence[Path]], tuple[Rows, list[str]]]] = {

@@ -14,6 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from jrt.evaluate.folder import Cell
+
 TITLES = {
     "table1": "Table 1: default and JRT-Prompt",
     "table2": "Table 2: JRT-RNN (the paper's length-512 cells fill short prompts by reading again: short_prompt='repeat')",
@@ -28,7 +30,6 @@ TITLES = {
     "table14": "Table 14: default, 2-shot and JRT-Prompt",
     "mean-gain": "Mean gain of JRT-Prompt over the default prompt, points of Table 1's average",
 }
-SUPER_GLUE_TABLES = ("table8", "table9")
 SUPER_GLUE_SIZES = {
     "boolq": 3270,
     "cb": 56,
@@ -62,6 +63,10 @@ class Table(NamedTuple):
     columns: tuple[Column, ...]
     rows: dict[tuple[str, str], tuple[float, ...]]
 
+    def cells(self, model: str) -> list[Cell]:
+        """The cells of a model in a table of recall, in the order of the columns."""
+        return [Cell(model, column.task, column.strategy, column.protocol) for column in self.columns]
+
 
 def published_lines(file: str) -> list[dict[str, str]]:
     """The lines of one of the files of published values, by the names of its columns."""
@@ -84,14 +89,18 @@ def published_tables() -> dict[str, Table]:
     return tables
 
 
+def split_label(model: str) -> tuple[str, list[str]]:
+    """A model's name and its settings, from its label in a report: `NAME [pad, bfloat16]`."""
+    name, _, label = model.partition(" [")
+    return name, label.rstrip("]").split(", ") if label else []
+
+
 def published_row(table: Table, model: str, shots: str = "") -> tuple[float, ...] | None:
     """The paper's numbers for a model, in the order of the table's columns; None if the paper has none.
 
-    model: hub id or folder, with settings in brackets as `jrt report` labels it. In a table with a row for each rule
-    for short prompts, the rule in the brackets selects the row."""
-    name, _, label = model.partition(" [")
+    model: its label; the name is a hub id or a folder. In a table with a row for each rule for short prompts, the rule
+    among the settings selects the row."""
+    name, settings = split_label(model)
     name = name.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-hf")
-    for word in label.rstrip("]").split(", "):
-        if (f"{name}[{word}]", shots) in table.rows:
-            return table.rows[f"{name}[{word}]", shots]
-    return table.rows.get((name, shots))
+    rows = [f"{name} [{word}]" for word in settings]
+    return next((table.rows[row, shots] for row in (*rows, name) if (row, shots) in table.rows), None)

@@ -3,12 +3,10 @@ page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from jrt_recall import Protocol
-
-from jrt.evaluate.folder import Cell
+from jrt.evaluate.folder import Cell, Results
 
 HEADER = ("model", "strategy", "accuracy", "95% interval", "items", "prompt tokens", "truncated", "seconds", "state")
 Rows = tuple[tuple[str, ...], list[list[str]]]
@@ -56,11 +54,6 @@ def result_row(record: dict) -> list[str]:
     ]
 
 
-def protocols_of(manifest: dict) -> list[Protocol]:
-    """The protocols that a run's manifest records."""
-    return [Protocol(**{**known, "stop": tuple(known["stop"])}) for known in manifest["identity"]["protocols"]]
-
-
 class Section(NamedTuple):
     """The table of one task, protocol and version of it, with the lines above and below it.
 
@@ -75,46 +68,37 @@ class Section(NamedTuple):
     below: list[str]
 
 
-def sections(records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str]) -> list[Section]:
-    """The sections of a report, sorted by task, protocol and version. failed: cells without a score, with the reason."""
-    described = {(protocol.name, protocol.version): protocol.describe() for protocol in protocols}
-    groups: dict[tuple[str, str], dict[int, dict[str, list[dict]]]] = {(c.task, c.protocol): {} for c in failed}
-    for record in records:
-        versions = groups.setdefault((record["task"], record["protocol"]), {})
-        versions.setdefault(record.get("version", 1), {}).setdefault(record["model"], []).append(record)
+def sections(results: Results) -> list[Section]:
+    """The sections of a report, sorted by task, protocol and version."""
+    groups: dict[tuple[str, str, int], list[dict]] = {}
+    for record in results.records:
+        groups.setdefault((record["task"], record["protocol"], record["version"]), []).append(record)
+    newest = {(task, protocol): version for task, protocol, version in sorted(groups)}
+    empty: dict[tuple[str, str, int], dict[Cell, str]] = {}
+    for cell, why in results.failed.items():
+        version = newest.get((cell.task, cell.protocol), 0)  # 0: no model answered
+        empty.setdefault((cell.task, cell.protocol, version), {})[cell] = f"not run: {why}"
     found = []
-    for (task, protocol), versions in sorted(groups.items()):
-        empty = not_run(failed, task, protocol)
-        for version, models in sorted(versions.items()):
-            members = [record for rows in models.values() for record in rows]
-            above = [described[protocol, version], counts_line(members[0])]
-            lacking = empty if version == max(versions) else {}
-            found.append(Section(task, above, list(models.values()), lacking, notes(members)))
-        if not versions:  # no model answered
-            above = [text for (name, _), text in described.items() if name == protocol]
-            found.append(Section(task, above, [], empty, []))
+    for key in sorted(groups.keys() | empty.keys()):
+        task, name, version = key
+        members = groups.get(key, [])
+        described = [one.describe() for one in results.protocols if one.name == name and version in (one.version, 0)]
+        above = [*described, *map(counts_line, members[:1])]
+        models = [[r for r in members if r["model"] == model] for model in dict.fromkeys(r["model"] for r in members)]
+        found.append(Section(task, above, models, empty.get(key, {}), notes(members)))
     return found
 
 
-def results_text(
-    records: Sequence[dict], protocols: Sequence[Protocol], failed: Mapping[Cell, str] | None = None
-) -> str:
-    """The sections of a report as text. failed: cells without a score; they are rows of their table, with their reason
-    below it."""
+def results_text(results: Results) -> str:
+    """The sections of a report as text. Cells without a score are rows of their table, with their reason below it."""
     parts = []
-    for section in sections(records, protocols, failed or {}):
+    for section in sections(results):
         rows = [result_row(record) for members in section.models for record in members]
         rows += [[cell.model, cell.strategy, "not run", *["-"] * (len(HEADER) - 3)] for cell in section.empty]
         reasons = dict.fromkeys(f"{cell.model}: {why}" for cell, why in section.empty.items())
         first, *above = section.above
         parts += [f"{section.task} | {first}", *above, aligned(HEADER, rows), *section.below, *reasons, ""]
     return "\n".join(parts)
-
-
-def not_run(failed: Mapping[Cell, str], task: str, protocol: str) -> dict[Cell, str]:
-    """The cells of one task and protocol that have no score, each with `not run: ` and the reason on one line."""
-    own = {cell: why for cell, why in failed.items() if (cell.task, cell.protocol) == (task, protocol)}
-    return {cell: f"not run: {' '.join(why.split())}" for cell, why in own.items()}
 
 
 def notes(records: Sequence[dict]) -> list[str]:
@@ -126,13 +110,13 @@ def notes(records: Sequence[dict]) -> list[str]:
         found.append(f"NaN logits, counted as wrong: {counted}")
     if any(record["beyond_training"] for record in records):
         found.append("* prompts longer than the model's training sequences")
-    said = dict.fromkeys((record["model"], note) for record in records for note in record.get("notes", ()))
+    said = dict.fromkeys((record["model"], note) for record in records for note in record["notes"])
     return [*found, *(f"{model}: {note}" for model, note in said)]
 
 
 def counts_line(record: dict) -> str:
     """One line on a task's documents: how many became items, and why others did not."""
-    unreachable = record.get("unreachable", 0)
+    unreachable = record["unreachable"]
     told = f", {unreachable} unreachable (no generation of the model can hold an answer)" if unreachable else ""
     return (
         f"{record['n']} items of {record['documents']} documents ({record['source']}): {record['dropped']} dropped by the "
@@ -155,14 +139,6 @@ def comparisons_text(comparisons: Sequence[dict]) -> str:
     """Paired differences in points, one a line."""
     rows = [[f"{place} | {what}", *rest] for place, what, *rest in map(comparison_row, comparisons)]
     return aligned(("paired difference (points)", "mean", "95% interval", "items"), rows) if rows else ""
-
-
-def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table in LaTeX; needs the package booktabs."""
-    import pandas
-
-    frame = pandas.DataFrame(rows, columns=list(header))
-    return frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(header) - 1))
 
 
 def mean(values: Sequence[float | None]) -> float | None:

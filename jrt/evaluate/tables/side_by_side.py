@@ -1,53 +1,90 @@
-"""Scores of the same task under several protocols, a column for each, and how often equal prompts got equal answers."""
+"""Two cells beside each other: paired differences between strategies or models, and scores of the same task under
+several protocols, with how often equal prompts got equal answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
-from jrt.evaluate.folder import cell_of
+from jrt_recall.scoring import paired_difference
+
+from jrt.evaluate.folder import Cell, Results, by_item
 from jrt.evaluate.tables.results import aligned, percent
 
-Row = tuple[str, str, str]  # model, task, strategy
+
+class Pair(NamedTuple):
+    """Two cells whose names differ in one place, and their predictions for the items that both have."""
+
+    between: str
+    first: Cell
+    second: Cell
+    shared: list[tuple[dict, dict]]
 
 
-def protocols_side_by_side(records: Sequence[dict], predictions: Sequence[dict]) -> str:
+def pairs(predictions: Sequence[dict]) -> Iterator[Pair]:
+    """All pairs of cells that differ in model, task, strategy or protocol alone and have items in common."""
+    cells = by_item(predictions)
+    for first, second in combinations(cells, 2):
+        differing = [name for name in Cell._fields if getattr(first, name) != getattr(second, name)]
+        if len(differing) == 1:
+            shared = [(row, cells[second][item]) for item, row in cells[first].items() if item in cells[second]]
+            if shared:
+                yield Pair(differing[0], first, second, shared)
+
+
+def comparisons(predictions: Sequence[dict], seed: int = 0) -> list[dict]:
+    """Paired differences over the items that two cells share: two strategies of one model, or two models with one
+    strategy.
+
+    difference = second - first, in units of the score (0 to 1), with its 95% bootstrap interval."""
+    found = []
+    for between, first, second, shared in pairs(predictions):
+        if between not in ("strategy", "model"):
+            continue
+        interval = paired_difference(
+            [one["score"] for one, _ in shared], [two["score"] for _, two in shared], seed=seed
+        )
+        found.append(
+            {
+                "between": between,
+                "first": first._asdict(),
+                "second": second._asdict(),
+                "difference": interval.mean,
+                "low": interval.low,
+                "high": interval.high,
+                "n": len(shared),
+            }
+        )
+    return found
+
+
+def protocols_side_by_side(results: Results) -> str:
     """The table as text; empty if no task was run under several protocols.
 
     Scores of two columns come from different prompts. So the lines below the table say for each pair of protocols how
     many items had the same prompt, and for how many of these the model gave the same answer."""
-    scores: dict[Row, dict[str, float]] = {}
-    for record in records:
-        row = record["model"], record["task"], record["strategy"]
-        scores.setdefault(row, {})[record["protocol"]] = record["score"]
+    scores: dict[str, dict[str, str]] = {}
+    for cell, record in results.by_cell.items():
+        scores.setdefault(" ".join(cell[:3]), {})[cell.protocol] = percent(record["score"])
     several = {row: found for row, found in scores.items() if len(found) > 1}
     if not several:
         return ""
     protocols = list(dict.fromkeys(protocol for found in several.values() for protocol in found))
-    rows = [
-        [" ".join(row), *(percent(found[name]) if name in found else "-" for name in protocols)]
-        for row, found in several.items()
-    ]
+    rows = [[row, *(found.get(protocol, "-") for protocol in protocols)] for row, found in several.items()]
     table = aligned(("model, task and strategy, percent under", *protocols), rows)
-    return "\n".join([table, *agreements(predictions)])
+    return "\n".join([table, *agreements(results.predictions)])
 
 
 def agreements(predictions: Sequence[dict]) -> list[str]:
     """A line for each two protocols of one model, task and strategy that have items in common."""
-    cells: dict[Row, dict[str, dict[str, dict]]] = {}
-    for row in predictions:
-        cell = cell_of(row)
-        of_row = cells.setdefault((cell.model, cell.task, cell.strategy), {})
-        of_row.setdefault(cell.protocol, {})[row["id"]] = row
     lines = []
-    for (model, task, strategy), found in cells.items():
-        for first, second in combinations(found, 2):
-            pairs = [(row, found[second][item]) for item, row in found[first].items() if item in found[second]]
-            equal = [(one, other) for one, other in pairs if one["prompt"] == other["prompt"]]
+    for between, first, second, shared in pairs(predictions):
+        if between == "protocol":
+            equal = [(one, other) for one, other in shared if one["prompt"] == other["prompt"]]
             same = sum(one["prediction"] == other["prediction"] for one, other in equal)
-            if pairs:
-                lines.append(
-                    f"{model} {task} {strategy}, {first} and {second}: {len(equal)} of {len(pairs)} prompts are equal, "
-                    f"{same} of these have the same answer"
-                )
+            lines.append(
+                f"{' '.join(first[:3])}, {first.protocol} and {second.protocol}: {len(equal)} of {len(shared)} prompts "
+                f"are equal, {same} of these have the same answer"
+            )
     return lines

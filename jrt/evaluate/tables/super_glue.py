@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
-from jrt.evaluate.tables.mixtures import differences, explained, marked
+from jrt.evaluate.tables.mixtures import differences, lettered
 from jrt.evaluate.tables.published import SUPER_GLUE_SIZES, TITLES, Column, Table, published_row, published_tables
 from jrt.evaluate.tables.results import Rows, beside
 from jrt.system.files import read_object
@@ -22,8 +21,8 @@ def super_glue(table: Table, folders: Sequence[Path]) -> tuple[Rows, list[str]]:
 
     folders: where lm-eval wrote its results. Raises ValueError if none of them holds results of SuperGLUE."""
     results = _results(folders)
-    letters, reasons = _marks(table, results)
-    return super_glue_rows(table, results, letters), [*reasons, *_missing(table, results)]
+    rows, reasons = super_glue_rows(table, results)
+    return rows, [*reasons, *_missing(table, results)]
 
 
 def padding(folders: Sequence[Path]) -> tuple[Rows, list[str]]:
@@ -34,49 +33,33 @@ def padding(folders: Sequence[Path]) -> tuple[Rows, list[str]]:
             f"{TITLES['table10']}: missing a run with 5 examples: architecture_scripts/super_glue.sh makes it"
         )
     table = published_tables()["table10"]
-    letters, reasons = _marks(table, results)
-    header, rows = super_glue_rows(table, results, letters)
-    published = [
-        "JRT-RNN, no pad mask (the paper's)",
-        "5",
-        *(f"({value:.1f})" for row in table.rows.values() for value in row),
-    ]
-    return (header, [*rows, published]), [*reasons, _TABLE_10_NOTE]
+    (header, rows), reasons = super_glue_rows(table, results)
+    values = [f"({value:.1f})" for row in table.rows.values() for value in row]
+    return (header, [*rows, ["JRT-RNN, no pad mask (the paper's)", "5", *values]]), [*reasons, _TABLE_10_NOTE]
 
 
-def super_glue_rows(
-    table: Table, results: Sequence[dict], letters: Mapping[tuple[int, int], str] = MappingProxyType({})
-) -> Rows:
-    """A row for each model and number of examples. letters: marks, by (row, column).
+def super_glue_rows(table: Table, results: Sequence[dict]) -> tuple[Rows, list[str]]:
+    """A row for each model and number of examples, and the lines below the table.
 
-    A published value stands only beside a score on the whole validation split. Generated documents have other sizes."""
+    A published value stands only beside a score on the whole validation split. Generated documents have other sizes. A
+    cell has a mark if its dtype, package or task version is not the most common one of its column."""
+    results = sorted(results, key=_order)
+    said: dict[tuple[int, int], list[str]] = {}
+    for place, column in enumerate(table.columns):
+        measured = [row for row, found in enumerate(results) if _score(found, column) is not None]
+        said |= differences({(row, place): _settings(results[row], column.task) for row in measured})
+    letters, reasons = lettered(said)
     rows = []
-    for number, found in enumerate(sorted(results, key=_order)):
+    for row, found in enumerate(results):
         paper = published_row(table, found["model_name"], str(_shots(found)))
         cells = []
         for place, column in enumerate(table.columns):
             score = _score(found, column)
             whole = score is not None and found["n-samples"][column.task]["effective"] == SUPER_GLUE_SIZES[column.task]
             published = paper[place] if paper and whole else None
-            cells.append(beside(score, published, letters.get((number, place), "")))
+            cells.append(beside(score, published, letters.get((row, place), "")))
         rows.append([_row_name(found), str(_shots(found)), *cells])
-    return ("model", "shots", *(column.label for column in table.columns)), rows
-
-
-def _marks(table: Table, results: Sequence[dict]) -> tuple[dict[tuple[int, int], str], tuple[str, ...]]:
-    """Marks by (row, column) for cells whose dtype, package or task version is not the most common one of their column;
-    and the lines that explain the marks."""
-    letters: dict[tuple[int, int], str] = {}
-    reasons: dict[str, str] = {}
-    rows = list(enumerate(sorted(results, key=_order)))
-    for place, column in enumerate(table.columns):
-        settings = {
-            (number, place): _settings(found, column.task)
-            for number, found in rows
-            if _score(found, column) is not None
-        }
-        letters |= marked(differences(settings), reasons)
-    return letters, explained(reasons)
+    return (("model", "shots", *(column.label for column in table.columns)), rows), reasons
 
 
 def _results(folders: Sequence[Path]) -> list[dict]:

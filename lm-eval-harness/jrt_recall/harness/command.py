@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from .. import task_folder
 from ..protocols import PREFIX, PROTOCOLS
-from . import architectures, repeat, saved, settings
+from . import hf_models, repeat, settings
 
 _USAGE = """usage: jrt-recall [lm_eval's options]     runs lm_eval with the recall tasks
        jrt-recall --path                 prints the folder for lm_eval --include_path
@@ -97,14 +97,11 @@ def command_line(
     settings.check(found)
     if check_model is not None:
         check_model(found)
-    architectures.register(found)
-    if (told := saved.acting_settings(found)) is not None:
+    hf_models.register(found)
+    if (told := hf_models.acting_settings(found)) is not None:
         logger.warning(told)
-    if (cache := settings.response_cache(found)) is not None:
-        namespace.use_cache = cache
-    for name in (*settings.NUMBERS, "samples"):  # lm-eval reads the `--config` file again, whose numbers may be text
-        if name in found:
-            setattr(namespace, name, found[name])
+    # lm-eval reads the `--config` file again, whose numbers may be text: what was read here comes first.
+    vars(namespace).update(found, use_cache=settings.response_cache(found))
     try:
         parser.execute(namespace)
     except AssertionError as error:  # lm-eval's own check of the numbers in --samples

@@ -1,33 +1,18 @@
 """The functions that the task files in `tasks/` name as lm-eval's hooks, built on `items` and `contains`.
 
 `documents` makes the prompts and answers with `items`, as `jrt eval` does, so both commands ask the same questions.
-lm-eval passes it the settings of `--metadata` together with the model's arguments:
-
-    protocol   name of a protocol (default: the task file's)
-    n          how often the *_n_times tasks show the context (default 3)
-    cut_with   another cutting tokenizer: gpt2, shipped, a folder or a hub name; the protocol's name then says so
-    data       folder with copies of the published datasets (a mirror, see `data`), or folder of the passages
-    seed       selection of reference pages (default 0)
-    max_items  most items that are made (lm-eval's --limit makes all of them and then uses fewer)
-
-Two of the model's arguments are used as well. With `pretrained` or `tokenizer`, prompt tokens are counted, and answers
-that the tokenizer cannot spell. With `max_length`, the prompts that lm-eval will truncate are counted.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..items import TaskItems, items
-from ..prompts import times
+from ..items import items
 from ..protocols import Protocol
 from ..scoring import contains
 from ..tokenizers import model_tokenizer, reachable
 from .settings import whole_number
-
-if TYPE_CHECKING:  # transformers takes seconds to import
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +35,20 @@ def documents(
 ) -> dict:
     """lm-eval's hook `custom_dataset`: returns {"test": Dataset} with one row for each item.
 
+    The task file gives `recall_task` and `reading`. The other arguments are the settings of `--metadata`.
+
     Args:
-        recall_task: task name, from the task file.
-        reading: a strategy's name or "n_times", from the task file.
-        protocol, n, cut_with, data, seed, max_items: settings of `--metadata`, listed at the top of this file.
-        arguments: the model's arguments, which lm-eval adds, and settings meant for other tasks.
+        recall_task: task name.
+        reading: a strategy's name or "n_times".
+        protocol: name of a protocol; default: the task file's.
+        n: how often the *_n_times tasks show the context.
+        cut_with: another cutting tokenizer: gpt2, shipped, a folder or a hub name; the protocol's name then says so.
+        data: folder with copies of the published datasets (a mirror, see `data`), or folder of the passages.
+        seed: of the selection of reference pages.
+        max_items: most items that are made (lm-eval's --limit makes all of them and then uses fewer).
+        arguments: the model's arguments, which lm-eval adds, and settings meant for other tasks. With `pretrained` or
+            `tokenizer`, prompt tokens are counted, and answers that the tokenizer cannot spell. With `max_length`, the
+            prompts that lm-eval will truncate are counted.
 
     Raises:
         ValueError: a setting has the wrong type, or `items` refuses the settings.
@@ -64,38 +58,33 @@ def documents(
     for name, value in (("protocol", protocol), ("cut_with", cut_with), ("data", data)):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{name}: expected a name, got {value!r}")
-    strategy = times(whole_number("n", n)) if reading == N_TIMES else reading
+    strategy = f"{whole_number('n', n)}x" if reading == N_TIMES else reading
     most = None if max_items is None else whole_number("max_items", max_items, least=1)
     found = items(recall_task, strategy, protocol, cut_with, most, whole_number("seed", seed), data)
-    logger.info("%s, %s; %s", found.task, found.protocol.describe(), _counts(found))
-    tokenizer = _tokenizer_of(arguments)
+    counts = (
+        f"{len(found.items)} items of {found.documents} documents from {found.source}: {found.dropped} dropped by the "
+        f"published rule, {len(found.invalid)} invalid, {found.lost} with the answer cut away"
+    )
+    logger.info("%s, %s; %s", found.task, found.protocol.describe(), counts)
+    named = arguments.get("tokenizer") or arguments.get("pretrained")
+    tokenizer = model_tokenizer(named) if isinstance(named, str) else None
     prompts = [item.prompt for item in found.items]
-    counts = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    lengths = [None] * len(prompts) if tokenizer is None else [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     limit = _limit(found.protocol, arguments)
-    shared = {
-        "task": found.task,
-        "strategy": found.strategy,
-        "protocol": found.protocol.label(),
-        "source": found.source,
-        "sha256": found.sha256,
-        "python": found.python or "",
-        "documents": found.documents,
-        "dropped": found.dropped,
-        "invalid": len(found.invalid),
-    }
+    shared = {**found.summary(), "protocol": found.protocol.label()}
     rows = [
         {
+            **shared,
             "id": item.id,
             "prompt": item.prompt,
             "answers": list(item.answers),
             "position": -1.0 if item.position is None else item.position,
             "lost": int(item.lost),
-            "unreachable": int(not _can_answer(found.protocol, item.answers, tokenizer)),
-            "prompt_tokens": count if limit is None or count is None else min(count, limit),
-            "truncated": None if limit is None or count is None else int(count > limit),
-            **shared,
+            "unreachable": int(not reachable(tokenizer, item.answers, found.protocol.stop)),
+            "prompt_tokens": length if limit is None or length is None else min(length, limit),
+            "truncated": None if limit is None or length is None else int(length > limit),
         }
-        for item, count in zip(found.items, counts, strict=True)
+        for item, length in zip(found.items, lengths, strict=True)
     ]
     return {"test": Dataset.from_list(rows)}
 
@@ -125,17 +114,6 @@ def average(values: list) -> float | str:
     return UNKNOWN if None in values else sum(values) / len(values)
 
 
-def _tokenizer_of(arguments: dict) -> PreTrainedTokenizerBase | None:
-    """The model's own tokenizer, or None if it cannot be loaded."""
-    name = arguments.get("tokenizer") or arguments.get("pretrained")
-    return model_tokenizer(name) if isinstance(name, str) else None
-
-
-def _can_answer(protocol: Protocol, answers: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether a generation can hold any of the answers: without a stop string, and as the tokenizer spells them."""
-    return protocol.can_hold(answers) if tokenizer is None else reachable(tokenizer, answers, protocol.stop)
-
-
 def _limit(protocol: Protocol, arguments: dict) -> int | None:
     """Most prompt tokens that lm-eval keeps, or None if the model's arguments do not give `max_length`."""
     length = arguments.get("max_length")
@@ -147,10 +125,3 @@ def _limit(protocol: Protocol, arguments: dict) -> int | None:
             f"max_length={length} leaves no prompt beside the {protocol.max_new_tokens} new tokens of {protocol.name}"
         )
     return room
-
-
-def _counts(found: TaskItems) -> str:
-    return (
-        f"{len(found.items)} items of {found.documents} documents from {found.source}: {found.dropped} dropped by the "
-        f"published rule, {len(found.invalid)} invalid, {found.lost} with the answer cut away"
-    )

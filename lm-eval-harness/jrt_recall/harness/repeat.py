@@ -18,6 +18,7 @@ import yaml
 
 from .. import task_folder
 from ..prompts import strategy_named
+from .settings import names_of
 
 CONTEXT_COLUMNS = ("context", "passage", "document", "article")
 """Column names that mean context. `input` means context too if the template also has a `question` (babilong)."""
@@ -44,12 +45,9 @@ def repeated_template(template: str, copies: int, column: str | None = None) -> 
     def places(name: str) -> list[str]:
         return re.findall(r"\{\{[-+]?\s*" + re.escape(name) + r"\b[^{}]*\}\}", shown_part)
 
-    if column is not None and not places(column):
-        raise ValueError(f"the template {template[:80]!r} does not show the column {column!r}: name another --context")
-    if column is not None and (shown := len(places(column))) > 1:
-        raise ValueError(
-            f"the template {template[:80]!r} shows the column {column!r} {shown} times: name another --context"
-        )
+    if column is not None and (times := len(places(column))) != 1:
+        shows = f"shows the column {column!r} {times} times" if times else f"does not show the column {column!r}"
+        raise ValueError(f"the template {template[:80]!r} {shows}: name another --context")
     candidates = [column] if column else [*CONTEXT_COLUMNS, *(["input"] if places("question") else [])]
     for name in candidates:
         found = places(name)
@@ -156,32 +154,26 @@ def write_repeated(
     return new_names
 
 
-def _members(index: Mapping[str, Any], name: str, around: tuple[str, ...] = ()) -> list[str]:
-    """The tasks behind a name. around: the groups that contain it."""
-    if name not in index:
-        raise ValueError(f"unknown task {name!r}: `lm_eval ls tasks` lists those that are here")
-    if name in around:
-        raise ValueError(f"group {name} contains itself: {' > '.join((*around, name))}")
-    entry = index[name]
-    match entry.kind.name:
-        case "TAG":
-            return [one.name for one in index.values() if name in one.tags and one.kind.name.endswith("TASK")]
-        case "GROUP":
-            return _listed(index, (*around, name), (entry.cfg or {}).get("task", []))
-    return [name]
+def _members(index: Mapping[str, Any], member: str | dict, around: tuple[str, ...] = ()) -> list[str]:
+    """The tasks behind a name, or behind a member of a group's list, in which a group can be written out as a dict.
 
-
-def _listed(index: Mapping[str, Any], groups: tuple[str, ...], members: Sequence[str | dict]) -> list[str]:
-    """The tasks of a group's list, in which a group can be written out as a dict with a list of its own.
-
-    groups: the group, after those that contain it."""
-    found: list[str] = []
-    for member in members:
-        inner = member if isinstance(member, str) else member.get("task")
-        if isinstance(member, dict) and isinstance(inner, str):
-            raise ValueError(f"group {groups[-1]} runs {inner} with settings of its own: name its tasks one by one")
-        found += _members(index, inner, groups) if isinstance(inner, str) else _listed(index, groups, inner or [])
-    return found
+    around: the groups that contain it."""
+    if isinstance(member, dict):
+        listed = member.get("task") or []
+        if isinstance(listed, str):
+            raise ValueError(f"group {around[-1]} runs {listed} with settings of its own: name its tasks one by one")
+    else:
+        if member not in index:
+            raise ValueError(f"unknown task {member!r}: `lm_eval ls tasks` lists those that are here")
+        if member in around:
+            raise ValueError(f"group {member} contains itself: {' > '.join((*around, member))}")
+        entry = index[member]
+        if entry.kind.name == "TAG":
+            return [one.name for one in index.values() if member in one.tags and one.kind.name.endswith("TASK")]
+        if entry.kind.name != "GROUP":
+            return [member]
+        around, listed = (*around, member), (entry.cfg or {}).get("task", [])
+    return [task for one in listed for task in _members(index, one, around)]
 
 
 def run(given: list[str]) -> None:
@@ -204,7 +196,7 @@ def run(given: list[str]) -> None:
             raise ValueError(f"{word}: write --tasks in full, once, where contexts are repeated")
     if not 2 <= own.repeat <= 64:
         raise ValueError(f"--repeat takes 2 to 64, got {own.repeat}")
-    names = [name for words in own.tasks for name in words.split(",") if name]
+    names = names_of(own.tasks)
     if ours := [name for name in names if name in {file.stem for file in task_folder().glob("*.yaml")}]:
         raise ValueError(
             f"{ours[0]} is a task of this package: its second reading is {ours[0]}_twice or {ours[0]}_n_times"

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..protocols import PASSAGES, PREFIX
 
@@ -32,11 +32,6 @@ _CONTRADICT_RECALL = {
     "fewshot_as_multiturn": "the prompts of the recall tasks are fixed: leave it out",
     "num_fewshot": "examples belong to the strategies 1shot, 2shot ... of `jrt eval`: leave it out",
 }
-# The kinds of lm-eval's settings. lm-eval checks them on the command line, and not in a `--config` file.
-_TEXTS = ("model", "device", "use_cache", "output_path", "include_path", "verbosity", "system_instruction")
-_FLAGS = ("check_integrity", "write_out", "log_samples", "predict_only", "show_config", "trust_remote_code")
-_OBJECTS = ("wandb_args", "wandb_config_args", "hf_hub_log_args", "trackio_args")
-NUMBERS = ("limit", "batch_size", "max_batch_size")
 
 
 def parsed(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -62,16 +57,20 @@ def parsed(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with their numbers as numbers. Raises a ValueError that names a setting of the wrong kind."""
+    """Returns the settings with their numbers as numbers. Raises a ValueError that names a setting of the wrong kind.
+
+    lm-eval checks the kinds on the command line, and not in a `--config` file."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
     found = {name: value for name, value in settings.items() if value is not None}
-    for name in _TEXTS:
-        if not isinstance(found.get(name, ""), str):
-            raise ValueError(f"--{name}: expected text, got {found[name]!r}")
-    for name in _FLAGS:
-        if not isinstance(found.get(name, False), bool):
-            raise ValueError(f"--{name}: expected true or false, got {found[name]!r}")
-    for name in _OBJECTS:
-        as_dict(name, found.get(name))
+    for name, expected in get_type_hints(EvaluatorConfig).items():
+        value = found.get(name)
+        if expected in (str, str | None) and not isinstance(value, str | None):
+            raise ValueError(f"--{name}: expected text, got {value!r}")
+        if expected is bool and not isinstance(value, bool | None):
+            raise ValueError(f"--{name}: expected true or false, got {value!r}")
+        if expected is dict:
+            as_dict(name, value)
     if "limit" in found:
         found["limit"] = _positive("--limit", found["limit"])
     if "max_batch_size" in found:
@@ -139,12 +138,6 @@ def as_dict(name: str, value: Any) -> dict:
     if isinstance(value, Mapping):
         return dict(value)
     raise ValueError(f"--{name}: expected a JSON object or key=value pairs, got {value!r}")
-
-
-def hf_model(settings: Mapping[str, Any]) -> str | None:
-    """The name of the model that lm-eval's `hf` model opens; None for lm-eval's other models."""
-    name = as_dict("model_args", settings.get("model_args")).get("pretrained")
-    return name if settings.get("model", "hf") in ("hf", "huggingface", "hf-auto") and isinstance(name, str) else None
 
 
 def whole_number(name: str, value: Any, least: int = 0) -> int:

@@ -15,7 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..data import from_hub, mirror_folder, read_lines
+from ..data import from_hub, mirror_folder
+from ..files import read_lines
 
 DATASET = "aps/super_glue"
 COLUMNS = {
