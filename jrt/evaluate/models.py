@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -350,17 +350,19 @@ def _check_options(spec: ModelSpec) -> None:
 
 
 def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors that can be reached from an object, for instance a cache of any class. seen: ids of visited
-    objects."""
+    """All tensors that can be reached from an object, for instance a cache of any class. seen: ids of visited objects,
+    all of which exist until the end: another object could get the id of one that is gone."""
     if id(value) in seen:
         return
     seen.add(id(value))
+    parts: Iterable[object] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()), seen)
+        parts = value.values()
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item, seen)
+        parts = value
     elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-        yield from _tensors(list(vars(value).values()), seen)
+        parts = vars(value).values()
+    for part in parts:
+        yield from _tensors(part, seen)

@@ -167,7 +167,7 @@ class RayPool:
 
         Raises RuntimeError if ATTEMPTS workers died of the same job, or one after the other while they opened a model."""
         coming, again = iter(jobs), deque[Job]()
-        deaths = Counter[int]()  # of workers, by the id of the job
+        deaths = Counter[tuple]()  # of workers, by cell and items
         given: dict[Any, _Given] = {}  # by Ray's reference to the answers, oldest first
         while True:
             for worker in self._free(given.values()):
@@ -187,8 +187,9 @@ class RayPool:
                 answers = self._ray.get(done)
             except self._ray.exceptions.RayActorError as error:
                 lost = [given.pop(other).job for other in list(given) if given[other].actor is actor]
-                deaths[id(lost[0])] += 1  # a worker answers its jobs in their order, so it died of the oldest
-                if deaths[id(lost[0])] == ATTEMPTS:
+                oldest = (lost[0].cell, *lost[0].items)  # a worker answers its jobs in their order, so it died of this
+                deaths[oldest] += 1
+                if deaths[oldest] == ATTEMPTS:
                     raise RuntimeError(f"{ATTEMPTS} workers died of the same {len(lost[0].rows)} prompts") from error
                 again.extend(lost)
                 if self.actors[worker] is actor:
