@@ -348,7 +348,9 @@ def test_the_state_of_all_layers_is_counted(layers):
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
-    scan = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=layers, state_size=16, conv_kernel=4)
+    scan = transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=layers, state_size=16, conv_kernel=4
+    )
     for config, floats in ((attention, 2 * 2 * 8 * 30), (scan, 64 * (4 + 16))):
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         assert OpenModel(ModelSpec("a/b"), model, shipped_tokenizer()).state_bytes(30) == layers * floats * 4
