@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-eval
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m mypy
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=ci
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
