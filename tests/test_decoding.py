@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from jrt import JRTConfig, JRTForCausalLM, presets
 from jrt.decoding import loop as decoding_loop
 from jrt.decoding.plain import PlainStep
-from jrt.decoding.session import CapturedSession, Sessions, _addresses
+from jrt.decoding.session import CapturedSession, Session, Sessions, _addresses
 from jrt.recurrent_cache import CACHE
 
 DEBUG = dataclasses.replace(presets()["debug"], vocab_rows=64)
@@ -100,7 +100,8 @@ def check_step(
             tokens = (3 + number + torch.arange(rows, device=device)) % 60  # 60 tokens; rows may be more
             hidden, state = model.read(tokens[:, None], state=state)
             true_hidden, true_state = exact.read(tokens[:, None], state=true_state)
-            logits = step.read(tokens)
+            logits = step.advance(tokens)
+            step.position.seen += 1
             triples.append((logits.clone(), model.head(hidden)[:, 0], exact.head(true_hidden)[:, 0]))
             if not is_half:
                 check(*triples[-1], number)
@@ -292,7 +293,7 @@ def test_a_kept_step_sees_new_values_or_is_dropped(name):
     """A step copies the decay, and no weight."""
     model = make_model(CONFIGS["decay"]).model
     sessions = Sessions()
-    sessions.kept.append((_addresses(model), CapturedSession(PlainStep(model, 2, 64, whole=True))))
+    sessions.kept.append((_addresses(model), Session(PlainStep(model, 2, 64, whole=True))))
     assert sessions.find(model, 2, 64) is not None
     model.load_state_dict({name: 2 * model.state_dict()[name]}, strict=False)
     assert (sessions.find(model, 2, 64) is None) == (name == "log_decay")

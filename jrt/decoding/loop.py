@@ -112,22 +112,22 @@ def decode(
     if not text.is_done():
         rows, length = input_ids.shape[0], text.ids.shape[1] + filled_columns(cache.state)
         session = sessions.find(model, rows, length) or sessions.make(model, rows, length)
-        step = session.step if isinstance(session, CapturedSession) else session
         waits = "the cache is wanted" if is_kept else text.reason_to_wait()
+        runs_ahead = isinstance(session, CapturedSession) and waits is None
         if isinstance(session, CapturedSession):
             if waits is not None:
                 log.debug("the host chooses each token: %s", waits)
-            session.prepare(text.choice if waits is None else None)
-        step.load(cache.state)
+            session.prepare(text.choice if runs_ahead else None)
+        session.start(cache.state)
         if not is_kept:
-            cache.state = None  # frees its memory: the step has a copy
-        if isinstance(session, CapturedSession) and waits is None:
+            cache.state = None  # frees its memory: the session has a copy
+        if isinstance(session, CapturedSession) and runs_ahead:
             text.run(session)
         else:
             while not text.is_done():
                 text.add(session.read(text.last()).float())
         if is_kept:
-            cache.state = step.export()
+            cache.state = session.step.export()
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -194,7 +194,7 @@ class Text:
         """Decodes to the end; the host checks for end tokens after every RUN steps."""
         while not self.is_done():
             steps = min(RUN, self.limit - self.columns)
-            tokens, self.unfinished = session.run(self.last(), self.unfinished, steps)
+            tokens, self.unfinished = session.run(self.choice, self.last(), self.unfinished, steps)
             self.ids[:, self.columns : self.columns + steps] = tokens
             self.columns += steps
         if self.choice.end_tokens is not None:

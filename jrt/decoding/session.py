@@ -1,4 +1,4 @@
-"""Sessions: a session is a step that is captured as a CUDA graph, and kept for later calls.
+"""Sessions: a session is a step with buffers for a fixed number of rows, on a GPU captured as a CUDA graph.
 
 Shapes: B rows, V vocabulary rows.
 """
@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from jrt.cache import ModelState
 from jrt.decoding.choice import Choice
 from jrt.decoding.plain import PlainStep
 from jrt.decoding.step import Step
@@ -28,78 +29,101 @@ WARM_UP = 2  # steps before a capture: libraries and Triton initialise themselve
 log = logging.getLogger(__name__)
 
 
+class Session:
+    """A step that is run call by call, on a CPU."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def start(self, state: ModelState) -> None:
+        """Copies `state` into the step's buffers; the next token continues from there."""
+        self.step.load(state)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reads one token for each row, (B,), and returns the logits (B, V) of the next; the next call overwrites
+        them."""
+        logits = self.step.advance(tokens)
+        self.step.position.seen += 1
+        return logits
+
+
 @dataclass
 class Graph:
     """A captured function; a replay overwrites `output`."""
 
     cuda: torch.cuda.CUDAGraph
     output: Tensor
+    choice: Choice | None = None  # its tensors are inputs of the graph
 
 
-class CapturedSession:
+class CapturedSession(Session):
     """A step as one CUDA graph, which also contains the choice of the next token if `Choice.key` allows it."""
 
     def __init__(self, step: Step) -> None:
-        self.step = step
+        super().__init__(step)
         device = step.position.column.device
         self.tokens = torch.zeros(step.rows, dtype=torch.long, device=device)  # (B,) the tokens to read next
         self.unfinished = torch.ones(step.rows, dtype=torch.bool, device=device)
         self.chosen = torch.zeros(step.rows, RUN, dtype=torch.long, device=device)  # tokens chosen since `run` began
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many columns of `chosen` are filled
         self.reading: Graph | None = None
-        self.choosing: Graph | None = None
-        self.choice: Choice | None = None  # of `choosing`: its tensors are inputs of the graph
-        self.key: tuple | None = None  # of `choice` when it was captured
+        self.choosing: dict[tuple, Graph] = {}
 
     def prepare(self, choice: Choice | None) -> None:
         """Captures the graph that `run` needs for this choice, or that `read` needs if None, unless there is one
         already.
 
-        Call it before `Step.load`, because a capture overwrites the states.
+        Call it before `start`, because a capture overwrites the states.
         """
+        key = None if choice is None else choice.key()
         if choice is None:
-            self.reading = self.reading or self._captured(lambda: self.step.advance(self.tokens))
-        elif self.choice is None or self.key != choice.key():
-            self.choosing = self.choice = None  # frees the graph of another choice
+            if self.reading is None:
+                self._rewind()
+                self.reading = _capture(lambda: self.step.advance(self.tokens), self.tokens.device)
+        elif key not in self.choosing:
+            assert key is not None
+            self._rewind()
+            self.choosing.clear()
             own = replace(choice, end_tokens=_own(choice.end_tokens), pad_token=_own(choice.pad_token))
-            self.choosing = self._captured(lambda: self._choose(own))
-            self.choice, self.key = own, choice.key()
+            self.choosing[key] = _capture(lambda: self._choose(own), self.tokens.device)
+            self.choosing[key].choice = own
         else:
-            for mine, given in ((self.choice.end_tokens, choice.end_tokens), (self.choice.pad_token, choice.pad_token)):
+            captured = self.choosing[key].choice
+            assert captured is not None
+            for mine, given in ((captured.end_tokens, choice.end_tokens), (captured.pad_token, choice.pad_token)):
                 if mine is not None and given is not None:
                     mine.copy_(given)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """As `Step.read`."""
         assert self.reading is not None
         self.tokens.copy_(tokens)
         self.reading.cuda.replay()
         self.step.position.seen += 1
         return self.reading.output
 
-    def run(self, tokens: Tensor, unfinished: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Reads the tokens (B,) and decodes `steps` more, at most RUN, by the prepared choice, without waiting for the
-        GPU.
+    def run(self, choice: Choice, tokens: Tensor, unfinished: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Reads the tokens (B,) and decodes `steps` more, at most RUN, without waiting for the GPU.
 
         Returns:
             The new tokens (B, steps), and which rows are unfinished after them, (B,) bool. The next call overwrites
             both.
         """
-        assert self.choosing is not None
+        key = choice.key()
+        assert key is not None
+        graph = self.choosing[key]
         self.tokens.copy_(tokens)
         self.unfinished.copy_(unfinished)
         self.count.zero_()
         for _ in range(steps):
-            self.choosing.cuda.replay()
+            graph.cuda.replay()
         self.step.position.seen += steps
         return self.chosen[:, :steps], self.unfinished
 
-    def _captured(self, function: Callable[[], Tensor]) -> Graph:
-        # From the start of a text, so that the steps of the capture stay inside the buffers.
+    def _rewind(self) -> None:
+        """Sets the position to the start of a text, so that the steps of a capture stay inside the buffers."""
         self.step.position.load(0, torch.zeros_like(self.tokens))
         self.tokens.zero_()
         self.count.zero_()
-        return _capture(function, self.tokens.device)
 
     def _choose(self, choice: Choice) -> Tensor:
         logits = self.step.advance(self.tokens)
@@ -141,12 +165,12 @@ class Sessions:
     """The sessions that one model keeps, the last used one last. A copied or pickled model starts without sessions."""
 
     def __init__(self) -> None:
-        self.kept: list[tuple[tuple, CapturedSession]] = []
+        self.kept: list[tuple[tuple, Session]] = []
 
     def __reduce__(self) -> tuple:
         return Sessions, ()
 
-    def find(self, model: LanguageModel, rows: int, columns: int) -> CapturedSession | None:
+    def find(self, model: LanguageModel, rows: int, columns: int) -> Session | None:
         """A kept session for this number of rows and at least `columns` columns; None if there is none.
 
         Sessions whose weights are no longer the model's are dropped."""
@@ -160,12 +184,12 @@ class Sessions:
                 return entry[1]
         return None
 
-    def make(self, model: LanguageModel, rows: int, columns: int) -> CapturedSession | Step:
-        """A new session, kept for later calls; on a CPU a new step, which is not kept."""
+    def make(self, model: LanguageModel, rows: int, columns: int) -> Session:
+        """A new session; on a GPU it is kept for later calls."""
         device = model.embedding.weight.device
         with torch.inference_mode(False), torch.no_grad():  # later calls outside inference mode may write these buffers
             if device.type != "cuda":
-                return PlainStep(model, rows, columns, whole=False)
+                return Session(PlainStep(model, rows, columns, whole=False))
             self.kept = self.kept[1 - KEPT :]
             session = CapturedSession(_captured_step(model, rows, -(-columns // ROUND) * ROUND))
         self.kept.append((_addresses(model), session))

@@ -49,16 +49,9 @@ class Step(ABC):
     def advance(self, ids: Tensor) -> Tensor:
         """Reads one token for each row, (B,), and returns the logits (B, V) of the next, in the dtype of the weights.
 
-        It advances `position.column` on the device, and not `position.seen`, because a captured step runs no Python
-        code.
+        It advances `position.column` on the device. The caller advances `position.seen`, because a captured step runs
+        no Python code.
         """
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """Reads one token for each row, (B,), outside of a graph; returns the logits (B, V) of the next, which the next
-        call overwrites."""
-        logits = self.advance(tokens)
-        self.position.seen += 1
-        return logits
 
     def likeliest(self, logits: Tensor) -> Tensor:
         """The tokens (B,) with the largest logits of (B, V); of equal ones, the first."""
