@@ -30,7 +30,7 @@ class ModelState:
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> ModelState:
         """A new state: `function` is applied to each tensor. It may choose, repeat or reorder rows (dimension 0)."""
-        layers = [mapped(layer, function) for layer in self.layers]
+        layers = [_mapped(layer, function) for layer in self.layers]
         return ModelState(self.config, layers, self.seen, function(self.lengths))
 
     def select(self, rows: Tensor) -> ModelState:
@@ -54,16 +54,14 @@ class ModelState:
 
     def nbytes(self) -> int:
         """Memory of the states in bytes."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in tensors_of(layer))
+        return sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
 
 
-def mapped(layer: LayerState, function: Callable[[Tensor], Tensor]) -> LayerState:
-    """The state with `function` applied to each tensor."""
+def _mapped(layer: LayerState, function: Callable[[Tensor], Tensor]) -> LayerState:
     if isinstance(layer, Tensor):
         return function(layer)
     return type(layer)(*(function(tensor) for tensor in layer))
 
 
-def tensors_of(layer: LayerState) -> tuple[Tensor, ...]:
-    """The tensors of a state."""
+def _tensors(layer: LayerState) -> tuple[Tensor, ...]:
     return (layer,) if isinstance(layer, Tensor) else tuple(layer)

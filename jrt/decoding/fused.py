@@ -20,11 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from jrt.decoding.states import FixedState, KeyRing, LayerBuffers, LinearSums
+from jrt.decoding.states import ConvolutionInputs, KeyRing, LayerBuffers, LinearSums, MambaSums
 from jrt.decoding.step import Step
 from jrt.decoding.tables import feature_table
 from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution
-from jrt.mixers.mamba import MambaState
 from jrt.model import Block, LanguageModel, RMSNorm
 from jrt.ops.steps import attention, choice, launch, linear_attention, mamba, products
 from jrt.ops.steps.products import Taps
@@ -69,7 +68,7 @@ class FusedStep(Step):
         self.scratch: dict[tuple[str, int], Tensor] = {}
         self.launches: list[Launch] = []
         for block, buffers in zip(self.blocks, self.buffers, strict=True):
-            self._add_mixer(block.mixer, self._norm(block.norm1), buffers)
+            self._add_mixer(block, buffers)
             if hasattr(block, "mlp"):
                 self._add_mlp(block)
         vocabulary = model.head.out_features
@@ -133,20 +132,29 @@ class FusedStep(Step):
         self._add(products.add_product, h, linear.weight, linear.bias, self.stream)
         self.left = products.added(linear.weight, linear.bias, self.rows)
 
-    @functools.singledispatchmethod
-    def _add_mixer(self, mixer: nn.Module, norm: Norm, state: LayerBuffers) -> None:
-        raise TypeError(f"no step for {type(mixer).__name__}")
+    def _add_mixer(self, block: Block, buffers: LayerBuffers) -> None:
+        mixer, norm = block.mixer, self._norm(block.norm1)
+        if isinstance(mixer, ShortConvolution):
+            assert isinstance(buffers, ConvolutionInputs)
+            self._add_convolution(mixer, norm, buffers)
+        elif isinstance(mixer, LinearAttention):
+            assert isinstance(buffers, LinearSums)
+            self._add_linear_attention(mixer, norm, buffers)
+        elif isinstance(mixer, Attention):
+            assert isinstance(buffers, KeyRing)
+            self._add_attention(mixer, norm, buffers)
+        else:
+            assert isinstance(mixer, Mamba) and isinstance(buffers, MambaSums)
+            self._add_mamba(mixer, norm, buffers)
 
-    @_add_mixer.register
-    def _(self, mixer: ShortConvolution, norm: Norm, state: FixedState[Tensor]) -> None:
+    def _add_convolution(self, mixer: ShortConvolution, norm: Norm, buffers: ConvolutionInputs) -> None:
         mixed = self._row("mixed", mixer.conv.out_channels)
-        taps = Taps(mixer.conv.weight[:, 0], mixer.conv.bias, state.tensors)
+        taps = Taps(mixer.conv.weight[:, 0], mixer.conv.bias, buffers.inputs)
         in_proj = mixer.in_proj
         self._add(products.convolution, self.stream, norm, in_proj.weight, in_proj.bias, taps, mixed)
         self._add_residual(mixed, mixer.out_proj)
 
-    @_add_mixer.register
-    def _(self, mixer: LinearAttention, norm: Norm, state: LinearSums) -> None:
+    def _add_linear_attention(self, mixer: LinearAttention, norm: Norm, buffers: LinearSums) -> None:
         linears = [mixer.proj_q, mixer.proj_k, mixer.proj_v]
         decay = None
         if mixer.has_decay:
@@ -159,20 +167,19 @@ class FusedStep(Step):
         d, gain = mixer.proj_q.out_features // mixer.heads, mixer.key_gain
         row, column, weight = feature_table(d, mixed.device)
         table = row, column, weight.float()
-        S, z = state.S, state.z
+        S, z = buffers.S, buffers.z
         self._add(products.project, self.stream, norm, weights, None, projected)
         self._add(linear_attention.linear_attention_step, projected, S, z, table, d, gain, decay, mixed)
         self._add_residual(mixed, mixer.out_proj)
 
-    @_add_mixer.register
-    def _(self, mixer: Attention, norm: Norm, state: KeyRing) -> None:
+    def _add_attention(self, mixer: Attention, norm: Norm, buffers: KeyRing) -> None:
         qkv_proj, scale = mixer.Wqkv, mixer.scale
         width = qkv_proj.in_features
         qkv, mixed = self._row("projected", 3 * width), self._row("mixed", width)
         rotary = None
         if self.rotary is not None:
             rotary = self.rotary.cos, self.rotary.sin, -(-self.model.config.rotary_dim // 2)
-        k, v, position = state.k, state.v, self.position
+        k, v, position = buffers.k, buffers.v, self.position
         heads, ring, head_dim = k.shape[1:]
         parts = attention.parts(self.rows, heads, ring)
         partial = self._row(f"partial {parts}", heads * parts * (head_dim + 2), torch.float32)
@@ -181,17 +188,16 @@ class FusedStep(Step):
         self._add(attention.attention_step, qkv, k, v, position.column, position.pads, rotary, scale, partial, mixed)
         self._add_residual(mixed, mixer.out_proj)
 
-    @_add_mixer.register
-    def _(self, mixer: Mamba, norm: Norm, state: FixedState[MambaState]) -> None:
+    def _add_mamba(self, mixer: Mamba, norm: Norm, buffers: MambaSums) -> None:
         channels = mixer.conv1d.out_channels
         u, gate, mixed = (self._row(name, channels) for name in ("u", "gate", "mixed"))
         selected = self._row("selected", mixer.x_proj.out_features)
-        taps = Taps(mixer.conv1d.weight[:, 0], mixer.conv1d.bias, state.tensors.conv)
+        taps = Taps(mixer.conv1d.weight[:, 0], mixer.conv1d.bias, buffers.inputs)
         self._add(products.mamba_inputs, self.stream, norm, mixer.in_proj.weight, taps, u, gate)
         self._add(products.product, u, mixer.x_proj.weight, selected)
         self._add(
             mamba.selective_step,
-            u, gate, selected, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D, state.tensors.ssm, mixed,
+            u, gate, selected, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D, buffers.h, mixed,
         )  # fmt: skip
         self._add_residual(mixed, mixer.out_proj)
 

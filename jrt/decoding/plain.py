@@ -11,7 +11,6 @@ columns.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -19,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jrt.cache import ModelState
-from jrt.decoding.states import FixedState, KeyRing, LayerBuffers, LinearSums
+from jrt.decoding.states import ConvolutionInputs, KeyRing, LayerBuffers, LinearSums, MambaSums
 from jrt.decoding.step import Step
 from jrt.decoding.tables import feature_table
 from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution
-from jrt.mixers.mamba import MambaState
 from jrt.model import Block, LanguageModel, RMSNorm
 
 Layer = Callable[[Tensor, "Moment"], Tensor]  # (B, E) -> (B, E)
@@ -128,10 +126,19 @@ def _block(block: Block, buffers: LayerBuffers, model: LanguageModel, one_row: b
     return layer
 
 
-@functools.singledispatch
-def _mixer(mixer: nn.Module, state: LayerBuffers, model: LanguageModel) -> Layer:
-    """The one-token function of a mixer, which updates its state in place."""
-    raise TypeError(f"no step for {type(mixer).__name__}")
+def _mixer(mixer: nn.Module, buffers: LayerBuffers, model: LanguageModel) -> Layer:
+    """The one-token function of a mixer, which updates its buffers in place."""
+    if isinstance(mixer, ShortConvolution):
+        assert isinstance(buffers, ConvolutionInputs)
+        return _short_convolution(mixer, buffers)
+    if isinstance(mixer, LinearAttention):
+        assert isinstance(buffers, LinearSums)
+        return _linear_attention(mixer, buffers, model.log_decay if mixer.has_decay else None)
+    if isinstance(mixer, Attention):
+        assert isinstance(buffers, KeyRing)
+        return _attention(mixer, buffers)
+    assert isinstance(mixer, Mamba) and isinstance(buffers, MambaSums)
+    return _mamba(mixer, buffers)
 
 
 def _convolved(inputs: Tensor, u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,22 +151,19 @@ def _convolved(inputs: Tensor, u: Tensor, taps: Tensor, bias: Tensor | None) -> 
     return c if bias is None else c + bias.to(c.dtype)
 
 
-@_mixer.register
-def _(mixer: ShortConvolution, state: FixedState[Tensor], model: LanguageModel) -> Layer:
+def _short_convolution(mixer: ShortConvolution, state: ConvolutionInputs) -> Layer:
     in_proj, out_proj, conv = _linear(mixer.in_proj), _linear(mixer.out_proj), mixer.conv
     taps, bias = conv.weight[:, 0].mT, conv.bias
 
     def step(x: Tensor, moment: Moment) -> Tensor:
         u, gate = in_proj(x).chunk(2, 1)
-        c = _convolved(state.tensors, u, taps.to(u.dtype), bias)
+        c = _convolved(state.inputs, u, taps.to(u.dtype), bias)
         return out_proj(F.silu(c).mul_(gate))
 
     return step
 
 
-@_mixer.register
-def _(mixer: LinearAttention, state: LinearSums, model: LanguageModel) -> Layer:
-    log_decay = model.log_decay if mixer.has_decay else None
+def _linear_attention(mixer: LinearAttention, state: LinearSums, log_decay: Tensor | None) -> Layer:
     q_proj, k_proj, v_proj, out_proj = (_linear(m) for m in (mixer.proj_q, mixer.proj_k, mixer.proj_v, mixer.out_proj))
     gains = _linear(mixer.decay_proj) if mixer.has_decay else None
     S, z, heads, gain = state.S, state.z[:, :, 0], mixer.heads, mixer.key_gain
@@ -189,8 +193,7 @@ def _(mixer: LinearAttention, state: LinearSums, model: LanguageModel) -> Layer:
     return step
 
 
-@_mixer.register
-def _(mixer: Attention, state: KeyRing, model: LanguageModel) -> Layer:
+def _attention(mixer: Attention, state: KeyRing) -> Layer:
     qkv_proj, out_proj, heads, scale = _linear(mixer.Wqkv), _linear(mixer.out_proj), mixer.heads, mixer.scale
     keys, values = state.k, state.v
     ring, head_dim = keys.shape[2:]
@@ -212,16 +215,15 @@ def _(mixer: Attention, state: KeyRing, model: LanguageModel) -> Layer:
     return step
 
 
-@_mixer.register
-def _(mixer: Mamba, state: FixedState[MambaState], model: LanguageModel) -> Layer:
+def _mamba(mixer: Mamba, state: MambaSums) -> Layer:
     in_proj, x_proj, out_proj = _linear(mixer.in_proj), _linear(mixer.x_proj), _linear(mixer.out_proj)
     taps, conv_bias = mixer.conv1d.weight[:, 0].mT, mixer.conv1d.bias
-    sizes, inputs, h = [mixer.rank, mixer.states, mixer.states], state.tensors.conv, state.tensors.ssm
+    sizes, h = [mixer.rank, mixer.states, mixer.states], state.h
     wide = h.dtype
 
     def step(x: Tensor, moment: Moment) -> Tensor:
         u, gate = in_proj(x).chunk(2, 1)
-        u = F.silu(_convolved(inputs, u, taps.to(u.dtype), conv_bias))
+        u = F.silu(_convolved(state.inputs, u, taps.to(u.dtype), conv_bias))
         rank, B, C = x_proj(u).split(sizes, 1)
         delta = F.softplus(F.linear(rank, mixer.dt_proj.weight).to(wide) + mixer.dt_proj.bias)  # (B, E)
         A = -mixer.A_log.to(wide).exp()

@@ -3,24 +3,23 @@
 `load` copies a state of `jrt.cache`, as prefill returns it, into the buffers. `export` copies it back, so that any
 later call can continue from it.
 
-Shapes: B batch, H heads, D head size, R columns of a ring, F features.
+Shapes: B batch, K taps, E channels, H heads, D head size, R columns of a ring, F features, N states a channel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jrt.cache import LayerState, mapped, tensors_of
+from jrt.cache import LayerState
+from jrt.config import Config
 from jrt.mixers.attention import KeyValues
+from jrt.mixers.mamba import MambaState
 from jrt.ops import State
 from jrt.ops.feature_map import feature_count
-
-Fixed = TypeVar("Fixed", bound=LayerState)
 
 
 @dataclass
@@ -42,18 +41,18 @@ class Position:
         return self.seen - self.pads
 
 
-class FixedState(Generic[Fixed]):
-    """A state (`jrt.cache.LayerState`) whose tensors have a size that does not depend on the text: those of C and M."""
+class ConvolutionInputs:
+    """The last K - 1 inputs of a short convolution, the newest last."""
 
-    def __init__(self, tensors: Fixed) -> None:
-        self.tensors = tensors
+    def __init__(self, rows: int, taps: int, channels: int, like: Tensor) -> None:
+        self.inputs = like.new_zeros(rows, taps - 1, channels)
 
     def load(self, state: LayerState, position: Position) -> None:
-        for own, given in zip(tensors_of(self.tensors), tensors_of(state), strict=True):
-            own.copy_(given)
+        assert isinstance(state, Tensor)
+        self.inputs.copy_(state)
 
-    def export(self, position: Position) -> LayerState:
-        return mapped(self.tensors, Tensor.clone)
+    def export(self, position: Position) -> Tensor:
+        return self.inputs.clone()
 
 
 class LinearSums:
@@ -98,4 +97,22 @@ class KeyRing:
         return KeyValues(*(F.pad(x, (0, 0, 0, 0, length - count, 0)).contiguous() for x in (k, v)))
 
 
-LayerBuffers = FixedState | LinearSums | KeyRing
+class MambaSums:
+    """The convolution's last inputs and the state of the scan."""
+
+    def __init__(self, rows: int, config: Config, like: Tensor) -> None:
+        channels = config.mamba_expand * config.width
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.inputs = like.new_zeros(rows, config.mamba_kernel - 1, channels)
+        self.h = like.new_zeros(rows, channels, config.state_dim, dtype=wide)
+
+    def load(self, state: LayerState, position: Position) -> None:
+        conv, h = state
+        self.inputs.copy_(conv)
+        self.h.copy_(h)
+
+    def export(self, position: Position) -> MambaState:
+        return MambaState(self.inputs.clone(), self.h.clone())
+
+
+LayerBuffers = ConvolutionInputs | LinearSums | KeyRing | MambaSums

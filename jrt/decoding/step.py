@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from jrt.cache import LayerState, ModelState
-from jrt.decoding.states import FixedState, KeyRing, LayerBuffers, LinearSums, Position
+from jrt.decoding.states import ConvolutionInputs, KeyRing, LayerBuffers, LinearSums, MambaSums, Position
 from jrt.decoding.tables import Rotary, rotary_table
 from jrt.mixers import Attention, LinearAttention, Mamba, ShortConvolution
-from jrt.mixers.mamba import MambaState
 from jrt.model import Block, LanguageModel
 
 
@@ -78,7 +77,7 @@ class Step(ABC):
     def _buffers(self, mixer: nn.Module) -> LayerBuffers:
         config, like, rows = self.model.config, self.model.embedding.weight, self.rows
         if isinstance(mixer, ShortConvolution):
-            return FixedState(like.new_zeros(rows, config.conv_kernel - 1, config.conv_channels))
+            return ConvolutionInputs(rows, config.conv_kernel, config.conv_channels, like)
         if isinstance(mixer, LinearAttention):
             heads = config.linear_heads
             return LinearSums(rows, heads, config.feature_dim, config.width // heads, self.copies_of_z(), like)
@@ -86,9 +85,7 @@ class Step(ABC):
             ring = self.capacity if mixer.window is None else mixer.window + 1
             return KeyRing(rows, config.heads, ring, config.width // config.heads, mixer.window, like)
         assert isinstance(mixer, Mamba)
-        channels, wide = config.mamba_expand * config.width, torch.promote_types(like.dtype, torch.float32)
-        conv = like.new_zeros(rows, config.mamba_kernel - 1, channels)
-        return FixedState(MambaState(conv, like.new_zeros(rows, channels, config.state_dim, dtype=wide)))
+        return MambaSums(rows, config, like)
 
 
 def filled_columns(state: ModelState) -> int:
