@@ -26,12 +26,6 @@ _LENGTHS = "max_length max_new_tokens"
 _OUTPUTS = "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate"
 _RECORDS = "transformers_version _from_model_config _original_object_hash"
 SILENT = frozenset(" ".join((_SAMPLING, _LENGTHS, _OUTPUTS, _RECORDS)).split())
-# The value at which each setting has no effect. `use_cache` false only costs time, but is replaced and reported too.
-_WITHOUT_EFFECT = GenerationConfig._get_default_generation_params() | {
-    "guidance_scale": 1.0,
-    "is_assistant": False,
-    "token_healing": False,
-}
 
 
 def saved_settings(name: str) -> dict[str, Any] | None:
@@ -98,4 +92,30 @@ def _matters(name: str, value: object) -> bool:
         return value is not None and not _is_token(value)  # such as an end token that is no id: it never ends a row
     if name in SILENT or value is None:
         return False
-    return name not in _WITHOUT_EFFECT or value != _WITHOUT_EFFECT[name]
+    return name not in _DEFAULTS or value != _DEFAULTS[name]
+
+
+# The value at which each setting has no effect. `use_cache` false only costs time, but is replaced and reported too.
+_DEFAULTS: dict[str, object] = {
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "is_assistant": False,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "target_lookbehind": 10,
+    "token_healing": False,
+    "use_cache": True,
+}
