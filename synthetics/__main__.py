@@ -54,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     folder = Folder(options.out, options.sweep, runs, options.resume)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     missing = [group for group in part_of(groups(runs), options.part) if not folder.is_done(group)]
+    if workers > 1:  # the longest group begins first, so that no worker is still busy with it when all others are done
+        missing.sort(key=lambda group: sum(run.work for run in group), reverse=True)
     work = [(group, folder.checkpoint(group)) for group in missing]
     results = train_all(work, options.device, min(workers, max(1, len(work))), deadline, options.ray)
     for rows in tqdm(results, total=len(work), desc=options.sweep, unit="group", disable=not sys.stderr.isatty()):

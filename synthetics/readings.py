@@ -50,3 +50,5 @@ READINGS: dict[str, Reading] = {
     "other-order": other_order,
     "question-first": question_first,
 }
+
+READS_TWICE = {"twice", "both-orders"}  # readings with two contexts

@@ -11,7 +11,7 @@ from jrt.config import Config
 from jrt.model import LanguageModel
 from jrt.training.settings import check_kind, check_seed, check_whole
 from synthetics.data import Task
-from synthetics.readings import READINGS, Reading
+from synthetics.readings import READINGS, READS_TWICE, Reading
 
 HEADS = 2  # paper appendix B.1
 TOGETHER = 16  # models with feature sizes up to this one are trained in one stack
@@ -90,6 +90,12 @@ class Run:
             # The whole text is the prefix; no reading has more than two contexts and two questions.
             enc_length=2 * self.task.longest if "P" in pattern else 0,
         )
+
+    @property
+    def work(self) -> int:
+        """A number that grows with the time of training. It only orders runs."""
+        contexts = 2 if self.method.reads in READS_TWICE else 1
+        return self.epochs * contexts * self.task.longest * self.width
 
     @property
     def shape(self) -> Run:

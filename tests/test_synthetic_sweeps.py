@@ -327,3 +327,19 @@ def test_own_methods_are_runs_like_others(tmp_path, monkeypatch):
     monkeypatch.setitem(sweeps.SWEEPS, "debug", runs)
     assert command.main(["debug", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert {row["reads"] for row in folder.read(tmp_path / "out")["rows"]} == {"other-order"}
+
+
+def test_several_workers_begin_with_the_longest_groups(tmp_path, monkeypatch):
+    runs = [replace(RUN, width=8), replace(RUN, width=32), replace(RUN, width=16), replace(RUN, width=16, seed=2)]
+    runs.append(replace(RUN, width=24, method=METHODS["twice"]))
+    monkeypatch.setitem(sweeps.SWEEPS, "mine", runs)
+    seen: list[list[int]] = []
+
+    def watch(work, *arguments):
+        seen.append([group[0].width for group, _ in work])
+        return iter(())
+
+    monkeypatch.setattr(command, "train_all", watch)
+    for workers in ("2", "1"):
+        command.main(["mine", "--out", str(tmp_path / workers), "--device", "cpu", "--workers", workers])
+    assert seen == [[24, 32, 16, 8], [8, 32, 16, 24]]
