@@ -5,8 +5,10 @@
     python benchmarks/train_scaling.py --gpus 1 2 --cpu --presets debug --steps 6 --length 128     # tries the script
 
 Tokens are synthetic. In "weak" scaling each GPU has the same number of rows in a step, so the batch grows with the
-number of GPUs. In "strong" scaling the batch is always the same, and fewer GPUs split it into more passes; then the
-losses must agree. Runs that measure only speed have SPEED_STEPS steps.
+number of GPUs: "weak" has the rows that a GPU has when the largest number of GPUs shares the recipes' batch of
+RECIPE_BATCH rows, in several passes (DDP only); "one pass" has the rows of a single pass, so that gradients are summed
+as often as can be. In "strong" scaling the batch is always the same, one pass of the largest number of GPUs, and fewer
+GPUs split it into more passes; then the losses must agree. Runs that measure only speed have fewer steps.
 
     efficiency = tokens/s of N GPUs / (N x tokens/s of the same rows or batch on one)
 
@@ -30,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +43,11 @@ from jrt.system.processes import PARENT
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "run.py"
 ROWS = {"jrt-360m": 16, "jrt-1.3b": 8}  # of a pass on one GPU; other presets: 4
+RECIPE_BATCH = 256  # rows of a step, of all GPUs: train/configs/experiment/baselines
 STRATEGIES = ("ddp", "fsdp")
+SCALINGS = ("weak", "one pass", "strong")
 SPEED_STEPS = 45  # of which the second half is measured
+RECIPE_STEPS = 15  # the same for steps of several passes
 PATIENCE = 240  # seconds: longer than compiling takes, and than steps between two figures
 TOLERANCE = 1e-3  # between the losses of one GPU and of several, relative
 
@@ -62,24 +68,29 @@ class Setting:
         return min(ROWS.get(self.preset, 4), self.batch // self.gpus)
 
     def scaling(self, most: int) -> list[str]:
-        """Returns the scaling curves ("weak", "strong") that the run belongs to."""
-        weak = self.batch == self.gpus * ROWS.get(self.preset, 4)
-        strong = self.batch == most * ROWS.get(self.preset, 4)
-        return ["weak"] * weak + ["strong"] * strong
+        """Returns the curves (of SCALINGS) that the run belongs to."""
+        return [kind for kind in SCALINGS if self.batch == batch_of(kind, self.preset, self.gpus, most)]
+
+
+def batch_of(kind: str, preset: str, gpus: int, most: int) -> int:
+    """Rows of a step of all GPUs. kind: of SCALINGS; most: the largest number of GPUs that is measured."""
+    rows = ROWS.get(preset, 4)
+    return {"weak": gpus * RECIPE_BATCH // most, "one pass": gpus * rows, "strong": most * rows}[kind]
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
-    """Returns every run once. On one GPU all strategies are the same, so only one of them is run."""
-    found = []
-    for preset in options.presets:
-        rows, most = ROWS.get(preset, 4), max(options.gpus)
-        for count in sorted(options.gpus):
-            for strategy in options.strategies if count > 1 else options.strategies[:1]:
-                for batch in sorted({count * rows, most * rows} if "strong" in options.scaling else {count * rows}):
-                    compared = batch == most * rows and "strong" in options.scaling
-                    steps = options.steps if compared else min(options.steps, SPEED_STEPS)
-                    found.append(Setting(preset, strategy, count, batch, steps))
-    return found
+    """Returns every run once. On one GPU all strategies are the same, so only one is run."""
+    found = dict[Setting, None]()
+    most = max(options.gpus)
+    for strategy, preset, kind in product(options.strategies, options.presets, options.scaling):
+        for count in sorted(options.gpus, reverse=True):
+            batch, strong = (batch_of(each, preset, count, most) for each in (kind, "strong"))
+            if kind == "weak" and strategy != options.strategies[0]:
+                continue
+            compared = batch == strong and "strong" in options.scaling
+            steps = options.steps if compared else min(options.steps, RECIPE_STEPS if kind == "weak" else SPEED_STEPS)
+            found[Setting(preset, strategy if count > 1 else options.strategies[0], count, batch, steps)] = None
+    return list(found)
 
 
 def make_text(folder: Path, length: int, vocabulary: int) -> None:
@@ -233,9 +244,11 @@ def compare(rows: list[dict]) -> None:
         alone = [r for r in rows if r["method"] == row["method"] and r["gpus"] == 1]
         same = [r for r in alone if r["shape"] == row["shape"]]
         for kind in row["scaling"]:
-            base = same if kind == "strong" else [r for r in alone if r["rows_a_pass"] == r["shape"]["B"]]
+            share = row["shape"]["B"] // row["gpus"]
+            base = same if kind == "strong" else [r for r in alone if r["shape"]["B"] == share]
             if base:
-                row[f"{kind}_efficiency"] = round(row["tokens_per_s"] / base[0]["tokens_per_s"] / row["gpus"], 4)
+                gain = row["tokens_per_s"] / base[0]["tokens_per_s"]
+                row[f"{kind.replace(' ', '_')}_efficiency"] = round(gain / row["gpus"], 4)
         if same and row["gpus"] > 1:
             row["loss_difference"] = difference(row["losses"], same[0]["losses"])
             row["losses_agree"] = row["loss_difference"] <= TOLERANCE
@@ -292,7 +305,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--presets", nargs="+", default=list(ROWS), choices=list(presets()), metavar="PRESET")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
-    parser.add_argument("--scaling", nargs="+", default=["weak", "strong"], choices=("weak", "strong"))
+    parser.add_argument("--scaling", nargs="+", default=list(SCALINGS), choices=SCALINGS)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--every", type=int, default=5, help="steps between two figures")
     parser.add_argument("--length", type=int, default=2048)

@@ -27,6 +27,10 @@ from jrt.training.loss import ModelWithLoss
 log = logging.getLogger(__name__)
 STRATEGIES = ("ddp", "fsdp")
 UNIT = 40_000_000  # parameters of a group that FSDP gathers at once: four blocks of a 360M model, two of a 1.3B model
+# MiB of gradients that DistributedDataParallel sums at once: all, after the backward pass. While NCCL sums, it occupies
+# multiprocessors, and a matrix product that finds its own taken lasts up to twice as long. So a sum beside the backward
+# pass saves nothing: JRT-360M on four H100 takes 168.5 ms a step either way (docs/figures.md, several GPUs).
+BUCKET_MIB = 1 << 20
 T = TypeVar("T")
 
 
@@ -231,7 +235,9 @@ def build(
     if strategy == "ddp":
         devices = [place.device.index] if place.device.type == "cuda" else None
         # Gradients are summed in the memory where they are computed. Buffers are constants: nothing to send.
-        shared = DistributedDataParallel(whole, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        shared = DistributedDataParallel(
+            whole, devices, gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=BUCKET_MIB
+        )
         return model, shared
     return model, whole
 
