@@ -164,6 +164,26 @@ def training(name: str = "train_throughput") -> str:
     return rows_as_markdown(header, rows) + origin(report)
 
 
+def scaling(name: str = "train_scaling") -> str:
+    report = load(name)
+    rows = []
+    for row in sorted(report["rows"], key=lambda row: (row["shape"]["B"] // row["gpus"], row["strategy"], row["gpus"])):
+        gains = [
+            f"{kind} {100 * row[key]:.1f}%"
+            for kind in row["scaling"]
+            if row["gpus"] > 1 and (key := f"{kind.replace(' ', '_')}_efficiency") in row
+        ]
+        if row["gpus"] > 1 and not gains:
+            continue  # its run on one GPU is not there
+        passes = row["shape"]["B"] // row["gpus"] // row["rows_a_pass"]
+        rows.append([row["method"], str(row["gpus"]), row["strategy"] if row["gpus"] > 1 else "-"])
+        rows[-1] += [f"{row['shape']['B']} ({passes})", f"{row['tokens_per_s'] / 1000:.1f} k", ", ".join(gains) or "-"]
+        rows[-1] += [f"{row['mfu']:.3f}", f"{row['memory_gib']:.1f}"]
+        rows[-1].append(f"{row['loss_difference']:.1e}" if "loss_difference" in row else "-")
+    header = ["", "GPUs", "strategy", "rows a step (passes)", "tokens/s", "efficiency", "6N MFU", "GiB a GPU", "losses"]
+    return rows_as_markdown(header, rows) + origin(report)
+
+
 def generation() -> str:
     report = load("generation")
     found = {(row["method"], row["shape"]["B"], row["shape"]["N"]): row for row in report["rows"]}
@@ -349,6 +369,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "op training": op_training,
     "layers": layers,
     "training": training,
+    "scaling": scaling,
     "training, large": lambda: training("train_throughput_1.3b"),
     "whole models": whole_models,
     "generation": generation,

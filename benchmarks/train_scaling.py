@@ -79,7 +79,10 @@ def batch_of(kind: str, preset: str, gpus: int, most: int) -> int:
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
-    """Returns every run once. On one GPU all strategies are the same, so only one is run."""
+    """Returns every run once, in the order in which `side_by_side` should start them.
+
+    On one GPU all strategies are the same, so only one is run. Runs that need all GPUs come first, because they would
+    wait for ever behind smaller ones; then the runs on one GPU, with which the others are compared."""
     found = dict[Setting, None]()
     most = max(options.gpus)
     for strategy, preset, kind in product(options.strategies, options.presets, options.scaling):
@@ -90,7 +93,7 @@ def settings(options: argparse.Namespace) -> list[Setting]:
             compared = batch == strong and "strong" in options.scaling
             steps = options.steps if compared else min(options.steps, RECIPE_STEPS if kind == "weak" else SPEED_STEPS)
             found[Setting(preset, strategy if count > 1 else options.strategies[0], count, batch, steps)] = None
-    return list(found)
+    return sorted(found, key=lambda setting: (setting.gpus != most, setting.gpus != 1, -setting.gpus))
 
 
 def make_text(folder: Path, length: int, vocabulary: int) -> None:

@@ -11,6 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure() -> None:
+    """Prepares Triton's interpreter, if this process is to run kernels in it."""
+    import interpreter
+
+    if interpreter.INTERPRETED:
+        interpreter.quicken()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with golden/, qa/ and gpt2/: not part of the project, so tests that need it skip where it is absent."""

@@ -3,6 +3,7 @@
 The interpreter has to be asked for before triton is imported, so these tests run in a process of their own.
 """
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -11,6 +12,26 @@ import sys
 import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def quicken() -> None:
+    """Leaves out what takes half of the interpreter's time and tests nothing of the kernels.
+
+    Each integer operation is done twice, to find overflow, which compiled kernels do not do either. And each call of a
+    device function looks through the whole language for what is still to be replaced; here the first call in a module
+    does."""
+    from triton.runtime import interpreter
+
+    builder, modules = interpreter.interpreter_builder, set()
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    def call(self, *args: object, **kwargs: object) -> object:
+        if self.fn.__module__ not in modules:
+            interpreter._patch_lang(self.fn)
+            modules.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def require_triton() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("hydra")
 
@@ -30,17 +31,19 @@ def scaled(output: Path, *options: str) -> list[dict]:
 def test_scaling_on_two_processes(tmp_path):
     rows = scaled(tmp_path / "scaling.json")
     assert [(row["strategy"], row["shape"]["B"], row["scaling"]) for row in rows] == [
-        ("one device", 4, ["weak"]),
+        ("ddp", 256, ["weak"]),
+        ("ddp", 8, ["one pass", "strong"]),
+        ("fsdp", 8, ["one pass", "strong"]),
+        ("one device", 128, ["weak"]),
+        ("one device", 4, ["one pass"]),
         ("one device", 8, ["strong"]),
-        ("ddp", 8, ["weak", "strong"]),
-        ("fsdp", 8, ["weak", "strong"]),
     ]
     for row in rows:
         assert row["tokens_per_s"] > 0 and len(row["losses"]) == 6
-    for row in rows[2:]:
-        assert row["losses_agree"] and row["weak_efficiency"] > 0 and row["strong_efficiency"] > 0
-    assert rows[0]["losses"] != rows[1]["losses"]
-    assert [row["beside"] for row in rows] == [1, 1, 0, 0]
+    assert rows[0]["weak_efficiency"] > 0
+    for row in rows[1:3]:
+        assert row["losses_agree"] and row["one_pass_efficiency"] > 0 and row["strong_efficiency"] > 0
+    assert rows[4]["losses"] != rows[5]["losses"]
 
 
 @pytest.mark.slow
@@ -51,7 +54,12 @@ def test_a_run_that_changes_its_devices(tmp_path):
 
 
 def options(**fields: object) -> argparse.Namespace:
-    known = {"presets": ["jrt-360m"], "gpus": [1, 2, 4], "strategies": ["ddp", "fsdp"], "scaling": ["weak", "strong"]}
+    known = {
+        "presets": ["jrt-360m"],
+        "gpus": [1, 2, 4],
+        "strategies": ["ddp", "fsdp"],
+        "scaling": ["one pass", "strong"],
+    }
     return argparse.Namespace(**known | {"steps": 50, "every": 5, "length": 128, "alone": None, "cpu": True} | fields)
 
 
@@ -63,9 +71,41 @@ def test_only_runs_whose_losses_are_compared_have_all_steps():
         32: train_scaling.SPEED_STEPS,
         64: 50,
     }
-    weak = train_scaling.settings(options(scaling=["weak"]))
-    assert [(setting.gpus, setting.batch) for setting in weak] == [(1, 16), (2, 32), (2, 32), (4, 64), (4, 64)]
-    assert {setting.steps for setting in weak} == {train_scaling.SPEED_STEPS}
+    one = train_scaling.settings(options(scaling=["one pass"]))
+    assert [(setting.gpus, setting.batch) for setting in one] == [(4, 64), (4, 64), (1, 16), (2, 32), (2, 32)]
+    assert {setting.steps for setting in one} == {train_scaling.SPEED_STEPS}
+
+
+def test_the_recipes_batch_is_measured_on_the_largest_number_of_gpus():
+    batch = yaml.safe_load((ROOT / "train/configs/experiment/baselines/common-360m-30b.yaml").read_text())["trainer"]
+    assert batch["global_batch"] == train_scaling.RECIPE_BATCH
+    found = train_scaling.settings(options(scaling=["weak"]))
+    assert [(setting.strategy, setting.gpus, setting.batch, setting.rows) for setting in found] == [
+        ("ddp", 4, 256, 16),
+        ("ddp", 1, 64, 16),
+        ("ddp", 2, 128, 16),
+    ]
+    assert {setting.steps for setting in found} == {train_scaling.RECIPE_STEPS}
+
+
+def test_efficiency_is_measured_against_the_same_work_of_one_gpu():
+    def row(gpus: int, batch: int, speed: float, *kinds: str) -> dict:
+        shape = {"B": batch, "T": 128}
+        return {
+            "method": "m",
+            "gpus": gpus,
+            "shape": shape,
+            "scaling": list(kinds),
+            "tokens_per_s": speed,
+            "losses": {"5": 9.0},
+        }
+
+    rows = [row(1, 16, 100.0, "one pass"), row(1, 64, 110.0, "weak", "strong")]
+    rows += [row(4, 64, 360.0, "one pass", "strong"), row(4, 256, 418.0, "weak")]
+    train_scaling.compare(rows)
+    assert rows[2]["one_pass_efficiency"] == 0.9 and rows[2]["strong_efficiency"] == round(360 / 440, 4)
+    assert rows[3]["weak_efficiency"] == 0.95 and "loss_difference" not in rows[3]
+    assert rows[2]["losses_agree"]
 
 
 def test_losses_of_one_gpu_can_come_from_a_file(tmp_path):

@@ -27,9 +27,9 @@ from jrt.training.loss import ModelWithLoss
 log = logging.getLogger(__name__)
 STRATEGIES = ("ddp", "fsdp")
 UNIT = 40_000_000  # parameters of a group that FSDP gathers at once: four blocks of a 360M model, two of a 1.3B model
-# MiB of gradients that DistributedDataParallel sums at once: all, after the backward pass. While NCCL sums, it occupies
-# multiprocessors, and a matrix product that finds its own taken lasts up to twice as long. So a sum beside the backward
-# pass saves nothing: JRT-360M on four H100 takes 168.5 ms a step either way (docs/figures.md, several GPUs).
+# MiB of gradients that DistributedDataParallel sums at once: all of them, after the backward pass. A sum beside the
+# backward pass takes multiprocessors from it, and a matrix product that finds its own taken lasts up to twice as long: on
+# H100s the step was no shorter with smaller buckets, fewer NCCL blocks or sums in bf16.
 BUCKET_MIB = 1 << 20
 T = TypeVar("T")
 
