@@ -20,7 +20,7 @@ _, LONG_FIRST, _ = PANELS
 
 @dataclass(frozen=True)
 class EqualState:
-    """Models of one width, feature size and window. Their states have equal sizes."""
+    """Models of one width, feature size and window, trained equally long. Their states have equal sizes."""
 
     causal: Line
     prefix: Line
@@ -53,11 +53,11 @@ class EqualState:
 
 
 def equal_states(lines: Sequence[Line]) -> list[EqualState]:
-    """Returns the sizes of state that have a causal and a prefix model, smallest first."""
+    """Returns the sizes of state (and lengths of training) that have a causal and a prefix model, smallest first."""
     found: dict[tuple, dict[str, Line]] = {}
     for line in sorted(lines, key=lambda line: line.state_bytes):
         if LONG_FIRST in line.panels:
-            found.setdefault((line.state_bytes, line.model), {})[line.method] = line
+            found.setdefault((line.state_bytes, line.model, line.training), {})[line.method] = line
     return [
         EqualState(own["causal"], own["prefix"], own.get("twice"))
         for own in found.values()
@@ -67,10 +67,11 @@ def equal_states(lines: Sequence[Line]) -> list[EqualState]:
 
 def markdown(states: Sequence[EqualState]) -> str:
     """Returns a Markdown table of percentages and, below it, the answers to both questions."""
-    names = ["state, bytes", "width", "feature size", *states[0].estimates, "gap closed by twice", "separates"]
+    names = ["state, bytes", "width", "feature size", "training"]
+    names += [*states[0].estimates, "gap closed by twice", "separates"]
     body = [
         [
-            *(f"{each.causal.state_bytes:,}", each.causal.width, each.causal.feature_dim),
+            *(f"{each.causal.state_bytes:,}", each.causal.width, each.causal.feature_dim, each.causal.training or "-"),
             *("-" if estimate is None else estimate for estimate in each.estimates.values()),
             "-" if each.closed is None else f"{100 * each.closed:.0f}",
             "yes" if each.separates else "no",
@@ -99,12 +100,14 @@ def write_csv(states: Sequence[EqualState], file: Path) -> None:
     columns = [part for name in states[0].estimates for part in (name, f"{name} ±")]
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["state_bytes", "width", "feature_dim", *columns, "gap closed by twice", "separates"])
+        writer.writerow(
+            ["state_bytes", "width", "feature_dim", "training", *columns, "gap closed by twice", "separates"]
+        )
         for each in states:
             numbers = [
                 part
                 for estimate in each.estimates.values()
                 for part in ((None, None) if estimate is None else (estimate.mean, estimate.half_width))
             ]
-            model = (each.causal.state_bytes, each.causal.width, each.causal.feature_dim)
+            model = (each.causal.state_bytes, each.causal.width, each.causal.feature_dim, each.causal.training)
             writer.writerow([*model, *numbers, each.closed, each.separates])

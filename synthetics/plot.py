@@ -2,7 +2,8 @@
 
 Every task gets the frontier, accuracy against size of the state. Set disjointness also gets the panels of the paper's
 figure 2, heat maps over the lengths of both lists, and a comparison of the ways to read at equal state. Figures are PNG
-and SVG files, tables are CSV files. If a sweep has several tasks, each has its own files, with the task's name.
+and SVG files, tables are CSV files. If a sweep has several tasks, each has its own files, with the task's name. Where a
+test has longer lists than the training, there are files of the trained lengths alone, too.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from synthetics import equal_state
 from synthetics.folder import read
-from synthetics.summary import OVERALL, PANELS, Line, markdown, pair_of, summarize, write_csv
+from synthetics.summary import OVERALL, PANELS, Line, markdown, of_trained_lengths, pair_of, summarize, write_csv
+from synthetics.tasks import TASKS
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito, "Color Universal Design", 2008); markers help, too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dv<P*"
+TRAINED = "trained-lengths"
 
 
 def draw_all(folder: Path) -> str:
@@ -33,24 +36,39 @@ def draw_all(folder: Path) -> str:
     rows = read(folder)["rows"]
     if not rows:
         raise ValueError(f"{folder} has no results yet")
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
     tables = []
-    for task in tasks:
-        lines = summarize([row for row in rows if row["task"] == task])
-        suffix = "" if len(tasks) == 1 else f"-{task}"
+    parts = parts_of(rows)
+    for name, own in parts.items():
+        lines = summarize(own)
+        suffix = name and f"-{name}"
         write_csv(lines, folder / f"summary{suffix}.csv")
         save(frontier(lines), folder / f"frontier{suffix}")
         if set(PANELS) <= set(lines[0].panels):
             save(by_order(lines), folder / f"order{suffix}")
         if any(pair_of(size) for size in lines[0].accuracy):
             save(heat_maps(lines), folder / f"lengths{suffix}")
-        if len(tasks) > 1:
-            tables.append(task)
+        if name:
+            tables.append(name)
         tables.append(markdown(lines))
         if states := equal_state.equal_states(lines):
             equal_state.write_csv(states, folder / f"equal_state{suffix}.csv")
             tables.append(equal_state.markdown(states))
     return "\n\n".join(tables)
+
+
+def parts_of(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """Returns the rows that one set of tables and figures shows, by the suffix of their files.
+
+    Each task has a part. Where its test has longer lists than its training, the trained lengths are one more."""
+    tasks: dict[str, list[dict]] = {}
+    for row in rows:
+        tasks.setdefault(row["task"], []).append(row)
+    parts = {}
+    for name, own in tasks.items():
+        parts[name if len(tasks) > 1 else ""] = own
+        if trained := of_trained_lengths(own, TASKS.get(name)):
+            parts[f"{name}-{TRAINED}" if len(tasks) > 1 else TRAINED] = trained
+    return parts
 
 
 def save(figure: Figure, stem: Path) -> None:
@@ -89,9 +107,9 @@ def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
     """Draws one curve for each method, with 95% intervals over seeds. A single seed has no interval.
 
     Models with the same size of state are points above each other."""
-    methods = dict.fromkeys(line.method for line in lines)
+    methods = dict.fromkeys(line.name for line in lines)
     for method, colour, marker in zip(methods, cycle(COLOURS), cycle(MARKERS), strict=False):
-        own = sorted((line for line in lines if line.method == method), key=lambda line: line.state_bytes)
+        own = sorted((line for line in lines if line.name == method), key=lambda line: line.state_bytes)
         means = [100 * line.panels[panel].mean for line in own]
         widths = [nan if (width := line.panels[panel].half_width) is None else 100 * width for line in own]
         states = [line.state_bytes for line in own]
@@ -141,7 +159,7 @@ def heat_maps(lines: Sequence[Line]) -> Figure:
         axes.set_xticks(range(len(seconds)), seconds, rotation=90)
         axes.set_yticks(range(len(firsts)), firsts)
         axes.set_xlabel("second list, tokens")
-        axes.set_title(f"{line.method}, {line.state_bytes:,} bytes", fontsize=9)
+        axes.set_title(f"{line.name}, {line.state_bytes:,} bytes", fontsize=9)
     figure.axes[0].set_ylabel("first list, tokens")
     figure.colorbar(image, ax=figure.axes, label="answers right, %")
     return figure

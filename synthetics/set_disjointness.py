@@ -14,7 +14,7 @@ Shapes: N examples, a and b tokens in the first and in the second list.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,7 @@ class SetDisjointness:
     train_examples: int
     test: tuple[Pair, ...]
     test_examples: int
+    separator_last: bool = False  # whether SEPARATE_LISTS follows both lists, so that nothing stands between them
 
     @property
     def longest(self) -> int:
@@ -72,7 +73,8 @@ class SetDisjointness:
         self.check()
 
         def draw(pair: Pair, count: int, random: torch.Generator) -> Examples:
-            return draw_pair(self.vocab_size, count, pair, random, device)
+            examples = draw_pair(self.vocab_size, count, pair, random, device)
+            return with_separator_last(examples, pair) if self.separator_last else examples
 
         return draw_split(draw, self.train, self.train_examples, self.test, self.test_examples, seed)
 
@@ -128,3 +130,12 @@ def draw_pair(
         answers=answers[:, None],
         other_order=other_order,
     )
+
+
+def with_separator_last(examples: Examples, pair: Pair) -> Examples:
+    """The same examples with SEPARATE_LISTS behind the second list."""
+    first, second = pair
+    columns = torch.arange(first + second + 2, device=examples.context.device)
+    moved = torch.cat([columns[: 1 + first], columns[2 + first :], columns[1 + first : 2 + first]])
+    swapped = torch.cat([columns[:1], columns[1 + first : -1], columns[1 : 1 + first], columns[-1:]])
+    return replace(examples, context=examples.context[:, moved], other_order=swapped)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from synthetics.data import Task
+from synthetics.set_disjointness import SetDisjointness
+
 # Two-sided 95% points of Student's t by number of seeds. More than ten seeds use the last, a little too wide.
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 PANELS = ("short list first", "long list first", "difference")
@@ -38,6 +41,7 @@ class Line:
     """One model at its best learning rate."""
 
     method: str
+    training: str  # numbers of epochs and examples of a batch, if the sweep has several; else empty
     width: int
     feature_dim: int
     window: int | None
@@ -47,6 +51,11 @@ class Line:
     seconds: float  # of the device, for all rates and seeds of the model
     panels: dict[str, Estimate]  # OVERALL, and of PANELS those that the sizes allow
     accuracy: dict[str, float]  # by size of the examples, mean over seeds
+
+    @property
+    def name(self) -> str:
+        """The line's name in tables and figures."""
+        return f"{self.method}, {self.training}" if self.training else self.method
 
     @property
     def model(self) -> tuple[int, int, int | None]:
@@ -73,29 +82,42 @@ def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def of_trained_lengths(rows: Sequence[dict], task: Task | None) -> list[dict]:
+    """Returns the rows without those pairs of lists that are longer together than all pairs of the task's training.
+
+    The list is empty if no pair is longer, or if the task has no pairs."""
+    pairs = {size: pair for size in rows[0]["accuracy"] if (pair := pair_of(size))}
+    if not isinstance(task, SetDisjointness) or not pairs:
+        return []
+    longest = max(map(sum, task.train))
+    kept = [size for size, pair in pairs.items() if sum(pair) <= longest]
+    if not 0 < len(kept) < len(pairs):
+        return []
+    return [{**row, "accuracy": {size: row["accuracy"][size] for size in kept}} for row in rows]
+
+
 def summarize(rows: Sequence[dict]) -> list[Line]:
     """Returns one line for each model of one task, sorted by method and size of the state.
 
     Models of one method and size that were trained for other numbers of epochs, or in batches of another size, have
-    lines of their own, and the numbers in the method's name. All panels use the same learning rate: the one with the
+    lines of their own, with the numbers in `training`. All panels use the same learning rate: the one with the
     best mean over all sizes and seeds. A rate with more finished seeds is preferred to any rate with fewer.
     """
     assert len({row["task"] for row in rows}) == 1, "seeds of different tasks have no mean"
     models: dict[tuple, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
     lengths = {(row["epochs"], row["batch"]) for row in rows}
     for row in rows:
-        method = row["method"]
-        if len(lengths) > 1:
-            method += f", {row['epochs']} epochs, batch {row['batch']}"
-        key = (method, row["state_bytes"], row["width"], row["feature_dim"], row["window"])
+        training = f"{row['epochs']} epochs, batch {row['batch']}" if len(lengths) > 1 else ""
+        key = (row["method"], training, row["state_bytes"], row["width"], row["feature_dim"], row["window"])
         models[key][row["rate"]].append(row)
     lines = []
-    for (method, state, width, feature_dim, window), rates in models.items():
+    for (method, training, state, width, feature_dim, window), rates in models.items():
         best = max(rates.values(), key=lambda runs: (len(runs), mean(mean(run["accuracy"].values()) for run in runs)))
         each = [panels_of(run["accuracy"]) for run in best]
         lines.append(
             Line(
                 method=method,
+                training=training,
                 width=width,
                 feature_dim=feature_dim,
                 window=window,
@@ -107,7 +129,7 @@ def summarize(rows: Sequence[dict]) -> list[Line]:
                 accuracy={size: mean(run["accuracy"][size] for run in best) for size in best[0]["accuracy"]},
             )
         )
-    return sorted(lines, key=lambda line: (line.method, line.state_bytes, line.model[:2], line.window or 0))
+    return sorted(lines, key=lambda line: (line.name, line.state_bytes, line.model[:2], line.window or 0))
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -116,7 +138,7 @@ def markdown(lines: Sequence[Line]) -> str:
     names = ["method", "width", "feature size", "window", "state, bytes", "rate", "seeds", *panels, "seconds"]
     body = [
         [
-            *(line.method, line.width, line.feature_dim, line.window or "-", f"{line.state_bytes:,}"),
+            *(line.name, line.width, line.feature_dim, line.window or "-", f"{line.state_bytes:,}"),
             *(f"{line.rate:g}", line.seeds, *(line.panels[name] for name in panels), f"{line.seconds:.0f}"),
         ]
         for line in lines
@@ -132,10 +154,10 @@ def table(names: Sequence[str], body: Sequence[Sequence[object]]) -> str:
 def write_csv(lines: Sequence[Line], file: Path) -> None:
     """Writes the lines to a CSV file. Accuracies are shares from 0 to 1."""
     panels, sizes = list(lines[0].panels), list(lines[0].accuracy)
-    names = ["method", "width", "feature_dim", "window", "state_bytes", "rate", "seeds", "seconds"]
+    names = ["width", "feature_dim", "window", "state_bytes", "rate", "seeds", "seconds"]
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*names, *(part for name in panels for part in (name, f"{name} ±")), *sizes])
+        writer.writerow(["method", *names, *(part for name in panels for part in (name, f"{name} ±")), *sizes])
         for line in lines:
             estimates = [part for name in panels for part in (line.panels[name].mean, line.panels[name].half_width)]
-            writer.writerow([*(getattr(line, name) for name in names), *estimates, *line.accuracy.values()])
+            writer.writerow([line.name, *(getattr(line, name) for name in names), *estimates, *line.accuracy.values()])

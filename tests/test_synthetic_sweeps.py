@@ -158,7 +158,7 @@ def test_tasks_and_lengths_of_training_are_not_seeds_of_each_other(tmp_path, mon
         assert (tmp_path / "out" / f"summary-{task}.csv").exists()
     rows = [row for row in folder.read(tmp_path / "out")["rows"] if row["task"] == "lists"]
     lines = summarize(rows)
-    assert [(line.method, line.seeds) for line in lines] == [
+    assert [(line.name, line.seeds) for line in lines] == [
         ("causal, 1 epochs, batch 128", 1),
         ("causal, 2 epochs, batch 128", 1),
     ]

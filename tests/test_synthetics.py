@@ -90,6 +90,20 @@ def chi_square(counts: torch.Tensor) -> float:
     return float(((counts - expected) ** 2 / expected).sum() / (len(counts) - 1))
 
 
+@pytest.mark.parametrize("pair", [(2, 5), (5, 2), (1, 1)])
+def test_a_separator_behind_both_lists_changes_nothing_else(pair):
+    task = replace(DEBUG, train=(pair,), test=(pair,), train_examples=9, test_examples=3)
+    for usual, moved in zip(*(each.draw(1).train for each in (task, replace(task, separator_last=True))), strict=True):
+        first, second = pair
+        lists = torch.cat([usual.context[:, 1 : 1 + first], usual.context[:, 2 + first :]], dim=1)
+        assert torch.equal(moved.context[:, 1:-1], lists) and (moved.context[:, 0] == PREFIX).all()
+        assert (moved.context[:, -1] == SEPARATE_LISTS).all() and torch.equal(moved.answers, usual.answers)
+        other = readings.other_order(moved)
+        assert torch.equal(other[:, 1 : 1 + second], lists[:, first:])
+        assert torch.equal(other[:, 1 + second : 1 + first + second], lists[:, :first])
+        assert torch.equal(other[:, -2:], readings.once(moved)[:, -2:])
+
+
 @pytest.mark.parametrize(("count", "choices"), [(5, 5), (3, 4), (5, 28), (30, 127), (30, 129), (40, 300), (40, 2044)])
 def test_distinct_numbers_are_distinct_and_uniform(count, choices):
     drawn = draw_distinct(20_000, count, 10, 10 + choices, generator(1))
@@ -372,7 +386,7 @@ def test_every_run_of_every_sweep_can_be_built():
 
 def test_the_readme_counts_the_models_of_each_sweep():
     text = (Path(__file__).resolve().parent.parent / "synthetics" / "README.md").read_text()
-    for name in ("figure2_small", "mqar_frontier", "reading_order", "state_size"):
+    for name in ("figure2_causes", "figure2_small", "mqar_frontier", "reading_order", "state_size"):
         assert f"| `{name}` | {len(sweeps.SWEEPS[name])} |" in text
     assert "| `figure2` | 360, and 72 that read twice |" in text and len(sweeps.figure2) == 360 + 72
 
@@ -473,7 +487,7 @@ def test_processes_do_what_is_missing_of_mqar(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["figure3"], "unknown sweep 'figure3': expected one of figure2, figure2_small"),
+        (["figure3"], "unknown sweep 'figure3': expected one of figure2, figure2_causes"),
         (["debug", "--device", "tpu"], "device 'tpu': expected cpu or cuda"),
         (["debug", "--workers", "0"], "0 workers: expected at least 1"),
         (["debug", "--minutes", "0"], "--minutes 0: expected more than 0"),
@@ -530,7 +544,7 @@ def test_prefix_reading_is_compared_at_equal_state(tmp_path):
     assert [each.separates for each in states] == [False, True, False]
     assert [each.closed for each in states] == [pytest.approx(1 / 3), pytest.approx(40 / 49), None]
     text = equal_state.markdown(states)
-    assert "| 608 | 608 | 2 | 99.5 | 99.0 | 50.0 | 90.0 | 82 | yes |" in text
+    assert "| 608 | 608 | 2 | - | 99.5 | 99.0 | 50.0 | 90.0 | 82 | yes |" in text
     assert (
         text.count("at 1 of 3 sizes of state (608 bytes).") == text.count("at 1 of 2 sizes of state (608 bytes).") == 1
     )
@@ -538,6 +552,33 @@ def test_prefix_reading_is_compared_at_equal_state(tmp_path):
     with (tmp_path / "equal_state.csv").open() as stream:
         *_, last = csv.DictReader(stream)
     assert (last["causal"], last["causal ±"], last["twice"], last["separates"]) == ("0.6", "", "", "False")
+
+
+def test_models_of_other_training_are_not_compared():
+    longer = [{**row(1e-3, 1, 1.0, share, method), "epochs": 4} for share, method in ((0.9, "causal"), (1.0, "prefix"))]
+    rows = [row(1e-3, 1, 1.0, 0.5), row(1e-3, 1, 1.0, 0.99, "prefix"), *longer]
+    states = equal_state.equal_states(summarize(rows))
+    assert [(each.causal.training, each.separates) for each in states] == [
+        ("1 epochs, batch 128", True),
+        ("4 epochs, batch 128", False),
+    ]
+    assert "| 4 epochs, batch 128 | 100.0 |" in equal_state.markdown(states)
+
+
+def test_lists_longer_than_in_training_have_tables_without_them(tmp_path, monkeypatch):
+    assert max(map(sum, TASKS["debug"].train)) == 5
+    accuracy = {"1_4": 1.0, "4_1": 0.9, "2_6": 0.2, "6_2": 0.1}
+    rows = [{**row(1e-3, seed, 0, 0), "accuracy": accuracy} for seed in (1, 2)]
+    assert {name: list(part[0]["accuracy"]) for name, part in plot.parts_of(rows).items()} == {
+        "": list(accuracy),
+        "trained-lengths": ["1_4", "4_1"],
+    }
+    (line,) = summarize(plot.parts_of(rows)["trained-lengths"])
+    assert line.panels["mean"].mean == pytest.approx(0.95)
+    other = [{**each, "task": "another"} for each in rows]
+    assert list(plot.parts_of([*rows, *other])) == ["debug", "debug-trained-lengths", "another"]
+    assert list(plot.parts_of([{**each, "accuracy": {"1_4": 1.0}} for each in rows])) == [""]
+    assert list(plot.parts_of([{**each, "task": "mqar", "accuracy": {"4": 1.0}} for each in rows])) == [""]
 
 
 def test_figures_show_intervals_of_several_seeds_only():
