@@ -6,6 +6,8 @@
 Tokens are synthetic. A step is what train/loop.py does with one pass: targets, forward and backward in bf16 autocast,
 gradient clipping, fused AdamW. `mfu` is 6 N tokens/s over the device's dense bf16 peak; `mfu_with_mixers` adds what the
 mixers compute (jrt.training.flops.flops_per_token). `first_step_s` starts before the model is built, so compiling is in it.
+The speed is the median of WINDOWS times `--steps` steps in a row. The device is waited for between windows only, because
+train/loop.py waits for it only where it reports.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ ROWS = (
 )
 PLAIN = {"360m": (24, 1024, 2816), "1.3b": (24, 2048, 5632)}  # layers, width, SwiGLU units
 PLAIN_ROWS = 50304
+WINDOWS = 3
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Timed:
     """The measurements of one row."""
 
     first_step: float
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of a step, one for each window
     memory: int = 0
 
 
@@ -176,21 +179,25 @@ def training(
 def timed(
     row: Row, length: int, steps: int, device: torch.device, compiles: bool, config: Config | None
 ) -> tuple[nn.Module, Timed]:
-    """Builds the row's model and takes 1 + 2 + `steps` steps."""
+    """Builds the row's model, and takes three steps and then the windows."""
     start = time.perf_counter()
     model, step = training(row, length, device, compiles, config)
-    found = Timed(0.0)
-    for number in range(3 + steps):
+    check([step()], row)
+    found = Timed(time.perf_counter() - start)
+    check([step(), step()], row)
+    for _ in range(WINDOWS):
         began = time.perf_counter()
-        value = step()
-        if not torch.isfinite(value):  # waits for the device
-            raise SystemExit(f"{row.method}: the loss of step {number} is {float(value)}; no speed is reported")
-        if number == 0:
-            found.first_step = time.perf_counter() - start
-        elif number > 2:
-            found.seconds.append(time.perf_counter() - began)
+        check([step() for _ in range(steps)], row)
+        found.seconds.append((time.perf_counter() - began) / steps)
     found.memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     return model, found
+
+
+def check(losses: list[Tensor], row: Row) -> None:
+    """Waits for the device, and ends the benchmark if a loss is not finite."""
+    values = torch.stack(losses).tolist()
+    if not all(map(math.isfinite, values)):
+        raise SystemExit(f"{row.method}: losses of {values}; no speed is reported")
 
 
 def backend_of(config: Config | None, row: Row, device: torch.device) -> str:
