@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from train_runs import curve, trained
 
+from jrt.config import Config
+from jrt.model import LanguageModel
 from train import distributed
 
 SMALL = ("model.pattern=CPS", "trainer.rows=2", "trainer.checkpoint_every=2", "trainer.validate_every=2")
@@ -66,6 +68,23 @@ def test_two_processes_equal_one(text, tmp_path, alone, strategy, monkeypatch):
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["CPSCL", "AAS", "MM"])
+def test_new_weights_are_drawn_once(pattern, monkeypatch):
+    """Layers leave their memory as it is, here NaN, and `init_weights` fills all of it."""
+    config = Config(pattern=pattern, width=16, vocab_rows=32, enc_length=8 * ("P" in pattern))
+    expected = LanguageModel(config)
+    expected.init_weights(torch.Generator().manual_seed(1))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    with distributed.Undrawn():
+        model = LanguageModel(config)
+    monkeypatch.undo()
+    assert any(parameter.isnan().any() for parameter in model.parameters())
+    model.init_weights(torch.Generator().manual_seed(1))
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 GRAPHS = """
