@@ -1,6 +1,7 @@
 """Measures training on several GPUs of one machine: speed, memory and losses of `train/run.py`.
 
     python benchmarks/train_scaling.py --gpus 1 2 4                 # both models, DDP and FSDP2, to results/train_scaling.json
+    python benchmarks/train_scaling.py --gpus 1 2 4 --keep          # goes on: runs that the file already has are not repeated
     python benchmarks/train_scaling.py --gpus 1 4 --resume          # a run that changes from 4 GPUs to 1 and back
     python benchmarks/train_scaling.py --gpus 1 2 --cpu --presets debug --steps 6 --length 128     # tries the script
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
 import os
 import signal
@@ -36,10 +38,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from record import write
+from record import RESULTS, write
 
 from jrt.config import presets
 from jrt.system.processes import PARENT
+from jrt.system.provenance import commit, device_name
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "run.py"
 ROWS = {"jrt-360m": 16, "jrt-1.3b": 8}  # of a pass on one GPU; other presets: 4
@@ -66,6 +69,17 @@ class Setting:
     def rows(self) -> int:
         """Rows of a pass on one GPU."""
         return min(ROWS.get(self.preset, 4), self.batch // self.gpus)
+
+    def facts(self, length: int) -> dict:
+        """What tells the run's row of the results from others."""
+        return {
+            "method": self.preset,
+            "strategy": self.strategy if self.gpus > 1 else "one device",
+            "gpus": self.gpus,
+            "shape": {"B": self.batch, "T": length},
+            "rows_a_pass": self.rows,
+            "steps": self.steps,
+        }
 
     def scaling(self, most: int) -> list[str]:
         """Returns the curves (of SCALINGS) that the run belongs to."""
@@ -184,12 +198,9 @@ class Run:
         memory = [row["train/memory_gib"] for row in rows if "train/memory_gib" in row]
         mfu = [row["train/mfu"] for row in steady if "train/mfu" in row]
         return {
-            "method": setting.preset,
-            "strategy": setting.strategy if setting.gpus > 1 else "one device",
-            "gpus": setting.gpus,
-            "shape": {"B": setting.batch, "T": options.length},
-            "rows_a_pass": setting.rows,
-            "steps": setting.steps,
+            **setting.facts(options.length),
+            "commit": commit(SCRIPT.parent),
+            "date": datetime.date.today().isoformat(),
             "scaling": setting.scaling(max(options.gpus)),
             "tokens_per_s": round(statistics.median(row["train/tokens_per_s"] for row in steady), 1),
             "mfu": round(statistics.median(mfu), 4) if mfu else None,
@@ -314,6 +325,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--resume", action="store_true", help="change the number of GPUs on the way instead")
     parser.add_argument("--alone", type=Path, help="with --resume: results of this script that have the run on one GPU")
+    parser.add_argument("--keep", action="store_true", help="do not repeat the runs that the output file already has")
     parser.add_argument("--cpu", action="store_true", help="processes on the CPU (gloo) instead of GPUs")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -342,8 +354,9 @@ def main() -> None:
 
 def scalings(folder: Path, failed: list[str], options: argparse.Namespace) -> Iterator[list[dict]]:
     """Yields the rows so far each time that a run has ended. Problems are added to `failed`."""
-    wanted, found = settings(options), dict[Setting, dict]()
-    for run in side_by_side(wanted, folder, folder, options):
+    wanted = settings(options)
+    found = kept(wanted, options)
+    for run in side_by_side([setting for setting in wanted if setting not in found], folder, folder, options):
         if run.problem:
             failed.append(run.problem)
         else:
@@ -352,6 +365,24 @@ def scalings(folder: Path, failed: list[str], options: argparse.Namespace) -> It
         rows = [found[setting] for setting in wanted if setting in found]
         compare(rows)
         yield rows
+
+
+def kept(wanted: list[Setting], options: argparse.Namespace) -> dict[Setting, dict]:
+    """Returns the rows that the output file already has, with --keep."""
+    path = options.output or RESULTS / "train_scaling.json"
+    if not (options.keep and path.is_file()):
+        return {}
+    report = json.loads(path.read_text(encoding="utf-8"))
+    device = device_name("cpu" if options.cpu else "cuda")
+    if report["device"] != device:
+        raise SystemExit(f"{path} was measured on {report['device']}, this is {device}: leave out --keep")
+    found = {}
+    for setting in wanted:
+        facts = setting.facts(options.length)
+        for row in report["rows"]:
+            if facts.items() <= row.items():
+                found[setting] = row
+    return found
 
 
 def resumes(folder: Path, failed: list[str], options: argparse.Namespace) -> Iterator[list[dict]]:

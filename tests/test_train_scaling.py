@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_scaling
 from train_scaling import Setting
 
+from jrt.system.provenance import device_name
+
 
 def scaled(output: Path, *options: str) -> list[dict]:
     small = ["--gpus", "1", "2", "--cpu", "--presets", "debug", "--steps", "6", "--every", "1", "--length", "128"]
@@ -60,7 +62,11 @@ def options(**fields: object) -> argparse.Namespace:
         "strategies": ["ddp", "fsdp"],
         "scaling": ["one pass", "strong"],
     }
-    return argparse.Namespace(**known | {"steps": 50, "every": 5, "length": 128, "alone": None, "cpu": True} | fields)
+    return argparse.Namespace(
+        **known
+        | {"steps": 50, "every": 5, "length": 128, "alone": None, "cpu": True, "keep": False, "output": None}
+        | fields
+    )
 
 
 def test_only_runs_whose_losses_are_compared_have_all_steps():
@@ -106,6 +112,22 @@ def test_efficiency_is_measured_against_the_same_work_of_one_gpu():
     assert rows[2]["one_pass_efficiency"] == 0.9 and rows[2]["strong_efficiency"] == round(360 / 440, 4)
     assert rows[3]["weak_efficiency"] == 0.95 and "loss_difference" not in rows[3]
     assert rows[2]["losses_agree"]
+
+
+def test_runs_that_the_file_has_are_kept(tmp_path):
+    file = tmp_path / "scaling.json"
+    chosen = options(keep=True, output=file, cpu=True)
+    wanted = train_scaling.settings(chosen)
+    assert train_scaling.kept(wanted, chosen) == {}  # no file yet
+    rows = [setting.facts(128) | {"tokens_per_s": 1.0} for setting in wanted[:2]]
+    rows.append(wanted[2].facts(128) | {"steps": 7})
+    report = {"device": device_name("cpu"), "rows": rows}
+    file.write_text(json.dumps(report))
+    assert train_scaling.kept(wanted, chosen) == dict(zip(wanted[:2], rows[:2], strict=True))
+    assert train_scaling.kept(wanted, options(output=file)) == {}  # not asked for
+    file.write_text(json.dumps(report | {"device": "another"}))
+    with pytest.raises(SystemExit, match="was measured on another, this is"):
+        train_scaling.kept(wanted, chosen)
 
 
 def test_losses_of_one_gpu_can_come_from_a_file(tmp_path):
