@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,3 +344,11 @@ def test_several_workers_begin_with_the_longest_groups(tmp_path, monkeypatch):
     for workers in ("2", "1"):
         command.main(["mine", "--out", str(tmp_path / workers), "--device", "cpu", "--workers", workers])
     assert seen == [[24, 32, 16, 8], [8, 32, 16, 24]]
+
+
+@pytest.mark.parametrize("name", ["figure2", "figure2_small"])
+def test_stored_results_are_of_the_sweep_as_it_is(name, tmp_path):
+    shutil.copytree(Path(__file__).resolve().parent.parent / "synthetics" / "results" / name, tmp_path / name)
+    opened = folder.Folder(tmp_path / name, name, sweeps.SWEEPS[name], resume=True)
+    known = {run.name for run in sweeps.SWEEPS[name]}
+    assert opened.rows and set(opened.rows) <= known
