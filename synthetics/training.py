@@ -162,11 +162,12 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
         One row of results for each run, in the order of the runs, or None if the deadline came first.
     """
     rows: dict[str, dict] = {}
+    curves: dict[str, list[float]] = {run.name: [] for run in runs}  # test accuracy after each epoch
     seconds, state = 0.0, None
     if checkpoint is not None and checkpoint.exists():
         state = _read(checkpoint, device)
     if state is not None:
-        rows, seconds = state["rows"], state["seconds"]
+        rows, curves, seconds = state["rows"], state["curves"], state["seconds"]
     training = Training(runs, device)  # of the whole group, whose largest feature size sets the shapes of all models
     if state is not None:
         training.keep([index for index, run in enumerate(runs) if run.name not in rows])
@@ -179,14 +180,15 @@ def train(runs: list[Run], device: torch.device, checkpoint: Path | None, deadli
         means = training.epoch()
         seconds += (time.perf_counter() - start) / models  # of each model still in training
         ends = [mean >= ENOUGH or training.epochs_done == training.epochs for mean in means]
-        for run, accuracy, end in zip(training.runs, training.accuracy, ends, strict=True):
+        for run, accuracy, mean, end in zip(training.runs, training.accuracy, means, ends, strict=True):
+            curves[run.name].append(round(mean, 4))
             if end:
-                rows[run.name] = _row(run, accuracy, training.epochs_done, seconds, training.longest)
+                rows[run.name] = _row(run, accuracy, curves[run.name], seconds, training.longest)
         if any(ends):
             training.keep([index for index, end in enumerate(ends) if not end])
         if checkpoint is not None:
             content = BytesIO()
-            torch.save({**training.state_dict(), "rows": rows, "seconds": seconds}, content)
+            torch.save({**training.state_dict(), "rows": rows, "curves": curves, "seconds": seconds}, content)
             write_bytes(checkpoint, content.getvalue())
     return [rows[run.name] for run in runs]
 
@@ -205,7 +207,7 @@ def _read(checkpoint: Path, device: torch.device) -> dict | None:
     return None
 
 
-def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float, longest: int) -> dict:
+def _row(run: Run, accuracy: dict[str, float], curve: list[float], seconds: float, longest: int) -> dict:
     config = run.config
     return {
         "run": run.name,
@@ -220,9 +222,10 @@ def _row(run: Run, accuracy: dict[str, float], epochs: int, seconds: float, long
         "seed": run.seed,
         "epochs": run.epochs,
         "batch": run.batch,
-        "epochs_read": epochs,
+        "epochs_read": len(curve),
         "state_bytes": run.state_bytes(longest - 1),  # before the last token of the longest text
         "parameters": sum(each.numel() for each in run.model().parameters()),
         "seconds": round(seconds, 2),  # the model's share of the device
         "accuracy": {name: round(share, 4) for name, share in accuracy.items()},
+        "curve": curve,  # mean test accuracy after each epoch
     }

@@ -319,6 +319,9 @@ def test_training_ends_for_each_model_at_99_percent(monkeypatch):
     monkeypatch.setattr(Training, "test_accuracy", lambda self: [solved if r.seed == 2 else poor for r in self.runs])
     rows = train(runs, CPU, None, None)
     assert [row["epochs_read"] for row in rows] == [3, 1]
+    for row in rows:
+        assert len(row["curve"]) == row["epochs_read"]
+        assert row["curve"][-1] == pytest.approx(sum(row["accuracy"].values()) / len(row["accuracy"]), abs=2e-4)
     assert [row["run"] for row in rows] == [run.name for run in runs]
 
 
