@@ -277,16 +277,15 @@ def difference(losses: dict[str, float], expected: dict[str, float]) -> float:
 
 def losses_on_one_gpu(preset: str, text: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Returns the losses of the whole batch on one GPU: from `options.alone` if it names a file, else from a new run."""
-    batch = max(options.gpus) * ROWS.get(preset, 4)
-    expected = {"method": preset, "gpus": 1, "shape": {"B": batch, "T": options.length}, "steps": options.steps}
+    batch = batch_of("strong", preset, 1, max(options.gpus))
+    setting = Setting(preset, options.strategies[0], 1, batch, options.steps)
     if options.alone is None:
-        setting = Setting(preset, options.strategies[0], 1, batch, options.steps)
         run = Run(setting, [0], text, folder / f"{preset}-alone", options)
         return completed(run).measured(options)["losses"]
-    for row in json.loads(options.alone.read_text(encoding="utf-8"))["rows"]:
-        if expected.items() <= row.items():
-            return row["losses"]
-    raise SystemExit(f"{options.alone} has no run with {expected}: leave out --alone")
+    row = stored(json.loads(options.alone.read_text(encoding="utf-8")), setting, options)
+    if row is None:
+        raise SystemExit(f"{options.alone} has no run with {setting.facts(options.length)}: leave out --alone")
+    return row["losses"]
 
 
 def resumed(
@@ -294,7 +293,7 @@ def resumed(
 ) -> dict:
     """Compares a run that changes, a third on many GPUs, a third on one, a third on many, with one GPU's losses."""
     most, third = max(options.gpus), options.steps // 3
-    batch = most * ROWS.get(preset, 4)
+    batch = batch_of("strong", preset, most, most)
     kept = "trainer.checkpoint_every=1000000"  # at the end of each part
     changes = ((most, third), (1, 2 * third), (most, options.steps))
     for gpus, last in changes:
@@ -329,7 +328,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="processes on the CPU (gloo) instead of GPUs")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if min(options.steps, SPEED_STEPS) < 2 * options.every or (options.resume and options.steps % 3):
+    if min(options.steps, RECIPE_STEPS) < 2 * options.every or (options.resume and options.steps % 3):
         parser.error("expected at least two figures a run (--steps, --every), and with --resume a multiple of 3 steps")
     name = "train_resume" if options.resume else "train_scaling"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the runs are stopped too
@@ -376,13 +375,13 @@ def kept(wanted: list[Setting], options: argparse.Namespace) -> dict[Setting, di
     device = device_name("cpu" if options.cpu else "cuda")
     if report["device"] != device:
         raise SystemExit(f"{path} was measured on {report['device']}, this is {device}: leave out --keep")
-    found = {}
-    for setting in wanted:
-        facts = setting.facts(options.length)
-        for row in report["rows"]:
-            if facts.items() <= row.items():
-                found[setting] = row
-    return found
+    return {setting: row for setting in wanted if (row := stored(report, setting, options)) is not None}
+
+
+def stored(report: dict, setting: Setting, options: argparse.Namespace) -> dict | None:
+    """Returns the run's row in results of this script; None if they have none."""
+    facts = setting.facts(options.length)
+    return next((row for row in report["rows"] if facts.items() <= row.items()), None)
 
 
 def resumes(folder: Path, failed: list[str], options: argparse.Namespace) -> Iterator[list[dict]]:

@@ -131,8 +131,7 @@ def ours(config: Config, row: Row, length: int, device: torch.device, compiles: 
     kind = "jrt" if config.has("P") else "causal"
     objective = Objective(kind, config.vocab_rows - 1)
     prefix = prefix_of(config, kind, length)
-    with device:  # otherwise layers draw first weights on the CPU: 12 s for 1.3 billion
-        model = LanguageModel(config)
+    model = LanguageModel(config).to(device)
     model.init_weights()
     module = ModelWithLoss(model, kind == "jrt")
     if compiles:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from train_runs import curve, trained
 
-from jrt.config import Config
-from jrt.model import LanguageModel
+from jrt.config import LETTERS, Config
+from jrt.mixers import MIXERS
 from train import distributed
 
 SMALL = ("model.pattern=CPS", "trainer.rows=2", "trainer.checkpoint_every=2", "trainer.validate_every=2")
@@ -70,27 +70,33 @@ def test_two_processes_equal_one(text, tmp_path, alone, strategy, monkeypatch):
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern", ["CPSCL", "AAS", "MM"])
-def test_new_weights_are_drawn_once(pattern, monkeypatch):
-    """Layers leave their memory as it is, here NaN, and `init_weights` fills all of it."""
-    config = Config(pattern=pattern, width=16, vocab_rows=32, enc_length=8 * ("P" in pattern))
-    expected = LanguageModel(config)
-    expected.init_weights(torch.Generator().manual_seed(1))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
-    with distributed.Undrawn():
-        model = LanguageModel(config)
-    monkeypatch.undo()
-    assert any(parameter.isnan().any() for parameter in model.parameters())
-    model.init_weights(torch.Generator().manual_seed(1))
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+class OwnMixer(nn.Module):
+    """A mixer of a user, with a layer that `LanguageModel.init_weights` does not know."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.gain = nn.Parameter(nn.init.constant_(torch.empty(config.width), 0.5))
+
+
+def test_a_mixer_of_ones_own_keeps_its_first_weights(monkeypatch):
+    monkeypatch.setitem(LETTERS, "X", "mine")
+    monkeypatch.setitem(MIXERS, "X", OwnMixer)
+    model, _ = distributed.build(
+        Config(pattern="CX", width=16, vocab_rows=32),
+        False,
+        distributed.World(0, 1, torch.device("cpu")),
+        "ddp",
+        seed=1,
+    )
+    mixer = model.blocks[1].mixer
+    assert (mixer.norm.weight == 1).all() and (mixer.norm.bias == 0).all() and (mixer.gain == 0.5).all()
 
 
 GRAPHS = """
 import functools, sys, torch
 from torch._dynamo.utils import counters
-from jrt.config import Config
+from jrt.config import LETTERS, Config
 from jrt.model import LanguageModel
 from jrt.training.loss import ModelWithLoss
 

@@ -131,7 +131,7 @@ def test_runs_that_the_file_has_are_kept(tmp_path):
 
 
 def test_losses_of_one_gpu_can_come_from_a_file(tmp_path):
-    row = {"method": "jrt-360m", "gpus": 1, "shape": {"B": 64, "T": 128}, "steps": 50, "losses": {"5": 9.0}}
+    row = Setting("jrt-360m", "ddp", 1, 64, 50).facts(128) | {"losses": {"5": 9.0}}
     (tmp_path / "scaling.json").write_text(json.dumps({"rows": [{**row, "gpus": 4, "losses": {}}, row]}))
     chosen = options(alone=tmp_path / "scaling.json")
     assert train_scaling.losses_on_one_gpu("jrt-360m", tmp_path, tmp_path, chosen) == {"5": 9.0}

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 
 from jrt.config import Config
 from jrt.model import LanguageModel
@@ -30,8 +29,8 @@ log = logging.getLogger(__name__)
 STRATEGIES = ("ddp", "fsdp")
 UNIT = 40_000_000  # parameters of a group that FSDP gathers at once: four blocks of a 360M model, two of a 1.3B model
 # MiB of gradients that DistributedDataParallel sums at once: all of them, after the backward pass. A sum beside the
-# backward pass takes multiprocessors from it, and a matrix product that finds its own taken lasts up to twice as long: on
-# H100s the step was no shorter with smaller buckets, fewer NCCL blocks or sums in bf16.
+# backward pass takes multiprocessors from it, and a matrix product waits where its own are taken: on H100s the step was no
+# shorter with smaller buckets, fewer NCCL blocks or sums in bf16.
 BUCKET_MIB = 1 << 20
 T = TypeVar("T")
 
@@ -209,8 +208,7 @@ def build(
         raise ValueError(f"trainer.strategy is {strategy!r}: expected one of {', '.join(STRATEGIES)}")
     drawn: LanguageModel | None = None
     if place.is_first:
-        with Undrawn():
-            drawn = LanguageModel(config)
+        drawn = LanguageModel(config)
         if seed is not None:
             drawn.init_weights(torch.Generator().manual_seed(seed))
     if place.size == 1:
@@ -248,16 +246,6 @@ def build(
         )
         return model, shared
     return model, whole
-
-
-class Undrawn(TorchFunctionMode):
-    """Inside this context, new layers draw no weights. PyTorch's own draws take 12 s for 1.3 billion weights, and
-    `LanguageModel.init_weights` or a checkpoint replaces them all."""
-
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def units(blocks: list[nn.Module], least: int = UNIT) -> list[list[nn.Module]]:
