@@ -9,15 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from jrt.config import Config
@@ -226,14 +225,9 @@ def build(
         return model, whole
     if strategy == "fsdp":
         mesh = init_device_mesh(place.device.type, (place.size,))
-        groups = units(list(model.blocks))
-        for unit in groups:
+        for unit in units(list(model.blocks)):
             fully_shard(unit, mesh=mesh)
         fully_shard(whole, mesh=mesh)
-        # A group asks for the weights of the next before it computes. Otherwise Python asks for them when it gets there,
-        # which is often after the GPU has nothing more to do.
-        for (first, *_), (following, *_) in pairwise(groups):
-            cast(FSDPModule, first).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
     _to_empty(model, place.device)
     state = drawn.state_dict() if drawn is not None else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
