@@ -87,7 +87,7 @@ def by_order(lines: Sequence[Line]) -> Figure:
     for axes, panel in zip((short, long, difference), PANELS, strict=True):
         _curves(axes, lines, panel)
         axes.set_title(panel)
-    short.set_ylabel("answers right, %")
+    _percent(short)
     difference.set_ylabel("short minus long, points")
     _legend(figure)
     return figure
@@ -98,9 +98,15 @@ def frontier(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     _curves(axes, lines, OVERALL)
-    axes.set_ylabel("answers right, %")
+    _percent(axes)
     _legend(figure)
     return figure
+
+
+def _percent(axes: Axes) -> None:
+    """The axis ends at 0 and 100%, also where the interval of a few seeds goes beyond."""
+    axes.set_ylabel("answers right, %")
+    axes.set_ylim(-2, 102)
 
 
 def _curves(axes: Axes, lines: Sequence[Line], panel: str) -> None:
