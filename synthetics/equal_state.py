@@ -16,6 +16,7 @@ from synthetics.summary import OVERALL, PANELS, Estimate, Line, table
 SOLVED = 0.99  # least mean over all pairs, for a model that solves the task
 LOST = 0.60  # a mean below this one, over the pairs with the longer list first, is a failure
 _, LONG_FIRST, _ = PANELS
+DEEP = "-deep"  # end of the names of methods with two more layers
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def equal_states(lines: Sequence[Line]) -> list[EqualState]:
     found: dict[tuple, dict[str, Line]] = {}
     for line in sorted(lines, key=lambda line: line.state_bytes):
         if LONG_FIRST in line.panels:
-            found.setdefault((line.state_bytes, line.model, line.training), {})[line.method] = line
+            size = (line.state_bytes, line.model, line.training, line.method.endswith(DEEP))
+            found.setdefault(size, {})[line.method.removesuffix(DEEP)] = line
     return [
         EqualState(own["causal"], own["prefix"], own.get("twice"))
         for own in found.values()

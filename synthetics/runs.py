@@ -45,6 +45,7 @@ METHODS = {
         Method("prefix-twice", "CPCP", "twice"),
         Method("causal-deep", "CLCLCL"),
         Method("prefix-deep", "CPCPCP"),
+        Method("twice-deep", "CLCLCL", "twice"),
         Method("based", "CLCS"),
         Method("window", "CSCS"),
         Method("attention", "CACA"),

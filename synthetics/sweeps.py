@@ -43,6 +43,21 @@ figure2_causes = [
     for features, method, rate, seed in product(sizes, ("prefix", "causal"), rates, SEEDS)
 ]
 
+# Two layers of attention must compare every token with every other. With a third, a model can find out first which list
+# a token is in, and keep the short list only. So two more layers, at states that are too small for the long list.
+depth = [
+    Run(METHODS[method], TASKS[task], width, features, rate, seed, epochs=epochs, batch=batch)
+    for task, methods, width, epochs, batch, rates in (
+        ("paper", ("prefix-deep", "causal-deep"), 128, 48, 128, (5e-4, 1e-3)),
+        ("paper-long", ("prefix-deep", "causal-deep"), 128, 24, 128, (5e-4, 1e-3)),
+        (
+            *("uneven", ("prefix-deep", "causal-deep", "twice-deep", "prefix", "causal", "twice")),
+            *(32, 40, 64, (1e-3, 3e-3)),
+        ),
+    )
+    for method, features, rate, seed in product(methods, (4, 8) if width > 32 else (2, 4), rates, SEEDS)
+]
+
 # The same question in five minutes on two cores.
 figure2_small = [
     Run(METHODS[method], TASKS["laptop"], width, features, rate=5e-3, seed=seed, epochs=10, batch=64)
@@ -102,6 +117,7 @@ mqar_debug = [
 SWEEPS: dict[str, list[Run]] = {
     "figure2": figure2,
     "figure2_causes": figure2_causes,
+    "depth": depth,
     "figure2_small": figure2_small,
     "mqar_frontier": mqar_frontier,
     "reading_order": reading_order,

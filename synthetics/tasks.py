@@ -25,6 +25,7 @@ PAPER = SetDisjointness(
     ),
     test_examples=1_000,
 )
+UNEVEN_PAIRS = ((1, 16), (16, 1), (2, 16), (16, 2), (2, 24), (24, 2))
 LAPTOP_PAIRS = ((1, 4), (4, 1), (2, 8), (8, 2), (3, 12), (12, 3))
 
 TASKS: dict[str, Task] = {
@@ -44,6 +45,14 @@ TASKS: dict[str, Task] = {
             train_examples=8_000,
             test=tuple(product((1, 2, 4, 8, 16, 32, 64, 96), repeat=2)),
             test_examples=250,
+        ),
+        SetDisjointness(
+            name="uneven",
+            vocab_size=128,
+            train=UNEVEN_PAIRS,
+            train_examples=4_000,
+            test=UNEVEN_PAIRS,
+            test_examples=1_000,
         ),
         SetDisjointness(
             name="laptop",

@@ -389,7 +389,7 @@ def test_every_run_of_every_sweep_can_be_built():
 
 def test_the_readme_counts_the_models_of_each_sweep():
     text = (Path(__file__).resolve().parent.parent / "synthetics" / "README.md").read_text()
-    for name in ("figure2_causes", "figure2_small", "mqar_frontier", "reading_order", "state_size"):
+    for name in ("figure2_causes", "depth", "figure2_small", "mqar_frontier", "reading_order", "state_size"):
         assert f"| `{name}` | {len(sweeps.SWEEPS[name])} |" in text
     assert "| `figure2` | 360, and 72 that read twice |" in text and len(sweeps.figure2) == 360 + 72
 
@@ -566,6 +566,13 @@ def test_models_of_other_training_are_not_compared():
         ("4 epochs, batch 128", False),
     ]
     assert "| 4 epochs, batch 128 | 100.0 |" in equal_state.markdown(states)
+
+
+def test_deeper_models_are_compared_with_each_other():
+    deep = [row(1e-3, 1, 1.0, share, method) for share, method in ((0.3, "causal-deep"), (1.0, "prefix-deep"))]
+    rows = [row(1e-3, 1, 1.0, 0.5), row(1e-3, 1, 1.0, 0.9, "prefix"), *deep]
+    found = [(each.causal.method, each.prefix.method) for each in equal_state.equal_states(summarize(rows))]
+    assert sorted(found) == [("causal", "prefix"), ("causal-deep", "prefix-deep")]
 
 
 def test_lists_longer_than_in_training_have_tables_without_them(tmp_path, monkeypatch):
