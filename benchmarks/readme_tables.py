@@ -10,6 +10,7 @@ python benchmarks/readme_tables.py --check  # exit status 1 where it would chang
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -20,7 +21,11 @@ import record
 import table_times
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("figures.md", "batching.md", "tables.md")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "synthetics" / "README.md",
+    *(ROOT / "docs" / name for name in ("figures.md", "batching.md", "tables.md")),
+)
 MARKED = re.compile(r"(<!-- table: ([\w ,]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -360,6 +365,44 @@ def set_disjointness() -> str:
     return rows_as_markdown(["", *sizes], rows) + note + origin(report)
 
 
+def figure2(parts: tuple[str, ...]) -> str:
+    """Percent right with the longer list first, by size of the state, of the two largest widths.
+
+    parts: the ends of the names of the tables (`equal_state*.csv`) whose columns are shown."""
+    folder = ROOT / "synthetics" / "results" / "figure2"
+    tables = []
+    for part in parts:
+        with (folder / f"equal_state{part}.csv").open(newline="") as stream:
+            tables.append([row for row in csv.DictReader(stream) if int(row["width"]) >= 96])
+
+    def percent(row: dict[str, str], method: str) -> str:
+        return f"{100 * float(row[method]):.1f} ± {100 * float(row[f'{method} ±']):.1f}" if row[method] else "-"
+
+    methods = ("prefix", "causal", "twice")
+    rows = [
+        [f"{int(same[0]['state_bytes']):,}", same[0]["width"], same[0]["feature_dim"]]
+        + [percent(row, method) for row in same for method in methods]
+        for same in zip(*tables, strict=True)
+    ]
+    names = [method + (f", {part[1:].replace('-', ' ')}" if part else "") for part in parts for method in methods]
+    runs = json.loads((folder / "results.json").read_text())["rows"]
+    return rows_as_markdown(["state, bytes", "width", "feature size", *names], rows) + origin(runs[-1] | {"rows": runs})
+
+
+def scaling_in_short() -> str:
+    """Weak scaling of both models at the recipe's batch."""
+    reports = [load("train_scaling"), load("train_scaling_1.3b")]
+    measured, rows = [], []
+    for report in reports:
+        weak = sorted((row for row in report["rows"] if "weak" in row["scaling"]), key=lambda row: row["gpus"])
+        speeds = (f"{row['tokens_per_s'] / 1000:.1f} k ({100 * row['weak_efficiency']:.1f}%)" for row in weak)
+        rows.append([weak[0]["method"], *speeds])
+        measured += weak
+    gpus = [f"{row['gpus']} GPU" + "s" * (row["gpus"] > 1) for row in weak]
+    header = ["tokens/s (% of N times one GPU)", *gpus]
+    return rows_as_markdown(header, rows) + origin(reports[-1] | {"rows": measured})
+
+
 def times_of_tables() -> str:
     return rows_as_markdown(["table", "minutes of one H100, estimated"], table_times.estimates())
 
@@ -383,7 +426,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "busy machine": busy_machine,
     "times of tables": times_of_tables,
     "evaluation, in short": evaluation_in_short,
+    "scaling, in short": scaling_in_short,
     "set disjointness": set_disjointness,
+    "figure 2": lambda: figure2(("", "-trained-lengths")),
+    "figure 2, in short": lambda: figure2(("-trained-lengths",)),
 }
 
 
