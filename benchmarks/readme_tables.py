@@ -171,10 +171,14 @@ def training(name: str = "train_throughput") -> str:
     return rows_as_markdown(header, rows) + origin(report)
 
 
-def scaling(name: str = "train_scaling") -> str:
-    report = load(name)
+def scaling() -> str:
+    report = load("train_scaling")
     rows = []
-    for row in sorted(report["rows"], key=lambda row: (row["shape"]["B"] // row["gpus"], row["strategy"], row["gpus"])):
+
+    def place(row: dict) -> tuple:
+        return row["method"], row["shape"]["B"] // row["gpus"], row["strategy"], row["gpus"]
+
+    for row in sorted(report["rows"], key=place):
         gains = [
             f"{kind} {100 * row[key]:.1f}%"
             for kind in row["scaling"]
@@ -391,16 +395,20 @@ def figure2(parts: tuple[str, ...]) -> str:
 
 def scaling_in_short() -> str:
     """Weak scaling of both models at the recipe's batch."""
-    reports = [load("train_scaling"), load("train_scaling_1.3b")]
-    measured, rows = [], []
-    for report in reports:
-        weak = sorted((row for row in report["rows"] if "weak" in row["scaling"]), key=lambda row: row["gpus"])
-        speeds = (f"{row['tokens_per_s'] / 1000:.1f} k ({100 * row['weak_efficiency']:.1f}%)" for row in weak)
-        rows.append([weak[0]["method"], *speeds])
-        measured += weak
-    gpus = [f"{row['gpus']} GPU" + "s" * (row["gpus"] > 1) for row in weak]
-    header = ["tokens/s (% of N times one GPU)", *gpus]
-    return rows_as_markdown(header, rows) + origin(reports[-1] | {"rows": measured})
+    report = load("train_scaling")
+    weak = sorted((row for row in report["rows"] if "weak" in row["scaling"]), key=lambda row: row["gpus"])
+    gpus = list(dict.fromkeys(row["gpus"] for row in weak))
+    rows = [
+        [method]
+        + [
+            f"{row['tokens_per_s'] / 1000:.1f} k ({100 * row['weak_efficiency']:.1f}%)"
+            for row in weak
+            if row["method"] == method
+        ]
+        for method in ("jrt-360m", "jrt-1.3b")
+    ]
+    header = ["tokens/s (% of N times one GPU)", *(f"{count} GPU" + "s" * (count > 1) for count in gpus)]
+    return rows_as_markdown(header, rows) + origin(report | {"rows": weak})
 
 
 def times_of_tables() -> str:
@@ -415,7 +423,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": layers,
     "training": training,
     "scaling": scaling,
-    "scaling, large": lambda: scaling("train_scaling_1.3b"),
     "training, large": lambda: training("train_throughput_1.3b"),
     "whole models": whole_models,
     "generation": generation,
