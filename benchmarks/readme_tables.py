@@ -396,17 +396,15 @@ def figure2(parts: tuple[str, ...]) -> str:
 def scaling_in_short() -> str:
     """Weak scaling of both models at the recipe's batch."""
     report = load("train_scaling")
-    weak = sorted((row for row in report["rows"] if "weak" in row["scaling"]), key=lambda row: row["gpus"])
-    gpus = list(dict.fromkeys(row["gpus"] for row in weak))
-    rows = [
-        [method]
-        + [
-            f"{row['tokens_per_s'] / 1000:.1f} k ({100 * row['weak_efficiency']:.1f}%)"
-            for row in weak
-            if row["method"] == method
-        ]
-        for method in ("jrt-360m", "jrt-1.3b")
-    ]
+    weak = [row for row in report["rows"] if "weak" in row["scaling"]]
+    found = {(row["method"], row["gpus"]): row for row in weak}
+    gpus = sorted({count for _, count in found})
+
+    def cell(method: str, count: int) -> str:
+        row = found.get((method, count))
+        return "-" if row is None else f"{row['tokens_per_s'] / 1000:.1f} k ({100 * row['weak_efficiency']:.1f}%)"
+
+    rows = [[method, *(cell(method, count) for count in gpus)] for method in ("jrt-360m", "jrt-1.3b")]
     header = ["tokens/s (% of N times one GPU)", *(f"{count} GPU" + "s" * (count > 1) for count in gpus)]
     return rows_as_markdown(header, rows) + origin(report | {"rows": weak})
 

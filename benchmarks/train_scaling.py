@@ -3,7 +3,7 @@
     python benchmarks/train_scaling.py --gpus 1 2 4                 # both models, DDP and FSDP2, to results/train_scaling.json
     python benchmarks/train_scaling.py --gpus 1 2 4 --keep          # goes on: runs that the file already has are not repeated
     python benchmarks/train_scaling.py --gpus 1 4 --resume          # a run that changes from 4 GPUs to 1 and back
-    python benchmarks/train_scaling.py --gpus 1 2 --cpu --presets debug --steps 6 --length 128     # tries the script
+    python benchmarks/train_scaling.py --gpus 1 2 --cpu --presets debug --steps 6 --every 3 --length 128     # tries the script
 
 Tokens are synthetic. In "weak" scaling each GPU has the same number of rows in a step, so the batch grows with the
 number of GPUs: "weak" has the rows that a GPU has when the largest number of GPUs shares the recipes' batch of
@@ -263,7 +263,7 @@ def compare(rows: list[dict]) -> None:
             if base:
                 gain = row["tokens_per_s"] / base[0]["tokens_per_s"]
                 row[f"{kind.replace(' ', '_')}_efficiency"] = round(gain / row["gpus"], 4)
-        if same and row["gpus"] > 1:
+        if same and row["gpus"] > 1 and row["losses"].keys() == same[0]["losses"].keys():
             row["loss_difference"] = difference(row["losses"], same[0]["losses"])
             row["losses_agree"] = row["loss_difference"] <= TOLERANCE
 
@@ -330,7 +330,10 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.steps, RECIPE_STEPS) < 2 * options.every or (options.resume and options.steps % 3):
         parser.error("expected at least two figures a run (--steps, --every), and with --resume a multiple of 3 steps")
+    if min(options.gpus) < 1 or ("weak" in options.scaling and any(RECIPE_BATCH % count for count in options.gpus)):
+        parser.error(f"--gpus {options.gpus}: expected numbers from 1 on, for weak scaling divisors of {RECIPE_BATCH}")
     name = "train_resume" if options.resume else "train_scaling"
+    path = options.output or RESULTS / f"{name}.json"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the runs are stopped too
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -354,7 +357,7 @@ def main() -> None:
 def scalings(folder: Path, failed: list[str], options: argparse.Namespace) -> Iterator[list[dict]]:
     """Yields the rows so far each time that a run has ended. Problems are added to `failed`."""
     wanted = settings(options)
-    found = kept(wanted, options)
+    found, others = kept(wanted, options)
     for run in side_by_side([setting for setting in wanted if setting not in found], folder, folder, options):
         if run.problem:
             failed.append(run.problem)
@@ -363,19 +366,23 @@ def scalings(folder: Path, failed: list[str], options: argparse.Namespace) -> It
             print({key: value for key, value in found[run.setting].items() if key != "losses"}, flush=True)
         rows = [found[setting] for setting in wanted if setting in found]
         compare(rows)
-        yield rows
+        yield rows + others
 
 
-def kept(wanted: list[Setting], options: argparse.Namespace) -> dict[Setting, dict]:
-    """Returns the rows that the output file already has, with --keep."""
+def kept(wanted: list[Setting], options: argparse.Namespace) -> tuple[dict[Setting, dict], list[dict]]:
+    """Returns the rows that the output file already has, with --keep; and its rows of other runs, which stay."""
     path = options.output or RESULTS / "train_scaling.json"
     if not (options.keep and path.is_file()):
-        return {}
-    report = json.loads(path.read_text(encoding="utf-8"))
+        return {}, []
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{path} is not JSON ({error}): leave out --keep") from error
     device = device_name("cpu" if options.cpu else "cuda")
     if report["device"] != device:
         raise SystemExit(f"{path} was measured on {report['device']}, this is {device}: leave out --keep")
-    return {setting: row for setting in wanted if (row := stored(report, setting, options)) is not None}
+    found = {setting: row for setting in wanted if (row := stored(report, setting, options)) is not None}
+    return found, [row for row in report["rows"] if row not in found.values()]
 
 
 def stored(report: dict, setting: Setting, options: argparse.Namespace) -> dict | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"synthetics: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("synthetics: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,8 +70,16 @@ def run(options: argparse.Namespace) -> int:
     if folder.rows:
         print(plot.draw_all(options.out))
     if len(folder.rows) < len(runs):
-        print(f"next: python -m synthetics {options.sweep} --out {options.out} --resume")
+        print(f"next: {following(options)}")
     return 0
+
+
+def following(options: argparse.Namespace) -> str:
+    """The command that goes on with the same part of the sweep."""
+    words = [options.sweep, "--out", str(options.out), "--device", options.device, "--resume"]
+    words += ["--part", options.part] if options.part != "1/1" else []
+    words += ["--workers", str(options.workers)] if options.workers is not None else []
+    return shlex.join(["python", "-m", "synthetics", *words, *(["--ray"] if options.ray else [])])
 
 
 def part_of(items: Sequence[list[Run]], part: str) -> Sequence[list[Run]]:

@@ -146,17 +146,19 @@ def draw_split(
     Raises:
         ValueError: so few different examples of a size exist that the training data has nearly all of them.
     """
-    drawn, seen, tests = [], {}, []
-    for index, size in enumerate(train):
-        drawn.append(draw(size, train_examples, generator(seed, TRAIN, index)))
-        seen[size] = fingerprints(drawn[-1])
+    drawn = [draw(size, train_examples, generator(seed, TRAIN, index)) for index, size in enumerate(train)]
+    seen: dict[int, list[Tensor]] = {}  # by length: texts of two sizes can be equal
+    for examples in drawn:
+        seen.setdefault(examples.context.shape[1], []).append(fingerprints(examples))
+    tests = []
     for index, size in enumerate(test):
-        same_size = partial(draw, size)
-        random = generator(seed, TEST, index)
-        if size in seen:
-            tests.append(draw_unseen(same_size, test_examples, random, seen[size]))
-        else:
+        length = draw(size, 1, generator(seed, TEST, index)).context.shape[1]
+        same_length = torch.cat(seen[length]) if length in seen else None
+        random, same_size = generator(seed, TEST, index), partial(draw, size)
+        if same_length is None:
             tests.append(same_size(test_examples, random))
+        else:
+            tests.append(draw_unseen(same_size, test_examples, random, same_length))
     return Split(drawn, tests)
 
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jrt.system.files import write_json
+from jrt.system.locks import only_writer
 from jrt.system.provenance import commit, device_name, versions
 from synthetics.runs import Run, groups
 
+PATIENCE = 60.0  # seconds to wait until another process has added its results
 VERSIONS = ("python", "torch", "triton")
 NEEDED = {  # in a row of results, for tables and figures
     *("run", "method", "task", "width", "feature_dim", "window", "rate", "epochs", "batch"),
@@ -61,9 +63,11 @@ class Folder:
         """Adds results to the folder and removes the checkpoints of finished groups.
 
         What another process has added meanwhile, such as another part of the sweep, stays."""
-        self._open(resume=True)
-        self.rows |= {row["run"]: row for row in rows}
-        self._write()
+        with only_writer(self.path, PATIENCE):
+            before = self.rows
+            self._open(resume=True)
+            self.rows = before | self.rows | {row["run"]: row for row in rows}
+            self._write()
         for group in filter(self.is_done, self.groups):
             self.checkpoint(group).unlink(missing_ok=True)
 

@@ -155,6 +155,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         check_device(options.device, workers=1)
+        if not options.minutes >= 0:
+            raise ValueError(f"--minutes {options.minutes:g}: expected at least 0")
+        if options.out.is_dir():
+            raise ValueError(f"--out {options.out}: expected a file, and this is a folder")
         options.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of work
     except (ValueError, OSError) as error:
         parser.error(str(error))

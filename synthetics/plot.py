@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, product
 from math import ceil, nan
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from synthetics.tasks import TASKS
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito, "Color Universal Design", 2008); markers help, too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
-MARKERS = "os^Dv<P*"
+MARKERS = "os^Dv<P*>"  # one more than colours: the ninth method has another marker than the first
 TRAINED = "trained-lengths"
+STEMS = ("summary", "equal_state", "frontier", "order", "lengths")  # names of files
 
 
 def draw_all(folder: Path) -> str:
@@ -38,6 +39,9 @@ def draw_all(folder: Path) -> str:
         raise ValueError(f"{folder} has no results yet")
     tables = []
     parts = parts_of(rows)
+    if "" not in parts:  # several tasks: files of the time when results of one were there would stay for ever
+        for stem, part, end in product(STEMS, ("", f"-{TRAINED}"), ("csv", "png", "svg")):
+            (folder / f"{stem}{part}.{end}").unlink(missing_ok=True)
     for name, own in parts.items():
         lines = summarize(own)
         suffix = name and f"-{name}"

@@ -14,6 +14,7 @@ from synthetics.data import Task
 from synthetics.readings import READINGS, READS_TWICE, Reading
 
 HEADS = 2  # paper appendix B.1
+BUILT_IN = "CLPASM"  # letters of jrt's own mixers
 TOGETHER = 16  # models with feature sizes up to this one are trained in one stack
 
 
@@ -103,9 +104,12 @@ class Run:
         """A key that is equal for runs that can be trained in one stack: they differ in rate, seed and feature size
         only.
 
-        All feature sizes up to TOGETHER share a stack, because the tensor cores need at least 16 columns anyway.
+        All feature sizes up to TOGETHER share a stack, because the tensor cores need at least 16 columns anyway. A
+        mixer of your own may have weights of other shapes for each feature size, so there each size has its stack.
         """
-        return replace(self, rate=1.0, seed=0, feature_dim=max(self.feature_dim, TOGETHER))
+        joined = set(self.method.pattern) <= set(BUILT_IN)
+        features = max(self.feature_dim, TOGETHER) if joined else self.feature_dim
+        return replace(self, rate=1.0, seed=0, feature_dim=features)
 
     def check(self) -> None:
         """Raises ValueError if the run cannot be trained. Nothing is drawn or trained here."""

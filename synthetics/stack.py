@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from jrt.model import Block, LanguageModel, RMSNorm
 from synthetics.residual import add_and_norm
-from synthetics.stacked import StackedEmbedding, StackedLinear, StackedLinearAttention, late_bias, stacked, weights
+from synthetics.stacked import (
+    OneByOne,
+    StackedEmbedding,
+    StackedLinear,
+    StackedLinearAttention,
+    late_bias,
+    stacked,
+    weights,
+)
 
 
 class StackedNorm(nn.Module):
@@ -92,6 +100,8 @@ class Stack(nn.Module):
         for module in self.modules():
             if isinstance(module, StackedLinearAttention):
                 module.scales = module.scales[models]
+            elif isinstance(module, OneByOne):
+                module.copies = [module.copies[index] for index in models.tolist()]
 
 
 def _columns(x: Tensor, asked: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from jrt.mixers.attention import Attention
+from jrt.mixers.attention import Attention, WindowAttention
 from jrt.mixers.conv import ShortConvolution
 from jrt.mixers.linear_attention import LinearAttention, PrefixLinearAttention
 from synthetics.convolution import gated_convolution
@@ -29,21 +29,20 @@ MOST_ASKED = 16  # most queries of a row in `weighted_sums`
 def stacked(copies: Sequence[Any]) -> nn.Module:
     """Returns one layer that replaces its copies, one from each model.
 
-    A mixer is called as usual: (x, batch, state)."""
-    match copies[0]:
-        case nn.Linear():
-            return StackedLinear(copies)
-        case ShortConvolution():
-            return StackedConvolution(copies)
-        case LinearAttention() if not hasattr(copies[0], "decay_proj"):
-            return StackedLinearAttention(copies)
-        case Attention():
-            module = copy.copy(copies[0])  # it has no weights of its own
-            names = list(copies[0]._modules)
-            module._modules = {name: stacked([each.get_submodule(name) for each in copies]) for name in names}
-            return module
-        case _:
-            return OneByOne(copies)
+    A mixer is called as usual: (x, batch, state). A subclass of a known mixer is not known: it may compute otherwise."""
+    first, kind = copies[0], type(copies[0])
+    if kind is nn.Linear:
+        return StackedLinear(copies)
+    if kind is ShortConvolution:
+        return StackedConvolution(copies)
+    if kind in (LinearAttention, PrefixLinearAttention) and not hasattr(first, "decay_proj"):
+        return StackedLinearAttention(copies)
+    if kind in (Attention, WindowAttention):
+        module = copy.copy(first)  # it has no weights of its own
+        names = list(first._modules)
+        module._modules = {name: stacked([each.get_submodule(name) for each in copies]) for name in names}
+        return module
+    return OneByOne(copies)
 
 
 def weights(copies: Sequence[nn.Module], name: str) -> nn.Parameter:
@@ -226,21 +225,28 @@ def _filled_up(linear: nn.Linear, heads: int, size: int) -> nn.Linear:
 class OneByOne(nn.Module):
     """Any other mixer.
 
-    It is called once for each model, with the model's own rows and weights, in the weights' dtype."""
+    It is called once for each model, with the model's own rows, weights and buffers, in the weights' dtype (fp32
+    without weights)."""
 
     def __init__(self, copies: Sequence[nn.Module]) -> None:
         super().__init__()
         self.names = [name for name, _ in copies[0].named_parameters()]
         self.stacked = nn.ParameterList([weights(copies, name) for name in self.names])
-        self.template = [copies[0]]  # in a list, so that its own weights are no parameters of the stack
+        self.copies = list(copies)  # in a list, so that their own weights are no parameters of the stack
+        self.dtype = self.stacked[0].dtype if self.names else torch.float32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneByOne:
+        """Moves the copies, which have the buffers, to the same device."""
+        for each in self.copies:
+            each._apply(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, batch: Any, state: None) -> tuple[Tensor, Tensor]:
-        models, outputs = len(self.stacked[0]), []
-        for model in range(models):
+        models, outputs = len(self.copies), []
+        for model, mixer in enumerate(self.copies):
             part = slice(model * len(x) // models, (model + 1) * len(x) // models)
             own = {name: each[model] for name, each in zip(self.names, self.stacked, strict=True)}
-            wide = x[part].to(self.stacked[0].dtype)
-            y, _ = functional_call(self.template[0], own, (wide, _rows(batch, part, len(x)), None))
+            y, _ = functional_call(mixer, own, (x[part].to(self.dtype), _rows(batch, part, len(x)), None))
             outputs.append(y.to(x.dtype))
         return torch.cat(outputs), _no_state(x)
 

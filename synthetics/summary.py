@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class Line:
 
 def pair_of(size: str) -> tuple[int, int] | None:
     """Returns the two lengths in a size such as "4_16", or None for a size of another task."""
-    parts = size.split("_")
-    return (int(parts[0]), int(parts[1])) if len(parts) == 2 else None
+    found = re.fullmatch(r"(\d+)_(\d+)", size)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
@@ -82,14 +83,22 @@ def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def longest_pair(task: Task) -> int | None:
+    """Tokens of the longest pair of lists that the task trains on; None for a task without pairs."""
+    return max(map(sum, task.train)) if isinstance(task, SetDisjointness) else None
+
+
 def of_trained_lengths(rows: Sequence[dict], task: Task | None) -> list[dict]:
     """Returns the rows without those pairs of lists that are longer together than all pairs of the task's training.
 
-    The list is empty if no pair is longer, or if the task has no pairs."""
+    The list is empty if no pair is longer, or if the task has no pairs. task: read where the rows of an older version do
+    not tell what they were trained on."""
     pairs = {size: pair for size in rows[0]["accuracy"] if (pair := pair_of(size))}
-    if not isinstance(task, SetDisjointness) or not pairs:
+    longest = rows[0].get("longest_trained")
+    if longest is None and isinstance(task, SetDisjointness):
+        longest = longest_pair(task)
+    if longest is None or not pairs:
         return []
-    longest = max(map(sum, task.train))
     kept = [size for size, pair in pairs.items() if sum(pair) <= longest]
     if not 0 < len(kept) < len(pairs):
         return []

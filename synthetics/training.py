@@ -28,6 +28,7 @@ from synthetics.graphs import RecordedSteps
 from synthetics.optimizer import StackedAdamW
 from synthetics.runs import Run
 from synthetics.stack import Stack
+from synthetics.summary import longest_pair
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,10 @@ class Training:
     """A stack in training. `epoch` trains it for one epoch; `state_dict` returns what a checkpoint needs."""
 
     def __init__(self, runs: list[Run], device: torch.device) -> None:
-        """All runs must have the same shape (`Run.shape`)."""
+        """All runs must have the same shape (`Run.shape`), or ValueError is raised."""
         first = runs[0]
-        assert all(run.shape == first.shape for run in runs)
+        if any(run.shape != first.shape for run in runs):
+            raise ValueError("runs of several shapes cannot be trained together: divide them by synthetics.runs.groups")
         self.runs, self.device = list(runs), device
         self.batch, self.epochs, self.epochs_done = first.batch, first.epochs, 0
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -226,6 +228,7 @@ def _row(run: Run, accuracy: dict[str, float], curve: list[float], seconds: floa
         "state_bytes": run.state_bytes(longest - 1),  # before the last token of the longest text
         "parameters": sum(each.numel() for each in run.model().parameters()),
         "seconds": round(seconds, 2),  # the model's share of the device
+        "longest_trained": longest_pair(run.task),
         "accuracy": {name: round(share, 4) for name, share in accuracy.items()},
         "curve": curve,  # mean test accuracy after each epoch
     }

@@ -1,5 +1,6 @@
 """The synthetic recall tasks: examples, readings, stacks of models, training, sweeps, folders, tables and figures."""
 
+import argparse
 import csv
 import json
 import subprocess
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from jrt import mixers
+from jrt.mixers.linear_attention import LinearAttention
 from jrt.ops import encode_prefix, linear_attention
+from jrt.system.locks import only_writer
 from synthetics import __main__ as command
-from synthetics import equal_state, folder, measure, plot, readings, sweeps
+from synthetics import equal_state, folder, measure, plot, readings, summary, sweeps
 from synthetics.data import IGNORED, PREFIX, SEPARATE_ANSWER, SEPARATE_LISTS, draw_unseen, fingerprints, generator
 from synthetics.mqar import MQAR, draw_pairs
 from synthetics.optimizer import StackedAdamW
@@ -246,6 +250,63 @@ def test_a_model_in_a_stack_equals_itself_trained_alone(method):
             logits = alone.head(hidden.take_along_dim(asked[..., None], dim=1))
         torch.testing.assert_close(together[index], logits, rtol=0, atol=1e-4)
         torch.testing.assert_close(training.model.embedding.weight[index], alone.embedding.weight, rtol=0, atol=1e-4)
+
+
+class Negative(LinearAttention):
+    """An own mixer that is a known one with another result."""
+
+    def forward(self, x, batch, state):
+        y, state = super().forward(x, batch, state)
+        return -3 * y, state
+
+
+class RandomGate(torch.nn.Module):
+    """An own mixer with a buffer that differs between models, and without weights."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.register_buffer("gate", torch.randn(config.width))
+
+    def forward(self, x, batch, state):
+        return x.cumsum(1) * self.gate, x[:, -1]
+
+
+@pytest.mark.parametrize("mixer", [Negative, RandomGate])
+def test_a_mixer_of_ones_own_is_itself_in_a_stack(mixer, monkeypatch):
+    monkeypatch.setitem(mixers.MIXERS, "N", mixer)
+    monkeypatch.setitem(mixers.LETTERS, "N", "own")
+    runs = [Run(Method("own", "CN"), TINY, 16, 4, 1e-3, seed) for seed in (1, 2, 3)]
+    training = Training(runs, CPU)
+    alone = [block.mixer for block in (each.blocks[1] for each in (run.model() for run in runs))]
+    if mixer is RandomGate:
+        alone = training.model.blocks[1].mixer.copies
+        assert len({float(each.gate[0]) for each in alone}) == 3
+    x = torch.randn(6, 5, 16)
+    batch = training.model.template[0].token_batch(torch.zeros(6, 5, dtype=torch.int64), None, None, None)
+    found, _ = training.model.blocks[1].mixer(x, batch, None)
+    for index, each in enumerate(alone):
+        torch.testing.assert_close(found[2 * index : 2 * index + 2], each(x[2 * index : 2 * index + 2], batch, None)[0])
+    training.keep([0, 2])
+    found, _ = training.model.blocks[1].mixer(x[:4], batch, None)
+    torch.testing.assert_close(found[2:], alone[2](x[2:4], batch, None)[0])
+    assert len(groups([*runs, replace(runs[0], feature_dim=8)])) == 2  # its weights may depend on the size
+
+
+def test_runs_of_several_shapes_are_refused():
+    runs = [Run(METHODS["causal"], TINY, width, 4, 1e-3, 1) for width in (8, 16)]
+    with pytest.raises(ValueError, match=r"divide them by synthetics\.runs\.groups"):
+        Training(runs, CPU)
+
+
+def test_results_are_added_by_one_process_at_a_time(tmp_path, monkeypatch):
+    runs = [Run(METHODS["causal"], TINY, 8, 2, 1e-3, seed) for seed in (1, 2)]
+    ours = folder.Folder(tmp_path / "out", "mine", runs, resume=False)
+    monkeypatch.setattr(folder, "PATIENCE", 0.2)
+    with only_writer(tmp_path / "out", 0), pytest.raises(ValueError, match="another process is writing to"):
+        ours.add([])
+    ours.rows = {"lost": {name: {"1_4": 1.0} if name == "accuracy" else 0 for name in folder.NEEDED} | {"run": "lost"}}
+    ours.add([])  # a row that another process has overwritten comes back
+    assert [row["run"] for row in folder.read(tmp_path / "out")["rows"]] == ["lost"]
 
 
 def test_optimizer_is_adamw_with_clipping_for_each_model_also_at_large_rates():
@@ -573,6 +634,52 @@ def test_deeper_models_are_compared_with_each_other():
     rows = [row(1e-3, 1, 1.0, 0.5), row(1e-3, 1, 1.0, 0.9, "prefix"), *deep]
     found = [(each.causal.method, each.prefix.method) for each in equal_state.equal_states(summarize(rows))]
     assert sorted(found) == [("causal", "prefix"), ("causal-deep", "prefix-deep")]
+
+
+def test_texts_of_two_sizes_that_are_equal_are_not_in_training_and_test():
+    task = SetDisjointness("last", 12, ((1, 2),), 100, ((2, 1),), 100, separator_last=True)
+    split = task.draw(1)
+    trained = set(map(tuple, split.train[0].context.tolist()))
+    assert not trained & set(map(tuple, split.test[0].context.tolist()))
+
+
+def test_trained_lengths_are_those_of_the_run_not_of_another_task_of_its_name():
+    accuracy = {"1_4": 1.0, "2_6": 0.2}
+    rows = [{**row(1e-3, seed, 0, 0), "accuracy": accuracy, "longest_trained": 8} for seed in (1, 2)]
+    assert list(plot.parts_of(rows)) == [""]  # the debug task of this version trains on 5 tokens
+    rows = [{**each, "task": "mine", "longest_trained": 5} for each in rows]
+    assert list(plot.parts_of(rows)) == ["", "trained-lengths"]
+
+
+def test_files_of_a_part_of_several_tasks_do_not_stay(tmp_path):
+    rows = [{**row(1e-3, 1, 0.9, 0.1), "run": name, "task": name} for name in ("one", "two")]
+    for finished in (rows[:1], rows):
+        (tmp_path / "results.json").write_text(json.dumps({"sweep": "mine", "fingerprint": "", "rows": finished}))
+        plot.draw_all(tmp_path)
+    assert not (tmp_path / "summary.csv").exists() and not (tmp_path / "frontier.png").exists()
+    assert (tmp_path / "summary-one.csv").is_file() and (tmp_path / "frontier-two.png").is_file()
+
+
+def test_sizes_of_other_tasks_are_no_pairs():
+    assert [summary.pair_of(size) for size in ("4_16", "two_hops", "4_16_1", "7")] == [(4, 16), None, None, None]
+
+
+def test_the_next_command_goes_on_with_the_same_part():
+    given = argparse.Namespace(sweep="debug", out=Path("a b"), device="cpu", part="1/3", workers=2, ray=False)
+    assert command.following(given) == (
+        "python -m synthetics debug --out 'a b' --device cpu --resume --part 1/3 --workers 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["--out", "."], "expected a file, and this is a folder"), (["--out", "m.json", "--minutes", "-1"], "at least 0")],
+)
+def test_measuring_is_refused_before_it_begins(arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit):
+        measure.main()
+    assert told in capsys.readouterr().err
 
 
 def test_lists_longer_than_in_training_have_tables_without_them(tmp_path, monkeypatch):

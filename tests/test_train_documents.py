@@ -10,9 +10,11 @@ from jrt_recall.tokenizers import shipped_tokenizer
 
 pytest.importorskip("datasets")
 
+from jrt.system.locks import only_writer
 from train.data.documents import find_documents
 from train.data.files import sampled_sha256
 from train.data.indexed import HEADER, MAGIC, read_index, write_index
+from train.data.library import LibraryText, make_library_text
 from train.data.vocabulary import load_tokenizer, vocabulary_size
 from train.prepare import prepare
 
@@ -247,3 +249,35 @@ def test_ids_of_a_vocabulary_with_gaps_are_kept(tmp_path):
     manifest = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer=str(tmp_path / "words"))
     assert manifest["tokenizer"]["vocabulary"] == 70_001
     assert np.fromfile(tmp_path / "out" / "train.bin", manifest["dtype"]).tolist() == [70_000, 0, 70_000, 1]
+
+
+def test_a_folder_is_a_folder_whatever_its_name(tmp_path, monkeypatch):
+    (tmp_path / "data.bin").mkdir()
+    (tmp_path / "data.bin" / "a.txt").write_text("a door\n")
+    assert texts_of(tmp_path / "data.bin") == ["a door\n"]
+    monkeypatch.chdir(tmp_path / "data.bin")
+    assert texts_of(Path()) == ["a door\n"]
+
+
+def test_a_dataset_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="hub: names no dataset: expected hub:NAME"):
+        find_documents("hub:")
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("train.prepare.PATIENCE", 0.2)
+    with only_writer(tmp_path / "out", 0), pytest.raises(ValueError, match="another process is writing to"):
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out")
+
+
+def test_a_library_text_that_was_stopped_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.prepare._Writer.finish", lambda *arguments: None)
+    make_library_text(tmp_path)
+    assert (tmp_path / "progress.json").is_file()
+    monkeypatch.undo()
+    (tmp_path / "train.bin.partial").rename(tmp_path / "train.bin")  # between the renames of its end
+    assert LibraryText(str(tmp_path), 128, 1, 4, 4, 0).windows

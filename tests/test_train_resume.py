@@ -15,6 +15,7 @@ pytest.importorskip("hydra")
 
 from train_runs import curve, trained
 
+from jrt.system.locks import only_writer
 from train.run import code_version
 
 EVERY_TWO = ("trainer.checkpoint_every=2", "trainer.max_steps=6", "model.pattern=CPS")
@@ -157,6 +158,14 @@ def test_accepted_settings_of_adamw_are_the_new_ones(text, run, monkeypatch):
     settings = [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in seen[0].param_groups]
     assert settings == [(0.5, (0.8, 0.9), 1e-6), (0.0, (0.8, 0.9), 1e-6)]
     assert all(value["step"] == 6 for value in seen[0].state.values())  # the moments went on
+
+
+def test_a_folder_has_one_run_at_a_time(text, run, monkeypatch):
+    monkeypatch.setattr("train.run.PATIENCE", 0.2)
+    before = (run / "metrics.csv").read_bytes()
+    with only_writer(run, 0), pytest.raises(ValueError, match="another process is writing to"):
+        trained(text, run, *EVERY_TWO, "trainer.max_steps=8")
+    assert (run / "metrics.csv").read_bytes() == before
 
 
 def test_a_folder_with_a_run_can_be_refused(text, run):

@@ -118,16 +118,37 @@ def test_runs_that_the_file_has_are_kept(tmp_path):
     file = tmp_path / "scaling.json"
     chosen = options(keep=True, output=file, cpu=True)
     wanted = train_scaling.settings(chosen)
-    assert train_scaling.kept(wanted, chosen) == {}  # no file yet
+    assert train_scaling.kept(wanted, chosen) == ({}, [])  # no file yet
     rows = [setting.facts(128) | {"tokens_per_s": 1.0} for setting in wanted[:2]]
     rows.append(wanted[2].facts(128) | {"steps": 7})
     report = {"device": device_name("cpu"), "rows": rows}
     file.write_text(json.dumps(report))
-    assert train_scaling.kept(wanted, chosen) == dict(zip(wanted[:2], rows[:2], strict=True))
-    assert train_scaling.kept(wanted, options(output=file)) == {}  # not asked for
+    assert train_scaling.kept(wanted, chosen) == (dict(zip(wanted[:2], rows[:2], strict=True)), rows[2:])
+    assert train_scaling.kept(wanted, options(output=file)) == ({}, [])  # not asked for
     file.write_text(json.dumps(report | {"device": "another"}))
     with pytest.raises(SystemExit, match="was measured on another, this is"):
         train_scaling.kept(wanted, chosen)
+    file.write_text(json.dumps(report)[:-5])
+    with pytest.raises(SystemExit, match="is not JSON"):
+        train_scaling.kept(wanted, chosen)
+
+
+def test_a_file_that_has_all_runs_keeps_its_other_rows(tmp_path):
+    file = tmp_path / "scaling.json"
+    chosen = options(presets=["debug"], gpus=[1], scaling=["strong"], steps=6, every=3)
+    (setting,) = train_scaling.settings(chosen)
+    own = setting.facts(128) | {"scaling": ["strong"], "tokens_per_s": 1.0, "losses": {"3": 9.0, "6": 8.0}}
+    file.write_text(json.dumps({"device": device_name("cpu"), "rows": [{"method": "other"}, own]}))
+    rows = scaled(file, "--gpus", "1", "--scaling", "strong", "--every", "3", "--keep")
+    assert sorted(row["method"] for row in rows) == ["debug", "other"]
+
+
+@pytest.mark.parametrize("gpus", [["0"], ["1", "3"]])
+def test_numbers_of_gpus_that_cannot_share_the_batch_are_refused(gpus, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_scaling.py", "--cpu", "--gpus", *gpus])
+    with pytest.raises(SystemExit):
+        train_scaling.main()
+    assert "for weak scaling divisors of 256" in capsys.readouterr().err
 
 
 def test_losses_of_one_gpu_can_come_from_a_file(tmp_path):

@@ -128,6 +128,16 @@ def test_validation_asks_answers_after_the_prefix_only(pages):
     assert (batch["ids"] != pages.alphabet.mask).all()
 
 
+def test_an_answer_that_the_row_s_end_cuts_off_is_not_asked(pages):
+    sequences, cut = Sequences(pages, RECIPE, 0), 0
+    for seed in range(200):
+        row = sequences.row(np.random.default_rng(seed), 384, renames=False)
+        cut += row.kinds[-1] == Kind.ANSWER and row.ids[-1] != pages.alphabet.newline
+        for _, end in _spans(row):
+            assert row.ids[end - 1] == pages.alphabet.newline
+    assert cut  # there are such rows
+
+
 def test_a_corpus_without_facts_is_refused(tokenizer):
     with pytest.raises(ValueError, match="no line"):
         Pages(encode(["nothing to ask here"], tokenizer), Alphabet.of(tokenizer))

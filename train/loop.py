@@ -171,7 +171,10 @@ class Loop:
         facts = found.facts
         self.progress = Progress(found.step, facts["tokens"], facts["seconds"], facts["metrics"])
         if facts.get("data") is not None:
-            assert isinstance(self.data, Resumable), "the checkpoint is of other data"
+            if not isinstance(self.data, Resumable):
+                raise ValueError(
+                    f"{found.folder} holds its place in a stream, and this data is none: choose another output"
+                )
             self.data.go_on(facts["data"])
         log.info("going on from step %d (%s)", found.step, found.folder)
 
@@ -184,6 +187,8 @@ class Loop:
         """
         trainer, progress = self.trainer, self.progress
         last = trainer.max_steps
+        if progress.step >= last:
+            log.info("the run has %d steps and trainer.max_steps is %d: nothing to train", progress.step, last)
         batches = loader(self.data, progress.step, last, self.place.rank, self.place.size, trainer.global_batch)
         interval = _Interval(self.place.device, progress.tokens)
         start, before = time.monotonic(), progress.seconds

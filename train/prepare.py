@@ -32,6 +32,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 from jrt.system.files import write_json  # noqa: E402
+from jrt.system.locks import only_writer  # noqa: E402
 from jrt.system.processes import end_with  # noqa: E402
 from jrt.system.provenance import versions  # noqa: E402
 from train.data.documents import Documents, find_documents  # noqa: E402
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
 BLOCK = 256  # documents that a worker encodes at a time
 SAVED_EVERY = 64  # blocks between two writes of NOTE
+PATIENCE = 10.0  # seconds to wait for the processes of a command that was killed
 NOTE = "progress.json"  # how much is done, for a command that continues the work
 
 
@@ -70,13 +72,16 @@ def prepare(
         max_documents: most documents that are read; None: all.
 
     Raises:
-        ValueError: nothing to read, no such tokenizer, or `out` holds the work of other settings.
+        ValueError: nothing to read, no such tokenizer, `out` holds the work of other settings, or another process
+            writes to it.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation is {validation}: expected a share of the documents between 0 and 1")
     for name, value in (("workers", workers), ("max_documents", max_documents)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: expected at least 1")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: expected a folder for the token files")
     documents = find_documents(source, column, split, suffixes)
     vocabulary = load_tokenizer(tokenizer)
     if vocabulary.eos_token_id is None:
@@ -91,12 +96,13 @@ def prepare(
     }
     dtype = np.dtype(np.uint16 if vocabulary_size(vocabulary) <= 1 << 16 else np.int32)
     out.mkdir(parents=True, exist_ok=True)
-    manifest = _finished(out, settings)
-    if manifest is not None:
-        return manifest
-    writer = _Writer(out, settings, dtype)
-    _write_all(writer, documents, tokenizer, validation, workers, max_documents)
-    return writer.finish(source, tokenizer, vocabulary, fingerprint)
+    with only_writer(out, PATIENCE):
+        manifest = _finished(out, settings)
+        if manifest is not None:
+            return manifest
+        writer = _Writer(out, settings, dtype)
+        _write_all(writer, documents, tokenizer, validation, workers, max_documents)
+        return writer.finish(source, tokenizer, vocabulary, fingerprint)
 
 
 def _write_all(

@@ -7,6 +7,7 @@ trained model as a Hugging Face folder. The same command, started again, resumes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -31,6 +32,7 @@ import jrt  # noqa: E402
 import train as train_package  # noqa: E402
 from jrt.config import Config, presets  # noqa: E402
 from jrt.model import LanguageModel  # noqa: E402
+from jrt.system.locks import only_writer  # noqa: E402
 from jrt.system.processes import PARENT, end_with  # noqa: E402
 from jrt.system.provenance import code_sha256  # noqa: E402
 from jrt.training.objective import Objective, check_objective, prefix_of  # noqa: E402
@@ -46,6 +48,7 @@ from train.optimizer import Schedule  # noqa: E402
 from train.report import Csv, plot  # noqa: E402
 
 log = logging.getLogger(__name__)
+PATIENCE = 10.0  # seconds to wait for the processes of a run that was killed
 STEPS_LOOKED_AT = 100  # the first steps have batches of all sizes that the data has
 IDENTITY = ("preset", "model", "objective", "rate", "seed", "data", "batch", "precision", "ema", "code")
 
@@ -108,17 +111,19 @@ def _train(config: DictConfig, trainer: Trainer, place: World) -> dict[str, floa
         identity,
         _probe(config, data),
     )
-    if found is not None:
-        loop.resume(found)
-    output.mkdir(parents=True, exist_ok=True)
-    metrics = output / "metrics.csv"
-    chosen = on_first(place, lambda: [Csv(metrics, loop.progress.step), *([] if logger is None else [logger])])
-    progress = loop.fit(chosen or [])
-    if place.is_first:
-        plot(metrics, output / "loss.png")
-    if config.export:
-        export(loop, config, data.tokenizer())
-    return progress.metrics
+    with contextlib.ExitStack() as held:
+        output.mkdir(parents=True, exist_ok=True)
+        on_first(place, lambda: held.enter_context(only_writer(output, PATIENCE)))
+        if found is not None:
+            loop.resume(found)
+        metrics = output / "metrics.csv"
+        chosen = on_first(place, lambda: [Csv(metrics, loop.progress.step), *([] if logger is None else [logger])])
+        progress = loop.fit(chosen or [])
+        if place.is_first:
+            plot(metrics, output / "loss.png")
+        if config.export:
+            export(loop, config, data.tokenizer())
+        return progress.metrics
 
 
 def _check_settings(config: DictConfig) -> None:

@@ -283,8 +283,13 @@ class HubData:
     def go_on(self, state: dict) -> None:
         """Moves to a saved place.
 
-        It is the first process's place, which comes before the other processes' next rows."""
-        assert isinstance(self._training, StreamedTokens), "only a stream hands out its place"
+        It is the first process's place, which comes before the other processes' next rows.
+
+        Raises ValueError if this dataset is not read as a stream."""
+        if not isinstance(self._training, StreamedTokens):
+            raise ValueError(
+                "the checkpoint holds its place in a stream: leave data.streaming=true, or choose another output"
+            )
         self._training.go_on(state)
 
     def validation(self, number: int) -> Batch:

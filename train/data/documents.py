@@ -65,7 +65,7 @@ def find_documents(
         return _saved(path, column, split)
     if split != "train":
         raise ValueError(f"--split chooses a part of a dataset, and {source} is none: leave it out")
-    if path.suffix in (".bin", ".idx") or path.with_suffix(path.suffix + ".idx").is_file():
+    if not path.is_dir() and (path.suffix in (".bin", ".idx") or path.with_suffix(path.suffix + ".idx").is_file()):
         if column != "text":
             raise ValueError(f"--column names a field of JSONL, Parquet or a dataset, and {source} has token ids")
         return _indexed(path)
@@ -228,6 +228,8 @@ def _hub(name: str, column: str, split: str) -> Documents:
     import datasets
 
     path, _, configuration = name.partition(":")
+    if not path:
+        raise ValueError(f"{HUB}{name} names no dataset: expected {HUB}NAME or {HUB}NAME:CONFIGURATION")
     try:
         dataset = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:

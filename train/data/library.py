@@ -9,7 +9,7 @@ from pathlib import Path
 from jrt_recall import reference_pages
 
 from train.data.batches import TextData
-from train.prepare import prepare
+from train.prepare import NOTE, prepare
 
 PAGES = 24
 
@@ -23,7 +23,7 @@ class LibraryText(TextData):
         self, folder: str, length: int, seed: int, validation_windows: int, validation_rows: int, workers: int
     ) -> None:
         path = Path(str(folder)).expanduser()
-        if not any(path.glob("train*.bin")):
+        if (path / NOTE).is_file() or not any(path.glob("train*.bin")):  # NOTE: it was stopped before its end
             make_library_text(path)
         super().__init__(
             length,

@@ -181,7 +181,7 @@ class Sequences:
         row = Row(
             _fitted(ids, room, self.pages.alphabet.pad),
             _fitted(kind, room, Kind.PAD),
-            _fitted(np.concatenate(answer_of), room, 0),
+            _whole_answers(np.concatenate(answer_of), room),
             0,
         )
         row.prefix = min(prefix, length)
@@ -278,6 +278,14 @@ class Sequences:
 
 def _log_uniform(generator: np.random.Generator, low: int, high: int) -> int:
     return int(np.exp(generator.uniform(np.log(max(low, 1)), np.log(max(high, low, 1)))))
+
+
+def _whole_answers(numbers: np.ndarray, length: int) -> np.ndarray:
+    """`_fitted` for the numbers of answers. An answer that the row's end cuts off counts as none: its beginning alone
+    says nothing about the rest."""
+    if len(numbers) > length and numbers[length]:
+        numbers = np.where(numbers == numbers[length], 0, numbers)
+    return _fitted(numbers, length, 0)
 
 
 def _fitted(values: np.ndarray, length: int, filler: int) -> np.ndarray:
