@@ -14,7 +14,7 @@ def only_writer(folder: Path, patience: float) -> Iterator[None]:
     """Inside the context, no other process that asks for the same can write to an existing folder.
 
     The lock belongs to the process and those that it forks, and ends with them, also if they are killed. Where the
-    file system has no locks, nothing is locked.
+    file system or the operating system (Windows) has no such locks, nothing is locked.
 
     Args:
         folder: an existing folder. Nothing is written to it.
@@ -23,8 +23,11 @@ def only_writer(folder: Path, patience: float) -> Iterator[None]:
     Raises:
         ValueError: another process still writes to the folder.
     """
-    import fcntl  # not on Windows
-
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         deadline = time.monotonic() + patience
