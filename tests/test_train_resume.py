@@ -160,6 +160,18 @@ def test_accepted_settings_of_adamw_are_the_new_ones(text, run, monkeypatch):
     assert all(value["step"] == 6 for value in seen[0].state.values())  # the moments went on
 
 
+def test_an_average_can_begin_on_the_way(text, run, caplog):
+    with pytest.raises(ValueError, match=r"accept=\[ema\]"):
+        trained(text, run, *EVERY_TWO, "trainer.max_steps=8", "trainer.ema=0.9")
+    caplog.set_level("INFO")
+    trained(text, run, *EVERY_TWO, "trainer.max_steps=8", "trainer.ema=0.9", "accept=[ema]")
+    assert "has no moving average: it begins at the weights of step 4" in caplog.text
+    caplog.clear()
+    trained(text, run, *EVERY_TWO, "trainer.max_steps=10", "trainer.ema=0.9", "accept=[ema]")
+    assert "has no moving average" not in caplog.text
+    trained(text, run, *EVERY_TWO, "trainer.max_steps=12", "accept=[ema]")  # and end
+
+
 def test_a_folder_has_one_run_at_a_time(text, run, monkeypatch):
     monkeypatch.setattr("train.run.PATIENCE", 0.2)
     before = (run / "metrics.csv").read_bytes()

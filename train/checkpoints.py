@@ -141,11 +141,16 @@ class Checkpoints:
     def load(self, checkpoint: Checkpoint, training: Training) -> None:
         """Loads model, optimiser and moving average from a checkpoint, which may have another number of processes.
 
+        An average that the checkpoint does not have (accept=[ema]) begins at the loaded weights.
+
         Raises:
             ValueError: the checkpoint does not fit the model.
         """
         state = training.state()
         try:
+            known = dcp.FileSystemReader(checkpoint.folder).read_metadata().state_dict_metadata
+            if not any(name.startswith("average.") for name in known):
+                state.pop("average", None)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*single process.*")
                 dcp.load(state, checkpoint_id=checkpoint.folder)
@@ -159,6 +164,12 @@ class Checkpoints:
         for group, own in zip(training.optimizer.param_groups, settings, strict=True):
             group.update(own)  # AdamW's settings are this run's, which may have other ones (accept=[rate])
         if training.average is not None:
+            if "average" not in state:
+                log.info(
+                    "%s has no moving average: it begins at the weights of step %d", checkpoint.folder, checkpoint.step
+                )
+                training.average.restart()
+                return
             for i, value in enumerate(training.average.values):
                 value.copy_(state["average"][str(i)])
 

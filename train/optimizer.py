@@ -102,6 +102,11 @@ class MovingAverage:
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - self.decay)
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begins again at the present weights."""
+        torch._foreach_copy_(self.values, [p.detach() for p in self.parameters])
+
+    @torch.no_grad()
     def exchange(self) -> None:
         """Swaps the model's weights and the averages. A second call swaps them back."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
