@@ -83,8 +83,8 @@ def panels_of(accuracy: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def longest_pair(task: Task) -> int | None:
-    """Tokens of the longest pair of lists that the task trains on; None for a task without pairs."""
+def longest_pair(task: Task | None) -> int | None:
+    """Tokens of the longest pair of lists that the task trains on; None without a task, and for one without pairs."""
     return max(map(sum, task.train)) if isinstance(task, SetDisjointness) else None
 
 
@@ -94,9 +94,7 @@ def of_trained_lengths(rows: Sequence[dict], task: Task | None) -> list[dict]:
     The list is empty if no pair is longer, or if the task has no pairs. task: read where the rows of an older version do
     not tell what they were trained on."""
     pairs = {size: pair for size in rows[0]["accuracy"] if (pair := pair_of(size))}
-    longest = rows[0].get("longest_trained")
-    if longest is None and isinstance(task, SetDisjointness):
-        longest = longest_pair(task)
+    longest = rows[0].get("longest_trained") or longest_pair(task)
     if longest is None or not pairs:
         return []
     kept = [size for size, pair in pairs.items() if sum(pair) <= longest]

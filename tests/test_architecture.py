@@ -185,3 +185,13 @@ def test_no_machine_path_stands_in_the_tree(pattern):
         file.name for file in text if file != Path(__file__) and re.search(pattern, file.read_text(errors="replace"))
     ]
     assert not wrong
+
+
+def test_no_folder_stands_at_the_top_level_by_mistake():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folders = {name.partition("/")[0] for name in listed.stdout.splitlines() if "/" in name}
+    readme = (ROOT / "README.md").read_text()
+    told = set(re.findall(r"`([\w.-]+)/`", readme.partition("## Layout")[2].partition("## Figures")[0]))
+    assert folders - {".ci", "docs", "tests"} == told

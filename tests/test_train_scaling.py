@@ -133,7 +133,16 @@ def test_runs_that_the_file_has_are_kept(tmp_path):
         train_scaling.kept(wanted, chosen)
 
 
-def test_a_file_that_has_all_runs_keeps_its_other_rows(tmp_path):
+def test_rows_of_other_runs_stay_in_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "scaling.json"
+    chosen = options(presets=["debug"], gpus=[1], scaling=["strong"], steps=6, every=3, keep=True, output=file)
+    file.write_text(json.dumps({"device": device_name("cpu"), "rows": [{"method": "other"}]}))
+    failed = argparse.Namespace(problem="it failed")
+    monkeypatch.setattr(train_scaling, "side_by_side", lambda *arguments: iter([failed]))
+    assert list(train_scaling.scalings(tmp_path, [], chosen)) == [[{"method": "other"}]]
+
+
+def test_a_file_that_has_all_runs_is_left_as_it_is(tmp_path):
     file = tmp_path / "scaling.json"
     chosen = options(presets=["debug"], gpus=[1], scaling=["strong"], steps=6, every=3)
     (setting,) = train_scaling.settings(chosen)
